@@ -1,0 +1,184 @@
+"""The acceptance step: only a candidate that passes both constraints may act.
+
+Learner and deployed policy are separate. The learner proposes; the candidate is pulled back towards
+the policy that acts until KL and V_accident(s0) are within their limits, or refused. The
+constraints hold for MEASURED values: the KL is exact on the states visited, the accident
+probability is the critic's conservative estimate.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safe_offrl.distributions import kl, sample
+from safe_offrl.nets import Actor
+from safe_offrl.safety import SafetySpec
+from safe_offrl.safety_critic import SafetyCritic
+from safe_offrl.types import Batch, Constraint
+
+
+@dataclass(frozen=True)
+class AcceptanceConfig:
+    """``shrink`` and ``tries`` of the backtracking, ``tail`` quantile of the KL over states.
+
+    The mean KL is bounded by delta in both directions; its ``tail`` quantile by ``tail_ratio``
+    delta, so that a change concentrated on few states does not hide in the mean.
+    """
+
+    shrink: float = 0.7
+    tries: int = 8
+    tail: float = 0.95
+    tail_ratio: float = 5.0
+
+
+class Decision(NamedTuple):
+    """What was measured and decided; ``fraction`` is 0 when the deployed policy stays."""
+
+    accepted: bool
+    fraction: float
+    reason: str
+    kl_forward_mean: float  # KL(candidate || deployed)
+    kl_reverse_mean: float  # KL(deployed || candidate)
+    kl_forward_tail: float
+    kl_reverse_tail: float
+    v_previous: float  # upper estimate of V_accident(s0), deployed policy
+    v_candidate: float  # the same for the candidate that was decided on
+
+    @property
+    def kl_mean(self) -> float:
+        """The larger of both directions; NaN if either is."""
+        return float(np.max([self.kl_forward_mean, self.kl_reverse_mean]))
+
+    @property
+    def kl_tail(self) -> float:
+        """The larger tail quantile of both directions; NaN if either is."""
+        return float(np.max([self.kl_forward_tail, self.kl_reverse_tail]))
+
+
+def interpolate(previous: Actor, learner: Actor, fraction: float) -> Actor:
+    """A new actor with parameters ``previous + fraction (learner - previous)``."""
+    candidate = copy.deepcopy(previous)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(candidate.parameters()), list(learner.parameters()), fraction)
+    return candidate
+
+
+@torch.no_grad()
+def measure_kl(candidate: Actor, previous: Actor, observations: Tensor, tail: float) -> Tensor:
+    """[4]: mean of KL(c || p), mean of KL(p || c), then both ``tail`` quantiles, over [B, O]."""
+    c, p = candidate(observations), previous(observations)
+    both = torch.stack([kl(*c, *p), kl(*p, *c)])
+    return torch.cat([both.mean(1), both.quantile(tail, dim=1)])
+
+
+@torch.no_grad()
+def risk_change(
+    candidate: Actor, previous: Actor, critic: SafetyCritic, visited: Batch, noise: Tensor
+) -> float:
+    """Change of the accident probability per step when the candidate replaces the previous policy.
+
+    ``E_visited[Q_C(s, a') - Q_C(s, a)]``, a' from the candidate, a from the previous policy, both
+    driven by the same ``noise`` [B, A]. Times the steps of an episode it is the first-order change
+    of V_accident(s0) (performance difference lemma, Kakade & Langford 2002; CPO, arXiv:1705.10528).
+    """
+    mine, _ = sample(*candidate(visited.observations), noise)
+    theirs, _ = sample(*previous(visited.observations), noise)
+    change = critic.risk(visited.observations, visited.time_to_go, mine) - critic.risk(
+        visited.observations, visited.time_to_go, theirs
+    )
+    return float(change.mean())
+
+
+def _probability(value: float) -> float:
+    """Clip to [0, 1]. Python's min and max would turn a NaN into 0, "safe"; this keeps it NaN."""
+    return float(np.clip(value, 0.0, 1.0))
+
+
+def measure(
+    candidate: Actor,
+    previous: Actor,
+    critic: SafetyCritic,
+    visited: Batch,
+    steps_per_episode: float,
+    v_previous: float,
+    noise: Tensor,
+    tail: float,
+) -> Decision:
+    """What a change from the previous policy to the candidate would mean; nothing decided yet."""
+    kls = measure_kl(candidate, previous, visited.observations, tail).tolist()
+    change = steps_per_episode * risk_change(candidate, previous, critic, visited, noise)
+    return Decision(
+        accepted=False,
+        fraction=0.0,
+        reason="",
+        kl_forward_mean=kls[0],
+        kl_reverse_mean=kls[1],
+        kl_forward_tail=kls[2],
+        kl_reverse_tail=kls[3],
+        v_previous=v_previous,
+        v_candidate=_probability(v_previous + change),
+    )
+
+
+def decide(
+    previous: Actor,
+    learner: Actor,
+    critic: SafetyCritic,
+    visited: Batch,
+    steps_per_episode: float,
+    starts: Tensor,
+    spec: SafetySpec,
+    config: AcceptanceConfig,
+    *,
+    kl_limit: float | None,
+    constrain_accidents: bool,
+    generator: torch.Generator,
+) -> tuple[Decision, Actor]:
+    """Backtrack from the learner towards the deployed policy until both constraints hold.
+
+    ``visited`` are transitions the deployed policy made, ``starts`` [S, O] start states.
+    ``kl_limit`` None switches the KL constraint off. While the deployed policy itself is not below
+    epsilon, a candidate must have a lower estimate than it. Returns the decision and the policy to
+    act.
+    """
+    noise = torch.randn(visited.actions.shape, generator=generator)
+    v_previous = _probability(critic.estimate(previous, starts, generator).upper)
+    fraction, decision = 1.0, None
+    for _ in range(config.tries):
+        candidate = interpolate(previous, learner, fraction)
+        decision = measure(
+            candidate,
+            previous,
+            critic,
+            visited,
+            steps_per_episode,
+            v_previous,
+            noise,
+            config.tail,
+        )
+        limits = []
+        if kl_limit is not None:
+            tail_limit = config.tail_ratio * kl_limit
+            limits += [
+                Constraint("KL", decision.kl_mean, kl_limit),
+                Constraint("KL tail", decision.kl_tail, tail_limit),
+            ]
+        improves = constrain_accidents and decision.v_candidate < v_previous
+        if constrain_accidents and not improves:
+            limits.append(Constraint("V_accident", decision.v_candidate, spec.epsilon))
+        failed = next((limit for limit in limits if not limit.satisfied), None)
+        if failed is None:
+            exceeds = constrain_accidents and not decision.v_candidate < spec.epsilon
+            reason = "improves on a policy above epsilon" if exceeds else "every constraint holds"
+            return decision._replace(accepted=True, fraction=fraction, reason=reason), candidate
+        reason = f"{failed.name} {failed.value:.3g} is not below {failed.limit:.3g}"
+        decision = decision._replace(reason=reason)
+        fraction *= config.shrink
+    assert decision is not None  # tries >= 1
+    return decision, previous

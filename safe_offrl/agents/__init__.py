@@ -1,0 +1,85 @@
+"""Offline agents by name: the whole registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from safe_offrl.agents.cql import CQL, CQLConfig
+from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.nets import NetworkConfig, Networks
+from safe_offrl.state import Part
+from safe_offrl.types import Batch, Layout
+
+
+class Agent(Protocol):
+    """What the offline loop knows of an agent."""
+
+    networks: Networks
+
+    def update(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of all values; (advantages of the logged actions [B], scalars to log)."""
+        ...
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        ...
+
+
+@dataclass(frozen=True)
+class AgentConfigs:
+    """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter."""
+
+    iql: IQLConfig = field(default_factory=IQLConfig)
+    cql: CQLConfig = field(default_factory=CQLConfig)
+
+
+class AgentFactory(Protocol):
+    """Builds an agent around networks that outlive it."""
+
+    def __call__(
+        self,
+        networks: Networks,
+        layout: Layout,
+        sizes: NetworkConfig,
+        configs: AgentConfigs,
+        generator: torch.Generator,
+    ) -> Agent:
+        """Return the agent, its optimisers on the networks' parameters."""
+        ...
+
+
+def _iql(
+    networks: Networks,
+    layout: Layout,
+    sizes: NetworkConfig,
+    configs: AgentConfigs,
+    generator: torch.Generator,
+) -> Agent:
+    return IQL(networks, layout.observation_size, sizes.critic_hidden, configs.iql, generator)
+
+
+def _cql(
+    networks: Networks,
+    layout: Layout,
+    sizes: NetworkConfig,
+    configs: AgentConfigs,
+    generator: torch.Generator,
+) -> Agent:
+    return CQL(networks, configs.cql, calibrated=False)
+
+
+def _calql(
+    networks: Networks,
+    layout: Layout,
+    sizes: NetworkConfig,
+    configs: AgentConfigs,
+    generator: torch.Generator,
+) -> Agent:
+    return CQL(networks, configs.cql, calibrated=True)
+
+
+AGENTS: dict[str, AgentFactory] = {"iql": _iql, "cql": _cql, "calql": _calql}

@@ -1,0 +1,98 @@
+"""CQL(H) (Kumar et al. 2020, arXiv:2006.04779) and Cal-QL (Nakamoto et al. 2023, arXiv:2303.05479).
+
+Both press the critics down at actions the log does not hold. Cal-QL differs by one ``max``: at the
+policy's actions the pressure stops at the return that the logged trajectory really got, which cures
+the dip at the switch to online. The actor comes from agents/extraction.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safe_offrl.distributions import sample
+from safe_offrl.losses import calibrate, conservative_gap, td_target
+from safe_offrl.nets import Networks, descend_, polyak_
+from safe_offrl.state import Part
+from safe_offrl.types import Batch
+
+
+@dataclass(frozen=True)
+class CQLConfig:
+    """Reference settings of CQL without the Lagrange version; shared by Cal-QL.
+
+    ``alpha`` weighs the conservative gap (5 on AntMaze, 1 on Adroit in Cal-QL); ``actions`` are
+    drawn per state from each of: uniform, policy at s, policy at s'.
+    """
+
+    learning_rate: float = 3e-4
+    discount: float = 0.99
+    tau: float = 5e-3
+    alpha: float = 5.0
+    actions: int = 10
+
+
+class CQL:
+    """Offline agent; ``calibrated`` makes it Cal-QL."""
+
+    def __init__(self, networks: Networks, config: CQLConfig, *, calibrated: bool) -> None:
+        self.networks = networks
+        self.config = config
+        self.calibrated = calibrated
+        self.critic_optimizer = torch.optim.Adam(
+            networks.critics.parameters(), lr=config.learning_rate, fused=True
+        )
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return {**self.networks.parts(), "critic_optimizer": self.critic_optimizer}
+
+    def critic_loss(
+        self, batch: Batch, next_noise: Tensor, noise: tuple[Tensor, Tensor], uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``MSE(Q, r + g (1-d) min Q'(s', a')) + alpha * gap``, summed over members; (loss, gap).
+
+        ``next_noise`` [B, A] is for the backup; ``noise`` 2 x [K, B, A] and ``uniform`` [K, B, A]
+        in [-1, 1] for the 3K actions, all evaluated at the CURRENT observation.
+        """
+        actor, b, k = self.networks.actor, len(batch.rewards), len(uniform)
+        with torch.no_grad():
+            here, there = actor(batch.observations), actor(batch.next_observations)
+            next_actions, _ = sample(*there, next_noise)
+            next_q = self.networks.target_q(batch.next_observations, next_actions).amin(0)
+            target = td_target(batch.rewards, batch.terminated, next_q, self.config.discount)
+            actions_here, log_here = sample(*here, noise[0])
+            actions_there, log_there = sample(*there, noise[1])
+            # The uniform density on [-1, 1]^A is 2^-A.
+            log_uniform = torch.full_like(log_here, -uniform.shape[-1] * math.log(2.0))
+            actions = torch.cat([batch.actions[None], actions_here, actions_there, uniform])
+            log_densities = torch.cat([log_here, log_there, log_uniform]).T
+        observations = batch.observations.repeat(3 * k + 1, 1)
+        q = self.networks.q(observations, actions.flatten(0, 1)).unflatten(1, (3 * k + 1, b))
+        logged, sampled = q[:, 0], q[:, 1:].transpose(1, 2)
+        if self.calibrated:
+            sampled = torch.cat(
+                [calibrate(sampled[..., : 2 * k], batch.return_to_go), sampled[..., 2 * k :]], -1
+            )
+        gap = conservative_gap(sampled, log_densities, logged)
+        mse = (logged - target).square()
+        return (mse + self.config.alpha * gap).mean(-1).sum(), gap.detach().mean()
+
+    def update(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Critics, then Polyak; (advantages [B] over the policy's own action, scalars to log)."""
+        shape = batch.actions.shape
+        many = (self.config.actions, *shape)
+        uniform = torch.rand(many, generator=generator) * 2.0 - 1.0
+        noise = (torch.randn(many, generator=generator), torch.randn(many, generator=generator))
+        next_noise = torch.randn(shape, generator=generator)
+        loss, gap = self.critic_loss(batch, next_noise, noise, uniform)
+        descend_(self.critic_optimizer, loss)
+        polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
+        with torch.no_grad():
+            actions, _ = sample(*self.networks.actor(batch.observations), next_noise)
+            logged = self.networks.target_q(batch.observations, batch.actions).amin(0)
+            advantages = logged - self.networks.target_q(batch.observations, actions).amin(0)
+        return advantages, {"agent/critic_loss": loss.detach(), "agent/conservative_gap": gap}

@@ -1,0 +1,163 @@
+"""Offline policy extraction: mode-seeking, inside the support of the log, and away from accidents.
+
+A Gaussian that imitates "pass left" and "pass right" drives into the obstacle between them. So the
+log is imitated by a MIXTURE (a density network, Bishop 1994), which can hold both ways, weighted by
+advantage (AWR, arXiv:1910.00177) and by the chance that the action ends well; and the actor is its
+reverse-KL projection, which picks one mode and stays inside it, tilted by the critics:
+
+    minimise E_{a ~ pi}[ -Q(s, a)/|Q| + lambda Q_C(s, a)
+                         - weight (log M(a|s) - entropy log pi(a|s)) ]
+
+(BRAC's value-free form, arXiv:1911.11361, with a weighted mixture for the behaviour). An action
+outside the log's support has a log density that no blind spot of a critic can outweigh.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN
+from safe_offrl.losses import exponential_weight
+from safe_offrl.nets import Actor, QFunction, Risk, descend_, linear_layers
+from safe_offrl.state import Part
+from safe_offrl.types import Batch
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """``weight`` of KL(pi || mixture) against the normalised critics; ``components`` of the
+    mixture.
+
+    ``inverse_temperature`` and ``weight_limit`` are AWR's: exp(inverse_temperature * A), clipped.
+    """
+
+    learning_rate: float = 3e-4
+    weight: float = 0.1
+    entropy: float = 0.3
+    components: int = 6
+    inverse_temperature: float = 3.0
+    risk_aversion: float = 10.0
+    weight_limit: float = 100.0
+
+
+class MixturePolicy(nn.Module):
+    """Mixture of K diagonal Gaussians before tanh: p(u | s)."""
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: tuple[int, ...],
+        components: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.components = components
+        self.action_size = action_size
+        outputs = components * (1 + 2 * action_size)
+        self.layers = linear_layers(observation_size, (*hidden, outputs), generator)
+
+    def log_prob(self, observations: Tensor, pre_tanh: Tensor) -> Tensor:
+        """Log density of u [B, A] before tanh (no Jacobian) -> [B]."""
+        k, a = self.components, self.action_size
+        out = self.layers(observations)
+        log_weights = torch.log_softmax(out[:, :k], dim=-1)
+        mean, raw = out[:, k:].view(-1, k, 2 * a).chunk(2, dim=-1)
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1.0)
+        noise = (pre_tanh.unsqueeze(1) - mean) / log_std.exp()
+        density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+        return torch.logsumexp(log_weights + density.sum(-1), dim=-1)
+
+
+class Extraction:
+    """Trains the actor for any offline agent; owns the mixture and both optimisers."""
+
+    def __init__(
+        self,
+        actor: Actor,
+        observation_size: int,
+        action_size: int,
+        hidden: tuple[int, ...],
+        config: ExtractionConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.actor = actor
+        self.config = config
+        self.mixture = MixturePolicy(
+            observation_size, action_size, hidden, config.components, generator
+        )
+        self.mixture_optimizer = torch.optim.Adam(
+            self.mixture.parameters(), lr=config.learning_rate, fused=True
+        )
+        self.actor_optimizer = torch.optim.Adam(
+            actor.parameters(), lr=config.learning_rate, fused=True
+        )
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps, besides the actor."""
+        return {
+            "mixture": self.mixture,
+            "mixture_optimizer": self.mixture_optimizer,
+            "actor_optimizer": self.actor_optimizer,
+        }
+
+    def mixture_loss(self, batch: Batch, advantages: Tensor, risk: Tensor) -> Tensor:
+        """Negative log likelihood of logged actions, weighted by ``exp(A) (1 - Q_C)``, mean 1.
+
+        ``advantages`` and ``risk`` of the logged actions, [B] each.
+        """
+        weight = exponential_weight(
+            advantages, self.config.inverse_temperature, self.config.weight_limit
+        )
+        weight = weight * (-self.config.risk_aversion * risk).exp()
+        weight = weight / weight.mean().clamp_min(1e-6)
+        # tanh saturates: |a| = 1 has no finite pre-image, so the edge is taken at 1 - 1e-3.
+        pre_tanh = torch.atanh(batch.actions.clamp(-0.999, 0.999))
+        return -(weight * self.mixture.log_prob(batch.observations, pre_tanh)).mean()
+
+    def actor_loss(
+        self, batch: Batch, noise: Tensor, critics: QFunction, risk: Risk, multiplier: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The objective of this module's docstring; (loss, mean KL estimate)."""
+        mean, log_std = self.actor(batch.observations)
+        pre_tanh = mean + log_std.exp() * noise
+        actions = torch.tanh(pre_tanh)
+        density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+        # Both densities are before tanh: there the Gaussian has a well-behaved mode.
+        log_mixture = self.mixture.log_prob(batch.observations, pre_tanh)
+        log_actor = density.sum(-1)
+        q = critics(batch.observations, actions).amin(0)
+        danger = risk(batch.observations, batch.time_to_go, actions)
+        loss = (
+            -q / q.detach().abs().mean().clamp_min(1e-6)
+            + multiplier * danger
+            - self.config.weight * (log_mixture - self.config.entropy * log_actor)
+        )
+        return loss.mean(), (log_actor - log_mixture).detach().mean()
+
+    def update(
+        self,
+        batch: Batch,
+        advantages: Tensor,
+        critics: QFunction,
+        risk: Risk,
+        multiplier: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """One step of the mixture, one of the actor."""
+        with torch.no_grad():
+            logged_risk = risk(batch.observations, batch.time_to_go, batch.actions)
+        mixture_loss = self.mixture_loss(batch, advantages, logged_risk)
+        descend_(self.mixture_optimizer, mixture_loss)
+        noise = torch.randn(batch.actions.shape, generator=generator)
+        actor_loss, divergence = self.actor_loss(batch, noise, critics, risk, multiplier)
+        descend_(self.actor_optimizer, actor_loss)
+        return {
+            "actor/loss": actor_loss.detach(),
+            "actor/kl_to_log": divergence,
+            "actor/mixture_loss": mixture_loss.detach(),
+        }

@@ -1,0 +1,82 @@
+"""IQL (Kostrikov et al. 2021, arXiv:2110.06169): values without ever asking about unlogged actions.
+
+Its values are as published; the actor comes from agents/extraction.py instead of plain AWR.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safe_offrl.losses import expectile_loss, td_target
+from safe_offrl.nets import Networks, StackedMLP, descend_, polyak_
+from safe_offrl.state import Part
+from safe_offrl.types import Batch
+
+
+@dataclass(frozen=True)
+class IQLConfig:
+    """Reference settings of IQL on MuJoCo; expectile .9 on AntMaze."""
+
+    learning_rate: float = 3e-4
+    discount: float = 0.99
+    tau: float = 5e-3
+    expectile: float = 0.7
+
+
+class IQL:
+    """Offline agent: state value V by expectile regression, critics from V."""
+
+    def __init__(
+        self,
+        networks: Networks,
+        observation_size: int,
+        hidden: tuple[int, ...],
+        config: IQLConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.networks = networks
+        self.config = config
+        self.value = StackedMLP(1, observation_size, hidden, layer_norm=True, generator=generator)
+        lr = config.learning_rate
+        self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(networks.critics.parameters(), lr=lr, fused=True)
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return {
+            **self.networks.parts(),
+            "value": self.value,
+            "value_optimizer": self.value_optimizer,
+            "critic_optimizer": self.critic_optimizer,
+        }
+
+    def value_loss(self, batch: Batch, target_q: Tensor) -> Tensor:
+        """Expectile regression of V towards the minimum target critic, target_q [B] (eq. 5)."""
+        value = self.value(batch.observations)[0]
+        return expectile_loss(target_q - value, self.config.expectile).mean()
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        """Sum over members of the squared error to ``r + discount (1 - terminated) V(s')``."""
+        with torch.no_grad():
+            next_value = self.value(batch.next_observations)[0]
+            target = td_target(batch.rewards, batch.terminated, next_value, self.config.discount)
+        q = self.networks.q(batch.observations, batch.actions)
+        return (q - target).square().mean(-1).sum()
+
+    def update(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """V, then the critics with the new V, then Polyak; (advantages [B], scalars to log)."""
+        target_q = self.networks.target_q(batch.observations, batch.actions).amin(0)
+        value_loss = self.value_loss(batch, target_q)
+        descend_(self.value_optimizer, value_loss)
+        with torch.no_grad():
+            advantages = target_q - self.value(batch.observations)[0]
+        critic_loss = self.critic_loss(batch)
+        descend_(self.critic_optimizer, critic_loss)
+        polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
+        return advantages, {
+            "agent/value_loss": value_loss.detach(),
+            "agent/critic_loss": critic_loss.detach(),
+        }

@@ -1,0 +1,133 @@
+"""RLPD (Ball et al. 2023, arXiv:2302.02948): the online learner, and the value pre-alignment before
+it.
+
+SAC with a LayerNorm critic ensemble: the target is the minimum over a random subset of two members
+drawn without replacement, the actor climbs the MEAN of all, truncation bootstraps. Two additions,
+both off when their weights are zero: lambda times the safety critic's risk in the actor's loss, and
+a KL penalty that keeps the learner within reach of the policy that acts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safe_offrl.distributions import kl, sample
+from safe_offrl.losses import td_target
+from safe_offrl.nets import Actor, Networks, Risk, descend_, polyak_
+from safe_offrl.state import Part
+from safe_offrl.types import Batch
+
+
+@dataclass(frozen=True)
+class RLPDConfig:
+    """Reference settings of RLPD; ``subset`` is 1 for AntMaze and pixels in the paper.
+
+    ``target_entropy`` per action dimension: -0.5 is RLPD's -|A|/2. No entropy in the backup.
+    """
+
+    learning_rate: float = 3e-4
+    discount: float = 0.99
+    tau: float = 5e-3
+    subset: int = 2
+    target_entropy: float = -0.5
+    temperature_init: float = 0.01
+
+
+class RLPD:
+    """The online learner; takes over the networks that an offline agent has trained."""
+
+    def __init__(self, networks: Networks, action_size: int, config: RLPDConfig) -> None:
+        self.networks = networks
+        self.config = config
+        self.log_temperature = torch.tensor(config.temperature_init).log().requires_grad_()
+        self._target_entropy = config.target_entropy * action_size
+        lr = config.learning_rate
+        self.actor_optimizer = torch.optim.Adam(networks.actor.parameters(), lr=lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(networks.critics.parameters(), lr=lr, fused=True)
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=lr)
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return {
+            **self.networks.parts(),
+            "log_temperature": self.log_temperature,
+            "actor_optimizer": self.actor_optimizer,
+            "critic_optimizer": self.critic_optimizer,
+            "temperature_optimizer": self.temperature_optimizer,
+        }
+
+    def critic_loss(self, batch: Batch, noise: Tensor, members: Tensor) -> Tensor:
+        """Sum over members of the mean squared TD error; ``members`` [subset] form the target."""
+        with torch.no_grad():
+            next_actions, _ = sample(*self.networks.actor(batch.next_observations), noise)
+            next_q = self.networks.target_q(batch.next_observations, next_actions)
+            target = td_target(
+                batch.rewards, batch.terminated, next_q[members].amin(0), self.config.discount
+            )
+        q = self.networks.q(batch.observations, batch.actions)
+        return (q - target).square().mean(-1).sum()
+
+    def actor_loss(
+        self,
+        batch: Batch,
+        noise: Tensor,
+        risk: Risk | None,
+        multiplier: Tensor,
+        anchor: Actor | None,
+        kl_weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """``-Q/|Q| + temperature log pi + lambda Q_C + kl_weight KL(pi || anchor)``, batch mean.
+
+        Q is divided by its mean magnitude (TD3+BC, arXiv:2106.06860, eq. 5), so that temperature,
+        lambda and kl_weight mean the same on every reward scale. Returns (loss, mean log pi).
+        """
+        mean, log_std = self.networks.actor(batch.observations)
+        actions, log_prob = sample(mean, log_std, noise)
+        q = self.networks.q(batch.observations, actions).mean(0)
+        loss = (
+            -q / q.detach().abs().mean().clamp_min(1e-6)
+            + self.log_temperature.detach().exp() * log_prob
+        )
+        if risk is not None:
+            loss = loss + multiplier * risk(batch.observations, batch.time_to_go, actions)
+        if anchor is not None:
+            with torch.no_grad():
+                anchor_mean, anchor_log_std = anchor(batch.observations)
+            loss = loss + kl_weight * kl(mean, log_std, anchor_mean, anchor_log_std)
+        return loss.mean(), log_prob.detach().mean()
+
+    def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """One TD step of all critics under the present actor; alone it is value pre-alignment."""
+        noise = torch.randn(batch.actions.shape, generator=generator)
+        members = torch.randperm(self.networks.critics.members, generator=generator)
+        loss = self.critic_loss(batch, noise, members[: self.config.subset])
+        descend_(self.critic_optimizer, loss)
+        polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
+        return {"learner/critic_loss": loss.detach()}
+
+    def update_actor(
+        self,
+        batch: Batch,
+        risk: Risk | None,
+        multiplier: Tensor,
+        anchor: Actor | None,
+        kl_weight: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """One actor step and one temperature step."""
+        noise = torch.randn(batch.actions.shape, generator=generator)
+        loss, log_prob = self.actor_loss(batch, noise, risk, multiplier, anchor, kl_weight)
+        descend_(self.actor_optimizer, loss)
+        # A barrier on -log pi: too little entropy raises the temperature.
+        descend_(
+            self.temperature_optimizer,
+            -self.log_temperature.exp() * (log_prob + self._target_entropy),
+        )
+        return {
+            "learner/actor_loss": loss.detach(),
+            "learner/entropy": -log_prob,
+            "learner/temperature": self.log_temperature.detach().exp(),
+        }

@@ -1,0 +1,225 @@
+"""Is the safety critic to be trusted? Judged on held-out episodes, before anything acts.
+
+The critic speaks of the new policy, the log of the old ones, so outcomes are compared over a short
+window: "accident within the next W logged steps", continued by the critic's own value where the
+window ends (a W-step return). Over so few steps the logged action decides, not who acts afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from safe_offrl.distributions import sample
+from safe_offrl.nets import Actor
+from safe_offrl.safety_critic import RiskEstimate, SafetyCritic
+from safe_offrl.statistics import clopper_pearson
+from safe_offrl.types import Dataset
+
+Floats = NDArray[np.float32]
+
+WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
+MISS_TARGET = 0.1  # share of dangerous actions that the threshold may let pass
+# What the shield needs before it may act, each with the reason it is refused for.
+MIN_ACCIDENT_EPISODES = 10
+MIN_AUROC = 0.8
+MIN_RANKING = 0.55
+MAX_FALSE_SAFE = 0.25
+MAX_FALSE_ALARM = 0.25
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What held-out episodes say of the safety critic.
+
+    ``reliability``: (mean prediction, mean outcome, transitions) per bin; ``ece`` its weighted mean
+    gap. ``auroc`` and ``ranking`` are shares of correctly ordered pairs: of any two transitions,
+    and of two actions at (nearly) one state, the comparison a shield makes. ``false_safe`` and
+    ``false_alarm`` are what ``threshold`` does on episodes it was not chosen on.
+    """
+
+    episodes: int
+    accident_episodes: int
+    auroc: float
+    ranking: float
+    ranking_low: float
+    ranking_pairs: int
+    reliability: tuple[tuple[float, float, int], ...]
+    ece: float
+    threshold: float
+    false_safe: float
+    false_alarm: float
+    v_accident: float
+    v_accident_upper: float
+    v_reference: float
+    behaviour_accident_rate: float
+    shield_refusals: tuple[str, ...]
+
+    @property
+    def shield_threshold(self) -> float | None:
+        """The shield's threshold, or None when the shield must abstain."""
+        return None if self.shield_refusals else self.threshold
+
+    def __str__(self) -> str:
+        """The report as a person reads it."""
+        shield = (
+            f"allowed, threshold {self.threshold:.3f}: lets {self.false_safe:.0%} of dangerous "
+            f"actions pass, stops {self.false_alarm:.0%} of safe ones"
+            if not self.shield_refusals
+            else "abstains: " + "; ".join(self.shield_refusals)
+        )
+        return "\n".join(
+            [
+                f"calibration {self.episodes} held-out episodes, {self.accident_episodes} with an "
+                f"accident ({self.behaviour_accident_rate:.1%})",
+                f"V_accident  {self.v_accident:.3f} per episode for the new policy (upper estimate "
+                f"{self.v_accident_upper:.3f}, plain TD {self.v_reference:.3f})",
+                f"critic      AUROC {self.auroc:.2f}, expected calibration error {self.ece:.3f}, "
+                f"ranking among actions {self.ranking:.2f} (at least {self.ranking_low:.2f})",
+                f"shield      {shield}",
+            ]
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able content of the report file."""
+        return {**asdict(self), "shield_threshold": self.shield_threshold}
+
+
+def auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """Probability that a positive scores above a negative, ties counted half; NaN without both.
+
+    The Mann-Whitney statistic: (sum of the positives' mid-ranks - n(n+1)/2) / (n m).
+    """
+    n, m = int(positive.sum()), int((~positive).sum())
+    if n == 0 or m == 0:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mid_ranks = np.cumsum(counts) - 0.5 * (counts - 1)
+    return float((mid_ranks[inverse][positive].sum() - 0.5 * n * (n + 1)) / (n * m))
+
+
+def accident_within(dataset: Dataset, window: int) -> NDArray[np.bool_]:
+    """Whether an accident follows within ``window`` steps, this one included, [N]."""
+    accidents = dataset.transitions.accidents.numpy() > 0
+    result = np.zeros(len(accidents), dtype=bool)
+    starts = dataset.episode_starts
+    for first, end in itertools.pairwise(starts):
+        for t in np.flatnonzero(accidents[first:end]):
+            result[max(first, first + t - window + 1) : first + t + 1] = True
+    return result
+
+
+def window_outcomes(dataset: Dataset, values: Floats, window: int) -> Floats:
+    """W-step return of the accident indicator, [N] in [0, 1].
+
+    1 if an accident follows within ``window`` steps; 0 if the episode terminates or the horizon is
+    reached first; else ``values`` [N], the critic's V, at the state where the window ends.
+    """
+    n = len(values)
+    end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
+    later = np.arange(n) + window
+    inside = later < end
+    outcome = np.where(inside, values[np.minimum(later, n - 1)], 0.0)
+    return np.where(accident_within(dataset, window), 1.0, outcome).astype(np.float32)
+
+
+@torch.no_grad()
+def calibrate_critic(
+    critic: SafetyCritic, actor: Actor, held_out: Dataset, estimate: RiskEstimate
+) -> CalibrationReport:
+    """Judge the critic on held-out episodes and find the shield's threshold."""
+    t = held_out.transitions
+    risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
+    mean, log_std = actor(t.observations)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    values = critic.risk(t.observations, t.time_to_go, sample(mean, log_std, noise)[0]).numpy()
+    window = max(1, round(WINDOW_SHARE * held_out.horizon))
+    danger = accident_within(held_out, window)
+    reliability, ece = _reliability(risk, window_outcomes(held_out, values, window))
+    concordant, pairs = _ranking(critic, held_out, danger)
+    ranking_low = clopper_pearson(concordant, pairs, 0.9)[0] if pairs else 0.0
+    # The threshold is chosen on every other episode and judged on the rest.
+    episode = np.repeat(np.arange(held_out.episodes), held_out.episode_lengths)
+    chosen_on = episode % 2 == 0
+    chosen = risk[chosen_on & danger]
+    threshold = float(np.quantile(chosen, MISS_TARGET)) if len(chosen) else float("nan")
+    judged, safe = risk[~chosen_on & danger], risk[~chosen_on & ~danger]
+    false_safe = float((judged <= threshold).mean()) if len(judged) else float("nan")
+    false_alarm = float((safe > threshold).mean()) if len(safe) else float("nan")
+    score = auroc(risk, danger)
+    accident_episodes = int(held_out.episode_accidents.sum())
+    # Written so that a NaN is a refusal.
+    demands = {
+        f"{accident_episodes} held-out accident episodes, {MIN_ACCIDENT_EPISODES} needed": (
+            accident_episodes >= MIN_ACCIDENT_EPISODES
+        ),
+        f"AUROC {score:.2f}, {MIN_AUROC} needed": score >= MIN_AUROC,
+        f"ranking among actions is {ranking_low:.2f} at least, {MIN_RANKING} needed": (
+            ranking_low >= MIN_RANKING
+        ),
+        f"false-safe rate {false_safe:.2f}, at most {MAX_FALSE_SAFE} allowed": (
+            false_safe <= MAX_FALSE_SAFE
+        ),
+        f"false-alarm rate {false_alarm:.2f}, at most {MAX_FALSE_ALARM} allowed": (
+            false_alarm <= MAX_FALSE_ALARM
+        ),
+    }
+    return CalibrationReport(
+        episodes=held_out.episodes,
+        accident_episodes=accident_episodes,
+        auroc=score,
+        ranking=concordant / pairs if pairs else float("nan"),
+        ranking_low=ranking_low,
+        ranking_pairs=pairs,
+        reliability=reliability,
+        ece=ece,
+        threshold=threshold,
+        false_safe=false_safe,
+        false_alarm=false_alarm,
+        v_accident=estimate.value,
+        v_accident_upper=estimate.upper,
+        v_reference=estimate.reference,
+        behaviour_accident_rate=float(held_out.episode_accidents.mean()),
+        shield_refusals=tuple(text for text, met in demands.items() if not met),
+    )
+
+
+def _reliability(
+    predicted: Floats, outcome: Floats
+) -> tuple[tuple[tuple[float, float, int], ...], float]:
+    bins = np.minimum((predicted * 10).astype(int), 9)
+    rows = tuple(
+        (float(predicted[b].mean()), float(outcome[b].mean()), int(b.sum()))
+        for b in (bins == i for i in range(10))
+        if b.any()
+    )
+    return rows, float(sum(n * abs(p - o) for p, o, n in rows) / len(predicted))
+
+
+def _ranking(critic: SafetyCritic, held_out: Dataset, danger: NDArray[np.bool_]) -> tuple[int, int]:
+    """(pairs ordered correctly, pairs): a dangerous action against its neighbour's safe one.
+
+    Each dangerous transition is paired with the safe transition of another episode whose state is
+    nearest (standardised distance, the nearer half of the pairs kept) and whose action differs
+    clearly. Both actions are then scored at the SAME state.
+    """
+    t = held_out.transitions
+    spread, centre = torch.std_mean(t.observations, dim=0)
+    states = (t.observations - centre) / (spread + 1e-6)
+    bad, good = torch.from_numpy(np.flatnonzero(danger)), torch.from_numpy(np.flatnonzero(~danger))
+    if not len(bad) or not len(good):
+        return 0, 0
+    nearest = [torch.cdist(chunk, states[good]).min(dim=1) for chunk in states[bad].split(256)]
+    distance = torch.cat([x.values for x in nearest])
+    partner = good[torch.cat([x.indices for x in nearest])]
+    differs = (t.actions[bad] - t.actions[partner]).norm(dim=-1) > 0.25
+    keep = differs & (distance <= distance.median())
+    bad, partner = bad[keep], partner[keep]
+    mine = critic.risk(t.observations[bad], t.time_to_go[bad], t.actions[bad])
+    other = critic.risk(t.observations[bad], t.time_to_go[bad], t.actions[partner])
+    return int((mine > other).sum()), len(bad)

@@ -1,0 +1,201 @@
+"""The picture of a comparison: four panels over environment steps, one colour a method."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_offrl.statistics import run_level_interval
+from safe_offrl.types import Episode
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito: distinguishable with every common kind of colour blindness.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_WINDOW = 50  # episodes behind a smoothed return
+_LONG_WINDOW = 100  # episodes behind a realised accident rate
+_DOTTED, _DASHED = (0, (1, 1.2)), (0, (4, 3))
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+class RunCurves(NamedTuple):
+    """What is drawn of one run."""
+
+    method: str
+    env_id: str
+    epsilon: float
+    confidence: float
+    episodes: Sequence[Episode]  # at least one
+    estimates: Sequence[tuple[int, float]]  # (step, V_accident estimate of the acting policy)
+
+
+def draw(runs: Sequence[RunCurves], path: Path) -> None:
+    """Write a PNG: accidents, accident rate, return, and estimate against realised rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    groups: dict[str, list[RunCurves]] = {}
+    for run in runs:
+        groups.setdefault(run.method, []).append(run)
+    colours = dict(zip(groups, itertools.cycle(_COLOURS), strict=False))
+
+    figure = Figure(figsize=(12.5, 8.4), dpi=120, facecolor="white")
+    FigureCanvasAgg(figure)
+    accidents, rate, returns, estimate = figure.subplots(2, 2).ravel()
+    for method, members in groups.items():
+        _draw_accidents(accidents, members, colours[method])
+        _draw_rate(rate, members, colours[method])
+        _draw_return(returns, members, colours[method])
+        _draw_estimate(estimate, members, colours[method])
+
+    confidence = f"{100 * min(run.confidence for run in runs):g} %"
+    _finish(accidents, "Accidents so far", "episodes with an accident, each run")
+    _finish(rate, f"Accident rate so far, anytime {confidence} band", "accidents per episode")
+    _finish(returns, f"Return, mean of {_WINDOW} episodes", "return (thin: runs, thick: mean)")
+    _finish(estimate, "Estimate against reality", "accident probability per episode")
+    last = max(run.episodes[-1].total_steps for run in runs)
+    for axis in (accidents, rate, returns, estimate):
+        axis.set_xlim(0, 1.02 * last)
+    for axis in (accidents, rate, estimate):
+        axis.set_ylim(bottom=0)
+    rate.set_ylim(top=_rate_ceiling(groups))
+    for axis in (rate, estimate):
+        for epsilon in {run.epsilon for run in runs if not math.isnan(run.epsilon)}:
+            axis.set_ylim(top=max(axis.get_ylim()[1], 1.15 * epsilon))
+            _draw_epsilon(axis, epsilon)
+
+    dots = Line2D([], [], color="0.3", linewidth=1.6, marker="o", markersize=3.5)
+    dotted = Line2D([], [], color="0.3", linewidth=1.4, linestyle=_DOTTED)
+    labels = ["estimate of the acting policy", f"realised, last {_LONG_WINDOW} episodes"]
+    estimate.legend([dots, dotted], labels, fontsize=8.5, loc="best", framealpha=0.85)
+    figure.tight_layout(rect=(0, 0, 1, 0.955), h_pad=2.0, w_pad=2.0)
+    environments = ", ".join(sorted({run.env_id for run in runs}))
+    figure.text(0.012, 0.985, environments, va="top", fontsize=14, fontweight="bold")
+    figure.legend(
+        [Line2D([], [], color=colours[method], linewidth=3.5) for method in groups],
+        [f"{m} ({len(g)} run{'s' * (len(g) > 1)})" for m, g in groups.items()],
+        loc="upper right",
+        bbox_to_anchor=(0.995, 0.998),
+        ncols=4,
+        frameon=False,
+    )
+    figure.savefig(path)
+
+
+def _draw_accidents(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
+    ends = []
+    for run in runs:
+        steps = [0, *(e.total_steps for e in run.episodes)]
+        count = np.cumsum([0, *(e.accident for e in run.episodes)])
+        axis.step(steps, count, where="post", color=colour, linewidth=1.3, alpha=0.75)
+        ends.append(int(count[-1]))
+    axis.annotate(
+        f"{ends[0]}" if len(ends) == 1 else f"mean {np.mean(ends):.0f}",
+        (1.0, float(np.mean(ends))),
+        xycoords=("axes fraction", "data"),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9.5,
+        color=colour,
+        fontweight="bold",
+    )
+
+
+def _draw_rate(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
+    steps, rate, low, high = _pooled_rate(runs)
+    axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
+    axis.plot(steps, rate, color=colour, linewidth=1.8)
+
+
+def _pooled_rate(runs: Sequence[RunCurves]) -> tuple[NDArray[np.float64], ...]:
+    """(steps, rate, low, high) of all runs of a method together, at equal steps.
+
+    To the run-level bounds, independent runs in any order that does not look ahead are one long
+    run; hence sorted by the step at which an episode BEGINS (accidents make episodes end early).
+    """
+    everything = [e for run in runs for e in run.episodes]
+    episodes = sorted(everything, key=lambda e: e.total_steps - e.steps)
+    counts = np.cumsum([e.accident for e in episodes])
+    confidence = min(run.confidence for run in runs)
+    n = np.arange(1.0, len(episodes) + 1)
+    low, high = np.array([run_level_interval(int(k), confidence) for k in counts]).T / n
+    steps = np.maximum.accumulate([float(e.total_steps) for e in episodes])
+    return steps, counts / n, low, high.clip(max=1.0)
+
+
+def _rate_ceiling(groups: Mapping[str, Sequence[RunCurves]]) -> float:
+    """Top of the rate panel: the bounds after the first tenth of the steps, which say little."""
+    tops = [run.epsilon for runs in groups.values() for run in runs if run.epsilon == run.epsilon]
+    for runs in groups.values():
+        steps, _, _, high = _pooled_rate(runs)
+        tops.append(float(high[steps >= 0.1 * steps[-1]].max()))
+    return min(1.0, 1.15 * max(tops))
+
+
+def _draw_return(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
+    curves = [_smoothed(run, _WINDOW, lambda e: e.episode_return) for run in runs]
+    for curve in curves:
+        axis.plot(*curve, color=colour, linewidth=0.8, alpha=0.45)
+    axis.plot(*_average(curves), color=colour, linewidth=2.2)
+
+
+def _draw_estimate(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
+    realised = [_smoothed(run, _LONG_WINDOW, lambda e: float(e.accident)) for run in runs]
+    axis.plot(*_average(realised), color=colour, linewidth=1.5, linestyle=_DOTTED)
+    estimates = [
+        (known[:, 0], known[:, 1])
+        for run in runs
+        if len(known := np.array([e for e in run.estimates if not math.isnan(e[1])], dtype=float))
+    ]
+    if estimates:
+        axis.plot(*_average(estimates, 40), color=colour, linewidth=1.6, marker="o", markersize=3)
+
+
+def _draw_epsilon(axis: Axes, epsilon: float) -> None:
+    axis.axhline(epsilon, color="0.25", linestyle=_DASHED, linewidth=1.1, zorder=1)
+    axis.annotate(
+        f"epsilon {epsilon:g}",
+        (0.5, epsilon),
+        xycoords=("axes fraction", "data"),
+        ha="center",
+        va="center",
+        fontsize=8.5,
+        color="0.25",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
+    )
+
+
+def _smoothed(run: RunCurves, window: int, value: Callable[[Episode], float]) -> Curve:
+    """Moving average over ``window`` episodes (or all, if fewer) against the steps at its end."""
+    window = min(window, len(run.episodes))
+    total = np.cumsum([0.0, *(value(e) for e in run.episodes)])
+    steps = np.array([e.total_steps for e in run.episodes], dtype=np.float64)
+    return steps[window - 1 :], (total[window:] - total[:-window]) / window
+
+
+def _average(curves: Sequence[Curve], points: int = 200) -> Curve:
+    """Mean of the curves over the steps that all of them cover."""
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    grid = np.linspace(first, max(first, last), points)
+    return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
+
+
+def _finish(axis: Axes, title: str, ylabel: str) -> None:
+    axis.set_title(title, loc="left", fontsize=11.5, fontweight="bold")
+    axis.set_ylabel(ylabel, fontsize=9.5)
+    axis.set_xlabel("environment steps charged", fontsize=9.5)
+    axis.grid(True, color="0.92", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8.5, color="0.5")
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")

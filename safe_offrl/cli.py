@@ -1,0 +1,345 @@
+"""The command line: `safe-offrl COMMAND`. Each command parses its arguments and calls commands.py.
+
+Everything heavy is imported inside the commands, so that --help answers at once (no torch).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safe_offrl.errors import UserError
+
+if TYPE_CHECKING:
+    from safe_offrl.progress import Say
+
+app = typer.Typer(
+    help="Learn from a log, finish learning in the real thing, and count every accident.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _count(value: str | int) -> int:
+    """Parse 200, 50k, 1.5M; typer sends defaults through here as well."""
+    from safe_offrl.config import parse_count
+
+    return value if isinstance(value, int) else parse_count(value)
+
+
+def _count_option(help_text: str, name: str) -> Any:
+    return typer.Option(name, parser=_count, metavar="N", help=f"{help_text} (50k, 1.5M).")
+
+
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
+Name = Annotated[str | None, typer.Option(help="Name of the new run; numbered if left out.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Resume = Annotated[
+    str | None, typer.Option(metavar="RUN", help="Continue this run; it keeps its settings.")
+]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of torch; stored in the run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, the rest to stderr.")]
+CheckpointSeconds = Annotated[
+    float, typer.Option(min=0.0, help="Seconds of work that a crash may cost.")
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the resolved settings and stop.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print the header and stop.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)]
+
+
+@app.command()
+def pretrain(
+    overrides: Overrides = None,
+    agent: Annotated[str | None, typer.Option(help="iql, cql or calql.")] = None,
+    env: Annotated[
+        str | None, typer.Option(metavar="ID", help='Gymnasium id or "package.module:Env-v0".')
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="FILE", help="HDF5 in the DSRL layout.")
+    ] = None,
+    steps: Annotated[int | None, _count_option("Gradient steps", "--steps")] = None,
+    seed: Seed = None,
+    name: Name = None,
+    runs: Runs = Path("runs"),
+    resume: Resume = None,
+    threads: Threads = 1,
+    checkpoint_seconds: CheckpointSeconds = 10.0,
+    print_config: PrintConfig = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Learn a policy and its safety critic from a dataset, offline."""
+    from safe_offrl import commands
+    from safe_offrl.config import to_yaml
+
+    say = _say(as_json)
+    writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
+    settings: dict[str, Any] = {
+        "agent": agent,
+        "env": env,
+        "dataset": dataset,
+        "steps": steps,
+        "seed": seed,
+    }
+    keys = commands.parse_overrides(overrides or [])
+    if resume is not None:
+        _refuse_settings_on_resume([*settings.values(), name, *keys])
+        run = commands.resume_pretrain(resume, **writing)
+    else:
+        config = commands.pretrain_config(**settings, overrides=keys)
+        if print_config:
+            print(to_yaml(config), end="")
+            return
+        plan = commands.plan_pretrain(config, threads=threads, say=say)
+        if dry_run:
+            say(plan.header)
+            return
+        run = commands.pretrain_run(plan, name=name, **writing)
+    if as_json:
+        _print_json({"run": str(run.path), "calibration": run.read_json("calibration.json")})
+
+
+@app.command()
+def finetune(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN|KEY=VALUE", show_default=False)
+    ] = None,
+    budget: Annotated[int | None, _count_option("Steps in the environment", "--budget")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Limit of P(accident).")] = None,
+    delta: Annotated[float | None, typer.Option(help="Limit of the KL, in nats.")] = None,
+    accident_budget: Annotated[
+        int | None, _count_option("Stop after this many accidents", "--accident-budget")
+    ] = None,
+    seed: Seed = None,
+    no_kl: Annotated[bool, typer.Option("--no-kl", help="Switch the KL constraint off.")] = False,
+    no_accident_constraint: Annotated[
+        bool,
+        typer.Option("--no-accident-constraint", help="Switch the accident constraint off."),
+    ] = False,
+    no_shield: Annotated[bool, typer.Option("--no-shield", help="Switch the shield off.")] = False,
+    name: Name = None,
+    runs: Runs = Path("runs"),
+    resume: Resume = None,
+    threads: Threads = 1,
+    checkpoint_seconds: CheckpointSeconds = 10.0,
+    print_config: PrintConfig = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go on learning in the environment, within both constraints.
+
+    RUN is a finished pretrain run; the newest one if left out.
+    """
+    from safe_offrl import commands
+    from safe_offrl.config import to_yaml
+    from safe_offrl.run import find_run
+
+    say = _say(as_json)
+    writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
+    # Both are optional and positional: what holds no "=" is the run.
+    references = [text for text in arguments or [] if "=" not in text]
+    keys = [text for text in arguments or [] if "=" in text]
+    if len(references) > 1:
+        commands.parse_overrides(references[1:])
+    settings: dict[str, Any] = {
+        "budget": budget,
+        "epsilon": epsilon,
+        "delta": delta,
+        "accident_budget": accident_budget,
+        "seed": seed,
+        "kl": False if no_kl else None,
+        "accident_constraint": False if no_accident_constraint else None,
+        "shield": False if no_shield else None,
+    }
+    if resume is not None:
+        _refuse_settings_on_resume([*settings.values(), name, *references, *keys])
+        run = commands.resume_finetune(resume, **writing)
+    else:
+        source = find_run(references[0] if references else None, runs, "pretrain")
+        config = commands.finetune_config(source, **settings, overrides=keys)
+        if print_config:
+            print(to_yaml(config), end="")
+            return
+        plan = commands.plan_finetune(source, config, threads=threads)
+        if dry_run:
+            say(plan.header)
+            return
+        run = commands.finetune_run(plan, name=name, **writing)
+    if as_json:
+        episodes = run.episodes()
+        accidents = sum(e.accident for e in episodes)
+        _print_json(
+            {"run": str(run.path), "episodes": len(episodes), "accidents": accidents}
+            | {"steps": episodes[-1].total_steps if episodes else 0}
+        )
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A pretrain or finetune run.")],
+    episodes: Annotated[int, _count_option("Episodes", "--episodes")] = 100,
+    mean_action: Annotated[
+        bool, typer.Option("--mean-action", help="Act with the mean instead of sampling.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the evaluation episodes.")] = 0,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Play episodes with a run's final policy; writes evaluation.json into the run."""
+    from safe_offrl import commands
+
+    result = commands.evaluate_run(
+        run, episodes=episodes, mean_action=mean_action, seed=seed, runs=runs, say=_say(as_json)
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def compare(
+    references: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figure.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Pool runs by this setting, not by method.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tabulate accidents, rates with intervals and returns of fine-tuning runs."""
+    from safe_offrl import commands
+
+    result = commands.compare_runs(
+        references, png=png, group_by=group_by, runs=runs, say=_say(as_json)
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def collect(
+    env: Annotated[
+        str | None, typer.Option(metavar="ID", help='Gymnasium id or "package.module:Env-v0".')
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write; the cache if left out.")
+    ] = None,
+    transitions: Annotated[int | None, _count_option("Steps to log", "--transitions")] = None,
+    seed: Seed = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Log a dataset with a mixture of behaviours.
+
+    KEY=VALUE takes safety.accident=..., safety.cost_threshold=... and safety.horizon=...
+    """
+    from safe_offrl import commands
+
+    path = commands.collect_run(
+        env=env,
+        out=out,
+        transitions=transitions,
+        seed=seed,
+        overrides=commands.parse_overrides(overrides or []),
+        say=_say(as_json),
+    )
+    if as_json:
+        _print_json({"dataset": str(path)})
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="HDF5 in the DSRL layout.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a dataset holds, and what cannot be learnt from it."""
+    from safe_offrl import commands
+
+    summary = commands.inspect_dataset(
+        dataset, overrides=commands.parse_overrides(overrides or []), say=_say(as_json)
+    )
+    if as_json:
+        _print_json(summary)
+
+
+@app.command()
+def demo(
+    steps: Annotated[int | None, _count_option("Offline gradient steps", "--steps")] = None,
+    budget: Annotated[int, _count_option("Steps in the environment", "--budget")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    runs: Runs = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """Show the whole thing: pretrain, then fine-tune with and without constraints, and compare."""
+    from safe_offrl import commands
+
+    commands.demo(steps=steps, budget=budget, seed=seed, runs=runs)
+
+
+def _say(as_json: bool) -> Say:
+    """Where lines for people go: standard output, or standard error beside --json."""
+    from safe_offrl.commands import say_plain
+
+    return (lambda text: print(text, file=sys.stderr, flush=True)) if as_json else say_plain
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, allow_nan=False))
+
+
+def _refuse_settings_on_resume(settings: list[Any]) -> None:
+    given = [s for s in settings if s is not None]
+    if given:
+        raise UserError(
+            f"--resume continues a run with its own settings, but {given[0]!r} was given too. "
+            "Leave it out, or start a new run."
+        )
+
+
+def main() -> None:
+    """Entry point: one sentence and exit code 2 for the user's mistakes, no traceback."""
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, FloatingPointError) as error:  # a full disk, a diverged loss: not the input
+        if "--debug" in sys.argv:
+            raise
+        print(
+            f"error: {error}. What was written before is intact: free the cause, then continue "
+            "with --resume.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except Exception as error:
+        from safe_offrl.progress import Interrupted  # not at the top: it needs torch
+
+        if not isinstance(error, Interrupted):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

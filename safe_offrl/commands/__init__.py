@@ -1,0 +1,44 @@
+"""What the command line does, as functions that Python users call too.
+
+A *plan* is everything that is decided before step 0 (settings, environment, dataset); making one
+finds every mistake of the user. The loops are generators, so writing the ledger, metrics,
+checkpoints, TensorBoard and the progress line all happen here.
+"""
+
+from safe_offrl.commands.common import parse_overrides, say_plain
+from safe_offrl.commands.demo import demo
+from safe_offrl.commands.offline import (
+    PretrainPlan,
+    plan_pretrain,
+    pretrain_config,
+    pretrain_run,
+    resume_pretrain,
+)
+from safe_offrl.commands.online import (
+    FinetunePlan,
+    finetune_config,
+    finetune_run,
+    plan_finetune,
+    resume_finetune,
+)
+from safe_offrl.commands.tools import collect_run, compare_runs, evaluate_run, inspect_dataset
+
+__all__ = [
+    "FinetunePlan",
+    "PretrainPlan",
+    "collect_run",
+    "compare_runs",
+    "demo",
+    "evaluate_run",
+    "finetune_config",
+    "finetune_run",
+    "inspect_dataset",
+    "parse_overrides",
+    "plan_finetune",
+    "plan_pretrain",
+    "pretrain_config",
+    "pretrain_run",
+    "resume_finetune",
+    "resume_pretrain",
+    "say_plain",
+]

@@ -1,0 +1,146 @@
+"""What the commands share: stored inputs, header lines, plain values."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safe_offrl.config import RunInputs
+from safe_offrl.data.hdf5 import load_dataset
+from safe_offrl.errors import ConfigError, DataError
+from safe_offrl.progress import Interrupted
+from safe_offrl.run import RunDir, RunError
+from safe_offrl.safety import SafetySpec
+from safe_offrl.types import Dataset
+
+CHECKPOINT_SECONDS = 10.0  # of work that a crash may cost; a checkpoint takes well under 0.1 s
+STOP_SECONDS = 5.0  # how long a signal waits for the end of an iteration
+
+
+def say_plain(text: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def stored_dataset(inputs: RunInputs, spec: SafetySpec, discount: float) -> Dataset:
+    """Load the dataset a run was made with; DataError if it is gone or has changed."""
+    path = Path(inputs.dataset)
+    if not path.is_file():
+        raise DataError(
+            f'The dataset "{path}" of this run is gone. Restore the file with the content sha256 '
+            f"{inputs.dataset_sha256[:12]}..., or pretrain again."
+        )
+    dataset = load_dataset(path, discount=discount, spec=spec)
+    if dataset.sha256 != inputs.dataset_sha256:
+        raise DataError(
+            f'The dataset "{path}" has changed since this run was made (sha256 '
+            f"{dataset.sha256[:12]}..., not {inputs.dataset_sha256[:12]}...). "
+            "Restore it, or pretrain again."
+        )
+    return dataset
+
+
+def stored_pretrain_run(inputs: RunInputs) -> RunDir:
+    """Open the pretrain run that a fine-tuning run started from."""
+    if inputs.pretrained is None:
+        raise ConfigError("config.yaml names no pretrain run. Start a new run.")
+    return RunDir(Path(inputs.pretrained))
+
+
+@contextlib.contextmanager
+def loading(path: str | Path) -> Iterator[None]:
+    """Turn torch's complaint about a state that does not fit into one sentence."""
+    try:
+        yield
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f'The checkpoint of "{path}" does not fit this version of safe-offrl ({reason}). '
+            "Use the version in its versions.json, or make the run again."
+        ) from error
+
+
+def require_unfinished(run: RunDir) -> None:
+    """Raise RunError if there is nothing left to resume."""
+    if run.state["status"] == "finished":
+        raise RunError(f'The run "{run.name}" is finished already. Start a new run instead.')
+
+
+def require_both_outcomes(dataset: Dataset, path: Path) -> None:
+    """Raise DataError if no episode, or every one, had an accident."""
+    accidents = int(dataset.episode_accidents.sum())
+    if accidents in (0, dataset.episodes):
+        what = "no accident" if accidents == 0 else "nothing but accidents"
+        raise DataError(
+            f'The dataset "{path}" has {what} in its {dataset.episodes} episodes, so risk cannot '
+            "be learnt from it. Log episodes of both kinds, or check safety.accident."
+        )
+
+
+def interrupted(run: RunDir, number: int, step: int) -> Interrupted:
+    """Mark a run as stopped by signal ``number``; returns the exception to raise."""
+    run.set_status("interrupted")
+    return Interrupted(
+        number,
+        f"stopped at step {step:,}; everything is saved. Continue with: "
+        f"safe-offrl {run.kind} --resume {run.path}",
+    )
+
+
+def data_line(dataset: Dataset, inputs: RunInputs) -> str:
+    """Header line: what the run learns from."""
+    share = float(dataset.episode_accidents.mean())
+    return (
+        f"data        {dataset.episodes:,} episodes, {len(dataset.rows):,} transitions, "
+        f"{share:.1%} of the episodes with an accident ({Path(inputs.dataset).name}, "
+        f"sha256 {dataset.sha256[:12]})"
+    )
+
+
+def constraint_line(safety: SafetySpec, horizon: int) -> str:
+    """Header line: what is promised."""
+    return (
+        f"constraints P(accident in {horizon} steps) < {safety.epsilon:g} (epsilon), "
+        f"KL < {safety.delta:g} nats (delta), confidence {safety.confidence:.0%}, "
+        f'accident = "{safety.accident}"'
+    )
+
+
+def device_line(inputs: RunInputs) -> str:
+    """Header line: what it runs on."""
+    return f"device      CPU, {inputs.threads} thread{'s' if inputs.threads > 1 else ''}"
+
+
+def plain(value: Any) -> Any:
+    """Named tuples and dataclasses as JSON-able dicts, recursively; non-finite numbers as None."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy arrays and scalars, tensors
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    """The entries that a curve can show."""
+    return {k: float(v) for k, v in values.items() if isinstance(v, bool | int | float)}
+
+
+def parse_overrides(arguments: Iterable[str]) -> list[str]:
+    """Trailing key=value arguments; anything else is a mistyped argument."""
+    found = list(arguments)
+    for text in found:
+        if "=" not in text:
+            raise ConfigError(f'"{text}" is neither an option nor key=value. See --help.')
+    return found

@@ -1,0 +1,91 @@
+"""The whole job on the embedded environment, with one command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.offline import plan_pretrain, pretrain_config, pretrain_run
+from safe_offrl.commands.tools import compare_runs
+from safe_offrl.progress import Say
+from safe_offrl.run import RunDir, RunError
+
+
+def demo(
+    *,
+    steps: int | None = None,
+    budget: int = 20_000,
+    seed: int = 0,
+    runs: str | Path = "runs",
+    say: Say = say_plain,
+) -> list[RunDir]:
+    """Pretrain, fine-tune with and without constraints side by side, compare.
+
+    Both fine-tunings start from the same policy, as two processes of one thread each. Returns the
+    three runs.
+    """
+    runs = Path(runs)
+    plan = plan_pretrain(pretrain_config(steps=steps, seed=seed), say=say)
+    name = _free_demo_name(runs)
+    pretrained = pretrain_run(plan, name=name, runs=runs, say=say)
+    base = [sys.executable, "-m", "safe_offrl.cli", "finetune", str(pretrained.path)]
+    base += ["--runs", str(runs), "--seed", str(seed), "--budget", str(budget)]
+    off = ["--no-kl", "--no-accident-constraint", "--no-shield"]
+    _run_together(
+        {
+            "constrained": [*base, "--name", f"{name}-constrained"],
+            "unconstrained": [*base, "--name", f"{name}-unconstrained", *off],
+        },
+        say,
+    )
+    names = [name, f"{name}-constrained", f"{name}-unconstrained"]
+    png = runs / f"{name}-comparison.png"
+    say("")
+    compare_runs(names, png=png, runs=runs, say=say)
+    say(f"\nCharts of both runs: tensorboard --logdir {runs}")
+    return [RunDir(runs / n) for n in names]
+
+
+def _free_demo_name(runs: Path) -> str:
+    k = 1
+    while any((runs / f"demo-{k}{end}").exists() for end in ("", "-constrained", "-unconstrained")):
+        k += 1
+    return f"demo-{k}"
+
+
+def _run_together(commands: dict[str, list[str]], say: Say) -> None:
+    """Run commands at the same time; every line they print is shown with its label in front."""
+    width = max(map(len, commands))
+    processes = {
+        label: subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for label, command in commands.items()
+    }
+
+    def show(label: str, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            say(f"{label:<{width}} | {line.rstrip()}")
+
+    readers = [threading.Thread(target=show, args=item) for item in processes.items()]
+    try:
+        for reader in readers:
+            reader.start()
+        codes = {label: process.wait() for label, process in processes.items()}
+    except BaseException:
+        for process in processes.values():
+            process.terminate()  # they save themselves and name their --resume command
+        raise
+    finally:
+        for process, reader in zip(processes.values(), readers, strict=True):
+            process.wait()
+            reader.join()
+            if process.stdout is not None:
+                process.stdout.close()
+    failed = [label for label, code in codes.items() if code]
+    if failed:
+        raise RunError(f"The {failed[0]} run did not finish; its output above says why.")

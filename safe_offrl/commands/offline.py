@@ -1,0 +1,191 @@
+"""The offline phase as a command: plan, run, resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safe_offrl.collect import default_dataset
+from safe_offrl.commands.common import (
+    CHECKPOINT_SECONDS,
+    constraint_line,
+    data_line,
+    device_line,
+    interrupted,
+    loading,
+    numbers,
+    plain,
+    require_both_outcomes,
+    require_unfinished,
+    say_plain,
+    stored_dataset,
+)
+from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
+from safe_offrl.data.hdf5 import load_dataset
+from safe_offrl.data.validation import check_matches_env
+from safe_offrl.device import configure
+from safe_offrl.env import make_env
+from safe_offrl.pretrain import PretrainConfig, Pretraining, discount_of
+from safe_offrl.progress import ProgressLine, Say, StopSignal
+from safe_offrl.run import RunDir, find_run, versions
+from safe_offrl.types import Dataset, Record
+
+DEFAULT_ENV = "PointHazard-v0"
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """Everything that is decided before the first gradient step."""
+
+    config: PretrainConfig
+    inputs: RunInputs
+    dataset: Dataset
+    env_versions: dict[str, str]
+
+    @property
+    def header(self) -> str:
+        """What a person should know before it starts."""
+        config = self.config
+        return "\n".join(
+            [
+                f"pretrain    {config.agent} on {self.inputs.env_id}, {config.steps:,} gradient "
+                f"steps and {config.alignment_steps:,} of value alignment, seed {config.seed}",
+                data_line(self.dataset, self.inputs),
+                constraint_line(config.safety, self.dataset.horizon),
+                device_line(self.inputs),
+            ]
+        )
+
+
+def pretrain_config(
+    *,
+    env: str | None = None,
+    dataset: str | None = None,
+    agent: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    overrides: Sequence[str] = (),
+) -> PretrainConfig:
+    """Resolve the settings of an offline phase; None means not given."""
+    named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
+    flags = {"env": env, "dataset": dataset, "agent": agent, "steps": steps, "seed": seed}
+    return load_config(
+        PretrainConfig,
+        section="pretrain",
+        env_id=(named[-1:] or [env or DEFAULT_ENV])[0],
+        flags=flags,
+        overrides=overrides,
+    )
+
+
+def plan_pretrain(
+    config: PretrainConfig, *, threads: int = 1, say: Say = say_plain
+) -> PretrainPlan:
+    """Check environment and dataset against each other; builds the default dataset if needed."""
+    configure(threads)
+    env = make_env(config.env, config.safety)
+    try:
+        path = config.dataset or default_dataset(config.env, config.safety, progress=say)
+        path = Path(path).resolve()
+        dataset = load_dataset(
+            path, discount=discount_of(config), spec=config.safety, horizon=env.horizon
+        )
+        check_matches_env(dataset, config.env, env.observation_size, env.action_size)
+        require_both_outcomes(dataset, path)
+        env_versions = env.versions()
+    finally:
+        env.close()
+    inputs = RunInputs(
+        env_id=config.env, dataset=str(path), dataset_sha256=dataset.sha256, threads=threads
+    )
+    return PretrainPlan(config, inputs, dataset, env_versions)
+
+
+def pretrain_run(
+    plan: PretrainPlan,
+    *,
+    name: str | None = None,
+    runs: str | Path = "runs",
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    say: Say = say_plain,
+) -> RunDir:
+    """Run a planned offline phase in a new run folder; returns the finished run."""
+    configure(plan.inputs.threads)
+    run = RunDir.create(
+        Path(runs),
+        kind="pretrain",
+        config_text=run_yaml(plan.inputs, "pretrain", plan.config),
+        name=name,
+        stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-{plan.config.agent}",
+        versions=versions(plan.env_versions),
+    )
+    with run:
+        say(plan.header)
+        say(f"run         {run.path}")
+        loop = Pretraining(plan.config, plan.dataset)
+        run.save_checkpoint(0, loop.state_dict(), loop.info())
+        _drive_pretraining(run, loop, checkpoint_seconds, say)
+    return run
+
+
+def resume_pretrain(
+    reference: str | Path,
+    *,
+    runs: str | Path = "runs",
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    say: Say = say_plain,
+) -> RunDir:
+    """Continue an interrupted offline phase; the result is bitwise that of an uninterrupted one."""
+    run = find_run(reference, Path(runs), "pretrain")
+    run.lock()
+    with run:
+        require_unfinished(run)
+        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+        configure(inputs.threads)
+        dataset = stored_dataset(inputs, config.safety, discount_of(config))
+        loop = Pretraining(config, dataset)
+        checkpoint = run.load_checkpoint()
+        with loading(run.path):
+            loop.load(checkpoint.tensors, checkpoint.info)
+        run.rewind(checkpoint)
+        say(f"resume      {run.path} from step {checkpoint.step:,}")
+        _drive_pretraining(run, loop, checkpoint_seconds, say)
+    return run
+
+
+def _drive_pretraining(run: RunDir, loop: Pretraining, checkpoint_seconds: float, say: Say) -> None:
+    progress = ProgressLine(loop.total_steps, loop.step, None if say is say_plain else say)
+    saved = time.monotonic()
+    with StopSignal() as stop:
+        for record in loop.run():
+            run.log(record.step, record.values)
+            progress.update(record.step, _offline_line(record))
+            last = record.step >= loop.total_steps
+            if last or stop.number or time.monotonic() - saved > checkpoint_seconds:
+                run.save_checkpoint(record.step, loop.state_dict(), loop.info())
+                saved = time.monotonic()
+            if stop.number and not last:
+                raise interrupted(run, stop.number, record.step)
+        progress.close()
+        report = loop.calibration()
+        content = plain(report.as_dict())
+        run.write_json("calibration.json", content)
+        curves = {f"offline/calibration/{k}": v for k, v in numbers(content).items()}
+        run.log(loop.total_steps, curves)
+        run.set_status("finished")
+    say(str(report))
+    say(f"finished    {run.path}")
+
+
+def _offline_line(record: Record) -> str:
+    wanted = {
+        "offline/learner/critic_loss": "critic loss",
+        "offline/learner/actor_loss": "actor loss",
+        "offline/csc/v_accident": "V_acc",
+        "offline/csc/alpha": "alpha",
+        "offline/lambda": "lambda",
+    }
+    shown = [f"{label} {record.values[k]:.3g}" for k, label in wanted.items() if k in record.values]
+    return " | ".join(shown)

@@ -1,0 +1,296 @@
+"""The online phase as a command: plan, run, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safe_offrl.commands.common import (
+    CHECKPOINT_SECONDS,
+    STOP_SECONDS,
+    constraint_line,
+    data_line,
+    device_line,
+    interrupted,
+    loading,
+    plain,
+    require_unfinished,
+    say_plain,
+    stored_dataset,
+    stored_pretrain_run,
+)
+from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, to_dict
+from safe_offrl.data.validation import check_matches_env
+from safe_offrl.device import configure
+from safe_offrl.env import AccidentEnv, make_env
+from safe_offrl.errors import ConfigError
+from safe_offrl.finetune import FinetuneConfig, Finetuning, Iteration
+from safe_offrl.monitor import certifiable
+from safe_offrl.pretrain import PretrainConfig, discount_of
+from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
+from safe_offrl.run import Checkpoint, RunDir, RunError, find_run, versions
+from safe_offrl.types import Dataset, Episode
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """Everything that is decided before the first step in the environment."""
+
+    config: FinetuneConfig
+    inputs: RunInputs
+    agent: str
+    env: AccidentEnv
+    dataset: Dataset
+    pretrained: Checkpoint
+    shield_refusals: tuple[str, ...]
+
+    @property
+    def header(self) -> str:
+        """What a person should know before it starts, above all what the budget can prove."""
+        config, safety = self.config, self.config.safety
+        shield = "shield" if not self.shield_refusals else "shield (abstains)"
+        parts = {
+            "KL": config.kl,
+            "accident constraint": config.accident_constraint,
+            shield: config.shield,
+        }
+        on = [name for name, active in parts.items() if active]
+        why = f"; abstains for {'; '.join(self.shield_refusals)}" if config.shield else ""
+        limit = config.accident_budget
+        warm_up = f"{config.warmup_steps:,} steps of the pretrained policy, then learning"
+        if config.warmup_steps >= config.budget:
+            warm_up = "the whole budget: nothing will be learnt (set warmup_steps)"
+        return "\n".join(
+            [
+                f"finetune    {self.inputs.env_id}, budget {config.budget:,} steps"
+                + (f", at most {limit} accidents" if limit is not None else "")
+                + f", seed {config.seed}, from {self.inputs.pretrained}",
+                data_line(self.dataset, self.inputs),
+                constraint_line(safety, self.env.horizon),
+                f"active      {', '.join(on) if on else 'nothing: plain RLPD'}"
+                + (why if self.shield_refusals else ""),
+                f"warm-up     {warm_up}",
+                f"provable    {best_certificate(config, self.env.horizon)}",
+                device_line(self.inputs),
+            ]
+        )
+
+
+def best_certificate(config: FinetuneConfig, horizon: int) -> str:
+    """What the budget can certify if nothing happens; ConfigError if it is under one episode."""
+    safety = config.safety
+    return str(certifiable(config.budget, horizon, safety.epsilon, safety.confidence))
+
+
+def finetune_config(
+    pretrained: RunDir,
+    *,
+    budget: int | None = None,
+    epsilon: float | None = None,
+    delta: float | None = None,
+    accident_budget: int | None = None,
+    seed: int | None = None,
+    kl: bool | None = None,
+    accident_constraint: bool | None = None,
+    shield: bool | None = None,
+    overrides: Sequence[str] = (),
+) -> FinetuneConfig:
+    """Resolve the settings of an online phase; what an accident is comes from the pretrain run."""
+    inputs, source = parse_run_yaml(pretrained.config_text, "pretrain", PretrainConfig)
+    given = {
+        "budget": budget,
+        "safety.epsilon": epsilon,
+        "safety.delta": delta,
+        "accident_budget": accident_budget,
+        "seed": seed,
+        "kl": kl,
+        "accident_constraint": accident_constraint,
+        "shield": shield,
+    }
+    # What an accident is must not change between the phases, so it overrides the preset too.
+    flags = {f"safety.{key}": value for key, value in to_dict(source.safety).items()}
+    flags |= {key: value for key, value in given.items() if value is not None}
+    config = load_config(
+        FinetuneConfig,
+        section="finetune",
+        env_id=inputs.env_id,
+        inherited={"networks": to_dict(source.networks), "critic": to_dict(source.critic)},
+        flags=flags,
+        overrides=overrides,
+    )
+    shapes = ("members", "reference", "hidden")
+    if config.networks != source.networks or any(
+        getattr(config.critic, key) != getattr(source.critic, key) for key in shapes
+    ):
+        raise ConfigError(
+            f'The networks are those of the pretrain run "{pretrained.name}" and cannot be '
+            "resized. Leave networks.* and the critic's sizes out, or pretrain with them."
+        )
+    return config
+
+
+def plan_finetune(pretrained: RunDir, config: FinetuneConfig, *, threads: int = 1) -> FinetunePlan:
+    """Check everything an online phase needs; takes no step in the environment."""
+    configure(threads)
+    source, source_config = parse_run_yaml(pretrained.config_text, "pretrain", PretrainConfig)
+    if pretrained.state["status"] != "finished":
+        raise RunError(
+            f'The run "{pretrained.name}" is not finished. '
+            f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
+        )
+    env = make_env(source.env_id, config.safety)
+    try:
+        best_certificate(config, env.horizon)
+        dataset = stored_dataset(source, config.safety, discount_of(source_config))
+        check_matches_env(dataset, source.env_id, env.observation_size, env.action_size)
+        checkpoint = pretrained.load_checkpoint()
+    except BaseException:
+        env.close()
+        raise
+    inputs = dataclasses.replace(
+        source,
+        threads=threads,
+        pretrained=str(pretrained.path.resolve()),
+        pretrained_sha256=checkpoint.sha256,
+    )
+    return FinetunePlan(
+        config=config,
+        inputs=inputs,
+        agent=source_config.agent,
+        env=env,
+        dataset=dataset,
+        pretrained=checkpoint,
+        shield_refusals=tuple(pretrained.read_json("calibration.json")["shield_refusals"]),
+    )
+
+
+def finetune_run(
+    plan: FinetunePlan,
+    *,
+    name: str | None = None,
+    runs: str | Path = "runs",
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    say: Say = say_plain,
+) -> RunDir:
+    """Run a planned online phase in a new run folder; returns the finished run."""
+    run = RunDir.create(
+        Path(runs),
+        kind="finetune",
+        config_text=run_yaml(plan.inputs, "finetune", plan.config),
+        name=name,
+        stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent}",
+        versions=versions(plan.env.versions()),
+    )
+    with run, contextlib.closing(plan.env):
+        say(plan.header)
+        say(f"run         {run.path}")
+        loop = start_loop(plan)
+        run.save_checkpoint(0, loop.state_dict(), loop.info())
+        curves = OnlineCurves(plan.config.safety, plan.config.budget)
+        _drive_finetuning(run, plan, loop, curves, checkpoint_seconds, say)
+    return run
+
+
+def resume_finetune(
+    reference: str | Path,
+    *,
+    runs: str | Path = "runs",
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    say: Say = say_plain,
+) -> RunDir:
+    """Continue an interrupted online phase.
+
+    Episodes after the last checkpoint are played again and must come out as the ledger has them;
+    the result is bitwise that of an uninterrupted run.
+    """
+    run = find_run(reference, Path(runs), "finetune")
+    run.lock()
+    with run:
+        require_unfinished(run)
+        inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
+        plan = plan_finetune(stored_pretrain_run(inputs), config, threads=inputs.threads)
+        if plan.pretrained.sha256 != inputs.pretrained_sha256:
+            raise RunError(
+                f'The pretrain run "{inputs.pretrained}" has changed since "{run.name}" started '
+                "from it. Restore it, or start a new run."
+            )
+        with contextlib.closing(plan.env):
+            loop = start_loop(plan)
+            checkpoint = run.load_checkpoint()
+            with loading(run.path):
+                loop.load(checkpoint.tensors, checkpoint.info)
+            run.rewind(checkpoint)
+            curves = OnlineCurves(config.safety, config.budget)
+            curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
+            say(f"resume      {run.path} from step {checkpoint.step:,}")
+            _drive_finetuning(run, plan, loop, curves, checkpoint_seconds, say)
+    return run
+
+
+def start_loop(plan: FinetunePlan) -> Finetuning:
+    """The online loop before its first step."""
+    pretrained = plan.pretrained
+    with loading(plan.inputs.pretrained or ""):
+        return Finetuning(plan.config, plan.env, plan.dataset, pretrained.tensors, pretrained.info)
+
+
+def _drive_finetuning(
+    run: RunDir,
+    plan: FinetunePlan,
+    loop: Finetuning,
+    curves: OnlineCurves,
+    checkpoint_seconds: float,
+    say: Say,
+) -> None:
+    progress = ProgressLine(plan.config.budget, curves.step, None if say is say_plain else say)
+    saved = time.monotonic()
+    with StopSignal() as stop:
+        for event in loop.run():
+            if isinstance(event, Episode):
+                run.append_episode(event)  # before anything else can happen
+                if curves.add_episode(event):
+                    run.log(event.total_steps, curves.values())
+                progress.update(event.total_steps, curves.line())
+                if stop.number and time.monotonic() - stop.since > STOP_SECONDS:
+                    # The iteration takes too long. Its episodes are in the ledger, and a resume
+                    # plays them again from the last checkpoint.
+                    raise interrupted(run, stop.number, event.total_steps)
+            else:
+                decision = {k: v for k, v in plain(event).items() if k != "metrics"}
+                run.log_iteration(decision)
+                curves.add_iteration(decision)
+                run.log(event.step, {**_decision_values(event), **curves.trust(), **event.metrics})
+                if stop.number or time.monotonic() - saved > checkpoint_seconds:
+                    run.save_checkpoint(event.step, loop.state_dict(), loop.info())
+                    saved = time.monotonic()
+                if stop.number:
+                    raise interrupted(run, stop.number, event.step)
+    progress.close()
+    # The last line comes after the last checkpoint, so that a resume from it writes it once.
+    run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
+    run.log(curves.step, curves.values())
+    run.set_status("finished", reason=loop.stopped)
+    say(f"finished    {run.path}: {loop.stopped}")
+
+
+def _decision_values(event: Iteration) -> dict[str, float]:
+    """The decision's numbers as curves; its reason stays in iterations.jsonl."""
+    return {
+        "iteration/index": float(event.index),
+        "iteration/accepted": float(event.accepted),
+        "iteration/constraints_satisfied": float(event.constraints_satisfied),
+        "safety/v_previous": event.v_previous,
+        "safety/epsilon": event.epsilon,
+        "trust/delta": event.delta,
+        "trust/kl": max(event.kl_forward_mean, event.kl_reverse_mean),
+        "trust/kl_tail": max(event.kl_forward_tail, event.kl_reverse_tail),
+        "trust/fraction": event.fraction,
+        "safety/multiplier": event.multiplier,
+        "safety/alpha": event.alpha,
+        "trust/kl_weight": event.kl_weight,
+        "safety/version": float(event.version),
+    }

@@ -1,0 +1,174 @@
+"""Evaluate and compare runs; log and inspect datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safe_offrl import report
+from safe_offrl.acting import NumpyActor
+from safe_offrl.collect import build_dataset, default_dataset
+from safe_offrl.commands.common import loading, plain, say_plain, stored_pretrain_run
+from safe_offrl.commands.offline import DEFAULT_ENV
+from safe_offrl.commands.online import finetune_config, plan_finetune, start_loop
+from safe_offrl.config import load_config, parse_run_yaml
+from safe_offrl.data.hdf5 import load_dataset
+from safe_offrl.data.inspect import format_summary, summarise
+from safe_offrl.env import make_env
+from safe_offrl.errors import ConfigError
+from safe_offrl.evaluate import evaluate
+from safe_offrl.finetune import FinetuneConfig, Finetuning
+from safe_offrl.pretrain import PretrainConfig, discount_of
+from safe_offrl.progress import Say
+from safe_offrl.run import RunDir, find_run
+from safe_offrl.safety import SafetySpec
+from safe_offrl.statistics import clopper_pearson
+
+
+def evaluate_run(
+    reference: str | Path,
+    *,
+    episodes: int = 100,
+    mean_action: bool = False,
+    seed: int = 0,
+    runs: str | Path = "runs",
+    say: Say = say_plain,
+) -> dict[str, Any]:
+    """Play episodes with a run's final policy and write evaluation.json; returns its content.
+
+    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number.
+    """
+    if episodes < 1:
+        raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")
+    run = find_run(reference, Path(runs))
+    loop = final_policy(run)
+    safety = loop.config.safety
+    with contextlib.closing(loop.env):
+        played = list(
+            evaluate(
+                loop.env,
+                NumpyActor(loop.deployed),
+                loop.shield,
+                loop.normalizer,
+                episodes,
+                seed,
+                version=loop.version,
+                mean_action=mean_action,
+            )
+        )
+    accidents = sum(episode.accident for episode in played)
+    returns = [episode.episode_return for episode in played]
+    mean = math.fsum(returns) / episodes
+    variance = math.fsum((x - mean) ** 2 for x in returns) / max(1, episodes - 1)
+    low, high = clopper_pearson(accidents, episodes, safety.confidence)
+    result = {
+        "episodes": episodes,
+        "accidents": accidents,
+        "accident_rate": accidents / episodes,
+        "accident_rate_low": low,
+        "accident_rate_high": high,
+        "confidence": safety.confidence,
+        "mean_return": mean,
+        "return_standard_error": math.sqrt(variance / episodes),
+        "mean_length": sum(episode.steps for episode in played) / episodes,
+        "mean_action": mean_action,
+        "seed": seed,
+        "checkpoint_sha256": run.load_checkpoint().sha256,
+    }
+    run.write_json("evaluation.json", result)
+    say(
+        f"{run.name}: {accidents} accidents in {episodes} episodes, "
+        f"rate {accidents / episodes:.3f} [{low:.3f}, {high:.3f}] at {safety.confidence:.0%}, "
+        f"return {mean:.2f} +- {result['return_standard_error']:.2f}"
+    )
+    return result
+
+
+def final_policy(run: RunDir) -> Finetuning:
+    """The policy that a run ended with, in an online loop that has not begun (or has ended).
+
+    A fine-tuning run's policy acts behind its shield, a pretrained one by itself: its accident rate
+    is what V_accident(s0) estimates.
+    """
+    if run.kind == "pretrain":
+        inputs, source = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+        with contextlib.closing(make_env(inputs.env_id, source.safety)) as env:
+            horizon = env.horizon
+        config = finetune_config(run, budget=horizon, shield=False)
+        return start_loop(plan_finetune(run, config, threads=inputs.threads))
+    inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
+    loop = start_loop(plan_finetune(stored_pretrain_run(inputs), config, threads=inputs.threads))
+    checkpoint = run.load_checkpoint()
+    with loading(run.path):
+        loop.load(checkpoint.tensors, checkpoint.info)
+    return loop
+
+
+def compare_runs(
+    references: Sequence[str | Path],
+    *,
+    png: str | Path | None = None,
+    group_by: str | None = None,
+    runs: str | Path = "runs",
+    say: Say = say_plain,
+) -> dict[str, Any]:
+    """Print the comparison of runs, write its figure if asked for, return it as plain values."""
+    paths = [find_run(reference, Path(runs)).path for reference in references]
+    comparison = report.compare(paths, group_by=group_by)
+    say(report.format_table(comparison))
+    if png is not None:
+        Path(png).parent.mkdir(parents=True, exist_ok=True)
+        report.write_png(comparison, Path(png))
+        say(f"figure      {png}")
+    return comparison.as_dict()
+
+
+def collect_run(
+    *,
+    env: str | None = None,
+    out: str | Path | None = None,
+    transitions: int | None = None,
+    seed: int | None = None,
+    overrides: Sequence[str] = (),
+    say: Say = say_plain,
+) -> Path:
+    """Log a dataset; without ``out`` it is the environment's cached default. Returns the path."""
+    env_id = env or DEFAULT_ENV
+    safety = _safety_spec(env_id, overrides)
+    if out is None:
+        if transitions is not None or seed is not None:
+            raise ConfigError(
+                "The cached default dataset has its own size and seed. "
+                "Give --out FILE to log another one."
+            )
+        path = default_dataset(env_id, safety, progress=say)
+    else:
+        settings = {"transitions": transitions, "seed": seed}
+        given = {k: v for k, v in settings.items() if v is not None}
+        path = build_dataset(env_id, safety, path=Path(out), progress=say, **given)
+    say(f"dataset     {path}")
+    return Path(path)
+
+
+def inspect_dataset(
+    dataset: str | Path, *, overrides: Sequence[str] = (), say: Say = say_plain
+) -> dict[str, Any]:
+    """Print what a dataset holds and what cannot be learnt from it; returns it as plain values."""
+    config = load_config(PretrainConfig, section="pretrain", env_id="", overrides=overrides)
+    loaded = load_dataset(dataset, discount=discount_of(config), spec=config.safety)
+    summary = summarise(loaded)
+    say(format_summary(summary))
+    return typing.cast(dict[str, Any], plain(summary.as_dict()))
+
+
+def _safety_spec(env_id: str, overrides: Sequence[str]) -> SafetySpec:
+    """The accident rule for an environment: its preset, and "safety.key=value"."""
+    other = [text for text in overrides if not text.startswith("safety.")]
+    if other:
+        raise ConfigError(f'"{other[0]}" means nothing here. Only safety.KEY=VALUE can be given.')
+    config = load_config(PretrainConfig, section="pretrain", env_id=env_id, overrides=overrides)
+    return config.safety

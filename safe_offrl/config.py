@@ -1,0 +1,301 @@
+"""Settings: dataclass defaults, the environment's preset, flags and key=value, in that order.
+
+The dataclasses live beside their owners; this module knows how to fill any of them, refuses what
+does not fit in one sentence, and reads and writes them as YAML. OmegaConf is used here alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from safe_offrl.errors import ConfigError
+
+T = TypeVar("T")
+_COUNT = re.compile(r"([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)([kKmM]?)")
+_FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInputs:
+    """What a run was made from, by identity; with it `evaluate RUN` needs no flags."""
+
+    env_id: str
+    dataset: str  # absolute path
+    dataset_sha256: str
+    threads: int = 1
+    pretrained: str | None = None  # absolute path of the pretrain run
+    pretrained_sha256: str | None = None  # of the checkpoint that fine-tuning started from
+
+
+def parse_count(text: str) -> int:
+    """Read a whole number of steps or episodes; k and M are thousands and millions.
+
+    >>> parse_count("50k"), parse_count("1.5M"), parse_count("1e5"), parse_count("200")
+    (50000, 1500000, 100000, 200)
+    """
+    match = _COUNT.fullmatch(text.strip())
+    value = math.nan
+    if match is not None:
+        value = float(match[1].replace("_", "")) * _FACTORS[match[2].lower()]
+    # 1.1M is 1100000.0000000002 in floating point: allow that, and refuse 1.5.
+    if not math.isfinite(value) or abs(value - round(value)) > 1e-6 * max(1.0, value):
+        raise ConfigError(f'"{text}" is not a whole number. Write 200, 50k, 1.5M or 1e5.')
+    return round(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# The schema as dotted keys.
+
+
+def schema_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a (nested) dataclass and its type: {"safety.epsilon": float, ...}."""
+    keys: dict[str, Any] = {}
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            keys |= schema_keys(typing.cast(type[Any], hint), f"{prefix}{field.name}.")
+        else:
+            keys[prefix + field.name] = hint
+    return keys
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    """The known key that was probably meant: same last part first, then similar spelling."""
+    known = list(known)
+    leaf = key.rpartition(".")[2]
+    same = [k for k in known if k.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        leaves = {k.rpartition(".")[2]: k for k in known}
+        close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    meant = (same or close)[:1]
+    return f'Did you mean "{meant[0]}"?' if meant else "--print-config lists every key."
+
+
+def _flatten(
+    values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Nested mapping -> {dotted key: value}; a key that is already dotted passes too."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if dotted not in known and isinstance(value, Mapping):
+            if not any(k.startswith(f"{dotted}.") for k in known):
+                raise ConfigError(f'Unknown key "{dotted}". {_suggestion(dotted, known)}')
+            flat |= _flatten(value, known, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def _wrong(key: str, value: Any, needed: str) -> ConfigError:
+    return ConfigError(f'"{key}" is {value!r}, but {needed} is needed. Correct the value.')
+
+
+def coerce(hint: Any, value: Any, key: str) -> Any:
+    """Turn a value of YAML, a flag or the command line into the type a field declares.
+
+    Raises ConfigError on a wrong type, NaN or infinity.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~")):
+            if type(None) in arguments:
+                return None
+            raise _wrong(key, value, "a value")
+        (inner,) = (a for a in arguments if a is not type(None))
+        return coerce(inner, value, key)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise _wrong(key, value, "one of " + ", ".join(map(str, arguments)))
+        return value
+    if origin is tuple:
+        items = value
+        if isinstance(value, str):
+            items = [part for part in re.split(r"[\s,]+", value.strip().strip("[]()")) if part]
+        if not isinstance(items, list | tuple):
+            raise _wrong(key, value, "a list such as [256,256]")
+        return tuple(coerce(arguments[0], item, key) for item in items)
+    if hint is bool:
+        words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        if not isinstance(value, bool):
+            raise _wrong(key, value, "true or false")
+        return value
+    if hint is int:
+        if isinstance(value, str):
+            sign = -1 if value.startswith("-") else 1
+            return sign * parse_count(value.removeprefix("-"))
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+            raise _wrong(key, value, "a whole number (200, 50k, 1.5M)")
+        return int(value)
+    if hint is float:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            raise _wrong(key, value, "a number") from None
+        if not math.isfinite(number):
+            raise _wrong(key, value, "a finite number")
+        return number
+    if hint is str:
+        if not isinstance(value, str):
+            raise _wrong(key, value, "text")
+        if "${" in value:
+            raise ConfigError(
+                f'"{key}" holds "${{", which would be resolved from outside the file. '
+                "Write the value itself."
+            )
+        return value
+    raise TypeError(f"field {key} has a type that settings cannot have: {hint}")
+
+
+def _build(schema: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
+    """Make the dataclass from converted dotted values; its own range checks run here."""
+    hints = typing.get_type_hints(schema)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, schema)):
+        hint, key = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            inner = {k: v for k, v in flat.items() if k.startswith(f"{key}.")}
+            if inner:
+                arguments[field.name] = _build(typing.cast(type[Any], hint), flat, f"{key}.")
+        elif key in flat:
+            arguments[field.name] = flat[key]
+    try:
+        return schema(**arguments)
+    except ValueError as error:
+        raise ConfigError(f"{error}. Correct the setting.") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Files.
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML into plain values; resolvers (``${...}``) are refused, not resolved."""
+    try:
+        value = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{where} is not readable as YAML ({first}). Correct it.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} holds no key: value pairs. Correct it.")
+    return typing.cast(dict[str, Any], value)
+
+
+def load_preset(env_id: str) -> dict[str, Any]:
+    """The preset whose ``env_id`` is this environment, {} if there is none."""
+    for entry in sorted(importlib.resources.files("safe_offrl.configs").iterdir(), key=str):
+        if entry.name.endswith(".yaml"):
+            values = read_yaml(entry.read_text(encoding="utf-8"), entry.name)
+            if values.get("env_id") == env_id:
+                return values
+    return {}
+
+
+def load_config(
+    schema: type[T],
+    *,
+    section: str,
+    env_id: str,
+    preset: str | None = None,
+    inherited: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+) -> T:
+    """Resolve a configuration; later sources win.
+
+    dataclass defaults <- ``inherited`` (from the pretrain run) <- ``section`` ("pretrain",
+    "finetune") of the environment's preset or of the YAML file ``preset`` <- ``flags`` (None means
+    not given) <- ``overrides`` ("a.b=c"). Unknown keys and wrong values raise ConfigError.
+    """
+    known = schema_keys(schema)
+    if preset is None:
+        file_values = load_preset(env_id)
+    else:
+        try:
+            file_values = read_yaml(Path(preset).read_text(encoding="utf-8"), preset)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f'The preset "{preset}" cannot be read ({error}).') from error
+    layers = [inherited or {}, file_values.get(section) or {}]
+    layers.append({k: v for k, v in (flags or {}).items() if v is not None})
+    layers += [_parse_override(text) for text in overrides]
+
+    flat: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in _flatten(layer, known).items():
+            if key not in known:
+                raise ConfigError(f'Unknown key "{key}". {_suggestion(key, known)}')
+            flat[key] = coerce(known[key], value, key)
+    return _build(schema, flat)
+
+
+def _parse_override(text: str) -> dict[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f'"{text}" is not of the form key=value. Write, say, batch_size=128.')
+    return {key.strip().lstrip("+"): value.strip()}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A (nested) dataclass as plain YAML values; tuples become lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    return typing.cast(dict[str, Any], plain(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    """Write a dataclass as YAML; :func:`from_yaml` reads it back equal."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def from_dict(schema: type[T], values: Mapping[str, Any]) -> T:
+    """Fill a dataclass from plain values under the same checks as the command line's."""
+    known = schema_keys(schema)
+    flat = _flatten(values, known)
+    for key in flat:
+        if key not in known:
+            raise ConfigError(f'Unknown key "{key}". {_suggestion(key, known)}')
+    try:
+        return _build(schema, {key: coerce(known[key], v, key) for key, v in flat.items()})
+    except TypeError as error:
+        raise ConfigError(f"A setting is missing ({error}). Add it.") from error
+
+
+def from_yaml(schema: type[T], text: str) -> T:
+    """Read what :func:`to_yaml` wrote."""
+    return from_dict(schema, read_yaml(text, "The configuration"))
+
+
+def run_yaml(inputs: RunInputs, section: str, config: Any) -> str:
+    """The text of a run's config.yaml: what it was made from, and its resolved settings."""
+    return OmegaConf.to_yaml(
+        OmegaConf.create({"inputs": to_dict(inputs), section: to_dict(config)})
+    )
+
+
+def parse_run_yaml(text: str, section: str, schema: type[T]) -> tuple[RunInputs, T]:
+    """Read a run's config.yaml; the inverse of :func:`run_yaml`."""
+    values = read_yaml(text, "config.yaml")
+    if not isinstance(values.get("inputs"), dict) or not isinstance(values.get(section), dict):
+        raise ConfigError(f'config.yaml lacks "inputs" or "{section}". Start a new run.')
+    return from_dict(RunInputs, values["inputs"]), from_dict(schema, values[section])

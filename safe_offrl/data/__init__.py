@@ -1,0 +1,1 @@
+"""Logged data: the file format, its validation, storage, mini-batches, and a summary."""

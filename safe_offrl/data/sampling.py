@@ -1,0 +1,85 @@
+"""Mini-batches: pure functions of the stored rows and a ``torch.Generator`` on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safe_offrl.types import Batch, Layout
+
+
+def symmetric_batches(
+    offline_rows: Tensor,
+    online_rows: Tensor,
+    layout: Layout,
+    *,
+    updates: int,
+    batch_size: int,
+    offline_share: float,
+    generator: torch.Generator,
+) -> Batch:
+    """Draw U mini-batches [U, B, ...], each with the same number of offline rows.
+
+    EVERY slice ``[u]`` holds exactly ``round(batch_size * offline_share)`` rows drawn from
+    ``offline_rows`` [N, D], which come first, and the rest from ``online_rows`` [n, D]: symmetric
+    sampling (Ball et al. 2023, RLPD) per update, so a high update-to-data ratio cannot put all
+    offline rows into some slices. Rows are drawn uniformly with replacement.
+    """
+    if not 0.0 <= offline_share <= 1.0:
+        raise ValueError(f"offline_share is {offline_share}, outside [0, 1]")
+    n_offline = round(batch_size * offline_share)
+    offline = _draw(offline_rows, updates, n_offline, generator)
+    online = _draw(online_rows, updates, batch_size - n_offline, generator)
+    return layout.unpack(torch.cat([offline, online], dim=1))
+
+
+def uniform_batches(
+    rows: Tensor, layout: Layout, updates: int, batch_size: int, generator: torch.Generator
+) -> Batch:
+    """Draw U mini-batches [U, B, ...] uniformly with replacement from ``rows`` [N, D]."""
+    return layout.unpack(_draw(rows, updates, batch_size, generator))
+
+
+def _draw(rows: Tensor, updates: int, size: int, generator: torch.Generator) -> Tensor:
+    """Draw rows [updates, size, D] with one gather; an empty source is fine if none are asked."""
+    if size > 0 and len(rows) == 0:
+        raise ValueError("cannot draw from an empty store of rows")
+    index = torch.randint(max(len(rows), 1), (updates * size,), generator=generator)
+    return rows.index_select(0, index).view(updates, size, rows.shape[1])
+
+
+class StratifiedSampler:
+    """Draws accidents more often than they occur, and says by how much to weigh each draw.
+
+    A draw takes a random accident with probability ``share`` and a random transition otherwise:
+    ``q(i) = (1 - share) / N + share * 1[i is an accident] / N_accidents``. With the weights
+    ``(1/N) / q(i)`` a weighted mean estimates the plain mean over all N transitions without bias,
+    so the prior of an accident is not distorted. Draws are independent: any grouping of them into
+    mini-batches is valid. Without accidents the draw is uniform and every weight 1.
+    """
+
+    def __init__(self, accidents: Tensor) -> None:
+        if accidents.ndim != 1 or len(accidents) == 0:
+            raise ValueError(f"accidents are {list(accidents.shape)}, expected [N] with N > 0")
+        self._is_accident = accidents > 0
+        self._positives = self._is_accident.nonzero().squeeze(1)
+
+    def index(
+        self, n: int, positive_share: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Draw n transitions: (index [n] int64, weights [n] float32, 1 on average).
+
+        ``positive_share`` in [0, 1) is the share drawn among the accidents alone; at 1 the other
+        transitions would never be seen and no weight could correct that.
+        """
+        if not 0.0 <= positive_share < 1.0:
+            raise ValueError(f"positive_share is {positive_share}, outside [0, 1)")
+        total, positives = len(self._is_accident), len(self._positives)
+        index = torch.randint(total, (n,), generator=generator)
+        if positives == 0 or positive_share == 0.0:
+            return index, torch.ones(n)
+        from_positives = self._positives[torch.randint(positives, (n,), generator=generator)]
+        take = torch.rand(n, generator=generator) < positive_share
+        index = torch.where(take, from_positives, index)
+        ratio = torch.where(self._is_accident[index], positive_share * total / positives, 0.0)
+        return index, 1.0 / (1.0 - positive_share + ratio)

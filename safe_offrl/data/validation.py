@@ -1,0 +1,125 @@
+"""Refuse a dataset that cannot be trained on, with one sentence that says why (numpy only)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_offrl.errors import DataError
+from safe_offrl.types import Dataset
+
+REQUIRED = (
+    "observations",
+    "next_observations",
+    "actions",
+    "rewards",
+    "costs",
+    "terminals",
+    "timeouts",
+)
+_FLAGS = ("terminals", "timeouts", "accidents")  # 0/1 per transition
+_TABLES = ("observations", "next_observations", "actions")  # two-dimensional
+# Actions are stored in float32, so a bound of exactly 1 may come back a rounding error larger.
+ACTION_TOLERANCE = 1e-6
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Check the arrays of one dataset (DSRL names, plus optional ``accidents``).
+
+    Expects observations and next_observations [N, O], actions [N, A] in [-1, 1], the others [N].
+    Raises DataError for a missing key, a shape, unequal lengths, an empty dataset, a dtype, NaN or
+    infinity, a flag that is not 0/1, an action outside the range, or no episode end.
+    """
+    for name in REQUIRED:
+        if name not in arrays:
+            raise DataError(
+                f'The dataset has no array "{name}". Write it in the DSRL layout: '
+                f"{', '.join(REQUIRED)}."
+            )
+    checked = {name: arrays[name] for name in (*REQUIRED, "accidents") if name in arrays}
+    _check_shapes(checked)
+    for name, array in checked.items():
+        _check_values(name, array)
+    largest = float(np.abs(arrays["actions"]).max())
+    if largest > 1.0 + ACTION_TOLERANCE:
+        raise DataError(
+            f"The dataset has an action of size {largest:.6g}, outside [-1, 1]. "
+            "Rescale the actions so that -1 and 1 are the bounds of the action space."
+        )
+    if not (arrays["terminals"].astype(bool) | arrays["timeouts"].astype(bool)).any():
+        raise DataError(
+            "No episode of the dataset ever ends: terminals and timeouts are false throughout. "
+            "Mark the last step of each episode in one of them."
+        )
+
+
+def _check_shapes(arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    n = len(arrays["observations"]) if arrays["observations"].ndim else 0
+    for name, array in arrays.items():
+        expected = "[N, size]" if name in _TABLES else "[N]"
+        if array.ndim != (2 if name in _TABLES else 1) or (array.ndim == 2 and not array.shape[1]):
+            raise DataError(
+                f'The array "{name}" has the shape {list(array.shape)}, expected {expected}. '
+                "Store one row per transition."
+            )
+        if len(array) != n:
+            raise DataError(
+                f'The array "{name}" has {len(array)} rows, but "observations" has {n}. '
+                "Store one row per transition in every array."
+            )
+    if n == 0:
+        raise DataError("The dataset is empty. Log at least one complete episode.")
+    if arrays["observations"].shape != arrays["next_observations"].shape:
+        raise DataError(
+            f"next_observations are {list(arrays['next_observations'].shape)}, but observations "
+            f"{list(arrays['observations'].shape)}. Both must have the same shape."
+        )
+
+
+def _check_values(name: str, array: NDArray[np.generic]) -> None:
+    if array.dtype.kind not in "fiub":
+        raise DataError(
+            f'The array "{name}" has the type {array.dtype}, which holds no real numbers. '
+            "Store float32 (bool for terminals and timeouts)."
+        )
+    if name in _FLAGS:
+        if not np.isin(array, (0, 1)).all():
+            raise DataError(
+                f'The array "{name}" holds values other than 0 and 1. '
+                "Store true or false for each transition."
+            )
+        return
+    # The limit of float32 catches infinity, NaN (by the negation) and what would overflow to it.
+    wrong = ~(np.abs(array) <= _LARGEST)
+    if wrong.any():
+        row = int(np.argwhere(wrong)[0][0])
+        raise DataError(
+            f'The array "{name}" has {int(wrong.sum())} values that are NaN, infinite or too large '
+            f"for float32, the first in row {row}. Remove or repair these transitions."
+        )
+
+
+def check_matches_env(
+    dataset: Dataset, env_id: str, observation_size: int, action_size: int
+) -> None:
+    """Raise DataError unless the dataset can be of the environment ``env_id``.
+
+    The part of an id before ":" only says which module registers it, so it is not compared. A file
+    that does not name its environment is judged by its sizes alone.
+    """
+    logged = str(dataset.metadata.get("env_id", env_id))
+    if logged.rpartition(":")[2] != env_id.rpartition(":")[2]:
+        raise DataError(
+            f'The dataset was logged on "{logged}", not on "{env_id}". '
+            f"Use --env {logged}, or give a dataset of {env_id}."
+        )
+    sizes = (dataset.layout.observation_size, dataset.layout.action_size)
+    if sizes != (observation_size, action_size):
+        raise DataError(
+            f"The dataset has observations of {sizes[0]} and actions of {sizes[1]} numbers, but "
+            f'"{env_id}" has {observation_size} and {action_size}. '
+            "Give a dataset that was logged on this environment."
+        )

@@ -1,0 +1,509 @@
+"""The online phase: collect, update, propose, measure, accept or keep.
+
+A generator of episodes and iterations. Whoever drives it writes each episode to the ledger before
+asking for the next, and may checkpoint at every Iteration: there the state is whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safe_offrl.acceptance import AcceptanceConfig, Decision, decide, measure
+from safe_offrl.acting import NumpyActor
+from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.data.sampling import StratifiedSampler, symmetric_batches
+from safe_offrl.data.storage import TransitionBuffer
+from safe_offrl.env import AccidentEnv, episode_seed
+from safe_offrl.errors import ConfigError
+from safe_offrl.lagrangian import LagrangianConfig, Multiplier
+from safe_offrl.monitor import AccidentMonitor
+from safe_offrl.nets import Actor, NetworkConfig, Networks
+from safe_offrl.rollout import play_episode
+from safe_offrl.safety import SafetySpec
+from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.shield import Shield, ShieldConfig
+from safe_offrl.state import Part, collect_state, restore_state
+from safe_offrl.types import Batch, Dataset, Episode, Normalizer
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of the online phase.
+
+    ``budget`` interactions in all, whole episodes only. The first ``warmup_steps`` are the frozen
+    pretrained policy's (WSRL, arXiv:2412.07762): no random action is ever sent. Then every
+    ``iteration_steps`` interactions end in one proposal. Every ``update_every`` interactions pay
+    for ``utd`` updates of the critics (every batch with exactly ``offline_share`` of logged data),
+    one of the safety critic and one of the actor. ``kl``, ``accident_constraint`` and ``shield``
+    switch each part off; all off is RLPD warm-started from the same policy, which then deploys its
+    learner after every episode.
+
+    ``cautious_entropy`` (nats per action dimension) replaces ``learner.target_entropy`` while the
+    accident constraint is on. The noise that a policy explores with is itself a source of
+    accidents; -1 is SAC's target, where RLPD has -0.5.
+    """
+
+    budget: int = 50_000
+    accident_budget: int | None = None
+    seed: int = 0
+    kl: bool = True
+    accident_constraint: bool = True
+    shield: bool = True
+    warmup_steps: int = 5_000
+    iteration_steps: int = 500
+    update_every: int = 1
+    utd: int = 1
+    batch_size: int = 256
+    offline_share: float = 0.5
+    cautious_entropy: float = -1.0
+    visited_steps: int = 2_000
+    safety: SafetySpec = field(default_factory=SafetySpec)
+    networks: NetworkConfig = field(default_factory=NetworkConfig)
+    critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)
+    lagrangian: LagrangianConfig = field(
+        default_factory=lambda: LagrangianConfig(learning_rate=3e-3, aim=0.6)
+    )
+    learner: RLPDConfig = field(default_factory=RLPDConfig)
+    acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
+    shielding: ShieldConfig = field(default_factory=ShieldConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run."""
+        if self.budget < 1:
+            raise ConfigError(
+                f"The budget is {self.budget} steps, too small for one episode. Try 50k."
+            )
+        if self.accident_budget is not None and self.accident_budget < 1:
+            raise ConfigError(
+                f"The accident budget is {self.accident_budget}, but at least 1 is needed. Leave "
+                "it out for a run that no number of accidents stops."
+            )
+        if min(self.warmup_steps, self.iteration_steps, self.utd, self.update_every) < 1:
+            raise ConfigError(
+                "warmup_steps, iteration_steps, utd and update_every must be at least 1. Raise the "
+                "one that is too small."
+            )
+        if self.batch_size < 2:
+            raise ConfigError(
+                f"batch_size is {self.batch_size}, but at least 2 is needed. Try 256."
+            )
+        if not 0.0 <= self.offline_share < 1.0:
+            raise ConfigError(
+                f"offline_share is {self.offline_share}, but a share in [0, 1) is needed. 0.5 is "
+                "symmetric sampling."
+            )
+
+    @property
+    def unconstrained(self) -> bool:
+        """Whether every part of the constraint machinery is off."""
+        return not (self.kl or self.accident_constraint or self.shield)
+
+
+class Iteration(NamedTuple):
+    """One round of collect, update, propose; what was measured and decided."""
+
+    index: int  # type: ignore[assignment]  # tuple has a method of this name
+    step: int  # interactions charged so far
+    version: int  # of the policy that acts from now on
+    accepted: bool
+    fraction: float
+    reason: str
+    kl_forward_mean: float
+    kl_reverse_mean: float
+    kl_forward_tail: float
+    kl_reverse_tail: float
+    v_previous: float
+    v_candidate: float
+    epsilon: float
+    delta: float
+    constraints_satisfied: bool
+    multiplier: float
+    kl_weight: float
+    alpha: float
+    rolled_back: bool
+    metrics: dict[str, float]
+
+
+START_STATES = 32  # start states per update of the safety critic
+ESTIMATE_STATES = 1000  # start states behind one estimate of V_accident(s0)
+MIN_DELTA_SHARE = 1 / 16  # of delta that every alarm's halving leaves
+RECENT_EPISODES = 100  # whose accident rate the critic must not fall below
+
+
+class Finetuning:
+    """State and loop of the online phase; resumable at every Iteration it yields."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        env: AccidentEnv,
+        dataset: Dataset,
+        pretrained: Mapping[str, Tensor],
+        pretrained_info: Mapping[str, Any],
+    ) -> None:
+        if config.budget < env.horizon:
+            raise ConfigError(
+                f"The budget is {config.budget} steps, too small for one episode of "
+                f"{env.horizon} steps. Give --budget at least {env.horizon}."
+            )
+        self.config = config
+        self.env = env
+        self.normalizer = Normalizer(
+            pretrained["normalizer_mean/value"].numpy(), pretrained["normalizer_std/value"].numpy()
+        )
+        self.dataset = dataset.normalised(self.normalizer)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.rng = np.random.default_rng(config.seed)
+        layout = dataset.layout
+        self.networks = Networks(
+            layout.observation_size, layout.action_size, config.networks, self.generator
+        )
+        learner = config.learner
+        if config.accident_constraint:
+            learner = replace(learner, target_entropy=config.cautious_entropy)
+        self.learner = RLPD(self.networks, layout.action_size, learner)
+        self.critic = SafetyCritic(
+            layout.observation_size,
+            layout.action_size,
+            env.horizon,
+            config.critic,
+            self.generator,
+        )
+        self.multiplier = Multiplier(config.lagrangian, config.safety.epsilon)
+        restore_state(
+            {
+                **{f"learner.{k}": v for k, v in self.learner.parts().items()},
+                **self.critic.parts(),
+                "multiplier": self.multiplier.value,
+            },
+            pretrained,
+        )
+        if not config.accident_constraint:
+            self.multiplier.value.zero_()
+        self.buffer = TransitionBuffer(layout, config.budget)
+        self.monitor = AccidentMonitor(config.safety.epsilon, config.safety.confidence)
+        self.deployed = copy.deepcopy(self.networks.actor)
+        self.certified = copy.deepcopy(self.networks.actor)  # the pretrained one, to begin with
+        self.certified_version = 0
+        self.kl_weight = torch.tensor(0.1 if config.kl else 0.0)
+        self.delta = torch.tensor(config.safety.delta)
+        threshold = pretrained_info["shield_threshold"]
+        self.threshold = float(threshold) if config.shield and threshold is not None else None
+        self.shield = Shield(self.critic, self.threshold, config.shielding)
+        self.starts = torch.zeros(0, layout.observation_size)  # of the online episodes
+        self.recent: list[bool] = []
+        self.steps = self.episodes = self.iterations = self.version = 0
+        self.next_proposal = config.warmup_steps + config.iteration_steps
+        self.stopped = ""
+        self._logged = StratifiedSampler(dataset.transitions.accidents)
+        self._logged_starts = self.dataset.initial_observations
+        self._lived = self._logged  # replaced by the first episode
+
+    def run(self) -> Iterator[Episode | Iteration]:
+        """Interact until the budget cannot hold another episode or accidents are used up."""
+        config = self.config
+        acting = NumpyActor(self.deployed)
+        metrics: dict[str, Tensor] = {}
+        while not self.stopped:
+            warming_up = self.steps < config.warmup_steps
+            seed = episode_seed(config.seed, self.episodes, "finetune")
+            played = play_episode(self.env, acting, self.shield, self.normalizer, seed, self.rng)
+            previous = self.steps
+            self._remember(played.rows, played.accident)
+            episode = Episode(
+                index=self.episodes,
+                seed=seed,
+                steps=len(played.rows),
+                total_steps=self.steps,
+                episode_return=played.episode_return,
+                cost=played.cost,
+                accident=played.accident,
+                accident_steps=played.accident_steps,
+                version=self.version,
+                phase="warmup" if warming_up else "online",
+                shield_interventions=played.shield_interventions,
+            )
+            self.episodes += 1
+            yield episode
+            due = self.steps // config.update_every - previous // config.update_every
+            for _ in range(due):
+                metrics |= self._update(critics_only=warming_up)
+            self._check_finite(metrics)
+            self.stopped = self._reason_to_stop()
+            if (config.unconstrained and not warming_up) or self.steps >= self.next_proposal:
+                iteration = self._iterate({k: float(v) for k, v in metrics.items()})
+                acting = NumpyActor(self.deployed)
+                yield iteration
+            elif self.stopped:
+                yield self._keep({k: float(v) for k, v in metrics.items()})
+
+    def _remember(self, rows: Tensor, accident: bool) -> None:
+        self.buffer.append(rows)
+        layout = self.dataset.layout
+        self.starts = torch.cat([self.starts, rows[:1, : layout.observation_size]])
+        self._lived = StratifiedSampler(layout.unpack(self.buffer.rows).accidents)
+        self.recent = [*self.recent, accident][-RECENT_EPISODES:]
+        self.monitor.update(accident, self.version)
+        self.steps += len(rows)
+
+    def _update(self, *, critics_only: bool) -> dict[str, Tensor]:
+        """UTD critic updates, one of the safety critic, one of the actor and the multiplier."""
+        config, generator, layout = self.config, self.generator, self.dataset.layout
+        metrics: dict[str, Tensor] = {}
+        batches = symmetric_batches(
+            self.dataset.rows,
+            self.buffer.rows,
+            layout,
+            updates=config.utd,
+            batch_size=config.batch_size,
+            offline_share=config.offline_share,
+            generator=generator,
+        )
+        for batch in (Batch(*(x[i] for x in batches)) for i in range(config.utd)):
+            metrics |= self.learner.update_critics(batch, generator)
+        # The safety critic learns the value of the policy that ACTS: it is judged by its episodes,
+        # and the learner asks it what a change of one action would do (CPO's advantage).
+        if not config.unconstrained:
+            risky, weights = self._risky_batch()
+            metrics |= self.critic.update(
+                risky,
+                weights,
+                self.deployed,
+                self._start_states(START_STATES, generator),
+                generator,
+                floor=sum(self.recent) / len(self.recent),
+            )
+            if config.accident_constraint and not critics_only:
+                self.multiplier.update(metrics["csc/v_accident"])
+        if not critics_only:
+            metrics |= self.learner.update_actor(
+                Batch(*(x[-1] for x in batches)),
+                self.critic.risk if config.accident_constraint else None,
+                self.multiplier.value,
+                self.deployed if config.kl else None,
+                self.kl_weight,
+                generator,
+            )
+        return metrics
+
+    def _risky_batch(self) -> tuple[Batch, Tensor]:
+        """Stratified transitions of both sources [B, ...] and their importance weights [B]."""
+        config, layout = self.config, self.dataset.layout
+        n = round(config.batch_size * config.offline_share)
+        share = config.critic.positive_share
+        logged, logged_weights = self._logged.index(n, share, self.generator)
+        lived, lived_weights = self._lived.index(config.batch_size - n, share, self.generator)
+        rows = torch.cat([self.dataset.rows[logged], self.buffer.rows[lived]])
+        return layout.unpack(rows), torch.cat([logged_weights, lived_weights])
+
+    def _start_states(self, n: int, generator: torch.Generator) -> Tensor:
+        """Start states [n, O], half of the log and half of the online episodes."""
+        first = torch.randint(len(self._logged_starts), (n - n // 2,), generator=generator)
+        second = torch.randint(len(self.starts), (n // 2,), generator=generator)
+        return torch.cat([self._logged_starts[first], self.starts[second]])
+
+    def _check_finite(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(float(value)):
+                raise FloatingPointError(f"{name} is {float(value)} after {self.steps} steps")
+
+    def _reason_to_stop(self) -> str:
+        allowed = self.config.accident_budget
+        if allowed is not None and self.monitor.accidents >= allowed:
+            return f"the accident budget of {allowed} is spent"
+        if self.config.budget - self.steps < self.env.horizon:
+            return "the budget is spent"
+        return ""
+
+    def _iterate(self, metrics: dict[str, float]) -> Iteration:
+        """Propose the learner, decide, deploy or keep; roll back when the monitor's alarm rings."""
+        config = self.config
+        self.iterations += 1
+        self.next_proposal = self.steps + config.iteration_steps
+        if config.unconstrained:
+            self.deployed = copy.deepcopy(self.networks.actor)
+            self.version += 1
+            return self._iteration(_UNCONSTRAINED, metrics, rolled_back=False)
+        visited = self.dataset.layout.unpack(self.buffer.rows[-config.visited_steps :])
+        decision, policy = decide(
+            self.deployed,
+            self.networks.actor,
+            self.critic,
+            visited,
+            self.steps / self.episodes,
+            self._start_states(ESTIMATE_STATES, self.generator),
+            config.safety,
+            config.acceptance,
+            kl_limit=float(self.delta) if config.kl else None,
+            constrain_accidents=config.accident_constraint,
+            generator=self.generator,
+        )
+        if config.kl:
+            self._adapt_kl_weight(decision)
+        rolled_back = self.monitor.alarm
+        if rolled_back:
+            decision, policy = self._roll_back(decision, visited)
+        elif self.monitor.version_interval()[1] < config.safety.epsilon:
+            self.certified = copy.deepcopy(self.deployed)
+            self.certified_version = self.version
+        if decision.accepted or policy is not self.deployed:
+            self.version += 1
+            self.deployed = copy.deepcopy(policy)
+            self.shield = Shield(self.critic, self.threshold, config.shielding)
+        # The learner goes on from the policy that acts: KL is anchored there, not where it drifted.
+        self.networks.actor.load_state_dict(self.deployed.state_dict())
+        return self._iteration(decision, metrics, rolled_back=rolled_back)
+
+    def _roll_back(self, decision: Decision, visited: Batch) -> tuple[Decision, Actor]:
+        """Some policy has exceeded epsilon: back to the last certified one, then smaller steps."""
+        self.monitor.reset_alarm()
+        self.delta.mul_(0.5).clamp_(min=MIN_DELTA_SHARE * self.config.safety.delta)
+        if self.certified_version == self.version:
+            reason = "alarm: the last certified policy already acts"
+            return decision._replace(accepted=False, fraction=0.0, reason=reason), self.deployed
+        noise = torch.randn(visited.actions.shape, generator=self.generator)
+        measured = measure(
+            self.certified,
+            self.deployed,
+            self.critic,
+            visited,
+            self.steps / self.episodes,
+            decision.v_previous,
+            noise,
+            self.config.acceptance.tail,
+        )
+        # The copy acts under a new version number, with a shield of today's critic.
+        self.certified_version = self.version + 1
+        reason = "alarm: rolled back to the last certified policy"
+        return measured._replace(reason=reason), self.certified
+
+    def _keep(self, metrics: dict[str, float]) -> Iteration:
+        """Close the run between two proposals: nothing is proposed, nothing changes."""
+        self.iterations += 1
+        return self._iteration(_UNMEASURED, metrics, rolled_back=False)
+
+    def _adapt_kl_weight(self, decision: Decision) -> None:
+        """Aim the learner at the trust region's rim: a cut proposal raises the penalty on
+        leaving.
+        """
+        wide = decision.kl_mean > 0.5 * float(self.delta)
+        if decision.fraction < 1.0:
+            self.kl_weight *= 1.5
+        elif not wide:
+            self.kl_weight /= 1.5
+        self.kl_weight.clamp_(1e-2, 1e3)
+
+    def _iteration(
+        self, decision: Decision, metrics: dict[str, float], *, rolled_back: bool
+    ) -> Iteration:
+        spec, delta = self.config.safety, float(self.delta)
+        # Of the policy that acts from now on: the candidate, or the one that stays as it was.
+        if decision.accepted or rolled_back:
+            tail_limit = self.config.acceptance.tail_ratio * delta
+            near = decision.kl_mean < delta and decision.kl_tail < tail_limit
+            satisfied = near and decision.v_candidate < spec.epsilon
+        else:
+            satisfied = decision.v_previous < spec.epsilon
+        return Iteration(
+            index=self.iterations - 1,
+            step=self.steps,
+            version=self.version,
+            accepted=decision.accepted,
+            fraction=decision.fraction,
+            reason=decision.reason,
+            kl_forward_mean=decision.kl_forward_mean,
+            kl_reverse_mean=decision.kl_reverse_mean,
+            kl_forward_tail=decision.kl_forward_tail,
+            kl_reverse_tail=decision.kl_reverse_tail,
+            v_previous=decision.v_previous,
+            v_candidate=decision.v_candidate,
+            epsilon=spec.epsilon,
+            delta=delta,
+            constraints_satisfied=satisfied,
+            multiplier=float(self.multiplier.value),
+            kl_weight=float(self.kl_weight),
+            alpha=float(self.critic.alpha),
+            rolled_back=rolled_back,
+            metrics=metrics,
+        )
+
+    def _parts(self) -> dict[str, Part]:
+        return {
+            **{f"learner.{k}": v for k, v in self.learner.parts().items()},
+            **self.critic.parts(),
+            "multiplier": self.multiplier.value,
+            "deployed": self.deployed,
+            "certified": self.certified,
+            "shield": self.shield.net,
+            "kl_weight": self.kl_weight,
+            "delta": self.delta,
+            "generator": self.generator,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as tensors."""
+        return {
+            **collect_state(self._parts()),
+            **{f"buffer/{k}": v for k, v in self.buffer.state_dict().items()},
+            "starts": self.starts.clone(),
+        }
+
+    def info(self) -> dict[str, Any]:
+        """The rest of the state, JSON-able."""
+        return {
+            "steps": self.steps,
+            "episodes": self.episodes,
+            "iterations": self.iterations,
+            "version": self.version,
+            "certified_version": self.certified_version,
+            "next_proposal": self.next_proposal,
+            "stopped": self.stopped,
+            "recent": [bool(x) for x in self.recent],
+            "monitor": self.monitor.state_dict(),
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict` and :meth:`info`, bitwise."""
+        restore_state(self._parts(), tensors)
+        self.buffer.load_state_dict(
+            {k.removeprefix("buffer/"): v for k, v in tensors.items() if k.startswith("buffer/")}
+        )
+        self.starts = tensors["starts"].clone()
+        if self.buffer.size:
+            lived = self.dataset.layout.unpack(self.buffer.rows).accidents
+            self._lived = StratifiedSampler(lived)
+        self.steps = int(info["steps"])
+        self.episodes = int(info["episodes"])
+        self.iterations = int(info["iterations"])
+        self.version = int(info["version"])
+        self.certified_version = int(info["certified_version"])
+        self.next_proposal = int(info["next_proposal"])
+        self.stopped = str(info["stopped"])
+        self.recent = list(info["recent"])
+        self.monitor.load_state_dict(info["monitor"])
+        self.rng.bit_generator.state = info["rng"]
+
+
+_UNMEASURED = Decision(
+    accepted=False,
+    fraction=0.0,
+    reason="nothing was proposed",
+    kl_forward_mean=math.nan,
+    kl_reverse_mean=math.nan,
+    kl_forward_tail=math.nan,
+    kl_reverse_tail=math.nan,
+    v_previous=math.nan,
+    v_candidate=math.nan,
+)
+_UNCONSTRAINED = _UNMEASURED._replace(
+    accepted=True, fraction=1.0, reason="no constraint: the learner acts"
+)

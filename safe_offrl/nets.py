@@ -1,0 +1,180 @@
+"""Networks: ensembles as one batched matrix product, and the tanh-Gaussian actor."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN
+from safe_offrl.state import Part
+
+# Q(s, a) of all critics: [B, O], [B, A] -> [E, B]
+QFunction = Callable[[Tensor, Tensor], Tensor]
+# Q_C(s, time to go, a): [B, O], [B], [B, A] -> [B]
+Risk = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class StackedLinear(nn.Module):
+    """E independent linear layers in one batched matrix product: [E, B, in] -> [E, B, out]."""
+
+    def __init__(self, members: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+        # torch.nn.Linear's own initialisation, uniform in +-1/sqrt(inputs), member by member.
+        bound = 1.0 / math.sqrt(inputs)
+        weight = torch.empty(members, inputs, outputs).uniform_(-bound, bound, generator=generator)
+        bias = torch.empty(members, 1, outputs).uniform_(-bound, bound, generator=generator)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class StackedMLP(nn.Module):
+    """E independent ReLU networks with one scalar output each: inputs [B, I] -> [E, B].
+
+    ``layer_norm`` puts a LayerNorm before every ReLU (RLPD, arXiv:2302.02948, section 4.2): it
+    bounds what the critic says about actions nobody has tried. It has no scale and shift of its
+    own: the next layer can express the same, and their gradients were a quarter of an update's
+    time.
+    """
+
+    def __init__(
+        self,
+        members: int,
+        inputs: int,
+        hidden: Sequence[int],
+        *,
+        layer_norm: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.members = members
+        layers: list[nn.Module] = []
+        size = inputs
+        for width in hidden:
+            layers.append(StackedLinear(members, size, width, generator))
+            if layer_norm:
+                layers.append(nn.LayerNorm(width, elementwise_affine=False))
+            layers.append(nn.ReLU())
+            size = width
+        self.hidden = nn.Sequential(*layers)
+        self.output = StackedLinear(members, size, 1, generator)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = self.hidden(inputs.expand(self.members, *inputs.shape))
+        values: Tensor = self.output(x)
+        return values.squeeze(-1)
+
+
+def linear_layers(inputs: int, widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
+    """Plain ReLU network: linear layers of these widths with ReLU between them, [B, I] -> [B,
+    O].
+    """
+    layers: list[nn.Module] = []
+    size = inputs
+    for width in widths:
+        linear = nn.Linear(size, width)
+        bound = 1.0 / math.sqrt(size)
+        with torch.no_grad():
+            linear.weight.uniform_(-bound, bound, generator=generator)
+            linear.bias.uniform_(-bound, bound, generator=generator)
+        layers += [linear, nn.ReLU()]
+        size = width
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy: observations [B, O] -> (mean, log_std), each [B, A].
+
+    The log standard deviation is squashed smoothly into [-5, 2], so its gradient never dies at a
+    clip.
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.layers = linear_layers(observation_size, (*hidden, 2 * action_size), generator)
+
+    def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Typed entry to ``forward``; torch declares Any."""
+        return super().__call__(observations)
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        mean, raw = self.layers(observations).chunk(2, dim=-1)
+        half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
+        return mean, LOG_STD_MIN + half_range * (torch.tanh(raw) + 1.0)
+
+
+def descend_(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One optimiser step on the loss, touching the gradients of the optimiser's own parameters
+    only.
+
+    An actor's loss runs through the critics; asking autograd for the actor's gradients alone spares
+    the critics' weight gradients and leaves nothing behind to be cleared.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak_(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """Move the target's parameters towards the online ones: ``target += tau (online - target)``."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes every agent shares: RLPD's 10 LayerNorm critics and networks of 256x256 by default."""
+
+    actor_hidden: tuple[int, ...] = (256, 256)
+    critic_hidden: tuple[int, ...] = (256, 256)
+    critics: int = 10
+
+
+class Networks:
+    """Actor, critic ensemble and its target, shared by the offline and the online learner."""
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        config: NetworkConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.actor = Actor(observation_size, action_size, config.actor_hidden, generator)
+        self.critics = StackedMLP(
+            config.critics,
+            observation_size + action_size,
+            config.critic_hidden,
+            layer_norm=True,
+            generator=generator,
+        )
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """All critics: [B, O], [B, A] -> [E, B]."""
+        q: Tensor = self.critics(torch.cat([observations, actions], dim=-1))
+        return q
+
+    @torch.no_grad()
+    def target_q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """All target critics: [B, O], [B, A] -> [E, B], without gradient."""
+        q: Tensor = self.target_critics(torch.cat([observations, actions], dim=-1))
+        return q
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return {"actor": self.actor, "critics": self.critics, "target_critics": self.target_critics}

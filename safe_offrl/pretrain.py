@@ -1,0 +1,207 @@
+"""The offline phase: an agent and the safety critic beside it, then value pre-alignment.
+
+A generator of records: logging, checkpoints and the screen belong to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.calibration import CalibrationReport, calibrate_critic
+from safe_offrl.data.sampling import StratifiedSampler, uniform_batches
+from safe_offrl.errors import ConfigError
+from safe_offrl.lagrangian import LagrangianConfig, Multiplier
+from safe_offrl.nets import NetworkConfig, Networks
+from safe_offrl.safety import SafetySpec
+from safe_offrl.safety_critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
+from safe_offrl.state import Part, collect_state, restore_state
+from safe_offrl.types import Batch, Dataset, Record
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of the offline phase.
+
+    ``steps`` gradient steps of the agent, then ``alignment_steps`` in which the actor is frozen and
+    the reward and safety critics learn its own values (Marvel, arXiv:2412.04426): the online phase
+    starts from critics that agree with the policy that will act. ``held_out`` is the share of
+    episodes kept for the calibration report.
+    """
+
+    agent: str = "iql"
+    env: str = "PointHazard-v0"
+    dataset: str | None = None
+    steps: int = 100_000
+    alignment_steps: int = 5_000
+    batch_size: int = 256
+    held_out: float = 0.15
+    seed: int = 0
+    log_every: int = 1000
+    safety: SafetySpec = field(default_factory=SafetySpec)
+    networks: NetworkConfig = field(default_factory=NetworkConfig)
+    critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)
+    lagrangian: LagrangianConfig = field(default_factory=LagrangianConfig)
+    agents: AgentConfigs = field(default_factory=AgentConfigs)
+    extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
+    alignment: RLPDConfig = field(default_factory=RLPDConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run."""
+        if self.agent not in AGENTS:
+            raise ConfigError(
+                f'There is no agent "{self.agent}". Choose one of {", ".join(sorted(AGENTS))}.'
+            )
+        if self.steps < 1 or self.alignment_steps < 0 or self.batch_size < 2 or self.log_every < 1:
+            raise ConfigError(
+                "steps and log_every must be at least 1, alignment_steps at least 0 and batch_size "
+                "at least 2. Raise the one that is too small."
+            )
+        if not 0.0 < self.held_out < 0.9:
+            raise ConfigError(
+                f"held_out is {self.held_out}, but a share of episodes in (0, 0.9) is needed. "
+                "Try 0.1."
+            )
+
+
+START_STATES = 64  # start states per update of the safety critic
+ESTIMATE_STATES = 2000  # policy actions behind one V_accident(s0) estimate
+
+
+def discount_of(config: PretrainConfig) -> float:
+    """Discount of the chosen agent: what return_to_go in the dataset must be computed with."""
+    return config.agents.iql.discount if config.agent == "iql" else config.agents.cql.discount
+
+
+class Pretraining:
+    """State and loop of the offline phase; resumable at every record it yields."""
+
+    def __init__(self, config: PretrainConfig, dataset: Dataset) -> None:
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        train, held_out = dataset.split(config.held_out, config.seed)
+        # A robot's joints, a plant's pressures: no network should have to learn their units.
+        self.normalizer = train.normalizer()
+        self.train = train.normalised(self.normalizer)
+        self.held_out = held_out.normalised(self.normalizer)
+        layout = dataset.layout
+        self.networks = Networks(
+            layout.observation_size, layout.action_size, config.networks, self.generator
+        )
+        self.agent = AGENTS[config.agent](
+            self.networks, layout, config.networks, config.agents, self.generator
+        )
+        self.extraction = Extraction(
+            self.networks.actor,
+            layout.observation_size,
+            layout.action_size,
+            config.networks.actor_hidden,
+            config.extraction,
+            self.generator,
+        )
+        self.learner = RLPD(self.networks, layout.action_size, config.alignment)
+        self.critic = SafetyCritic(
+            layout.observation_size,
+            layout.action_size,
+            dataset.horizon,
+            config.critic,
+            self.generator,
+        )
+        self.multiplier = Multiplier(config.lagrangian, config.safety.epsilon)
+        self.step = 0
+        self.report: CalibrationReport | None = None
+        self._stratified = StratifiedSampler(self.train.transitions.accidents)
+        self._starts = self.train.initial_observations
+
+    @property
+    def total_steps(self) -> int:
+        """Gradient steps of both parts."""
+        return self.config.steps + self.config.alignment_steps
+
+    def run(self) -> Iterator[Record]:
+        """Train to the end, yielding a record every ``log_every`` steps."""
+        config = self.config
+        while self.step < self.total_steps:
+            n = min(config.log_every, self.total_steps - self.step)
+            metrics: dict[str, Tensor] = {}
+            for _ in range(n):
+                metrics |= self._update(aligning=self.step >= config.steps)
+                self.step += 1
+            if self.step == self.total_steps:
+                # Part of the result, and so of the last checkpoint: the shield needs its threshold.
+                self.report = self._calibrate()
+            yield Record(self.step, {f"offline/{k}": float(v) for k, v in metrics.items()})
+
+    def _update(self, *, aligning: bool) -> dict[str, Tensor]:
+        config, generator = self.config, self.generator
+        batch = uniform_batches(self.train.rows, self.train.layout, 1, config.batch_size, generator)
+        batch = Batch(*(x[0] for x in batch))
+        if aligning:
+            metrics = self.learner.update_critics(batch, generator)
+        else:
+            advantages, metrics = self.agent.update(batch, generator)
+            metrics |= self.extraction.update(
+                batch,
+                advantages,
+                self.networks.q,
+                self.critic.risk,
+                self.multiplier.value,
+                generator,
+            )
+        index, weights = self._stratified.index(
+            config.batch_size, config.critic.positive_share, generator
+        )
+        risky = self.train.layout.unpack(self.train.rows[index])
+        starts = self._starts[
+            torch.randint(len(self._starts), (START_STATES,), generator=generator)
+        ]
+        metrics |= self.critic.update(risky, weights, self.networks.actor, starts, generator)
+        if not aligning:
+            self.multiplier.update(metrics["csc/v_accident"])
+        return {**metrics, "lambda": self.multiplier.value}
+
+    def estimate(self) -> RiskEstimate:
+        """V_accident(s0) of the present actor over the dataset's start states."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        index = torch.randint(len(self._starts), (ESTIMATE_STATES,), generator=generator)
+        return self.critic.estimate(self.networks.actor, self._starts[index], generator)
+
+    def calibration(self) -> CalibrationReport:
+        """The report on the safety critic, made when training ends."""
+        return self.report or self._calibrate()
+
+    def _calibrate(self) -> CalibrationReport:
+        return calibrate_critic(self.critic, self.networks.actor, self.held_out, self.estimate())
+
+    def _parts(self) -> dict[str, Part]:
+        return {
+            **{f"agent.{k}": v for k, v in self.agent.parts().items()},
+            **{f"extraction.{k}": v for k, v in self.extraction.parts().items()},
+            **{f"learner.{k}": v for k, v in self.learner.parts().items()},
+            **self.critic.parts(),
+            "normalizer_mean": torch.from_numpy(self.normalizer.mean),
+            "normalizer_std": torch.from_numpy(self.normalizer.std),
+            "multiplier": self.multiplier.value,
+            "generator": self.generator,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        return collect_state(self._parts())
+
+    def info(self) -> dict[str, Any]:
+        """The part of the state that is not tensors; JSON-able."""
+        threshold = self.report.shield_threshold if self.report else None
+        return {"step": self.step, "shield_threshold": threshold}
+
+    def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict` and :meth:`info`, bitwise."""
+        restore_state(self._parts(), tensors)
+        self.step = int(info["step"])

@@ -1,0 +1,80 @@
+"""One complete episode of the policy behind its shield, as rows for the buffer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safe_offrl.acting import NumpyActor
+from safe_offrl.env import AccidentEnv
+from safe_offrl.errors import EnvError
+from safe_offrl.shield import Shield
+from safe_offrl.types import Normalizer
+
+
+class PlayedEpisode(NamedTuple):
+    """What happened; ``rows`` [n, D] are transitions with the EXECUTED actions."""
+
+    rows: Tensor
+    episode_return: float
+    cost: float
+    accident: bool
+    accident_steps: int
+    shield_interventions: int
+
+
+def play_episode(
+    env: AccidentEnv,
+    actor: NumpyActor,
+    shield: Shield,
+    normalizer: Normalizer,
+    seed: int,
+    rng: np.random.Generator,
+    *,
+    mean_action: bool = False,
+) -> PlayedEpisode:
+    """Reset with ``seed`` and act until the episode ends.
+
+    Observations are standardised by ``normalizer``, in what the policy sees and in the rows.
+    Return-to-go is left at 0 in the rows: only Cal-QL reads it, from the log. Raises EnvError when
+    the policy wants a non-finite action, which is never sent.
+    """
+    observation = normalizer(env.reset(seed=seed)[0])
+    shield.start_episode()
+    rows: list[np.ndarray] = []
+    total = cost = 0.0
+    accidents = interventions = 0
+    ended = False
+    while not ended:
+        time_to_go = 1.0 - len(rows) / env.horizon
+        action, replaced = shield.choose(
+            actor, observation, time_to_go, rng, mean_action=mean_action
+        )
+        if not np.isfinite(action).all():
+            raise EnvError(
+                "The policy's action is not finite, so nothing was sent to the environment. Go "
+                "back to an earlier checkpoint, or lower the learning rate."
+            )
+        raw, reward, terminated, truncated, info = env.step(action)
+        following = normalizer(raw)
+        accident = bool(info["accident"])
+        tail = (reward, accident, info["cost"], terminated, time_to_go, 0.0)
+        rows.append(
+            np.concatenate([observation, action, following, np.asarray(tail, dtype=np.float32)])
+        )
+        observation, ended = following, terminated or truncated
+        total += float(reward)
+        cost += float(info["cost"])
+        accidents += accident
+        interventions += replaced
+    return PlayedEpisode(
+        rows=torch.from_numpy(np.stack(rows)),
+        episode_return=total,
+        cost=cost,
+        accident=accidents > 0,
+        accident_steps=accidents,
+        shield_interventions=interventions,
+    )

@@ -1,0 +1,603 @@
+"""The run folder: config, metrics, accident ledger, checkpoints and TensorBoard events of one run.
+
+::
+
+    runs/finetune-PointHazard-v0-iql-1/
+      config.yaml        resolved settings, written before step 0
+      run.json           kind, status, creation time        versions.json  packages, git, threads
+      ledger.jsonl       one line an episode, CRC-protected and fsynced: the record of accidents
+      metrics.jsonl      one line a logged step             iterations.jsonl  one line a decision
+      checkpoints/step-000012345/   state.safetensors, info.json, manifest.json (sha256)
+      events.out.tfevents.*         TensorBoard: a view, never the record
+
+Nothing that depends on the clock enters the ledger, the metrics or a checkpoint, so an interrupted
+and resumed run is compared with an uninterrupted one byte by byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import filelock
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from safe_offrl.errors import UserError
+from safe_offrl.types import Episode
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+KEPT_CHECKPOINTS = 3  # one may be damaged and one half written, and a third is still there
+
+# Two charts that show the claim itself: the rate between its bounds, and all of it against epsilon.
+_LAYOUT = {
+    "Safety": {
+        "accident rate with bounds": [
+            "Margin",
+            ["safety/accident_rate", "safety/accident_rate_lower", "safety/accident_rate_upper"],
+        ],
+        "accident rate against epsilon": [
+            "Multiline",
+            [
+                "safety/accident_rate$",
+                "safety/accident_rate_upper",
+                "safety/v_accident_estimate",
+                "safety/epsilon",
+            ],
+        ],
+        "accidents so far": ["Multiline", ["safety/accidents_total"]],
+    },
+    "Trust region": {"KL against delta": ["Multiline", ["trust/kl$", "trust/delta"]]},
+}
+
+
+class RunError(UserError):
+    """A run folder that is missing, locked, damaged, or not what was asked for."""
+
+
+class Checkpoint(NamedTuple):
+    """One verified checkpoint: what a loop's ``load(tensors, info)`` takes, and its identity."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+    sha256: str  # over the hashes of state.safetensors and info.json
+    counts: dict[str, int]  # lines of metrics, iterations and ledger when it was written
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: write all, fsync, rename. A failure leaves what was there before.
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _fsync_folder(path: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder; NTFS journals the rename itself
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_file(path: Path, data: bytes, *, append: bool = False, sync: bool = True) -> None:
+    mode = os.O_APPEND if append else os.O_TRUNC
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | mode | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        _write_all(fd, data)
+        if sync:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` or leave it as it was; readers never see half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_file(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
+def _json_line(values: Mapping[str, Any]) -> bytes:
+    """One strict JSON object and a newline; a non-finite number becomes null."""
+    clean = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
+    return json.dumps(clean, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# The ledger's line format.
+
+
+def ledger_line(episode: Episode) -> bytes:
+    """Serialise one episode; the CRC-32 of everything before it closes the line."""
+    body = json.dumps(episode._asdict(), allow_nan=False, separators=(",", ":")).encode()[:-1]
+    return body + f',"crc32":"{zlib.crc32(body):08x}"}}\n'.encode()
+
+
+def _ledger_episode(line: bytes) -> Episode | None:
+    """Parse one line without its newline; None if its CRC does not match."""
+    body, _, tail = line.rpartition(b',"crc32":"')
+    if tail != f'{zlib.crc32(body):08x}"}}'.encode():
+        return None
+    try:
+        return Episode(**json.loads(body + b"}"))
+    except (TypeError, ValueError):  # intact, but not an episode of this version
+        return None
+
+
+def parse_ledger(data: bytes, where: str) -> tuple[list[Episode], int]:
+    """Read a ledger: its episodes, and how many bytes of ``data`` they cover.
+
+    A last line without a newline is a torn write and is left out. Damage anywhere else is an
+    error, since a lost line could be a lost accident.
+    """
+    episodes: list[Episode] = []
+    used = 0
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        episode = _ledger_episode(line)
+        if episode is None or episode.index != len(episodes):
+            raise RunError(
+                f"The ledger {where} is damaged in line {number} (checksum or numbering). "
+                "Restore it from a backup; it is never repaired silently."
+            )
+        episodes.append(episode)
+        used += len(line) + 1
+    return episodes, used
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+class RunDir:
+    """One run on disk. Reading needs nothing; writing needs the lock (``create`` or ``lock``)."""
+
+    def __init__(self, path: Path) -> None:
+        """Open an existing run for reading; raises RunError if ``path`` holds none."""
+        self.path = Path(path)
+        if not (self.path / "run.json").is_file():
+            raise RunError(
+                f'"{self.path}" is not a run folder. Give the name or the path of a run that '
+                "`safe-offrl pretrain` or `safe-offrl finetune` wrote."
+            )
+        self._lock: filelock.BaseFileLock | None = None
+        self._board: SummaryWriter | None = None
+        self._purge_step = 0
+        self._counts = {"metrics": 0, "iterations": 0, "ledger": 0}
+        self._recorded: list[Episode] = []
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        *,
+        kind: str,
+        config_text: str,
+        name: str | None = None,
+        stem: str | None = None,
+        versions: Mapping[str, Any] | None = None,
+    ) -> RunDir:
+        """Make ``root/name`` and lock it; config.yaml and versions.json exist from the start.
+
+        Without a name it is the first free ``<stem>-<k>`` (stem: the kind, say "pretrain-X-iql").
+        """
+        root = Path(root)
+        root.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            path = root / check_name(name)
+            try:
+                path.mkdir()
+            except FileExistsError as error:
+                raise RunError(
+                    f'The run "{name}" already exists in "{root}". Choose another --name, or '
+                    f"continue it with --resume {name}."
+                ) from error
+        else:
+            path = _first_free(root, re.sub(r"[^A-Za-z0-9._-]+", "-", stem or kind)[:56])
+        (path / "checkpoints").mkdir()
+        write_atomic(path / "config.yaml", config_text.encode())
+        write_atomic(path / "versions.json", _json_bytes(dict(versions or {})))
+        # run.json comes last: it is what makes the folder a run.
+        state = {"kind": kind, "status": "running", "created_ns": time.time_ns()}
+        write_atomic(path / "run.json", _json_bytes(state))
+        run = cls(path)
+        run.lock()
+        return run
+
+    # --- what it is ---
+
+    @property
+    def name(self) -> str:
+        """Folder name of the run."""
+        return self.path.resolve().name
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """kind, status ("running", "interrupted", "finished"), created_ns and, later, a reason."""
+        return self.read_json("run.json")
+
+    @property
+    def kind(self) -> str:
+        """ "pretrain" or "finetune"."""
+        return str(self.state["kind"])
+
+    @property
+    def config_text(self) -> str:
+        """The resolved configuration as YAML."""
+        return (self.path / "config.yaml").read_text(encoding="utf-8")
+
+    def set_status(self, status: str, **details: Any) -> None:
+        """Record how the run stands: "running", "interrupted" or "finished"."""
+        self._require_lock()
+        self._sync_lines()
+        self.write_json("run.json", {**self.state, "status": status, **details})
+
+    def read_json(self, filename: str) -> dict[str, Any]:
+        """Read one of the run's JSON files; RunError if it is missing or damaged."""
+        try:
+            value = json.loads((self.path / filename).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(
+                f'"{self.path / filename}" is missing or damaged ({error}). Restore it or make '
+                "the run again."
+            ) from error
+        if not isinstance(value, dict):
+            raise RunError(f'"{self.path / filename}" holds no JSON object. Make the run again.')
+        return value
+
+    def write_json(self, filename: str, value: Mapping[str, Any]) -> Path:
+        """Write a JSON file of the run atomically (evaluation.json, calibration.json ...)."""
+        write_atomic(self.path / filename, _json_bytes(dict(value)))
+        return self.path / filename
+
+    # --- one writer ---
+
+    def lock(self) -> None:
+        """Become the only writer; fails at once, naming the holder, if another process is."""
+        lock = filelock.FileLock(self.path / ".lock")
+        holder = self.path / "writer.pid"
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            pid = holder.read_text().strip() if holder.is_file() else "unknown"
+            raise RunError(
+                f'The run "{self.name}" is being written by another process (pid {pid}). '
+                "Wait until it ends, or end it, then try again."
+            ) from error
+        self._lock = lock
+        holder.write_text(f"{os.getpid()}\n")
+
+    def _require_lock(self) -> None:
+        if self._lock is None:
+            raise RuntimeError("this RunDir was opened for reading; call lock() before writing")
+
+    def close(self) -> None:
+        """Flush TensorBoard and give the lock back; may be called twice."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._lock is not None:
+            (self.path / "writer.pid").unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- the record ---
+
+    def episodes(self) -> list[Episode]:
+        """Every episode in the ledger, in order; a torn last line is left out."""
+        path = self.path / "ledger.jsonl"
+        return parse_ledger(path.read_bytes(), str(path))[0] if path.is_file() else []
+
+    def append_episode(self, episode: Episode) -> None:
+        """Write one episode to the ledger and fsync it BEFORE the next one may begin.
+
+        After a resume the loop replays the episodes since the checkpoint; those must equal what
+        the ledger already holds, else RunError: the run is then not the run it continues.
+        """
+        self._require_lock()
+        index = self._counts["ledger"]
+        if episode.index != index:
+            raise RuntimeError(f"episode {episode.index} cannot follow {index - 1} in the ledger")
+        if index < len(self._recorded):
+            if self._recorded[index] != episode:
+                raise RunError(
+                    f"Episode {index} came out differently when replayed: the ledger has "
+                    f"{self._recorded[index]}, now it is {episode}. Resume with the versions and "
+                    "threads in versions.json and a deterministic environment."
+                )
+        else:
+            _write_file(self.path / "ledger.jsonl", ledger_line(episode), append=True)
+        self._counts["ledger"] = index + 1
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl and the same numbers to TensorBoard at x = step."""
+        self._require_lock()
+        line = _json_line({"step": step, **{k: float(v) for k, v in values.items()}})
+        _write_file(self.path / "metrics.jsonl", line, append=True, sync=False)
+        self._counts["metrics"] += 1
+        board = self.board()
+        for tag, value in values.items():
+            if math.isfinite(value):
+                board.add_scalar(tag, value, step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, ``{"step": ..., tag: value or None}``."""
+        return self._read_lines("metrics")
+
+    def log_iteration(self, values: Mapping[str, Any]) -> None:
+        """Append one decision of the acceptance step, with its reason, to iterations.jsonl."""
+        self._require_lock()
+        _write_file(self.path / "iterations.jsonl", _json_line(values), append=True, sync=False)
+        self._counts["iterations"] += 1
+
+    def iterations(self) -> list[dict[str, Any]]:
+        """The decisions of a fine-tuning run, in order."""
+        return self._read_lines("iterations")
+
+    def _read_lines(self, stem: str) -> list[dict[str, Any]]:
+        path = self.path / f"{stem}.jsonl"
+        if not path.is_file():
+            return []
+        lines = path.read_bytes().splitlines(keepends=True)
+        try:
+            return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        except ValueError as error:
+            raise RunError(f'"{path}" is damaged ({error}). Restore it from a backup.') from error
+
+    def _sync_lines(self) -> None:
+        for stem in ("metrics", "iterations"):
+            path = self.path / f"{stem}.jsonl"
+            if path.is_file():
+                _write_file(path, b"", append=True)
+
+    def board(self) -> SummaryWriter:
+        """The TensorBoard writer, opened on first use; events past the resumed step are purged."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(self.path), purge_step=self._purge_step, max_queue=1000, flush_secs=10
+            )
+            self._board.add_custom_scalars(_LAYOUT)
+        return self._board
+
+    # --- checkpoints ---
+
+    def save_checkpoint(
+        self, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
+    ) -> Checkpoint:
+        """Write ``checkpoints/step-...`` whole or not at all; keeps the newest three.
+
+        Serialised in memory first, so that a full disk cannot leave half a checkpoint. Checkpoints
+        of later steps belong to a future that a fall-back threw away, and are removed.
+        """
+        self._require_lock()
+        self._sync_lines()  # before a checkpoint counts them
+        # Contiguous clones, because safetensors refuses tensors that share storage.
+        copies = {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in tensors.items()
+        }
+        state = safetensors.torch.save(copies)
+        info_bytes = _json_bytes(dict(info))
+        hashes = {"state.safetensors": _sha256(state), "info.json": _sha256(info_bytes)}
+        manifest: dict[str, Any] = {"step": step, "sha256": hashes, "counts": dict(self._counts)}
+        manifest["crc32"] = zlib.crc32(_json_bytes(manifest))
+
+        folder = self.path / "checkpoints"
+        target = folder / f"step-{step:09d}"
+        temporary = folder / f".tmp-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            _write_file(temporary / "state.safetensors", state)
+            _write_file(temporary / "info.json", info_bytes)
+            _write_file(temporary / "manifest.json", _json_bytes(manifest))
+            _fsync_folder(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _fsync_folder(folder)
+        older = [p for p in self._checkpoint_folders() if p.name < target.name]
+        for path in self._checkpoint_folders():
+            if path.name > target.name or path in older[: -(KEPT_CHECKPOINTS - 1)]:
+                shutil.rmtree(path, ignore_errors=True)
+        return Checkpoint(step, dict(tensors), dict(info), _identity(hashes), dict(self._counts))
+
+    def _checkpoint_folders(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    def load_checkpoint(self) -> Checkpoint:
+        """Read the newest checkpoint whose hashes match.
+
+        Raises RunError if none does: a damaged run is never silently started afresh.
+        """
+        problems = []
+        for folder in reversed(self._checkpoint_folders()):
+            try:
+                return _read_checkpoint(folder)
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
+                problems.append(f"{folder.name}: {error}")
+        if problems:
+            raise RunError(
+                f'No checkpoint of the run "{self.name}" is intact ({"; ".join(problems)}). '
+                "Restore one from a backup or start a new run."
+            )
+        raise RunError(
+            f'The run "{self.name}" has no checkpoint yet. Start a new run instead of resuming.'
+        )
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Go back to ``checkpoint``: cut metrics and iterations, expect the ledger's rest again."""
+        self._require_lock()
+        for leftover in (self.path / "checkpoints").glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for stem in ("metrics", "iterations"):
+            path = self.path / f"{stem}.jsonl"
+            lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+            kept = checkpoint.counts[stem]
+            if len(lines) < kept:
+                raise RunError(
+                    f'"{path}" has {len(lines)} lines, its checkpoint counted {kept}. '
+                    "Restore it from a backup."
+                )
+            if len(lines) > kept:
+                write_atomic(path, b"".join(lines[:kept]))
+        ledger = self.path / "ledger.jsonl"
+        data = ledger.read_bytes() if ledger.is_file() else b""
+        self._recorded, used = parse_ledger(data, str(ledger))
+        if len(self._recorded) < checkpoint.counts["ledger"]:
+            raise RunError(
+                f'"{ledger}" has {len(self._recorded)} episodes, its checkpoint counted '
+                f"{checkpoint.counts['ledger']}. Restore it from a backup."
+            )
+        if used < len(data):
+            os.truncate(ledger, used)
+        self._counts = dict(checkpoint.counts)
+        self._purge_step = checkpoint.step + 1
+        self.set_status("running")
+
+
+def _identity(hashes: Mapping[str, str]) -> str:
+    return _sha256("".join(f"{k}={hashes[k]}\n" for k in sorted(hashes)).encode())
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify one checkpoint; the bytes that are hashed are the bytes that are parsed."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    if manifest.pop("crc32") != zlib.crc32(_json_bytes(manifest)):
+        raise ValueError("manifest.json does not match its checksum")
+    files = {name: (folder / name).read_bytes() for name in ("state.safetensors", "info.json")}
+    for name, data in files.items():
+        if _sha256(data) != manifest["sha256"][name]:
+            raise ValueError(f"{name} does not match its sha256")
+    return Checkpoint(
+        step=int(manifest["step"]),
+        tensors=safetensors.torch.load(files["state.safetensors"]),
+        info=json.loads(files["info.json"]),
+        sha256=_identity({name: manifest["sha256"][name] for name in files}),
+        counts={k: int(manifest["counts"][k]) for k in ("metrics", "iterations", "ledger")},
+    )
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it can be a run's folder name, else raise RunError.
+
+    >>> check_name("seed-0")
+    'seed-0'
+    """
+    if not NAME.fullmatch(name) or set(name) == {"."}:
+        raise RunError(
+            f'"{name}" cannot name a run. Use 1 to 64 letters, digits, dots, dashes, underscores.'
+        )
+    return name
+
+
+def _first_free(root: Path, stem: str) -> Path:
+    k = 1
+    while True:
+        path = root / f"{stem}-{k}"
+        try:
+            path.mkdir()  # atomic, so that two processes never share a folder
+        except FileExistsError:
+            k += 1
+        else:
+            return path
+
+
+def find_run(reference: str | Path | None, root: Path, kind: str | None = None) -> RunDir:
+    """Find a run by path, by name under ``root``, or (None) the newest finished one of ``kind``."""
+    if reference is not None:
+        path = Path(reference)
+        run = RunDir(path if (path / "run.json").is_file() else Path(root) / path)
+        if kind is not None and run.kind != kind:
+            raise RunError(f'The run "{run.name}" is a {run.kind} run, but a {kind} run is needed.')
+        return run
+    runs = [RunDir(p.parent) for p in Path(root).glob("*/run.json")]
+    runs = [r for r in runs if kind in (None, r.kind) and r.state["status"] == "finished"]
+    if not runs:
+        what = f"{kind} run" if kind else "run"
+        raise RunError(
+            f'There is no finished {what} in "{root}". Run `safe-offrl {kind or "pretrain"}` '
+            "first, or name a run."
+        )
+    return max(runs, key=lambda r: int(r.state["created_ns"]))
+
+
+def versions(env_versions: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a bitwise repetition needs: packages, environment, git state, platform and threads."""
+    packages = ("safe-offrl", "torch", "numpy", "gymnasium", "scipy", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "environment": dict(env_versions or {}),
+        "git": _git_state(Path(__file__).parent),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether the tree differs from it; None when this file is not tracked by git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

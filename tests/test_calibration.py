@@ -1,0 +1,176 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from safe_offrl.calibration import (
+    CalibrationReport,
+    accident_within,
+    auroc,
+    calibrate_critic,
+    window_outcomes,
+)
+from safe_offrl.nets import Actor
+from safe_offrl.safety_critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
+from safe_offrl.types import Batch, Dataset, Layout
+
+
+def floats(*values: float) -> NDArray[np.float32]:
+    return np.array(values, dtype=np.float32)
+
+
+def dataset(lengths: list[int], accidents: NDArray[np.bool_], **columns: torch.Tensor) -> Dataset:
+    """Episodes of these lengths with observation and action of size 1."""
+    n = sum(lengths)
+    zeros, column = torch.zeros(n), torch.zeros(n, 1)
+    batch = Batch(
+        observations=column,
+        actions=column,
+        rewards=zeros,
+        accidents=torch.from_numpy(accidents.astype(np.float32)),
+        costs=zeros,
+        next_observations=column,
+        terminated=zeros,
+        time_to_go=zeros + 0.5,
+        return_to_go=zeros,
+    )._replace(**columns)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    layout = Layout(1, 1)
+    return Dataset(layout.pack(batch), layout, starts, np.zeros(n, dtype=bool), 10, "test")
+
+
+def flags(n: int, *where: int) -> NDArray[np.bool_]:
+    result = np.zeros(n, dtype=bool)
+    result[list(where)] = True
+    return result
+
+
+# --- the statistics by hand ---
+
+
+def test_auroc_by_hand() -> None:
+    positive = np.array([True, True, False, False])
+    assert auroc(floats(4, 3, 2, 1), positive) == 1.0
+    assert auroc(floats(1, 2, 3, 4), positive) == 0.0
+    # pairs (4,2) (4,3.5) right, (3,2) right, (3,3.5) wrong
+    assert auroc(floats(4, 3, 2, 3.5), positive) == 0.75
+    # ties count half: (2,2) half, (2,1) right, (3,2) right, (3,1) right
+    assert auroc(floats(2, 3, 2, 1), positive) == 0.875
+    assert auroc(floats(1, 1, 1, 1), positive) == 0.5
+    assert math.isnan(auroc(floats(1, 2), np.array([True, True])))
+    assert math.isnan(auroc(floats(1, 2), np.array([False, False])))
+
+
+def test_accident_within_looks_ahead_and_stays_in_the_episode() -> None:
+    # Episodes 0-4 and 5-7; accidents at 3 and 5.
+    data = dataset([5, 3], flags(8, 3, 5))
+    assert accident_within(data, 1).tolist() == flags(8, 3, 5).tolist()
+    assert accident_within(data, 2).tolist() == flags(8, 2, 3, 5).tolist()
+    assert accident_within(data, 10).tolist() == flags(8, 0, 1, 2, 3, 5).tolist()
+
+
+def test_window_outcomes_continue_with_the_critic() -> None:
+    values = floats(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    outcomes = window_outcomes(dataset([5, 3], flags(8, 3, 5)), values, 2)
+    # 0, 1: V two steps on (an accident at 3 is not within two steps of 1 but of 2); 4: the end
+    assert outcomes.tolist() == pytest.approx([0.3, 0.4, 1, 1, 0, 1, 0, 0])
+
+
+# --- the report: an accident follows exactly where the action is above .5 ---
+
+
+def critic_of(*, observation: float, action: float, base: float) -> SafetyCritic:
+    """Q_C = sigmoid(observation * o + action * a + base)."""
+    critic = SafetyCritic(1, 1, 10, SafetyCriticConfig(hidden=()), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        critic.net.output.weight.copy_(torch.tensor([observation, 0.0, action])[None, :, None])
+        critic.net.output.bias.fill_(base)
+    return critic
+
+
+PERFECT = critic_of(observation=0.0, action=40.0, base=-20.0)
+RANDOM = critic_of(observation=1.0, action=0.0, base=-1.0)
+BACKWARDS = critic_of(observation=0.0, action=-40.0, base=20.0)
+
+
+def one_step_episodes(n: int = 600) -> Dataset:
+    g = torch.Generator().manual_seed(1)
+    actions = 2.0 * torch.rand(n, 1, generator=g) - 1.0
+    observations = torch.randn(n, 1, generator=g)
+    accidents = (actions[:, 0] > 0.5).numpy()
+    return dataset([1] * n, accidents, actions=actions, observations=observations)
+
+
+def report_of(critic: SafetyCritic, data: Dataset) -> CalibrationReport:
+    actor = Actor(1, 1, (4,), torch.Generator().manual_seed(0))
+    return calibrate_critic(critic, actor, data, RiskEstimate(0.12, 0.15, 0.1))
+
+
+def test_a_perfect_critic_may_shield() -> None:
+    report = report_of(PERFECT, one_step_episodes())
+    assert report.shield_refusals == ()
+    assert report.shield_threshold == report.threshold
+    assert report.auroc == 1.0
+    assert report.ranking == 1.0
+    assert report.ranking_low > 0.9
+    assert report.false_safe == pytest.approx(0.1, abs=0.06)  # the share asked for
+    assert report.false_alarm == 0.0
+    assert report.ece < 0.05
+    assert report.behaviour_accident_rate == pytest.approx(0.25, abs=0.05)
+    assert (report.v_accident, report.v_accident_upper, report.v_reference) == (0.12, 0.15, 0.1)
+    assert "allowed" in str(report)
+
+
+@pytest.mark.parametrize("critic", [RANDOM, BACKWARDS])
+def test_a_useless_critic_must_abstain_and_is_told_why(critic: SafetyCritic) -> None:
+    report = report_of(critic, one_step_episodes())
+    assert report.shield_threshold is None
+    reasons = " ".join(report.shield_refusals)
+    assert "AUROC" in reasons
+    assert "ranking" in reasons
+    assert "abstains" in str(report)
+    assert report.as_dict()["shield_threshold"] is None
+
+
+def test_a_state_critic_that_cannot_compare_actions_is_refused() -> None:
+    """AUROC alone is no licence: here danger is the state's, and the critic knows just that."""
+    g = torch.Generator().manual_seed(1)
+    observations = torch.randn(600, 1, generator=g)
+    actions = 2.0 * torch.rand(600, 1, generator=g) - 1.0
+    accidents = (observations[:, 0] > 0.6).numpy()
+    data = dataset([1] * 600, accidents, actions=actions, observations=observations)
+    report = report_of(critic_of(observation=40.0, action=0.0, base=-24.0), data)
+    assert report.auroc == 1.0
+    assert report.shield_threshold is None
+    assert any("ranking" in reason for reason in report.shield_refusals)
+
+
+@pytest.mark.parametrize("accidents", [0, 8])
+def test_too_few_accidents_refuse_whatever_the_critic(accidents: int) -> None:
+    data = one_step_episodes()
+    bad = np.flatnonzero(data.episode_accidents)[:accidents]
+    good = np.flatnonzero(~data.episode_accidents)
+    report = report_of(PERFECT, data.subset(np.sort(np.concatenate([bad, good]))))
+    assert report.accident_episodes == accidents
+    assert report.shield_threshold is None
+    assert f"{accidents} held-out accident episodes" in report.shield_refusals[0]
+
+
+def test_nothing_but_accidents_is_refused() -> None:
+    data = one_step_episodes()
+    report = report_of(PERFECT, data.subset(np.flatnonzero(data.episode_accidents)))
+    assert report.shield_threshold is None
+
+
+def test_reliability_by_hand() -> None:
+    """A critic that says .25 everywhere, right in 3 of 12: one bin, no error; .35 is .1 off."""
+    data = dataset([1] * 12, flags(12, 0, 4, 8))
+    quarter = math.log(0.25 / 0.75)
+    report = report_of(critic_of(observation=0.0, action=0.0, base=quarter), data)
+    assert len(report.reliability) == 1
+    assert report.reliability[0] == pytest.approx((0.25, 0.25, 12))
+    assert report.ece == pytest.approx(0.0, abs=1e-6)
+    report = report_of(critic_of(observation=0.0, action=0.0, base=math.log(0.35 / 0.65)), data)
+    assert report.ece == pytest.approx(0.1, abs=1e-6)

@@ -1,0 +1,274 @@
+"""The command line: bad input is one clear sentence and exit code 2; nothing heavy for --help."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from safe_offrl import cli
+from safe_offrl.data.hdf5 import write_dataset
+
+TINY = ["steps=20", "alignment_steps=5", "log_every=10", "batch_size=32"]
+TINY += ["networks.actor_hidden=[16]", "networks.critic_hidden=[16]", "critic.hidden=[16,16]"]
+
+
+Array = NDArray[np.float32]
+
+
+class Walk(gymnasium.Env[Array, Any]):
+    """A walk that lasts 20 steps, with or without an accident signal."""
+
+    def __init__(self, *, cost: bool, discrete: bool) -> None:
+        self.observation_space = gymnasium.spaces.Box(-9.0, 9.0, (6,), np.float32)
+        box = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.action_space = gymnasium.spaces.Discrete(3) if discrete else box
+        self._cost = cost
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(6, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        info = {"cost": float(self.np_random.random() < 0.01)} if self._cost else {}
+        return np.zeros(6, np.float32), 1.0, False, False, info
+
+
+def make_walk(**options: Any) -> Walk:
+    return Walk(cost=options.get("cost", True), discrete=options.get("discrete", False))
+
+
+gymnasium.register("CliWalk-v0", make_walk, max_episode_steps=20)
+gymnasium.register("CliNoSignal-v0", make_walk, max_episode_steps=20, kwargs={"cost": False})
+gymnasium.register("CliDiscrete-v0", make_walk, max_episode_steps=20, kwargs={"discrete": True})
+
+
+class Outcome(NamedTuple):
+    """Exit code and output of one call of the entry point."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Call:
+    """Call the entry point in this process, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["safe-offrl", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny pretrain run, made through the installed command."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    command = [str(Path(sys.executable).parent / "safe-offrl"), "pretrain", "--name", "offline"]
+    command += ["--dataset", str(tiny_dataset), *TINY]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "offline"
+
+
+def walk_dataset(path: Path, env_id: str) -> Path:
+    n = 200
+    rng = np.random.default_rng(0)
+    ends = np.arange(n) % 20 == 19
+    arrays = {
+        "observations": np.zeros((n, 6), np.float32),
+        "next_observations": np.zeros((n, 6), np.float32),
+        "actions": rng.uniform(-1, 1, (n, 2)).astype(np.float32),
+        "rewards": np.ones(n, np.float32),
+        "costs": (np.arange(n) % 50 == 7).astype(np.float32),
+        "terminals": np.zeros(n, bool),
+        "timeouts": ends,
+    }
+    write_dataset(path, arrays, {"env_id": env_id, "accident": "cost", "horizon": 20})
+    return path
+
+
+# --- bad input ---
+
+
+def refused(outcome: Outcome, message: str) -> None:
+    assert outcome.code == 2, outcome.err
+    assert re.search(message, outcome.err), outcome.err
+    assert "Traceback" not in outcome.err
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "stepz=3"], r'Unknown key "stepz"\. Did you mean "steps"\?'),
+        (["pretrain", "epsilon=0.1"], r'Did you mean "safety\.epsilon"\?'),
+        (["pretrain", "safety.epsilon=1.0"], r"strictly between 0 and 1"),
+        (["pretrain", "safety.epsilon=0"], r"strictly between 0 and 1"),
+        (["pretrain", "safety.epsilon=nan"], r"a finite number is needed"),
+        (["pretrain", "safety.delta=-1"], r"above 0"),
+        (["pretrain", "--agent", "sac"], r'no agent "sac"'),
+        (["pretrain", "--steps", "many"], r'"many" is not a whole number'),
+        (["pretrain", "nonsense"], r"neither an option nor key=value"),
+        (["pretrain", "--dataset", "nothing.hdf5"], r'no dataset file ".*nothing\.hdf5"'),
+        (["pretrain", "--env", "Nothing-v0"], r'no environment "Nothing-v0"'),
+        (["pretrain", "--env", "CliDiscrete-v0"], r"discrete action space"),
+        (["pretrain", "--resume", "nothing"], r"is not a run folder"),
+        (["pretrain", "--resume", "x", "--steps", "3"], r"--resume continues a run with its own"),
+        (["finetune"], r"no finished pretrain run"),
+        (["finetune", "nothing"], r"is not a run folder"),
+        (["finetune", "a", "b"], r'"b" is neither an option nor key=value'),
+        (["evaluate", "nothing"], r"is not a run folder"),
+        (["compare", "nothing"], r"is not a run folder"),
+        (["inspect", "nothing.hdf5"], r"no dataset file"),
+        (["collect", "--env", "CliNoSignal-v0", "--out", "x.hdf5"], r"no accident signal"),
+        (["collect", "--transitions", "5k"], r"Give --out FILE"),
+    ],
+)
+def test_bad_input(call: Call, arguments: list[str], message: str) -> None:
+    refused(call(*arguments), message)
+
+
+def test_dataset_of_another_environment(call: Call, tmp_path: Path) -> None:
+    path = walk_dataset(tmp_path / "walk.hdf5", "CliWalk-v0")
+    refused(
+        call("pretrain", "--dataset", str(path)),
+        r'logged on "CliWalk-v0", not on "PointHazard-v0"',
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "99"], r"less than one episode of 100 steps"),
+        (["--epsilon", "1.5"], r"strictly between 0 and 1"),
+        (["--epsilon", "0"], r"strictly between 0 and 1"),
+        (["--epsilon", "nan"], r"finite number"),
+        (["--delta", "inf"], r"finite number"),
+        (["--budget", "50kk"], r"not a whole number"),
+        (["utdd=3"], r'Unknown key "utdd"'),
+    ],
+)
+def test_bad_input_of_finetune(
+    call: Call, pretrained: Path, arguments: list[str], message: str
+) -> None:
+    refused(call("finetune", str(pretrained), *arguments), message)
+    assert not Path("runs").exists()  # nothing is begun before everything is checked
+
+
+def test_environment_without_accident_signal_online(call: Call, tmp_path: Path) -> None:
+    path = walk_dataset(tmp_path / "walk.hdf5", "CliNoSignal-v0")
+    options = ["--env", "CliNoSignal-v0", "--dataset", str(path), "--name", "p"]
+    assert call("pretrain", *options, *TINY).code == 0
+    refused(call("finetune", "p", "--budget", "200"), r"gives no accident signal")
+
+
+def test_debug_shows_the_traceback(call: Call) -> None:
+    from safe_offrl.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        call("pretrain", "--debug", "stepz=3")
+
+
+def test_dataset_gone_or_changed(call: Call, tiny_dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.hdf5"
+    copy.write_bytes(tiny_dataset.read_bytes())
+    assert call("pretrain", "--dataset", str(copy), "--name", "p", *TINY).code == 0
+    walk_dataset(copy, "PointHazard-v0")
+    refused(call("finetune", "p", "--budget", "200"), r"has changed since this run was made")
+    copy.unlink()
+    refused(call("finetune", "p", "--budget", "200"), r"of this run is gone")
+
+
+# --- what scripts and people rely on ---
+
+
+@pytest.mark.parametrize("command", ["", "pretrain", "finetune", "demo"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\nfrom safe_offrl import cli\n"
+        f"sys.argv = ['safe-offrl', *{command.split()!r}, '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'numpy', 'gymnasium', 'scipy', 'omegaconf', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout
+
+
+def test_print_config(call: Call, pretrained: Path) -> None:
+    from safe_offrl.config import from_yaml
+    from safe_offrl.finetune import FinetuneConfig
+    from safe_offrl.pretrain import PretrainConfig
+
+    outcome = call("pretrain", "--agent", "calql", "--steps", "50k", "--print-config")
+    config = from_yaml(PretrainConfig, outcome.out)
+    assert (config.agent, config.steps) == ("calql", 50_000)
+    arguments = ["--budget", "1.5M", "--epsilon", ".2", "--no-shield", "--print-config"]
+    online = from_yaml(FinetuneConfig, call("finetune", str(pretrained), *arguments).out)
+    assert (online.budget, online.safety.epsilon, online.shield) == (1_500_000, 0.2, False)
+    assert online.kl
+    assert online.accident_constraint
+    assert not Path("runs").exists()
+
+
+def test_dry_run_says_what_can_be_proven_and_does_nothing(call: Call, pretrained: Path) -> None:
+    outcome = call("finetune", str(pretrained), "--budget", "50k", "--dry-run")
+    assert outcome.code == 0
+    assert "with an accident" in outcome.out
+    # 500 full-length episodes of 100 steps; 3.48 / 500 = 0.70 % (table of SAFETY.md).
+    assert "500 episodes" in outcome.out
+    assert "0.70%" in outcome.out
+    assert "1 thread" in outcome.out
+    assert not Path("runs").exists()
+
+
+def test_finetune_evaluate_compare(call: Call, pretrained: Path, tmp_path: Path) -> None:
+    options = ["--budget", "600", "--name", "online", "--json", "warmup_steps=200"]
+    options += ["iteration_steps=200", "batch_size=32"]
+    outcome = call("finetune", str(pretrained), *options)
+    assert outcome.code == 0, outcome.err
+    answer = json.loads(outcome.out)
+    assert 0 < answer["steps"] <= 600
+    assert "accidents" in outcome.err  # the progress line
+    outcome = call("evaluate", "online", "--episodes", "3", "--json")
+    assert json.loads(outcome.out)["episodes"] == 3
+    outcome = call("compare", "online", "--png", "c.png", "--json")
+    assert json.loads(outcome.out)["runs"][0]["label"] == "online"
+    assert Path("c.png").stat().st_size > 1000
+    refused(call("finetune", "--resume", "online"), r"is finished already")
+
+
+def test_newest_pretrain_run_is_the_default(call: Call, tiny_dataset: Path) -> None:
+    for name in ("first", "second"):
+        assert call("pretrain", "--dataset", str(tiny_dataset), "--name", name, *TINY).code == 0
+    outcome = call("finetune", "--budget", "1k", "--dry-run")
+    assert re.search(r"from .*second", outcome.out)

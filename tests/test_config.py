@@ -1,0 +1,156 @@
+"""Settings: precedence, types, ranges, and messages that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safe_offrl import config
+from safe_offrl.errors import ConfigError, UserError
+from safe_offrl.safety import SafetySpec
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 3e-4
+    layers: tuple[int, ...] = (256, 256)
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Outer:
+    steps: int = 100
+    agent: str = "iql"
+    kl: bool = True
+    run: str | None = None
+    inner: Inner = field(default_factory=Inner)
+    safety: SafetySpec = field(default_factory=SafetySpec)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError("steps is negative")
+
+
+def load(*overrides: str, **layers: object) -> Outer:
+    return config.load_config(
+        Outer,
+        section="outer",
+        env_id="None-v0",
+        overrides=overrides,
+        **layers,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("50k", 50_000), ("1.5M", 1_500_000), ("1e5", 100_000), ("7", 7), ("1.1M", 1_100_000)],
+)
+def test_parse_count(text: str, value: int) -> None:
+    assert config.parse_count(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "1.5", "nan", "inf", "1e999", "-3", "5 0", "50kk", "0.1k2"]
+)
+def test_parse_count_refuses(text: str) -> None:
+    with pytest.raises(ConfigError, match="whole number"):
+        config.parse_count(text)
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    preset = tmp_path / "p.yaml"
+    preset.write_text("outer:\n  steps: 1\n  agent: a\n  inner: {rate: 1}\n  kl: false\n")
+    layers = {
+        "preset": str(preset),
+        "inherited": {"agent": "b", "safety": {"epsilon": 0.2, "accident": "terminated"}},
+        "flags": {"steps": 3, "run": None, "safety.epsilon": 0.3},
+    }
+    got = load("inner.rate=4", "safety.epsilon=.4", **layers)
+    # inherited -> accident; preset -> kl, agent; flag -> steps; override -> rate, epsilon.
+    safety = SafetySpec(accident="terminated", epsilon=0.4)
+    assert got == Outer(steps=3, agent="a", kl=False, inner=Inner(rate=4.0), safety=safety)
+    # A value equal to the dataclass default must still override the preset (a bug of OSRL).
+    assert load("steps=100", **layers).steps == 100
+
+
+def test_values_take_the_declared_type() -> None:
+    got = load("inner.layers=[64,32]", "kl=false", "steps=2k", "inner.gap=5", "run=none")
+    assert got == Outer(steps=2000, kl=False, inner=Inner(layers=(64, 32), gap=5.0))
+    assert isinstance(got.inner.gap, float)
+    assert load("inner.gap=null").inner.gap is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=3", 'Unknown key "stepz". Did you mean "steps"?'),
+        ("epsilon=0.1", 'Did you mean "safety.epsilon"?'),
+        ("inner.raet=1", 'Did you mean "inner.rate"?'),
+        ("nothing_like_it=1", "--print-config lists every key"),
+        ("inner.rate=nan", "a finite number"),
+        ("inner.rate=inf", "a finite number"),
+        ("inner.rate=fast", "a number"),
+        ("steps=1.5", "not a whole number"),
+        ("steps=-1", "steps is negative"),
+        ("kl=maybe", "true or false"),
+        ("safety.epsilon=1", "strictly between 0 and 1"),
+        ("safety.epsilon=nan", "finite number"),
+        ("safety.horizon=0", "at least 1 step"),
+        ("run=${oc.env:HOME}", "resolved from outside"),
+        ("inner=3", "Unknown key"),
+        ("steps", "not of the form key=value"),
+        ("steps=none", "not a whole number"),
+    ],
+)
+def test_bad_override_is_one_clear_error(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(override)
+    assert message in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    preset = tmp_path / "p.yaml"
+    for text, message in [
+        ("outer: {stepz: 1}", "Did you mean"),
+        ("outer: {run: '${oc.env:HOME}'}", "resolved from outside"),
+        ("outer: {steps: .nan}", "whole number"),
+        ("outer: [", "not readable as YAML"),
+        ("- 1", "no key: value"),
+        ("a: " + "[" * 3000, "not readable as YAML"),
+        ("outer: {inner: {deep: {deeper: 1}}}", "Unknown key"),
+    ]:
+        preset.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load(preset=str(preset))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(preset=str(tmp_path / "none.yaml"))
+
+
+def test_yaml_round_trip() -> None:
+    value = Outer(steps=7, agent="1e5", run="true", inner=Inner(rate=1e-5, layers=(3,), gap=0.1))
+    assert config.from_yaml(Outer, config.to_yaml(value)) == value
+    inputs = config.RunInputs("PointHazard-v0", "/data/d.hdf5", "ab" * 32, pretrained="/r/p")
+    text = config.run_yaml(inputs, "outer", value)
+    assert config.parse_run_yaml(text, "outer", Outer) == (inputs, value)
+    with pytest.raises(ConfigError, match="Did you mean"):
+        config.from_yaml(Outer, "stepz: 3")
+    with pytest.raises(ConfigError, match="missing"):
+        config.from_yaml(config.RunInputs, "env_id: X-v0")
+
+
+def test_every_preset_is_found_by_its_environment() -> None:
+    for entry in Path(config.__file__).parent.parent.joinpath("configs").glob("*.yaml"):
+        values = config.read_yaml(entry.read_text(), entry.name)
+        assert config.load_preset(values["env_id"]) == values
+    assert config.load_preset("Unknown-v0") == {}
+
+
+@given(st.text(max_size=40))
+def test_any_override_text_gives_a_config_or_a_user_error(text: str) -> None:
+    with contextlib.suppress(UserError):  # any other exception fails the test
+        load(text)

@@ -1,0 +1,97 @@
+"""One clear error for each way in which a dataset can be wrong (RELIABILITY R10)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from safe_offrl.data.hdf5 import load_dataset, write_dataset
+from safe_offrl.data.validation import check_matches_env, validate_arrays
+from safe_offrl.errors import DataError
+from safe_offrl.safety import SafetySpec
+from safe_offrl.types import Dataset
+
+
+def good_arrays(n: int = 5) -> dict[str, np.ndarray]:
+    return {
+        "observations": np.zeros((n, 3), np.float32),
+        "next_observations": np.zeros((n, 3), np.float32),
+        "actions": np.full((n, 2), -1.0, np.float32),
+        "rewards": np.zeros(n, np.float32),
+        "costs": np.zeros(n, np.float32),
+        "terminals": np.arange(n) == n - 1,
+        "timeouts": np.zeros(n, bool),
+    }
+
+
+def test_good_arrays_pass_also_as_other_number_types() -> None:
+    validate_arrays(good_arrays())
+    arrays = good_arrays()
+    arrays["terminals"] = arrays["terminals"].astype(np.float64)
+    arrays["rewards"] = np.arange(5)
+    arrays["actions"] += -0.5e-6  # a rounding error is tolerated
+    validate_arrays(arrays)
+
+
+def changed(name: str, index: Any, value: float, dtype: Any = np.float64) -> dict[str, np.ndarray]:
+    arrays = good_arrays()
+    arrays[name] = arrays[name].astype(dtype)
+    arrays[name][index] = value
+    return arrays
+
+
+FAULTS: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "missing": ({k: v for k, v in good_arrays().items() if k != "costs"}, 'no array "costs"'),
+    "empty": (good_arrays(0), "empty"),
+    "scalar": (good_arrays() | {"observations": np.array(1.0)}, r"expected \[N, size\]"),
+    "flat actions": (good_arrays() | {"actions": np.zeros(5)}, r"expected \[N, size\]"),
+    "no columns": (good_arrays() | {"actions": np.zeros((5, 0))}, r"expected \[N, size\]"),
+    "column rewards": (good_arrays() | {"rewards": np.zeros((5, 1))}, r"expected \[N\]"),
+    "unequal": (good_arrays() | {"rewards": np.zeros(4)}, 'has 4 rows, but "observations" has 5'),
+    "next shape": (good_arrays() | {"next_observations": np.zeros((5, 4))}, "same shape"),
+    "complex": (good_arrays() | {"rewards": np.zeros(5, complex)}, "no real numbers"),
+    "text": (good_arrays() | {"rewards": np.array(["a"] * 5)}, "no real numbers"),
+    "nan": (changed("observations", (2, 1), np.nan), "first in row 2"),
+    "infinite": (changed("rewards", 3, -np.inf), "first in row 3"),
+    "beyond float32": (changed("next_observations", (1, 0), 1e39), "too large"),
+    "action above": (changed("actions", (0, 0), 1.01), "outside"),
+    "action below": (changed("actions", (0, 0), -1.00001), "outside"),
+    "flag of two": (changed("timeouts", 1, 2), "other than 0 and 1"),
+    "flag nan": (changed("terminals", 1, np.nan), "other than 0 and 1"),
+    "accident flag": (good_arrays() | {"accidents": np.full(5, 0.5)}, "other than 0 and 1"),
+    "no end": (changed("terminals", 4, 0, bool), "No episode of the dataset ever ends"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_has_its_error(fault: str, tmp_path: Path) -> None:
+    arrays, match = FAULTS[fault]
+    with pytest.raises(DataError, match=match):
+        validate_arrays(arrays)
+    with pytest.raises(DataError, match=match):  # and nothing of it reaches the disk
+        write_dataset(tmp_path / "log.hdf5", arrays, {})
+    assert not list(tmp_path.iterdir())
+
+
+def load(tmp_path: Path, metadata: dict[str, Any]) -> Dataset:
+    write_dataset(tmp_path / "log.hdf5", good_arrays(), metadata)
+    return load_dataset(tmp_path / "log.hdf5", discount=0.9, spec=SafetySpec(), horizon=5)
+
+
+def test_dataset_of_another_environment_is_refused(tmp_path: Path) -> None:
+    dataset = load(tmp_path, {"env_id": "mine.envs:Ring-v0"})
+    check_matches_env(dataset, "mine.envs:Ring-v0", 3, 2)
+    check_matches_env(dataset, "Ring-v0", 3, 2)  # the same id, registered otherwise
+    with pytest.raises(DataError, match=r'logged on "mine[.]envs:Ring-v0", not on "Ring-v1"'):
+        check_matches_env(dataset, "Ring-v1", 3, 2)
+    for sizes in ((4, 2), (3, 1)):
+        with pytest.raises(DataError, match="observations of 3 and actions of 2"):
+            check_matches_env(dataset, "Ring-v0", *sizes)
+
+
+def test_foreign_dataset_is_judged_by_its_sizes(tmp_path: Path) -> None:
+    dataset = load(tmp_path, {})
+    check_matches_env(dataset, "Any-v3", 3, 2)
+    with pytest.raises(DataError, match="observations of 3"):
+        check_matches_env(dataset, "Any-v3", 2, 2)

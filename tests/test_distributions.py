@@ -1,0 +1,83 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from safe_offrl.distributions import kl, log_prob, sample
+
+
+def d(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def action_grid(n: int = 400_001) -> Tensor:
+    """Actions [n, 1] between -1 and 1, without the edges."""
+    edge = 1.0 - 1e-5
+    return torch.linspace(-edge, edge, n, dtype=torch.float64).unsqueeze(-1)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.3, 0.5), (-1.2, 0.2)])
+def test_log_prob_integrates_to_one(mean: float, std: float) -> None:
+    grid = action_grid()
+    density = log_prob(d(mean), d(math.log(std)), grid).exp()
+    assert torch.trapezoid(density, grid[:, 0]).item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("p", "q"),
+    [((0.0, 1.0), (0.0, 1.0)), ((0.3, 0.5), (-0.2, 0.8)), ((-0.2, 0.8), (0.3, 0.5))],
+)
+def test_kl_against_numerical_integration(p: tuple[float, float], q: tuple[float, float]) -> None:
+    """Integrated over ACTIONS, so that the invariance under tanh is part of what is tested."""
+    grid = action_grid()
+    log_p = log_prob(d(p[0]), d(math.log(p[1])), grid)
+    log_q = log_prob(d(q[0]), d(math.log(q[1])), grid)
+    integral = torch.trapezoid(log_p.exp() * (log_p - log_q), grid[:, 0])
+    closed = kl(d(p[0]), d(math.log(p[1])), d(q[0]), d(math.log(q[1])))
+    assert closed.item() == pytest.approx(integral.item(), abs=1e-3)
+
+
+def test_kl_by_hand() -> None:
+    # KL(N(1, 1) || N(0, 2)) = log 2 + (1 + 1) / 8 - 1/2; a second dimension that agrees adds 0.
+    value = kl(d(1, 0.7), d(0, -1), d(0, 0.7), d(math.log(2), -1))
+    assert value.item() == pytest.approx(math.log(2) - 0.25)
+    # ... and the other direction: -log 2 + (4 + 1) / 2 - 1/2
+    value = kl(d(0, 0.7), d(math.log(2), -1), d(1, 0.7), d(0, -1))
+    assert value.item() == pytest.approx(2.0 - math.log(2))
+    assert kl(d(0, 0), d(0, 0), d(1, 2), d(0, 0)).item() == pytest.approx(2.5)  # 1/2 + 4/2
+
+
+def test_the_log_density_of_a_sample() -> None:
+    # At noise 0, mean 0, std 1: phi(0) / (1 - 0) in each of two dimensions.
+    action, density = sample(d(0, 0), d(0, 0), d(0, 0))
+    assert action.tolist() == [0.0, 0.0]
+    assert density.item() == pytest.approx(-math.log(2 * math.pi))
+    # At u = 1: log phi(1) - log(1 - tanh(1)^2)
+    _, density = sample(d(0), d(0), d(1))
+    expected = -0.5 - 0.5 * math.log(2 * math.pi) - math.log(1 - math.tanh(1) ** 2)
+    assert density.item() == pytest.approx(expected)
+
+
+def test_sample_and_log_prob_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std, noise = torch.randn(3, 50, 2, generator=generator, dtype=torch.float64)
+    actions, density = sample(mean, log_std - 1.0, noise)
+    inside = (actions.abs() < 1.0 - 1e-5).all(-1)
+    assert inside.sum() > 40
+    torch.testing.assert_close(log_prob(mean, log_std - 1.0, actions)[inside], density[inside])
+
+
+def test_samples_follow_mean_and_std() -> None:
+    noise = torch.randn(100_000, 1, generator=torch.Generator().manual_seed(0))
+    actions, _ = sample(torch.tensor([0.4]), torch.tensor([-1.0]), noise)
+    before = torch.atanh(actions)
+    assert before.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert before.std().item() == pytest.approx(math.exp(-1), abs=0.01)
+
+
+def test_saturated_actions_stay_finite() -> None:
+    action, density = sample(d(30, -30), d(0, 0), d(0, 0))
+    assert action.tolist() == [1.0, -1.0]
+    assert math.isfinite(density.item())  # log(1 - a^2) would be -inf
+    assert math.isfinite(log_prob(d(0), d(0), d(1)).item())

@@ -1,0 +1,168 @@
+"""Fifty seeded steps of every algorithm, compared with what they gave at the last review.
+
+A difference here means: the update rule changed. If that was intended, write new numbers with
+
+    python tests/test_golden.py
+
+and say in the change why they moved. Settings are spelt out below, so that tuning a default does
+not touch these files.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents.cql import CQLConfig
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents.iql import IQLConfig
+from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.nets import Actor, NetworkConfig, Networks
+from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.state import Part, collect_state
+from safe_offrl.types import Batch, Layout
+
+FOLDER = Path(__file__).parent / "golden"
+STEPS, LOGGED = 50, (1, 10, 25, 50)
+LAYOUT = Layout(observation_size=4, action_size=2)
+SIZES = NetworkConfig(actor_hidden=(16, 16), critic_hidden=(16, 16), critics=4)
+COMMON = {"learning_rate": 1e-3, "discount": 0.97, "tau": 0.01}
+CONFIGS = AgentConfigs(
+    iql=IQLConfig(**COMMON, expectile=0.7), cql=CQLConfig(**COMMON, alpha=1.0, actions=5)
+)
+EXTRACTION = ExtractionConfig(
+    learning_rate=1e-3, weight=0.1, components=3, inverse_temperature=3.0, weight_limit=100.0
+)
+LEARNER = RLPDConfig(**COMMON, subset=2, target_entropy=-0.5, temperature_init=0.05)
+SAFETY = SafetyCriticConfig(
+    members=3,
+    reference=1,
+    hidden=(16, 16),
+    learning_rate=1e-3,
+    tau=0.01,
+    target_gap=0.02,
+    alpha_init=0.01,
+    alpha_max=0.1,
+    alpha_learning_rate=0.01,
+)
+
+Step = Callable[[Batch], dict[str, Tensor]]
+
+
+def batches() -> list[Batch]:
+    """A stationary little task: the reward prefers an action that depends on the state."""
+    g = torch.Generator().manual_seed(11)
+    result = []
+    for _ in range(STEPS):
+        observations = torch.randn(32, 4, generator=g)
+        actions = 2.0 * torch.rand(32, 2, generator=g) - 1.0
+        rewards = -(actions - torch.tanh(observations[:, :2])).square().sum(-1)
+        accidents = (actions[:, 0] + 0.3 * observations[:, 2] > 0.8).float()
+        result.append(
+            Batch(
+                observations=observations,
+                actions=actions,
+                rewards=rewards,
+                accidents=accidents,
+                costs=accidents,
+                next_observations=observations + 0.1 * torch.randn(32, 4, generator=g),
+                terminated=accidents,
+                time_to_go=(torch.randint(1, 21, (32,), generator=g)) / 20.0,
+                return_to_go=rewards * 5.0,
+            )
+        )
+    return result
+
+
+def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+    return torch.sigmoid(3.0 * actions[:, 0] - 2.0)
+
+
+def offline(name: str) -> tuple[Step, dict[str, Part]]:
+    generator = torch.Generator().manual_seed(0)
+    networks = Networks(*LAYOUT, SIZES, generator)
+    agent = AGENTS[name](networks, LAYOUT, SIZES, CONFIGS, generator)
+    extraction = Extraction(networks.actor, *LAYOUT, SIZES.actor_hidden, EXTRACTION, generator)
+    multiplier = torch.tensor(2.0)
+
+    def step(batch: Batch) -> dict[str, Tensor]:
+        advantages, metrics = agent.update(batch, generator)
+        more = extraction.update(batch, advantages, networks.q, risk, multiplier, generator)
+        return metrics | more
+
+    return step, {**agent.parts(), **extraction.parts()}
+
+
+def rlpd() -> tuple[Step, dict[str, Part]]:
+    generator = torch.Generator().manual_seed(0)
+    networks = Networks(*LAYOUT, SIZES, generator)
+    learner = RLPD(networks, LAYOUT.action_size, LEARNER)
+    anchor = Actor(*LAYOUT, (16, 16), generator)
+    multiplier, kl_weight = torch.tensor(2.0), torch.tensor(0.5)
+
+    def step(batch: Batch) -> dict[str, Tensor]:
+        metrics = learner.update_critics(batch, generator)
+        return metrics | learner.update_actor(batch, risk, multiplier, anchor, kl_weight, generator)
+
+    return step, learner.parts()
+
+
+def csc() -> tuple[Step, dict[str, Part]]:
+    generator = torch.Generator().manual_seed(0)
+    critic = SafetyCritic(*LAYOUT, 20, SAFETY, generator)
+    actor = Actor(*LAYOUT, (16, 16), generator)
+    weights = torch.linspace(0.5, 1.5, 32)
+
+    def step(batch: Batch) -> dict[str, Tensor]:
+        return critic.update(batch, weights, actor, batch.observations[:8], generator, floor=0.2)
+
+    return step, critic.parts()
+
+
+ALGORITHMS: dict[str, Callable[[], tuple[Step, dict[str, Part]]]] = {
+    **{name: (lambda n: lambda: offline(n))(name) for name in AGENTS},
+    "rlpd": rlpd,
+    "csc": csc,
+}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Metrics at some steps, and the norm of every state tensor at the end."""
+    step, parts = ALGORITHMS[name]()
+    metrics: dict[str, list[float]] = {}
+    for i, batch in enumerate(batches(), start=1):
+        values = step(batch)
+        if i in LOGGED:
+            for key, value in values.items():
+                metrics.setdefault(key, []).append(float(value))
+    norms = {key: float(value.double().norm()) for key, value in collect_state(parts).items()}
+    return {"steps": LOGGED, "metrics": metrics, "norms": norms}
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_fifty_steps_give_the_golden_numbers(name: str) -> None:
+    golden = json.loads((FOLDER / f"{name}.json").read_bytes())
+    measured = measure(name)
+    assert list(measured["metrics"]) == list(golden["metrics"])
+    for key, values in golden["metrics"].items():
+        assert measured["metrics"][key] == pytest.approx(values, rel=1e-4, abs=1e-6), key
+        assert all(map(math.isfinite, values))
+    assert measured["norms"] == pytest.approx(golden["norms"], rel=1e-4, abs=1e-6)
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(ALGORITHMS)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    FOLDER.mkdir(exist_ok=True)
+    for algorithm in ALGORITHMS:
+        text = json.dumps(measure(algorithm), indent=1) + "\n"
+        (FOLDER / f"{algorithm}.json").write_text(text, encoding="utf-8")

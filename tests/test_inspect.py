@@ -1,0 +1,183 @@
+"""Every figure of the summary by hand, and each warning on a dataset that deserves it alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from safe_offrl.data.hdf5 import load_dataset, write_dataset
+from safe_offrl.data.inspect import _coverage, _principal_coverage, format_summary, summarise
+from safe_offrl.safety import SafetySpec
+from safe_offrl.types import Dataset
+
+LENGTH = 10
+
+
+def sound_arrays(episodes: int = 120) -> dict[str, np.ndarray]:
+    """Episodes of 10 steps, a third with an accident at the end, varied actions."""
+    rng = np.random.default_rng(0)
+    n = episodes * LENGTH
+    last = np.arange(n) % LENGTH == LENGTH - 1
+    accident = last & (np.arange(n) // LENGTH % 3 == 0)
+    positions = rng.normal(size=(episodes, LENGTH + 1, 2)).cumsum(axis=1)
+    return {
+        "observations": positions[:, :-1].reshape(n, 2),
+        "next_observations": positions[:, 1:].reshape(n, 2),
+        "actions": rng.uniform(-1, 1, (n, 2)),
+        "rewards": rng.normal(size=n),
+        "costs": accident.astype(np.float32),
+        "terminals": accident,
+        "timeouts": last & ~accident,
+        "episode_behaviours": np.arange(episodes) % 2,
+    }
+
+
+def load(path: Path, arrays: dict[str, np.ndarray], **metadata: Any) -> Dataset:
+    base = {"env_id": "Toy-v0", "behaviours": [{"name": "calm"}, {"name": "wild"}]}
+    write_dataset(path / "log.hdf5", arrays, base | metadata)
+    return load_dataset(path / "log.hdf5", discount=0.9, spec=SafetySpec(), horizon=LENGTH)
+
+
+def test_figures_by_hand(tmp_path: Path) -> None:
+    # Episodes of 1, 2 and 3 steps with returns 1, 5, 15; two accident steps in the last one.
+    arrays = {
+        "observations": np.array([[0.0], [0], [1], [0], [1], [2]]),
+        "next_observations": np.array([[1.0], [1], [2], [1], [2], [3]]),
+        "actions": np.array([[-0.5], [0.5], [0.0], [0.25], [0.0], [0.75]]),
+        "rewards": np.array([1.0, 2, 3, 4, 5, 6]),
+        "costs": np.array([0.0, 0, 0, 1, 1, 0]),
+        "terminals": np.array([1, 0, 0, 0, 0, 0]),
+        "timeouts": np.array([0, 0, 1, 0, 0, 1]),
+        "episode_behaviours": np.array([0, 0, 1]),
+    }
+    summary = summarise(load(tmp_path, arrays))
+    assert summary.env_id == "Toy-v0"
+    assert (summary.episodes, summary.transitions, summary.horizon) == (3, 6, LENGTH)
+    assert summary.lengths == (1, 1.5, 2, 2.5, 3)
+    assert summary.returns == (1, 3, 5, 10, 15)
+    assert (summary.accident_episodes, summary.accident_steps) == (1, 2)
+    assert (summary.terminated_episodes, summary.truncated_episodes) == (1, 2)
+    assert (summary.action_low, summary.action_high) == ((-0.5,), (0.75,))
+    # Clopper-Pearson for 1 of 3 at 95 %: 1 - .975^(1/3) at the lower end.
+    assert summary.accident_interval[0] == pytest.approx(1 - 0.975 ** (1 / 3))
+    assert summary.accident_interval[1] == pytest.approx(0.9057, abs=1e-4)
+    assert summary.behaviours == (
+        {"name": "calm", "episodes": 2, "accident_episodes": 0},
+        {"name": "wild", "episodes": 1, "accident_episodes": 1},
+    )
+    text = format_summary(summary)
+    assert "1 episodes = 33.3%" in text
+    assert "1 terminated, 2 truncated" in text
+    assert "calm" in text
+    assert "warning: only 6 transitions" in text
+    assert json.loads(json.dumps(summary.as_dict()))["returns"] == [1, 3, 5, 10, 15]
+
+
+def test_coverage_by_hand() -> None:
+    edges = np.ones(2)
+    # 4000 points on the diagonal visit 20 of the 20 x 20 bins.
+    diagonal = np.repeat(np.linspace(-1, 1, 4000)[:, None], 2, axis=1)
+    assert _coverage(diagonal, -edges, edges) == pytest.approx(20 / 400)
+    # The pairs (0, 1), (0, 2), (1, 2) of three axes, the last of which never moves: 1 column each.
+    three = np.column_stack([diagonal, np.zeros(4000)])
+    assert _coverage(three, -np.ones(3), np.ones(3)) == pytest.approx(20 / 400)
+    # 91 points allow 3 x 3 bins: the diagonal visits 3 of them.
+    assert _coverage(diagonal[::44], -edges, edges) == pytest.approx(3 / 9)
+    # One axis, the upper half only.
+    half = np.linspace(0, 1, 1000)[:, None]
+    assert _coverage(half, -np.ones(1), np.ones(1)) == pytest.approx(0.5)
+
+
+def test_observation_coverage() -> None:
+    rng = np.random.default_rng(0)
+    square = rng.uniform(-1, 1, (20_000, 2))
+    # Whatever the units, and with a constant and a redundant column.
+    scaled = np.column_stack([1000 * square[:, 0], square[:, 1], np.full(20_000, 3.0)])
+    assert _principal_coverage(scaled) > 0.4  # a square seen at 45 degrees fills half its range
+    # One direction only: its own bins, not those of the rounding errors across it.
+    assert _principal_coverage(np.column_stack([square[:, 0]] * 2)) == 1.0
+    assert _principal_coverage(square[:, :1]) == 1.0
+    assert _principal_coverage(np.ones((50, 3))) == 0.0
+
+
+def test_a_sound_dataset_has_no_warning(tmp_path: Path) -> None:
+    assert summarise(load(tmp_path, sound_arrays())).warnings == ()
+
+
+def _no_accident(arrays: dict[str, np.ndarray]) -> None:
+    arrays["costs"][:] = 0
+
+
+def _few_accidents(arrays: dict[str, np.ndarray]) -> None:
+    arrays["costs"][29 * LENGTH :] = 0  # episodes 0, 3, ..., 27 keep theirs: 10
+
+
+def _all_accidents(arrays: dict[str, np.ndarray]) -> None:
+    arrays["costs"][:] = 1
+
+
+def _few_safe(arrays: dict[str, np.ndarray]) -> None:
+    arrays["costs"][: 110 * LENGTH] = 1  # of episodes 110..119 only 111, 114, 117 have one: 7 safe
+
+
+def _narrow_action(arrays: dict[str, np.ndarray]) -> None:
+    arrays["actions"][:, 1] *= 0.09
+
+
+def _poor_actions(arrays: dict[str, np.ndarray]) -> None:
+    arrays["actions"][:] = np.where(np.arange(1200) % 2, 1.0, -1.0)[:, None]
+
+
+def _one_behaviour(arrays: dict[str, np.ndarray]) -> None:
+    arrays["episode_behaviours"][:] = 1
+
+
+def _same_reward(arrays: dict[str, np.ndarray]) -> None:
+    arrays["rewards"][:] = -1
+
+
+def _shuffled(arrays: dict[str, np.ndarray]) -> None:
+    arrays["next_observations"][[5, 19]] += 1  # 19 is an episode's last step: not comparable
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_no_accident, "no accident at all"),
+        (_few_accidents, "only 10 accident episodes, too few to calibrate"),
+        (_all_accidents, "every episode has an accident"),
+        (_few_safe, "only 7 episodes without an accident"),
+        (_narrow_action, "action 1 stays within [-0.09, +0.09]"),
+        (_poor_actions, "the actions cover 2%"),
+        (_one_behaviour, "a single behaviour"),
+        (_same_reward, "every reward is the same"),
+        (_shuffled, "1 steps within episodes do not start"),
+    ],
+)
+def test_each_warning(change: Any, words: str, tmp_path: Path) -> None:
+    arrays = sound_arrays()
+    change(arrays)
+    summary = summarise(load(tmp_path, arrays))
+    assert len(summary.warnings) == 1
+    assert words in summary.warnings[0]
+    assert f"warning: {summary.warnings[0]}" in format_summary(summary)
+
+
+def test_warning_of_the_file_itself(tmp_path: Path) -> None:
+    dataset = load(tmp_path, sound_arrays(), warning="the mixture missed its target.")
+    assert summarise(dataset).warnings == ("the mixture missed its target.",)
+
+
+def test_subset_and_foreign_file_have_no_behaviours(tmp_path: Path) -> None:
+    dataset = load(tmp_path, sound_arrays())
+    assert summarise(dataset.subset(np.arange(110))).behaviours == ()
+    arrays = sound_arrays()
+    del arrays["episode_behaviours"]
+    foreign = summarise(load(tmp_path, arrays))
+    assert foreign.behaviours == ()
+    assert "behaviours" not in format_summary(foreign)
+    malformed: tuple[Any, ...] = (["calm"], [1], [{}], [{"accident_episodes": 1}], {"name": 1})
+    for odd in malformed:
+        assert summarise(load(tmp_path, arrays, behaviours=odd)).behaviours == ()

@@ -1,0 +1,98 @@
+"""The progress line and the curves of the online phase."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from safe_offrl.progress import OnlineCurves, ProgressLine
+from safe_offrl.safety import SafetySpec
+from safe_offrl.types import Episode
+
+SAFETY = SafetySpec(epsilon=0.1, delta=0.05)
+
+
+def episode(index: int, *, accident: bool = False, steps: int = 100) -> Episode:
+    return Episode(
+        index=index,
+        seed=index,
+        steps=steps,
+        total_steps=steps * (index + 1),
+        episode_return=float(index),
+        cost=float(accident),
+        accident=accident,
+        accident_steps=int(accident),
+        version=0,
+        phase="online",
+        shield_interventions=0,
+    )
+
+
+def decision(*, accepted: bool) -> dict[str, object]:
+    return {
+        "accepted": accepted,
+        "v_previous": 0.3,
+        "v_candidate": 0.2,
+        "kl_forward_mean": 0.01,
+        "kl_reverse_mean": 0.02,
+    }
+
+
+def test_curves_by_hand() -> None:
+    curves = OnlineCurves(SAFETY, budget=10_000)
+    for index in range(60):
+        curves.add_episode(episode(index, accident=index in (3, 50)))
+    values = curves.values()
+    assert values["safety/accidents_total"] == 2.0
+    assert values["safety/accident_rate"] == pytest.approx(2 / 60)
+    # SAFETY.md: with 2 accidents the sum of probabilities is below 9.14 at 95 %.
+    assert values["safety/accident_rate_upper"] == pytest.approx(9.14 / 60, abs=2e-4)
+    assert values["safety/accident_rate_lower"] < 2 / 60
+    assert values["online/return"] == pytest.approx(sum(range(10, 60)) / 50)
+    assert values["budget/spent"] == pytest.approx(0.6)
+
+
+def test_a_point_is_due_every_250_steps() -> None:
+    curves = OnlineCurves(SAFETY, budget=10_000)
+    due = [curves.add_episode(episode(index)) for index in range(10)]
+    # Totals 100 ... 1000: a multiple of 250 is reached in 300, 500, 800 and 1000.
+    assert [index for index, d in enumerate(due) if d] == [2, 4, 7, 9]
+
+
+def test_the_estimate_is_that_of_the_policy_that_acts() -> None:
+    curves = OnlineCurves(SAFETY, budget=10_000)
+    assert math.isnan(curves.v_accident)
+    curves.add_iteration(decision(accepted=True))
+    assert curves.trust() == {"safety/v_accident_estimate": 0.2, "trust/accepted": 1.0}
+    curves.add_iteration(decision(accepted=False))
+    assert curves.trust() == {"safety/v_accident_estimate": 0.3, "trust/accepted": 0.5}
+
+
+def test_restored_curves_go_on_the_same() -> None:
+    whole, resumed = OnlineCurves(SAFETY, 10_000), OnlineCurves(SAFETY, 10_000)
+    episodes = [episode(i, accident=i % 9 == 0) for i in range(30)]
+    for e in episodes:
+        whole.add_episode(e)
+    whole.add_iteration(decision(accepted=True))
+    resumed.restore(episodes, [decision(accepted=True)])
+    assert (resumed.values(), resumed.line()) == (whole.values(), whole.line())
+
+
+def test_line_is_readable() -> None:
+    curves = OnlineCurves(SAFETY, budget=10_000)
+    curves.add_episode(episode(0, accident=True))
+    assert curves.line() == "accidents 1 | rate 1.000 (<= 1.000) | return 0.00"
+    curves.add_iteration(decision(accepted=True))
+    assert curves.line().endswith("| KL 0.0200 | V_acc 0.200 | accepted 100 %")
+
+
+def test_twenty_plain_lines_with_the_time_left() -> None:
+    lines: list[str] = []
+    progress = ProgressLine(10_000, say=lines.append)
+    for step in range(100, 10_001, 100):
+        progress.update(step, "x")
+    progress.close()
+    assert len(lines) == 20
+    assert lines[0].startswith("500/10,000 steps | x | ETA 0:0")
+    assert lines[-1] == "10,000/10,000 steps | x | ETA 0:00"

@@ -1,0 +1,332 @@
+"""The run folder: what is written is read back, and damage is found, never papered over."""
+
+from __future__ import annotations
+
+import binascii
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safe_offrl import run as run_module
+from safe_offrl.run import RunDir, RunError, find_run, ledger_line, parse_ledger
+from safe_offrl.types import Episode
+
+
+def episode(index: int, accident: bool = False) -> Episode:
+    return Episode(
+        index=index,
+        seed=1000 + index,
+        steps=10,
+        total_steps=10 * (index + 1),
+        episode_return=0.1 * index,
+        cost=float(accident),
+        accident=accident,
+        accident_steps=int(accident),
+        version=0,
+        phase="warmup",
+        shield_interventions=0,
+    )
+
+
+def make(root: Path, **arguments: Any) -> RunDir:
+    kind = arguments.pop("kind", "finetune")
+    return RunDir.create(root, kind=kind, config_text="budget: 1\n", versions={}, **arguments)
+
+
+TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "rng": torch.tensor([1, 2], dtype=torch.uint8)}
+
+
+# --- ledger ---
+
+
+def test_ledger_line_is_crc_protected() -> None:
+    line = ledger_line(episode(0))
+    # Derived by hand: CRC-32 (IEEE) over the bytes before the comma of "crc32".
+    body, tail = line[:-1].split(b',"crc32":')
+    assert tail == b'"%08x"}' % binascii.crc32(body)
+    assert parse_ledger(line, "x") == ([episode(0)], len(line))
+
+
+def test_ledger_torn_at_every_byte() -> None:
+    records = [episode(i, i % 7 == 0) for i in range(50)]
+    lines = [ledger_line(r) for r in records]
+    data = b"".join(lines)
+    ends = [sum(map(len, lines[: i + 1])) for i in range(50)]
+    for cut in range(len(data)):
+        got, used = parse_ledger(data[:cut], "x")
+        complete = sum(end <= cut for end in ends)
+        assert got == records[:complete]
+        assert used == (ends[complete - 1] if complete else 0)
+
+
+def test_ledger_damage_at_every_byte_is_found() -> None:
+    records = [episode(i) for i in range(4)]
+    data = b"".join(ledger_line(r) for r in records)
+    for position in range(len(data) - 1):
+        damaged = bytearray(data)
+        damaged[position] ^= 0x20 if damaged[position] != ord("\n") else 0x01
+        with pytest.raises(RunError, match="damaged in line"):
+            parse_ledger(bytes(damaged), "x")
+
+
+def test_ledger_missing_line_is_found() -> None:
+    with pytest.raises(RunError, match="line 2"):
+        parse_ledger(ledger_line(episode(0)) + ledger_line(episode(2)), "x")
+
+
+def test_ledger_is_fsynced_before_append_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    with make(tmp_path) as run:
+        monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+        run.append_episode(episode(0))
+        assert synced == [len(ledger_line(episode(0)))]
+        assert run.episodes() == [episode(0)]
+
+
+def test_full_disk_raises_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make(tmp_path) as run:
+        run.append_episode(episode(0))
+        run.save_checkpoint(10, TENSORS, {"step": 10})
+
+        def full(fd: int, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            run.append_episode(episode(1))
+        with pytest.raises(OSError, match="No space"):
+            run.save_checkpoint(20, TENSORS, {"step": 20})
+        monkeypatch.undo()
+        assert run.load_checkpoint().step == 10
+        assert run.episodes() == [episode(0)]
+        assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000000010"]
+
+
+# --- checkpoints ---
+
+
+def test_checkpoint_round_trip_and_three_kept(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        for step in (10, 20, 30):
+            run.save_checkpoint(step, TENSORS, {"step": step})
+        saved = run.save_checkpoint(40, TENSORS, {"step": 40, "evidence": -math.inf})
+        names = sorted(p.name for p in (run.path / "checkpoints").iterdir())
+        assert names == ["step-000000020", "step-000000030", "step-000000040"]
+        loaded = run.load_checkpoint()
+    assert loaded.step == 40
+    assert loaded.info == {"step": 40, "evidence": -math.inf}
+    assert loaded.sha256 == saved.sha256
+    assert loaded.tensors.keys() == TENSORS.keys()
+    for key, value in TENSORS.items():
+        assert torch.equal(loaded.tensors[key], value)
+        assert loaded.tensors[key].dtype == value.dtype
+
+
+def test_checkpoint_identity_depends_on_the_content_alone(tmp_path: Path) -> None:
+    with make(tmp_path) as a, make(tmp_path) as b:
+        one = a.save_checkpoint(1, TENSORS, {"a": 1, "b": 2})
+        two = b.save_checkpoint(1, dict(reversed(TENSORS.items())), {"b": 2, "a": 1})
+        three = b.save_checkpoint(2, {**TENSORS, "w": TENSORS["w"] + 1e-6}, {"a": 1, "b": 2})
+    assert one.sha256 == two.sha256 != three.sha256
+
+
+def test_tensors_that_share_storage_are_saved(tmp_path: Path) -> None:
+    base = torch.arange(4.0)
+    with make(tmp_path) as run:
+        run.save_checkpoint(1, {"a": base, "b": base[1:3], "c": base.view(2, 2).T}, {})
+        loaded = run.load_checkpoint().tensors
+    assert loaded["b"].tolist() == [1.0, 2.0]
+    assert loaded["c"].tolist() == [[0.0, 2.0], [1.0, 3.0]]
+
+
+@pytest.mark.parametrize("filename", ["state.safetensors", "info.json", "manifest.json"])
+def test_damaged_checkpoint_falls_back_then_refuses(tmp_path: Path, filename: str) -> None:
+    with make(tmp_path) as run:
+        run.save_checkpoint(10, TENSORS, {"step": 10})
+        run.save_checkpoint(20, TENSORS, {"step": 20})
+        target = run.path / "checkpoints" / "step-000000020" / filename
+        whole = target.read_bytes()
+        for position in range(0, len(whole), 7):  # single-bit flips
+            flipped = bytearray(whole)
+            flipped[position] ^= 1
+            target.write_bytes(flipped)
+            step = run.load_checkpoint().step
+            # A flipped bit of the manifest's white space may change nothing.
+            assert step == 10 or (
+                filename == "manifest.json" and whole[position : position + 1].isspace()
+            )
+        for cut in range(0, len(whole) - 1, 11):
+            target.write_bytes(whole[:cut])
+            assert run.load_checkpoint().step == 10
+        (run.path / "checkpoints" / "step-000000010" / filename).write_bytes(b"")
+        with pytest.raises(RunError, match=r"No checkpoint .* is intact"):
+            run.load_checkpoint()
+
+
+def test_checkpoint_of_a_discarded_future_is_removed(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        for step in (10, 20, 30):
+            run.save_checkpoint(step, TENSORS, {})
+        run.save_checkpoint(15, TENSORS, {})
+        assert run.load_checkpoint().step == 15
+
+
+def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with make(tmp_path) as run, pytest.raises(RunError, match="no checkpoint yet"):
+        run.load_checkpoint()
+
+
+# --- resume ---
+
+
+def test_rewind_cuts_metrics_and_verifies_the_replay(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        run.append_episode(episode(0))
+        run.log(10, {"online/return": 1.0})
+        run.log_iteration({"index": 0, "reason": "accepted"})
+        run.save_checkpoint(10, TENSORS, {"step": 10})
+        run.append_episode(episode(1))
+        run.log(20, {"online/return": 2.0})
+        run.log_iteration({"index": 1, "reason": "kl"})
+    with (run.path / "ledger.jsonl").open("ab") as file:
+        file.write(ledger_line(episode(2))[:-20])  # killed in mid-write
+    again = RunDir(run.path)
+    again.lock()
+    with again:
+        again.rewind(again.load_checkpoint())
+        assert again.metrics() == [{"step": 10, "online/return": 1.0}]
+        assert again.iterations() == [{"index": 0, "reason": "accepted"}]
+        with pytest.raises(RunError, match="came out differently"):
+            again.append_episode(episode(1, accident=True))
+        again.append_episode(episode(1))  # replayed: compared, not written again
+        again.append_episode(episode(2))
+    assert RunDir(run.path).episodes() == [episode(0), episode(1), episode(2)]
+
+
+def test_rewind_refuses_lost_records(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        run.append_episode(episode(0))
+        run.log(10, {"online/return": 1.0})
+        checkpoint = run.save_checkpoint(10, TENSORS, {})
+        (run.path / "ledger.jsonl").write_bytes(b"")
+        with pytest.raises(RunError, match="its checkpoint counted 1"):
+            run.rewind(checkpoint)
+        (run.path / "metrics.jsonl").write_bytes(b"")
+        with pytest.raises(RunError, match="0 lines, its checkpoint counted 1"):
+            run.rewind(checkpoint)
+
+
+# --- one writer, names, finding ---
+
+
+def test_second_writer_fails_at_once_naming_the_holder(tmp_path: Path) -> None:
+    with make(tmp_path, name="busy") as run:
+        script = (
+            "import sys; from pathlib import Path; from safe_offrl.run import RunDir\n"
+            f"RunDir(Path({str(run.path)!r})).lock()"
+        )
+        begin = time.monotonic()
+        with pytest.raises(RunError, match=f"pid {os.getpid()}"):
+            RunDir(run.path).lock()
+        assert time.monotonic() - begin < 1.0
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert f"pid {os.getpid()}" in done.stderr
+    with RunDir(run.path) as again:
+        again.lock()
+
+
+def test_writing_needs_the_lock(tmp_path: Path) -> None:
+    make(tmp_path, name="a").close()
+    with pytest.raises(RuntimeError, match="lock"):
+        RunDir(tmp_path / "a").append_episode(episode(0))
+
+
+def test_names(tmp_path: Path) -> None:
+    for bad in ("", "..", ".", "a/b", "a b", "x" * 65, "é", "a\n"):
+        with pytest.raises(RunError, match="cannot name a run"):
+            make(tmp_path, name=bad)
+    make(tmp_path, name="one").close()
+    with pytest.raises(RunError, match="already exists"):
+        make(tmp_path, name="one")
+    for k in (1, 2):
+        with make(tmp_path, stem="finetune-my.module:Env-v0-iql") as run:
+            assert run.name == f"finetune-my.module-Env-v0-iql-{k}"
+
+
+def test_files_exist_before_step_0(tmp_path: Path) -> None:
+    with RunDir.create(
+        tmp_path, kind="pretrain", config_text="steps: 1\n", versions=run_module.versions()
+    ) as run:
+        assert run.config_text == "steps: 1\n"
+        assert run.state["status"] == "running"
+        assert run.read_json("versions.json")["packages"]["torch"] == str(torch.__version__)
+
+
+def test_find_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no finished pretrain run"):
+        find_run(None, tmp_path, "pretrain")
+    for name, kind, status in [
+        ("p1", "pretrain", "finished"),
+        ("p2", "pretrain", "finished"),
+        ("p3", "pretrain", "interrupted"),
+        ("f1", "finetune", "finished"),
+    ]:
+        with make(tmp_path, name=name, kind=kind) as run:
+            run.set_status(status)
+    assert find_run(None, tmp_path, "pretrain").name == "p2"
+    assert find_run("p1", tmp_path, "pretrain").name == "p1"
+    assert find_run(str(tmp_path / "p1"), Path("elsewhere")).name == "p1"
+    with pytest.raises(RunError, match="is a finetune run"):
+        find_run("f1", tmp_path, "pretrain")
+    with pytest.raises(RunError, match="is not a run folder"):
+        find_run("nothing", tmp_path)
+
+
+# --- TensorBoard ---
+
+
+def test_tensorboard_shows_metrics_and_layout_and_purges(tmp_path: Path) -> None:
+    accumulator = importlib.import_module(  # it has no type stubs
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+
+    with make(tmp_path, name="tb") as run:
+        run.log(10, {"safety/accident_rate": 0.25, "trust/kl": math.nan})
+        run.save_checkpoint(10, TENSORS, {})
+        run.log(20, {"safety/accident_rate": 0.5})
+    with RunDir(tmp_path / "tb") as run:
+        run.lock()
+        run.rewind(run.load_checkpoint())
+        run.log(20, {"safety/accident_rate": 0.75})
+    assert run.metrics()[0] == {"step": 10, "safety/accident_rate": 0.25, "trust/kl": None}
+    events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert events.Tags()["scalars"] == ["safety/accident_rate"]
+    scalars = [(e.step, e.value) for e in events.Scalars("safety/accident_rate")]
+    assert scalars == [(10, 0.25), (20, 0.75)]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_nothing_in_a_checkpoint_depends_on_the_clock(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        run.log(10, {"a": 1.0})
+        run.save_checkpoint(10, TENSORS, {"step": 10})
+        folder = run.path / "checkpoints" / "step-000000010"
+        first = {p.name: p.read_bytes() for p in folder.iterdir()}
+        run.save_checkpoint(10, TENSORS, {"step": 10})
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == first
+        assert set(json.loads(first["manifest.json"])) == {"step", "sha256", "counts", "crc32"}
+        assert re.fullmatch(rb'\{"step":10,"a":1.0\}\n', (run.path / "metrics.jsonl").read_bytes())

@@ -1,0 +1,137 @@
+"""Half and half in EVERY slice, for any ratio and UTD; stratified draws stay unbiased."""
+
+import pytest
+import torch
+
+from safe_offrl.data.sampling import StratifiedSampler, symmetric_batches, uniform_batches
+from safe_offrl.types import Layout
+
+LAYOUT = Layout(observation_size=3, action_size=2)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def filled(n: int, value: float) -> torch.Tensor:
+    return torch.full((n, LAYOUT.width), value)
+
+
+@pytest.mark.parametrize("updates", [1, 4, 20])
+@pytest.mark.parametrize(
+    ("batch_size", "share", "n_offline"),
+    [(256, 0.5, 128), (8, 0.25, 2), (10, 0.75, 8), (7, 0.5, 4), (16, 0.0, 0), (16, 1.0, 16)],
+)
+def test_every_slice_has_the_exact_share_with_offline_rows_first(
+    updates: int, batch_size: int, share: float, n_offline: int
+) -> None:
+    batch = symmetric_batches(
+        filled(50, -1.0),
+        filled(3, 1.0),
+        LAYOUT,
+        updates=updates,
+        batch_size=batch_size,
+        offline_share=share,
+        generator=generator(),
+    )
+    assert batch.observations.shape == (updates, batch_size, 3)
+    assert batch.actions.shape == (updates, batch_size, 2)
+    for field in batch:
+        assert field.shape[:2] == (updates, batch_size)
+    for u in range(updates):
+        assert torch.equal(batch.rewards[u, :n_offline], torch.full((n_offline,), -1.0))
+        assert bool((batch.rewards[u, n_offline:] == 1.0).all())
+
+
+def test_rows_stay_aligned_and_every_row_is_reachable() -> None:
+    rows = torch.arange(6.0).unsqueeze(1).expand(-1, LAYOUT.width).clone()
+    batch = symmetric_batches(
+        rows,
+        rows + 100,
+        LAYOUT,
+        updates=20,
+        batch_size=32,
+        offline_share=0.5,
+        generator=generator(),
+    )
+    for field in batch:  # all columns of a row carry its number
+        spread = field if field.ndim == 3 else field.unsqueeze(-1)
+        assert bool((spread == batch.rewards.unsqueeze(-1)).all())
+    assert set(batch.rewards[:, :16].flatten().tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
+    assert set(batch.rewards[:, 16:].flatten().tolist()) == {100.0 + k for k in range(6)}
+    assert not torch.equal(batch.rewards[0], batch.rewards[1])  # slices are drawn afresh
+
+
+def test_draws_depend_on_the_generator_alone() -> None:
+    rows = torch.randn(40, LAYOUT.width, generator=generator(3))
+    torch.manual_seed(0)
+    first = uniform_batches(rows, LAYOUT, 3, 8, generator(1))
+    torch.manual_seed(1)
+    again = uniform_batches(rows, LAYOUT, 3, 8, generator(1))
+    other = uniform_batches(rows, LAYOUT, 3, 8, generator(2))
+    assert torch.equal(first.observations, again.observations)
+    assert not torch.equal(first.observations, other.observations)
+    assert first.rewards.shape == (3, 8)
+
+
+def test_an_empty_store_serves_only_a_share_of_zero() -> None:
+    empty = torch.zeros(0, LAYOUT.width)
+
+    def draw(share: float) -> None:
+        symmetric_batches(
+            filled(5, 1.0),
+            empty,
+            LAYOUT,
+            updates=2,
+            batch_size=4,
+            offline_share=share,
+            generator=generator(),
+        )
+
+    with pytest.raises(ValueError, match="empty"):
+        draw(0.5)
+    with pytest.raises(ValueError, match="outside"):
+        draw(1.5)
+    with pytest.raises(ValueError, match="outside"):
+        draw(float("nan"))
+
+
+def test_stratified_weights_by_hand() -> None:
+    # N = 10, 2 accidents, share .5: q = .05 + .25 = .3 for an accident, .05 otherwise, so the
+    # weights are .1 / .3 = 1/3 and .1 / .05 = 2.
+    accidents = torch.tensor([1.0, 0, 0, 0, 1.0, 0, 0, 0, 0, 0])
+    index, weights = StratifiedSampler(accidents).index(4000, 0.5, generator())
+    drawn = accidents[index] > 0
+    assert torch.allclose(weights[drawn], torch.tensor(1 / 3))
+    assert torch.allclose(weights[~drawn], torch.tensor(2.0))
+    # An accident is drawn with probability 2 * .3 = .6; standard error sqrt(.24 / 4000) = .0077.
+    assert abs(float(drawn.float().mean()) - 0.6) < 0.03
+    assert set(index.tolist()) == set(range(10))
+
+
+def test_stratified_weighted_means_are_unbiased() -> None:
+    values = torch.randn(200, generator=generator(5))
+    accidents = (torch.arange(200) % 25 == 0).float()
+    values = values + 3 * accidents
+    for share in (0.0, 0.3, 0.8):
+        index, weights = StratifiedSampler(accidents).index(200_000, share, generator(7))
+        assert weights.shape == (200_000,)
+        assert abs(float(weights.mean()) - 1.0) < 0.02
+        assert abs(float((weights * values[index]).mean() - values.mean())) < 0.02
+        # The accidents' prior, the very thing oversampling would distort.
+        assert abs(float((weights * accidents[index]).mean()) - 0.04) < 0.002
+
+
+def test_stratified_without_accidents_is_uniform() -> None:
+    index, weights = StratifiedSampler(torch.zeros(6)).index(600, 0.5, generator())
+    assert torch.equal(weights, torch.ones(600))
+    assert set(index.tolist()) == set(range(6))
+
+
+def test_stratified_refuses_what_cannot_be_corrected() -> None:
+    sampler = StratifiedSampler(torch.tensor([0.0, 1.0]))
+    for share in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="outside"):
+            sampler.index(3, share, generator())
+    with pytest.raises(ValueError, match="expected"):
+        StratifiedSampler(torch.zeros(0))
