@@ -3,8 +3,9 @@ accident.
 
 The embedded default environment and the worked example of a custom one: gymnasium and numpy only.
 The straight way to the goal leads through a narrow gap, where inertia and process noise make an
-accident likely at speed; the way around is longer and safe. Nothing but the lost rest of the
-episode punishes an accident, so a learner of return alone has a reason to hurry.
+accident likely at speed; the way around is longer and its passages are wider. Nothing but the lost
+rest of the episode punishes an accident and time costs, so a learner of return alone has a reason
+to hurry.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class PointHazardEnv(gym.Env[Array, Array]):
 
     Observation [9]: position (2), velocity / top speed (2), nearness of the five hazards (5): 1 on
     touching it, falling to 0 at a clearance of 0.3. Reward: decrease of the distance to the goal,
-    and 0.5 on arrival, which terminates. ``info["cost"]`` is 1 on touching a hazard, which
-    terminates as well. The walls at |x| = 1 and |y| = 1 only stop the point. The time limit comes
-    from the registration.
+    minus 0.01 a step for the time it takes, and 0.5 on arrival, which terminates. ``info["cost"]``
+    is 1 on touching a hazard, which terminates as well. The walls at |x| = 1 and |y| = 1 only stop
+    the point. The time limit comes from the registration.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012

@@ -44,11 +44,11 @@ def test_arriving_ends_the_episode_without_accident() -> None:
     assert (terminated, info["cost"], info["is_success"]) == (True, 0.0, True)
 
 
-def test_the_reward_is_the_progress_made() -> None:
+def test_the_reward_is_the_progress_made_less_the_time_it_took() -> None:
     env = placed(-0.85, 0.5)
     rewards = [env.step(np.array([1.0, 0.0], dtype=np.float32))[1] for _ in range(10)]
     before, after = np.hypot(GOAL[0] + 0.85, 0.5), np.hypot(GOAL[0] - env._x, GOAL[1] - env._y)
-    assert sum(rewards) == pytest.approx(before - after)
+    assert sum(rewards) == pytest.approx(before - after - 10 * 0.01)
     assert sum(rewards) > 0.0
     assert env._vx == pytest.approx(ACCELERATION * sum(0.88**i for i in range(10)), abs=0.05)
 

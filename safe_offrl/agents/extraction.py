@@ -5,8 +5,7 @@ log is imitated by a MIXTURE (a density network, Bishop 1994), which can hold bo
 advantage (AWR, arXiv:1910.00177) and by the chance that the action ends well; and the actor is its
 reverse-KL projection, which picks one mode and stays inside it, tilted by the critics:
 
-    minimise E_{a ~ pi}[ -Q(s, a)/|Q| + lambda Q_C(s, a)
-                         - weight (log M(a|s) - entropy log pi(a|s)) ]
+    minimise E_{a ~ pi}[ -Q(s, a)/|Q| + lambda Q_C(s, a) ] + weight KL(pi || mixture)
 
 (BRAC's value-free form, arXiv:1911.11361, with a weighted mixture for the behaviour). An action
 outside the log's support has a log density that no blind spot of a critic can outweigh.
@@ -29,15 +28,14 @@ from safe_offrl.types import Batch
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """``weight`` of KL(pi || mixture) against the normalised critics; ``components`` of the
-    mixture.
+    """``weight`` of KL(pi || mixture) against the normalised critics; ``components`` it has.
 
     ``inverse_temperature`` and ``weight_limit`` are AWR's: exp(inverse_temperature * A), clipped.
+    A logged action also weighs ``exp(-risk_aversion Q_C)``: at 10, one of risk .3 counts 1/20.
     """
 
     learning_rate: float = 3e-4
     weight: float = 0.1
-    entropy: float = 0.3
     components: int = 6
     inverse_temperature: float = 3.0
     risk_aversion: float = 10.0
@@ -106,7 +104,7 @@ class Extraction:
         }
 
     def mixture_loss(self, batch: Batch, advantages: Tensor, risk: Tensor) -> Tensor:
-        """Negative log likelihood of logged actions, weighted by ``exp(A) (1 - Q_C)``, mean 1.
+        """Negative log likelihood of logged actions, weighted by advantage and against risk.
 
         ``advantages`` and ``risk`` of the logged actions, [B] each.
         """
@@ -127,17 +125,16 @@ class Extraction:
         pre_tanh = mean + log_std.exp() * noise
         actions = torch.tanh(pre_tanh)
         density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
-        # Both densities are before tanh: there the Gaussian has a well-behaved mode.
-        log_mixture = self.mixture.log_prob(batch.observations, pre_tanh)
-        log_actor = density.sum(-1)
+        # Both densities are before tanh: its Jacobian cancels in the ratio.
+        log_ratio = density.sum(-1) - self.mixture.log_prob(batch.observations, pre_tanh)
         q = critics(batch.observations, actions).amin(0)
         danger = risk(batch.observations, batch.time_to_go, actions)
         loss = (
             -q / q.detach().abs().mean().clamp_min(1e-6)
             + multiplier * danger
-            - self.config.weight * (log_mixture - self.config.entropy * log_actor)
+            + self.config.weight * log_ratio
         )
-        return loss.mean(), (log_actor - log_mixture).detach().mean()
+        return loss.mean(), log_ratio.detach().mean()
 
     def update(
         self,
