@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # At these network sizes a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check results clean
+.PHONY: help setup demo test check results ablations clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
@@ -15,6 +15,7 @@ help:
 	@echo "make check   formatting, lint and types as well as the fast tests"
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
 	@echo "make results the results section of the README (half an hour)"
+	@echo "make ablations  two questions to those results (a quarter of an hour)"
 	@echo "make clean   remove $(VENV), build products and caches; runs/ stays"
 	@echo "Another interpreter: make setup PYTHON=python3.12"
 
@@ -61,6 +62,23 @@ results: setup
 		$(RUN) evaluate rlpd-{} --episodes 500 --runs $(RESULTS)'
 	$(RUN) compare $(RESULTS)/* --png docs/results/point_hazard.png > docs/results/point_hazard.txt
 	@cat docs/results/point_hazard.txt
+
+# Two questions to the results (after `make results`): the other agents' pretrained policies, and how
+# much of the difference is the narrower exploration alone. Runs go to runs/ablations.
+ABLATIONS := runs/ablations
+
+ablations: setup
+	printf '%s\n' cql calql | xargs -P 2 -I{} sh -ec '\
+		$(RUN) pretrain --agent {} --runs $(ABLATIONS) --name pretrained-{}; \
+		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(ABLATIONS)'
+	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} sh -ec '\
+		$(RUN) finetune $(RESULTS)/pretrained-{} --budget 50k --seed {} $(OFF) \
+			learner.target_entropy=-1 --runs $(ABLATIONS) --name rlpd-narrow-{}; \
+		$(RUN) evaluate rlpd-narrow-{} --episodes 500 --runs $(ABLATIONS)'
+	$(RUN) compare $(RESULTS)/pretrained-0 $(ABLATIONS)/pretrained-* > docs/results/agents.txt
+	$(RUN) compare $(RESULTS)/rlpd-* $(ABLATIONS)/rlpd-narrow-* \
+		--group-by learner.target_entropy > docs/results/exploration.txt
+	@cat docs/results/agents.txt docs/results/exploration.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

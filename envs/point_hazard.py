@@ -36,7 +36,6 @@ DAMPING = 0.88  # share of the velocity that is left after a step
 NOISE = 0.007  # standard deviation of the velocity's process noise, per axis and step
 TOP_SPEED = ACCELERATION / (1.0 - DAMPING)
 SIGHT = 0.3  # clearance at which a hazard comes into view
-MAX_STEPS = 100
 ARRIVAL_REWARD = 0.5
 TIME_COST = 0.01  # per step
 

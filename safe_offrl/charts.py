@@ -6,11 +6,14 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.errors import RunError
+from safe_offrl.report import Comparison
+from safe_offrl.run_data import RunData
 from safe_offrl.statistics import run_level_interval
 from safe_offrl.types import Episode
 
@@ -26,24 +29,26 @@ _DOTTED, _DASHED = (0, (1, 1.2)), (0, (4, 3))
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-class RunCurves(NamedTuple):
-    """What is drawn of one run."""
+def write_png(comparison: Comparison, path: Path) -> None:
+    """Draw the runs that learned online; RunError if there are none."""
+    runs = [run for run in comparison.runs if run.episodes]
+    if not runs:
+        raise RunError(
+            "None of the runs has an online episode to draw. Name a fine-tuning run as well."
+        )
+    draw(runs, path)
 
-    method: str
-    env_id: str
-    epsilon: float
-    confidence: float
-    episodes: Sequence[Episode]  # at least one
-    estimates: Sequence[tuple[int, float]]  # (step, V_accident estimate of the acting policy)
 
+def draw(runs: Sequence[RunData], path: Path) -> None:
+    """Write a PNG: accidents, accident rate, return, and estimate against realised rate.
 
-def draw(runs: Sequence[RunCurves], path: Path) -> None:
-    """Write a PNG: accidents, accident rate, return, and estimate against realised rate."""
+    Each run needs at least one episode.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    groups: dict[str, list[RunCurves]] = {}
+    groups: dict[str, list[RunData]] = {}
     for run in runs:
         groups.setdefault(run.method, []).append(run)
     colours = dict(zip(groups, itertools.cycle(_COLOURS), strict=False))
@@ -91,7 +96,7 @@ def draw(runs: Sequence[RunCurves], path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_accidents(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
+def _draw_accidents(axis: Axes, runs: Sequence[RunData], colour: str) -> None:
     ends = []
     for run in runs:
         steps = [0, *(e.total_steps for e in run.episodes)]
@@ -111,13 +116,13 @@ def _draw_accidents(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
     )
 
 
-def _draw_rate(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
+def _draw_rate(axis: Axes, runs: Sequence[RunData], colour: str) -> None:
     steps, rate, low, high = _pooled_rate(runs)
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
     axis.plot(steps, rate, color=colour, linewidth=1.8)
 
 
-def _pooled_rate(runs: Sequence[RunCurves]) -> tuple[NDArray[np.float64], ...]:
+def _pooled_rate(runs: Sequence[RunData]) -> tuple[NDArray[np.float64], ...]:
     """(steps, rate, low, high) of all runs of a method together, at equal steps.
 
     To the run-level bounds, independent runs in any order that does not look ahead are one long
@@ -133,7 +138,7 @@ def _pooled_rate(runs: Sequence[RunCurves]) -> tuple[NDArray[np.float64], ...]:
     return steps, counts / n, low, high.clip(max=1.0)
 
 
-def _rate_ceiling(groups: Mapping[str, Sequence[RunCurves]]) -> float:
+def _rate_ceiling(groups: Mapping[str, Sequence[RunData]]) -> float:
     """Top of the rate panel: the bounds after the first tenth of the steps, which say little."""
     tops = [run.epsilon for runs in groups.values() for run in runs if run.epsilon == run.epsilon]
     for runs in groups.values():
@@ -142,20 +147,20 @@ def _rate_ceiling(groups: Mapping[str, Sequence[RunCurves]]) -> float:
     return min(1.0, 1.15 * max(tops))
 
 
-def _draw_return(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
+def _draw_return(axis: Axes, runs: Sequence[RunData], colour: str) -> None:
     curves = [_smoothed(run, _WINDOW, lambda e: e.episode_return) for run in runs]
     for curve in curves:
         axis.plot(*curve, color=colour, linewidth=0.8, alpha=0.45)
     axis.plot(*_average(curves), color=colour, linewidth=2.2)
 
 
-def _draw_estimate(axis: Axes, runs: Sequence[RunCurves], colour: str) -> None:
+def _draw_estimate(axis: Axes, runs: Sequence[RunData], colour: str) -> None:
     realised = [_smoothed(run, _LONG_WINDOW, lambda e: float(e.accident)) for run in runs]
     axis.plot(*_average(realised), color=colour, linewidth=1.5, linestyle=_DOTTED)
     estimates = [
-        (known[:, 0], known[:, 1])
+        (np.array([d.step for d in known], dtype=float), np.array([d.v_deployed for d in known]))
         for run in runs
-        if len(known := np.array([e for e in run.estimates if not math.isnan(e[1])], dtype=float))
+        if (known := [d for d in run.decisions if not math.isnan(d.v_deployed)])
     ]
     if estimates:
         axis.plot(*_average(estimates, 40), color=colour, linewidth=1.6, marker="o", markersize=3)
@@ -175,7 +180,7 @@ def _draw_epsilon(axis: Axes, epsilon: float) -> None:
     )
 
 
-def _smoothed(run: RunCurves, window: int, value: Callable[[Episode], float]) -> Curve:
+def _smoothed(run: RunData, window: int, value: Callable[[Episode], float]) -> Curve:
     """Moving average over ``window`` episodes (or all, if fewer) against the steps at its end."""
     window = min(window, len(run.episodes))
     total = np.cumsum([0.0, *(value(e) for e in run.episodes)])

@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class EnvError(UserError):
     """An environment that cannot be made or cannot be used here."""
+
+
+class RunError(UserError):
+    """A run folder that is missing, locked, damaged, or not what was asked for."""

@@ -6,7 +6,6 @@ asking for the next, and may checkpoint at every Iteration: there the state is w
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,22 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.acceptance import AcceptanceConfig, Decision, decide, measure
+from safe_offrl.acceptance import AcceptanceConfig, Decision
 from safe_offrl.acting import NumpyActor
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.data.sampling import StratifiedSampler, symmetric_batches
-from safe_offrl.data.storage import TransitionBuffer
+from safe_offrl.data.experience import Experience
+from safe_offrl.deployment import Deployment
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig, Multiplier
 from safe_offrl.monitor import AccidentMonitor
-from safe_offrl.nets import Actor, NetworkConfig, Networks
+from safe_offrl.nets import NetworkConfig, Networks
 from safe_offrl.rollout import play_episode
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.shield import Shield, ShieldConfig
+from safe_offrl.shield import ShieldConfig
 from safe_offrl.state import Part, collect_state, restore_state
-from safe_offrl.types import Batch, Dataset, Episode, Normalizer
+from safe_offrl.types import Dataset, Episode, Normalizer
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,6 @@ class Iteration(NamedTuple):
 
 START_STATES = 32  # start states per update of the safety critic
 ESTIMATE_STATES = 1000  # start states behind one estimate of V_accident(s0)
-MIN_DELTA_SHARE = 1 / 16  # of delta that every alarm's halving leaves
 RECENT_EPISODES = 100  # whose accident rate the critic must not fall below
 
 
@@ -159,7 +157,9 @@ class Finetuning:
         self.normalizer = Normalizer(
             pretrained["normalizer_mean/value"].numpy(), pretrained["normalizer_std/value"].numpy()
         )
-        self.dataset = dataset.normalised(self.normalizer)
+        self.experience = Experience(
+            dataset.normalised(self.normalizer), config.budget, config.offline_share
+        )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout
@@ -188,34 +188,34 @@ class Finetuning:
         )
         if not config.accident_constraint:
             self.multiplier.value.zero_()
-        self.buffer = TransitionBuffer(layout, config.budget)
         self.monitor = AccidentMonitor(config.safety.epsilon, config.safety.confidence)
-        self.deployed = copy.deepcopy(self.networks.actor)
-        self.certified = copy.deepcopy(self.networks.actor)  # the pretrained one, to begin with
-        self.certified_version = 0
-        self.kl_weight = torch.tensor(0.1 if config.kl else 0.0)
-        self.delta = torch.tensor(config.safety.delta)
         threshold = pretrained_info["shield_threshold"]
-        self.threshold = float(threshold) if config.shield and threshold is not None else None
-        self.shield = Shield(self.critic, self.threshold, config.shielding)
-        self.starts = torch.zeros(0, layout.observation_size)  # of the online episodes
+        self.deployment = Deployment(
+            self.networks.actor,
+            self.critic,
+            config.safety,
+            config.acceptance,
+            config.shielding,
+            kl_limited=config.kl,
+            accident_limited=config.accident_constraint,
+            shield_threshold=float(threshold) if config.shield and threshold is not None else None,
+        )
         self.recent: list[bool] = []
-        self.steps = self.episodes = self.iterations = self.version = 0
+        self.steps = self.episodes = self.iterations = 0
         self.next_proposal = config.warmup_steps + config.iteration_steps
         self.stopped = ""
-        self._logged = StratifiedSampler(dataset.transitions.accidents)
-        self._logged_starts = self.dataset.initial_observations
-        self._lived = self._logged  # replaced by the first episode
 
     def run(self) -> Iterator[Episode | Iteration]:
         """Interact until the budget cannot hold another episode or accidents are used up."""
         config = self.config
-        acting = NumpyActor(self.deployed)
+        acting = NumpyActor(self.deployment.actor)
         metrics: dict[str, Tensor] = {}
         while not self.stopped:
             warming_up = self.steps < config.warmup_steps
             seed = episode_seed(config.seed, self.episodes, "finetune")
-            played = play_episode(self.env, acting, self.shield, self.normalizer, seed, self.rng)
+            played = play_episode(
+                self.env, acting, self.deployment.shield, self.normalizer, seed, self.rng
+            )
             previous = self.steps
             self._remember(played.rows, played.accident)
             episode = Episode(
@@ -227,7 +227,7 @@ class Finetuning:
                 cost=played.cost,
                 accident=played.accident,
                 accident_steps=played.accident_steps,
-                version=self.version,
+                version=self.deployment.version,
                 phase="warmup" if warming_up else "online",
                 shield_interventions=played.shield_interventions,
             )
@@ -240,44 +240,35 @@ class Finetuning:
             self.stopped = self._reason_to_stop()
             if (config.unconstrained and not warming_up) or self.steps >= self.next_proposal:
                 iteration = self._iterate({k: float(v) for k, v in metrics.items()})
-                acting = NumpyActor(self.deployed)
+                acting = NumpyActor(self.deployment.actor)
                 yield iteration
             elif self.stopped:
                 yield self._keep({k: float(v) for k, v in metrics.items()})
 
     def _remember(self, rows: Tensor, accident: bool) -> None:
-        self.buffer.append(rows)
-        layout = self.dataset.layout
-        self.starts = torch.cat([self.starts, rows[:1, : layout.observation_size]])
-        self._lived = StratifiedSampler(layout.unpack(self.buffer.rows).accidents)
+        self.experience.add_episode(rows)
         self.recent = [*self.recent, accident][-RECENT_EPISODES:]
-        self.monitor.update(accident, self.version)
+        self.monitor.update(accident, self.deployment.version)
         self.steps += len(rows)
 
     def _update(self, *, critics_only: bool) -> dict[str, Tensor]:
         """UTD critic updates, one of the safety critic, one of the actor and the multiplier."""
-        config, generator, layout = self.config, self.generator, self.dataset.layout
+        config, generator, experience = self.config, self.generator, self.experience
         metrics: dict[str, Tensor] = {}
-        batches = symmetric_batches(
-            self.dataset.rows,
-            self.buffer.rows,
-            layout,
-            updates=config.utd,
-            batch_size=config.batch_size,
-            offline_share=config.offline_share,
-            generator=generator,
-        )
-        for batch in (Batch(*(x[i] for x in batches)) for i in range(config.utd)):
+        batches = experience.batches(config.utd, config.batch_size, generator)
+        for batch in batches:
             metrics |= self.learner.update_critics(batch, generator)
         # The safety critic learns the value of the policy that ACTS: it is judged by its episodes,
         # and the learner asks it what a change of one action would do (CPO's advantage).
         if not config.unconstrained:
-            risky, weights = self._risky_batch()
+            risky, weights = experience.stratified_batch(
+                config.batch_size, config.critic.positive_share, generator
+            )
             metrics |= self.critic.update(
                 risky,
                 weights,
-                self.deployed,
-                self._start_states(START_STATES, generator),
+                self.deployment.actor,
+                experience.start_states(START_STATES, generator),
                 generator,
                 floor=sum(self.recent) / len(self.recent),
             )
@@ -285,30 +276,14 @@ class Finetuning:
                 self.multiplier.update(metrics["csc/v_accident"])
         if not critics_only:
             metrics |= self.learner.update_actor(
-                Batch(*(x[-1] for x in batches)),
+                batches[-1],
                 self.critic.risk if config.accident_constraint else None,
                 self.multiplier.value,
-                self.deployed if config.kl else None,
-                self.kl_weight,
+                self.deployment.actor if config.kl else None,
+                self.deployment.kl_weight,
                 generator,
             )
         return metrics
-
-    def _risky_batch(self) -> tuple[Batch, Tensor]:
-        """Stratified transitions of both sources [B, ...] and their importance weights [B]."""
-        config, layout = self.config, self.dataset.layout
-        n = round(config.batch_size * config.offline_share)
-        share = config.critic.positive_share
-        logged, logged_weights = self._logged.index(n, share, self.generator)
-        lived, lived_weights = self._lived.index(config.batch_size - n, share, self.generator)
-        rows = torch.cat([self.dataset.rows[logged], self.buffer.rows[lived]])
-        return layout.unpack(rows), torch.cat([logged_weights, lived_weights])
-
-    def _start_states(self, n: int, generator: torch.Generator) -> Tensor:
-        """Start states [n, O], half of the log and half of the online episodes."""
-        first = torch.randint(len(self._logged_starts), (n - n // 2,), generator=generator)
-        second = torch.randint(len(self.starts), (n // 2,), generator=generator)
-        return torch.cat([self._logged_starts[first], self.starts[second]])
 
     def _check_finite(self, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():
@@ -324,87 +299,34 @@ class Finetuning:
         return ""
 
     def _iterate(self, metrics: dict[str, float]) -> Iteration:
-        """Propose the learner, decide, deploy or keep; roll back when the monitor's alarm rings."""
+        """Propose the learner to the deployment, or, all constraints off, deploy it."""
         config = self.config
         self.iterations += 1
         self.next_proposal = self.steps + config.iteration_steps
         if config.unconstrained:
-            self.deployed = copy.deepcopy(self.networks.actor)
-            self.version += 1
+            self.deployment.deploy(self.networks.actor)
             return self._iteration(_UNCONSTRAINED, metrics, rolled_back=False)
-        visited = self.dataset.layout.unpack(self.buffer.rows[-config.visited_steps :])
-        decision, policy = decide(
-            self.deployed,
+        decision, rolled_back = self.deployment.propose(
             self.networks.actor,
-            self.critic,
-            visited,
+            self.experience.visited(config.visited_steps),
             self.steps / self.episodes,
-            self._start_states(ESTIMATE_STATES, self.generator),
-            config.safety,
-            config.acceptance,
-            kl_limit=float(self.delta) if config.kl else None,
-            constrain_accidents=config.accident_constraint,
-            generator=self.generator,
+            self.experience.start_states(ESTIMATE_STATES, self.generator),
+            self.monitor,
+            self.generator,
         )
-        if config.kl:
-            self._adapt_kl_weight(decision)
-        rolled_back = self.monitor.alarm
-        if rolled_back:
-            decision, policy = self._roll_back(decision, visited)
-        elif self.monitor.version_interval()[1] < config.safety.epsilon:
-            self.certified = copy.deepcopy(self.deployed)
-            self.certified_version = self.version
-        if decision.accepted or policy is not self.deployed:
-            self.version += 1
-            self.deployed = copy.deepcopy(policy)
-            self.shield = Shield(self.critic, self.threshold, config.shielding)
         # The learner goes on from the policy that acts: KL is anchored there, not where it drifted.
-        self.networks.actor.load_state_dict(self.deployed.state_dict())
+        self.networks.actor.load_state_dict(self.deployment.actor.state_dict())
         return self._iteration(decision, metrics, rolled_back=rolled_back)
-
-    def _roll_back(self, decision: Decision, visited: Batch) -> tuple[Decision, Actor]:
-        """Some policy has exceeded epsilon: back to the last certified one, then smaller steps."""
-        self.monitor.reset_alarm()
-        self.delta.mul_(0.5).clamp_(min=MIN_DELTA_SHARE * self.config.safety.delta)
-        if self.certified_version == self.version:
-            reason = "alarm: the last certified policy already acts"
-            return decision._replace(accepted=False, fraction=0.0, reason=reason), self.deployed
-        noise = torch.randn(visited.actions.shape, generator=self.generator)
-        measured = measure(
-            self.certified,
-            self.deployed,
-            self.critic,
-            visited,
-            self.steps / self.episodes,
-            decision.v_previous,
-            noise,
-            self.config.acceptance.tail,
-        )
-        # The copy acts under a new version number, with a shield of today's critic.
-        self.certified_version = self.version + 1
-        reason = "alarm: rolled back to the last certified policy"
-        return measured._replace(reason=reason), self.certified
 
     def _keep(self, metrics: dict[str, float]) -> Iteration:
         """Close the run between two proposals: nothing is proposed, nothing changes."""
         self.iterations += 1
         return self._iteration(_UNMEASURED, metrics, rolled_back=False)
 
-    def _adapt_kl_weight(self, decision: Decision) -> None:
-        """Aim the learner at the trust region's rim: a cut proposal raises the penalty on
-        leaving.
-        """
-        wide = decision.kl_mean > 0.5 * float(self.delta)
-        if decision.fraction < 1.0:
-            self.kl_weight *= 1.5
-        elif not wide:
-            self.kl_weight /= 1.5
-        self.kl_weight.clamp_(1e-2, 1e3)
-
     def _iteration(
         self, decision: Decision, metrics: dict[str, float], *, rolled_back: bool
     ) -> Iteration:
-        spec, delta = self.config.safety, float(self.delta)
+        spec, delta = self.config.safety, float(self.deployment.delta)
         # Of the policy that acts from now on: the candidate, or the one that stays as it was.
         if decision.accepted or rolled_back:
             tail_limit = self.config.acceptance.tail_ratio * delta
@@ -415,21 +337,13 @@ class Finetuning:
         return Iteration(
             index=self.iterations - 1,
             step=self.steps,
-            version=self.version,
-            accepted=decision.accepted,
-            fraction=decision.fraction,
-            reason=decision.reason,
-            kl_forward_mean=decision.kl_forward_mean,
-            kl_reverse_mean=decision.kl_reverse_mean,
-            kl_forward_tail=decision.kl_forward_tail,
-            kl_reverse_tail=decision.kl_reverse_tail,
-            v_previous=decision.v_previous,
-            v_candidate=decision.v_candidate,
+            version=self.deployment.version,
+            **decision._asdict(),
             epsilon=spec.epsilon,
             delta=delta,
             constraints_satisfied=satisfied,
             multiplier=float(self.multiplier.value),
-            kl_weight=float(self.kl_weight),
+            kl_weight=float(self.deployment.kl_weight),
             alpha=float(self.critic.alpha),
             rolled_back=rolled_back,
             metrics=metrics,
@@ -440,11 +354,7 @@ class Finetuning:
             **{f"learner.{k}": v for k, v in self.learner.parts().items()},
             **self.critic.parts(),
             "multiplier": self.multiplier.value,
-            "deployed": self.deployed,
-            "certified": self.certified,
-            "shield": self.shield.net,
-            "kl_weight": self.kl_weight,
-            "delta": self.delta,
+            **self.deployment.parts(),
             "generator": self.generator,
         }
 
@@ -452,8 +362,7 @@ class Finetuning:
         """Everything that the next step depends on, as tensors."""
         return {
             **collect_state(self._parts()),
-            **{f"buffer/{k}": v for k, v in self.buffer.state_dict().items()},
-            "starts": self.starts.clone(),
+            **{f"experience/{k}": v for k, v in self.experience.state_dict().items()},
         }
 
     def info(self) -> dict[str, Any]:
@@ -462,8 +371,7 @@ class Finetuning:
             "steps": self.steps,
             "episodes": self.episodes,
             "iterations": self.iterations,
-            "version": self.version,
-            "certified_version": self.certified_version,
+            **self.deployment.info(),
             "next_proposal": self.next_proposal,
             "stopped": self.stopped,
             "recent": [bool(x) for x in self.recent],
@@ -474,18 +382,14 @@ class Finetuning:
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` and :meth:`info`, bitwise."""
         restore_state(self._parts(), tensors)
-        self.buffer.load_state_dict(
-            {k.removeprefix("buffer/"): v for k, v in tensors.items() if k.startswith("buffer/")}
+        prefix = "experience/"
+        self.experience.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
-        self.starts = tensors["starts"].clone()
-        if self.buffer.size:
-            lived = self.dataset.layout.unpack(self.buffer.rows).accidents
-            self._lived = StratifiedSampler(lived)
         self.steps = int(info["steps"])
         self.episodes = int(info["episodes"])
         self.iterations = int(info["iterations"])
-        self.version = int(info["version"])
-        self.certified_version = int(info["certified_version"])
+        self.deployment.load(info)
         self.next_proposal = int(info["next_proposal"])
         self.stopped = str(info["stopped"])
         self.recent = list(info["recent"])

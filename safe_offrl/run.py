@@ -5,9 +5,9 @@
     runs/finetune-PointHazard-v0-iql-1/
       config.yaml        resolved settings, written before step 0
       run.json           kind, status, creation time        versions.json  packages, git, threads
-      ledger.jsonl       one line an episode, CRC-protected and fsynced: the record of accidents
+      ledger.jsonl       one line an episode: the record of accidents, see ledger.py
       metrics.jsonl      one line a logged step             iterations.jsonl  one line a decision
-      checkpoints/step-000012345/   state.safetensors, info.json, manifest.json (sha256)
+      checkpoints/step-000012345/   what a resumed run continues from, see checkpoints.py
       events.out.tfevents.*         TensorBoard: a view, never the record
 
 Nothing that depends on the clock enters the ledger, the metrics or a checkpoint, so an interrupted
@@ -16,34 +16,33 @@ and resumed run is compared with an uninterrupted one byte by byte.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import filelock
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from safe_offrl.errors import UserError
+from safe_offrl import checkpoints
+from safe_offrl.checkpoints import Checkpoint
+from safe_offrl.errors import RunError
+from safe_offrl.files import json_bytes, json_line, write_atomic, write_file
+from safe_offrl.ledger import append_to_ledger, read_ledger, reopen_ledger
 from safe_offrl.types import Episode
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-KEPT_CHECKPOINTS = 3  # one may be damaged and one half written, and a third is still there
 
 # Two charts that show the claim itself: the rate between its bounds, and all of it against epsilon.
 _LAYOUT = {
@@ -65,122 +64,6 @@ _LAYOUT = {
     },
     "Trust region": {"KL against delta": ["Multiline", ["trust/kl$", "trust/delta"]]},
 }
-
-
-class RunError(UserError):
-    """A run folder that is missing, locked, damaged, or not what was asked for."""
-
-
-class Checkpoint(NamedTuple):
-    """One verified checkpoint: what a loop's ``load(tensors, info)`` takes, and its identity."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    info: dict[str, Any]
-    sha256: str  # over the hashes of state.safetensors and info.json
-    counts: dict[str, int]  # lines of metrics, iterations and ledger when it was written
-
-
-# ---------------------------------------------------------------------------------------------
-# Files: write all, fsync, rename. A failure leaves what was there before.
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _fsync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder; NTFS journals the rename itself
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_file(path: Path, data: bytes, *, append: bool = False, sync: bool = True) -> None:
-    mode = os.O_APPEND if append else os.O_TRUNC
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | mode | getattr(os, "O_BINARY", 0), 0o644)
-    try:
-        _write_all(fd, data)
-        if sync:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` or leave it as it was; readers never see half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write_file(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
-
-
-def _json_line(values: Mapping[str, Any]) -> bytes:
-    """One strict JSON object and a newline; a non-finite number becomes null."""
-    clean = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
-    return json.dumps(clean, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------
-# The ledger's line format.
-
-
-def ledger_line(episode: Episode) -> bytes:
-    """Serialise one episode; the CRC-32 of everything before it closes the line."""
-    body = json.dumps(episode._asdict(), allow_nan=False, separators=(",", ":")).encode()[:-1]
-    return body + f',"crc32":"{zlib.crc32(body):08x}"}}\n'.encode()
-
-
-def _ledger_episode(line: bytes) -> Episode | None:
-    """Parse one line without its newline; None if its CRC does not match."""
-    body, _, tail = line.rpartition(b',"crc32":"')
-    if tail != f'{zlib.crc32(body):08x}"}}'.encode():
-        return None
-    try:
-        return Episode(**json.loads(body + b"}"))
-    except (TypeError, ValueError):  # intact, but not an episode of this version
-        return None
-
-
-def parse_ledger(data: bytes, where: str) -> tuple[list[Episode], int]:
-    """Read a ledger: its episodes, and how many bytes of ``data`` they cover.
-
-    A last line without a newline is a torn write and is left out. Damage anywhere else is an
-    error, since a lost line could be a lost accident.
-    """
-    episodes: list[Episode] = []
-    used = 0
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        episode = _ledger_episode(line)
-        if episode is None or episode.index != len(episodes):
-            raise RunError(
-                f"The ledger {where} is damaged in line {number} (checksum or numbering). "
-                "Restore it from a backup; it is never repaired silently."
-            )
-        episodes.append(episode)
-        used += len(line) + 1
-    return episodes, used
-
-
-# ---------------------------------------------------------------------------------------------
 
 
 class RunDir:
@@ -230,10 +113,10 @@ class RunDir:
             path = _first_free(root, re.sub(r"[^A-Za-z0-9._-]+", "-", stem or kind)[:56])
         (path / "checkpoints").mkdir()
         write_atomic(path / "config.yaml", config_text.encode())
-        write_atomic(path / "versions.json", _json_bytes(dict(versions or {})))
+        write_atomic(path / "versions.json", json_bytes(dict(versions or {})))
         # run.json comes last: it is what makes the folder a run.
         state = {"kind": kind, "status": "running", "created_ns": time.time_ns()}
-        write_atomic(path / "run.json", _json_bytes(state))
+        write_atomic(path / "run.json", json_bytes(state))
         run = cls(path)
         run.lock()
         return run
@@ -281,7 +164,7 @@ class RunDir:
 
     def write_json(self, filename: str, value: Mapping[str, Any]) -> Path:
         """Write a JSON file of the run atomically (evaluation.json, calibration.json ...)."""
-        write_atomic(self.path / filename, _json_bytes(dict(value)))
+        write_atomic(self.path / filename, json_bytes(dict(value)))
         return self.path / filename
 
     # --- one writer ---
@@ -325,8 +208,7 @@ class RunDir:
 
     def episodes(self) -> list[Episode]:
         """Every episode in the ledger, in order; a torn last line is left out."""
-        path = self.path / "ledger.jsonl"
-        return parse_ledger(path.read_bytes(), str(path))[0] if path.is_file() else []
+        return read_ledger(self.path / "ledger.jsonl")
 
     def append_episode(self, episode: Episode) -> None:
         """Write one episode to the ledger and fsync it BEFORE the next one may begin.
@@ -346,14 +228,14 @@ class RunDir:
                     "threads in versions.json and a deterministic environment."
                 )
         else:
-            _write_file(self.path / "ledger.jsonl", ledger_line(episode), append=True)
+            append_to_ledger(self.path / "ledger.jsonl", episode)
         self._counts["ledger"] = index + 1
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and the same numbers to TensorBoard at x = step."""
         self._require_lock()
-        line = _json_line({"step": step, **{k: float(v) for k, v in values.items()}})
-        _write_file(self.path / "metrics.jsonl", line, append=True, sync=False)
+        line = json_line({"step": step, **{k: float(v) for k, v in values.items()}})
+        write_file(self.path / "metrics.jsonl", line, append=True, sync=False)
         self._counts["metrics"] += 1
         board = self.board()
         for tag, value in values.items():
@@ -367,7 +249,7 @@ class RunDir:
     def log_iteration(self, values: Mapping[str, Any]) -> None:
         """Append one decision of the acceptance step, with its reason, to iterations.jsonl."""
         self._require_lock()
-        _write_file(self.path / "iterations.jsonl", _json_line(values), append=True, sync=False)
+        write_file(self.path / "iterations.jsonl", json_line(values), append=True, sync=False)
         self._counts["iterations"] += 1
 
     def iterations(self) -> list[dict[str, Any]]:
@@ -388,7 +270,7 @@ class RunDir:
         for stem in ("metrics", "iterations"):
             path = self.path / f"{stem}.jsonl"
             if path.is_file():
-                _write_file(path, b"", append=True)
+                write_file(path, b"", append=True)
 
     def board(self) -> SummaryWriter:
         """The TensorBoard writer, opened on first use; events past the resumed step are purged."""
@@ -406,82 +288,21 @@ class RunDir:
     def save_checkpoint(
         self, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
     ) -> Checkpoint:
-        """Write ``checkpoints/step-...`` whole or not at all; keeps the newest three.
-
-        Serialised in memory first, so that a full disk cannot leave half a checkpoint. Checkpoints
-        of later steps belong to a future that a fall-back threw away, and are removed.
-        """
+        """Write a checkpoint whole or not at all; see :mod:`safe_offrl.checkpoints`."""
         self._require_lock()
         self._sync_lines()  # before a checkpoint counts them
-        # Contiguous clones, because safetensors refuses tensors that share storage.
-        copies = {
-            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for k, v in tensors.items()
-        }
-        state = safetensors.torch.save(copies)
-        info_bytes = _json_bytes(dict(info))
-        hashes = {"state.safetensors": _sha256(state), "info.json": _sha256(info_bytes)}
-        manifest: dict[str, Any] = {"step": step, "sha256": hashes, "counts": dict(self._counts)}
-        manifest["crc32"] = zlib.crc32(_json_bytes(manifest))
-
-        folder = self.path / "checkpoints"
-        target = folder / f"step-{step:09d}"
-        temporary = folder / f".tmp-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir()
-            _write_file(temporary / "state.safetensors", state)
-            _write_file(temporary / "info.json", info_bytes)
-            _write_file(temporary / "manifest.json", _json_bytes(manifest))
-            _fsync_folder(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        _fsync_folder(folder)
-        older = [p for p in self._checkpoint_folders() if p.name < target.name]
-        for path in self._checkpoint_folders():
-            if path.name > target.name or path in older[: -(KEPT_CHECKPOINTS - 1)]:
-                shutil.rmtree(path, ignore_errors=True)
-        return Checkpoint(step, dict(tensors), dict(info), _identity(hashes), dict(self._counts))
-
-    def _checkpoint_folders(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-*"))
+        return checkpoints.save_checkpoint(
+            self.path / "checkpoints", step, tensors, info, self._counts
+        )
 
     def load_checkpoint(self) -> Checkpoint:
-        """Read the newest checkpoint whose hashes match.
-
-        Raises RunError if none does: a damaged run is never silently started afresh.
-        """
-        problems = []
-        for folder in reversed(self._checkpoint_folders()):
-            try:
-                return _read_checkpoint(folder)
-            except (
-                OSError,
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                RecursionError,
-            ) as error:
-                problems.append(f"{folder.name}: {error}")
-        if problems:
-            raise RunError(
-                f'No checkpoint of the run "{self.name}" is intact ({"; ".join(problems)}). '
-                "Restore one from a backup or start a new run."
-            )
-        raise RunError(
-            f'The run "{self.name}" has no checkpoint yet. Start a new run instead of resuming.'
-        )
+        """Read the newest intact checkpoint; RunError if there is none."""
+        return checkpoints.load_checkpoint(self.path / "checkpoints", self.name)
 
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Go back to ``checkpoint``: cut metrics and iterations, expect the ledger's rest again."""
         self._require_lock()
-        for leftover in (self.path / "checkpoints").glob(".tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        checkpoints.remove_unfinished(self.path / "checkpoints")
         for stem in ("metrics", "iterations"):
             path = self.path / f"{stem}.jsonl"
             lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -493,41 +314,10 @@ class RunDir:
                 )
             if len(lines) > kept:
                 write_atomic(path, b"".join(lines[:kept]))
-        ledger = self.path / "ledger.jsonl"
-        data = ledger.read_bytes() if ledger.is_file() else b""
-        self._recorded, used = parse_ledger(data, str(ledger))
-        if len(self._recorded) < checkpoint.counts["ledger"]:
-            raise RunError(
-                f'"{ledger}" has {len(self._recorded)} episodes, its checkpoint counted '
-                f"{checkpoint.counts['ledger']}. Restore it from a backup."
-            )
-        if used < len(data):
-            os.truncate(ledger, used)
+        self._recorded = reopen_ledger(self.path / "ledger.jsonl", checkpoint.counts["ledger"])
         self._counts = dict(checkpoint.counts)
         self._purge_step = checkpoint.step + 1
         self.set_status("running")
-
-
-def _identity(hashes: Mapping[str, str]) -> str:
-    return _sha256("".join(f"{k}={hashes[k]}\n" for k in sorted(hashes)).encode())
-
-
-def _read_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint; the bytes that are hashed are the bytes that are parsed."""
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    if manifest.pop("crc32") != zlib.crc32(_json_bytes(manifest)):
-        raise ValueError("manifest.json does not match its checksum")
-    files = {name: (folder / name).read_bytes() for name in ("state.safetensors", "info.json")}
-    for name, data in files.items():
-        if _sha256(data) != manifest["sha256"][name]:
-            raise ValueError(f"{name} does not match its sha256")
-    return Checkpoint(
-        step=int(manifest["step"]),
-        tensors=safetensors.torch.load(files["state.safetensors"]),
-        info=json.loads(files["info.json"]),
-        sha256=_identity({name: manifest["sha256"][name] for name in files}),
-        counts={k: int(manifest["counts"][k]) for k in ("metrics", "iterations", "ledger")},
-    )
 
 
 def check_name(name: str) -> str:

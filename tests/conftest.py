@@ -1,17 +1,25 @@
-"""What several test files need: a small log of the default environment."""
+"""What several test files need: a small log of the default environment, and runs by hand."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from safe_offrl.collect import collect, random_behaviour, scripted_behaviours
+from safe_offrl.behaviours import random_behaviour, scripted_behaviours
+from safe_offrl.collect import collect
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.env import make_env
+from safe_offrl.ledger import ledger_line
+from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
+from safe_offrl.types import Episode
 
 torch.set_num_threads(1)  # results depend on the number, and CI has two cores
 
@@ -35,3 +43,106 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env.close()
     assert np.sum(arrays["accidents"]) > 0
     return path
+
+
+def _write_run(
+    root: Path,
+    name: str,
+    accidents: Sequence[Any],
+    *,
+    returns: Any = None,
+    flags: dict[str, bool] | None = None,
+    seed: int = 0,
+    steps: int = 50,
+    iterations: Sequence[dict[str, Any]] = (),
+    evaluation: dict[str, Any] | None = None,
+    kind: str = "finetune",
+    status: str = "finished",
+    **settings: Any,
+) -> Path:
+    """A run folder with given accidents [episodes], ``steps`` each.
+
+    ``iterations``: what differs from an accepted one with both constraints satisfied.
+    """
+    settings = {
+        "seed": seed,
+        "budget": 50_000,
+        "safety": {"epsilon": 0.1, "confidence": 0.95},
+        **(flags or {"kl": True, "accident_constraint": True, "shield": True}),
+        **settings,
+    }
+    inputs = {"env_id": "PointHazard-v0", "pretrained_sha256": f"pi0-{seed}"}
+    text = yaml.safe_dump({"inputs": inputs, kind: settings})
+    with RunDir.create(root, kind=kind, config_text=text, name=name) as run:
+        run.set_status(status)
+        returns = np.ones(len(accidents)) if returns is None else returns
+        lines = [
+            Episode(
+                index=i,
+                seed=i,
+                steps=steps,
+                total_steps=(i + 1) * steps,
+                episode_return=float(returns[i]),
+                cost=float(accident),
+                accident=bool(accident),
+                accident_steps=int(accident),
+                version=0,
+                phase="online",
+                shield_interventions=0,
+            )
+            for i, accident in enumerate(accidents)
+        ]
+        (run.path / "ledger.jsonl").write_bytes(b"".join(map(ledger_line, lines)))
+        for index, changes in enumerate(iterations):
+            decision = {
+                "index": index,
+                "step": 1000 * (index + 1),
+                "accepted": True,
+                "constraints_satisfied": True,
+                "kl_forward_mean": 0.01,
+                "kl_reverse_mean": 0.02,
+                "delta": 0.05,
+                "v_candidate": 0.05,
+                "v_previous": 0.06,
+                "epsilon": 0.1,
+                "reason": "both constraints hold",
+            }
+            run.log_iteration(decision | changes)
+        if evaluation is not None:
+            run.write_json("evaluation.json", evaluation)
+    return root / name
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> Callable[..., Path]:
+    """``write_run(name, accidents, ...)``: see :func:`_write_run`; returns the folder."""
+    return functools.partial(_write_run, tmp_path)
+
+
+@pytest.fixture
+def paired_runs(write_run: Callable[..., Path]) -> Callable[..., list[Path]]:
+    """``paired_runs(seeds, episodes)``: for each seed a constrained run and one of plain RLPD."""
+    rlpd = {"kl": False, "accident_constraint": False, "shield": False}
+
+    def write(seeds: int = 5, episodes: int = 400) -> list[Path]:
+        rng = np.random.default_rng(0)
+        paths = []
+        progress = 1 - np.exp(-np.arange(episodes) / 120)
+        for seed in range(seeds):
+            for flags, name, p, level in ((None, "safe", 0.03, 9.5), (rlpd, "free", 0.15, 10.0)):
+                paths.append(
+                    write_run(
+                        f"{name}-{seed}",
+                        rng.random(episodes) < p * (1.5 - 0.5 * progress),
+                        returns=level * progress + rng.normal(0, 1.5, episodes) + 0.2 * seed,
+                        flags=flags,
+                        seed=seed,
+                        iterations=[
+                            {"v_previous": p * (1 + 0.5 * np.exp(-i / 4)) + 0.01}
+                            for i in range(episodes * 50 // 1000)
+                        ],
+                    )
+                )
+        return paths
+
+    return write

@@ -11,16 +11,17 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the rows above its own; siblings inside one folder may import each other.
 LAYERS = [
     ["errors"],  # L0: the words
-    ["types", "safety", "state"],
+    ["types", "safety", "state", "files"],
     ["losses", "distributions", "statistics", "device"],  # L1: the mathematics
     ["nets"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
-    ["shield", "acceptance", "monitor", "charts"],
-    ["rollout"],
+    ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints"],
+    ["rollout", "deployment"],
     ["calibration", "collect", "evaluate", "run"],  # L3: the loops
     ["pretrain", "finetune"],
-    ["config", "progress"],  # L4: what users touch
+    ["config", "progress", "run_data"],  # L4: what users touch
     ["report"],
+    ["tables", "charts"],
     ["commands"],
     ["cli"],  # L5
 ]
@@ -29,8 +30,8 @@ LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Third-party packages that only these modules may import ...
 ONLY_IN = {
     "omegaconf": {"config"},
-    "stable_baselines3": {"collect"},
-    "tensorboard": {"run", "report"},
+    "stable_baselines3": {"behaviours"},
+    "tensorboard": {"run"},
     "typer": {"cli"},
 }
 # ... and that are not imported before they are needed, because they are slow or not always there.

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from safe_offrl import charts
+from safe_offrl.errors import RunError
+from safe_offrl.report import compare
+from safe_offrl.run_data import Decision, RunData
 from safe_offrl.statistics import run_level_interval
 from safe_offrl.types import Episode
 
@@ -27,7 +30,27 @@ def _run(accidents, steps, returns=None, method="constrained", estimates=()):
         )
         for i in range(len(accidents))
     ]
-    return charts.RunCurves(method, "PointHazard-v0", 0.1, 0.95, episodes, estimates)
+    decisions = [
+        Decision(step, True, True, kl=0.0, delta=1.0, v_candidate=0.0, v_deployed=v, epsilon=0.1)
+        for step, v in estimates
+    ]
+    return RunData(
+        name="a",
+        kind="finetune",
+        status="finished",
+        method=method,
+        seed=0,
+        pretrained="",
+        env_id="PointHazard-v0",
+        budget=None,
+        epsilon=0.1,
+        confidence=0.95,
+        episodes=episodes,
+        constrained=True,
+        decisions=decisions,
+        evaluation=None,
+        estimate=math.nan,
+    )
 
 
 def test_smoothing_by_hand():
@@ -67,3 +90,21 @@ def test_draws_whatever_is_there(tmp_path, estimates):
     ]
     charts.draw(runs, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_png_is_written(tmp_path, paired_runs):
+    target = tmp_path / "compare.png"
+    charts.write_png(compare(paired_runs(seeds=2, episodes=120)), target)
+    assert target.read_bytes().startswith(b"\x89PNG")
+    assert target.stat().st_size > 20_000
+
+
+def test_png_of_one_short_run(tmp_path, write_run):
+    target = tmp_path / "compare.png"
+    charts.write_png(compare([write_run("a", [1, 0, 0])]), target)
+    assert target.stat().st_size > 10_000
+
+
+def test_nothing_to_draw(tmp_path, write_run):
+    with pytest.raises(RunError, match="online episode"):
+        charts.write_png(compare([write_run("empty", [])]), tmp_path / "x.png")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from safe_offrl.acting import NumpyActor
 from safe_offrl.agents.rlpd import RLPD
-from safe_offrl.collect import collect, random_behaviour
+from safe_offrl.behaviours import random_behaviour
+from safe_offrl.collect import collect
 from safe_offrl.data.hdf5 import load_dataset, write_dataset
 from safe_offrl.distributions import kl
 from safe_offrl.env import AccidentEnv, make_env
@@ -102,13 +103,13 @@ class Trace:
     )  # episode -> (observation, action) pairs
 
     def run(self) -> Iterator[Episode | Iteration]:
-        self.policies[self.tuning.version] = copy.deepcopy(self.tuning.deployed)
+        self.policies[self.tuning.deployment.version] = copy.deepcopy(self.tuning.deployment.actor)
         for item in self.tuning.run():
             if isinstance(item, Episode):
                 self.episodes.append(item)
             else:
                 self.iterations.append(item)
-                self.policies[item.version] = copy.deepcopy(self.tuning.deployed)
+                self.policies[item.version] = copy.deepcopy(self.tuning.deployment.actor)
             yield item
 
 
@@ -174,7 +175,7 @@ def test_every_action_is_the_deployed_policys_from_the_first_on(
             np.testing.assert_array_equal(action, expected)
             replayed += 1
     assert replayed == trace.tuning.steps
-    assert trace.tuning.version > 0
+    assert trace.tuning.deployment.version > 0
 
 
 def test_warmup_is_the_frozen_pretrained_policys(
@@ -215,7 +216,8 @@ def test_the_shield_acts_and_executed_actions_are_stored(
     trace = begin(config_of(), dataset, pretraining, threshold=risk.quantile(0.5).item())
     list(trace.run())
     assert sum(e.shield_interventions for e in trace.episodes) > 20
-    stored = trace.tuning.dataset.layout.unpack(trace.tuning.buffer.rows).actions.numpy()
+    experience = trace.tuning.experience
+    stored = experience.visited(experience.buffer.size).actions.numpy()
     sent = [action for e in trace.episodes for _, action in trace.sent[e.index]]
     np.testing.assert_array_equal(stored, np.stack(sent))
 
@@ -225,7 +227,7 @@ def test_without_shield_the_threshold_is_ignored(
 ) -> None:
     trace = begin(config_of(shield=False, budget=200), dataset, pretraining, threshold=0.0)
     list(trace.run())
-    assert trace.tuning.shield.abstains
+    assert trace.tuning.deployment.shield.abstains
     assert sum(e.shield_interventions for e in trace.episodes) == 0
 
 
@@ -239,7 +241,7 @@ def test_both_constraints_hold_after_every_iteration(
     config = config_of(epsilon, delta, budget=700, update_every=2)
     trace = begin(config, dataset, pretraining)
     tuning, accepted, excepted = trace.tuning, 0, 0
-    previous, version, limit = copy.deepcopy(tuning.deployed), 0, delta
+    previous, version, limit = copy.deepcopy(tuning.deployment.actor), 0, delta
     for item in trace.run():
         if not isinstance(item, Iteration):
             continue
@@ -247,10 +249,9 @@ def test_both_constraints_hold_after_every_iteration(
             accepted += 1
             assert item.version == version + 1
             # Measured again, here, on what the previous policy visited.
-            rows = tuning.buffer.rows[-config.visited_steps :]
-            observations = tuning.dataset.layout.unpack(rows).observations
+            observations = tuning.experience.visited(config.visited_steps).observations
             with torch.no_grad():
-                new, old = tuning.deployed(observations), previous(observations)
+                new, old = tuning.deployment.actor(observations), previous(observations)
             forward, reverse = kl(*new, *old), kl(*old, *new)
             assert forward.mean() < limit
             assert reverse.mean() < limit
@@ -262,11 +263,13 @@ def test_both_constraints_hold_after_every_iteration(
             excepted += not below
         elif not item.rolled_back:
             assert item.version == version
-            assert equal(tuning.deployed, previous)
-        previous, version = copy.deepcopy(tuning.deployed), item.version
-        limit = float(tuning.delta)  # an alarm halves it
+            assert equal(tuning.deployment.actor, previous)
+        previous, version = copy.deepcopy(tuning.deployment.actor), item.version
+        limit = float(tuning.deployment.delta)  # an alarm halves it
         if not tuning.stopped:
-            assert equal(tuning.networks.actor, tuning.deployed)  # the next proposal starts here
+            assert equal(
+                tuning.networks.actor, tuning.deployment.actor
+            )  # the next proposal starts here
     assert accepted > 0
     assert (excepted > 0) == (epsilon == 0.01)  # the exception is needed there, and only there
     assert tuning.iterations == len(trace.iterations) >= 8
@@ -293,7 +296,7 @@ def test_an_adversarial_learner_never_acts(
     assert not any(i.accepted for i in proposed)
     assert {i.version for i in proposed} == {trace.iterations[0].version}
     assert all("is not below" in i.reason for i in proposed)
-    assert equal(trace.tuning.deployed, pretraining.networks.actor)
+    assert equal(trace.tuning.deployment.actor, pretraining.networks.actor)
 
 
 def test_an_alarm_rolls_back_and_shrinks_delta(dataset: Dataset, pretraining: Pretraining) -> None:
@@ -303,13 +306,15 @@ def test_an_alarm_rolls_back_and_shrinks_delta(dataset: Dataset, pretraining: Pr
     for item in trace.run():
         if isinstance(item, Iteration):
             halvings += item.rolled_back
-            assert float(trace.tuning.delta) == pytest.approx(max(0.05 * 0.5**halvings, 0.05 / 16))
+            assert float(trace.tuning.deployment.delta) == pytest.approx(
+                max(0.05 * 0.5**halvings, 0.05 / 16)
+            )
             if item.rolled_back:
                 assert not item.accepted
                 assert not trace.tuning.monitor.alarm
-                assert equal(trace.tuning.deployed, trace.tuning.certified)
+                assert equal(trace.tuning.deployment.actor, trace.tuning.deployment.certified)
                 # Nothing was ever certified below 1 %, so it is the pretrained policy.
-                assert equal(trace.tuning.deployed, pretraining.networks.actor)
+                assert equal(trace.tuning.deployment.actor, pretraining.networks.actor)
     assert halvings > 0
 
 
@@ -394,18 +399,18 @@ def test_all_off_is_plain_learning_from_the_same_policy(
     before = parameters(tuning.critic.net)
     for item in trace.run():
         if isinstance(item, Iteration) and item.accepted:
-            assert equal(tuning.deployed, tuning.networks.actor)
-            assert tuning.deployed is not tuning.networks.actor
+            assert equal(tuning.deployment.actor, tuning.networks.actor)
+            assert tuning.deployment.actor is not tuning.networks.actor
     online = [e for e in trace.episodes if e.phase == "online"]
     # The learner acts in the next episode, whatever it has become.
-    assert [e.version for e in online] == list(range(online[0].version, tuning.version))
-    assert len(trace.policies) == tuning.version + 1
+    assert [e.version for e in online] == list(range(online[0].version, tuning.deployment.version))
+    assert len(trace.policies) == tuning.deployment.version + 1
     assert not any(i.rolled_back for i in trace.iterations)
     assert tuning.multiplier.value.item() == 0.0
     assert all(
         torch.equal(a, b) for a, b in zip(before, parameters(tuning.critic.net), strict=True)
     )
-    assert not equal(tuning.deployed, pretraining.networks.actor)
+    assert not equal(tuning.deployment.actor, pretraining.networks.actor)
 
 
 def test_no_kl_measures_it_all_the_same(dataset: Dataset, pretraining: Pretraining) -> None:

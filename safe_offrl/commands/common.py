@@ -1,19 +1,17 @@
-"""What the commands share: stored inputs, header lines, plain values."""
+"""What the commands share: stored inputs and header lines."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safe_offrl.config import RunInputs
 from safe_offrl.data.hdf5 import load_dataset
-from safe_offrl.errors import ConfigError, DataError
+from safe_offrl.errors import ConfigError, DataError, RunError
 from safe_offrl.progress import Interrupted
-from safe_offrl.run import RunDir, RunError
+from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
 from safe_offrl.types import Dataset
 
@@ -113,23 +111,6 @@ def constraint_line(safety: SafetySpec, horizon: int) -> str:
 def device_line(inputs: RunInputs) -> str:
     """Header line: what it runs on."""
     return f"device      CPU, {inputs.threads} thread{'s' if inputs.threads > 1 else ''}"
-
-
-def plain(value: Any) -> Any:
-    """Named tuples and dataclasses as JSON-able dicts, recursively; non-finite numbers as None."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist"):  # numpy arrays and scalars, tensors
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.offline import plan_pretrain, pretrain_config, pretrain_run
 from safe_offrl.commands.tools import compare_runs
+from safe_offrl.errors import RunError
 from safe_offrl.progress import Say
-from safe_offrl.run import RunDir, RunError
+from safe_offrl.run import RunDir
 
 
 def demo(

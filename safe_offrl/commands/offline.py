@@ -16,7 +16,6 @@ from safe_offrl.commands.common import (
     interrupted,
     loading,
     numbers,
-    plain,
     require_both_outcomes,
     require_unfinished,
     say_plain,
@@ -27,6 +26,7 @@ from safe_offrl.data.hdf5 import load_dataset
 from safe_offrl.data.validation import check_matches_env
 from safe_offrl.device import configure
 from safe_offrl.env import make_env
+from safe_offrl.files import plain
 from safe_offrl.pretrain import PretrainConfig, Pretraining, discount_of
 from safe_offrl.progress import ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run, versions

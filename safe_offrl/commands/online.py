@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
     STOP_SECONDS,
@@ -17,7 +18,6 @@ from safe_offrl.commands.common import (
     device_line,
     interrupted,
     loading,
-    plain,
     require_unfinished,
     say_plain,
     stored_dataset,
@@ -27,12 +27,13 @@ from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, 
 from safe_offrl.data.validation import check_matches_env
 from safe_offrl.device import configure
 from safe_offrl.env import AccidentEnv, make_env
-from safe_offrl.errors import ConfigError
+from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.files import plain
 from safe_offrl.finetune import FinetuneConfig, Finetuning, Iteration
 from safe_offrl.monitor import certifiable
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
-from safe_offrl.run import Checkpoint, RunDir, RunError, find_run, versions
+from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.types import Dataset, Episode
 
 

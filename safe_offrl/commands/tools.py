@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_offrl import report
+from safe_offrl import charts, report, tables
 from safe_offrl.acting import NumpyActor
 from safe_offrl.collect import build_dataset, default_dataset
-from safe_offrl.commands.common import loading, plain, say_plain, stored_pretrain_run
+from safe_offrl.commands.common import loading, say_plain, stored_pretrain_run
 from safe_offrl.commands.offline import DEFAULT_ENV
 from safe_offrl.commands.online import finetune_config, plan_finetune, start_loop
 from safe_offrl.config import load_config, parse_run_yaml
@@ -21,6 +21,7 @@ from safe_offrl.data.inspect import format_summary, summarise
 from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.evaluate import evaluate
+from safe_offrl.files import plain
 from safe_offrl.finetune import FinetuneConfig, Finetuning
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import Say
@@ -51,12 +52,12 @@ def evaluate_run(
         played = list(
             evaluate(
                 loop.env,
-                NumpyActor(loop.deployed),
-                loop.shield,
+                NumpyActor(loop.deployment.actor),
+                loop.deployment.shield,
                 loop.normalizer,
                 episodes,
                 seed,
-                version=loop.version,
+                version=loop.deployment.version,
                 mean_action=mean_action,
             )
         )
@@ -119,10 +120,10 @@ def compare_runs(
     """Print the comparison of runs, write its figure if asked for, return it as plain values."""
     paths = [find_run(reference, Path(runs)).path for reference in references]
     comparison = report.compare(paths, group_by=group_by)
-    say(report.format_table(comparison))
+    say(tables.format_table(comparison))
     if png is not None:
         Path(png).parent.mkdir(parents=True, exist_ok=True)
-        report.write_png(comparison, Path(png))
+        charts.write_png(comparison, Path(png))
         say(f"figure      {png}")
     return comparison.as_dict()
 

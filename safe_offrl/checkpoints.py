@@ -1,0 +1,146 @@
+"""Checkpoints: folders that are written whole or not at all, and verified when read.
+
+::
+
+    checkpoints/step-000012345/
+      state.safetensors  tensors          info.json  everything else a loop continues from
+      manifest.json      step, line counts, the sha256 of both files, and a CRC-32 of its own
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from safe_offrl.errors import RunError
+from safe_offrl.files import fsync_folder, json_bytes, write_file
+
+KEPT_CHECKPOINTS = 3  # one may be damaged and one half written, and a third is still there
+
+
+class Checkpoint(NamedTuple):
+    """One verified checkpoint: what a loop's ``load(tensors, info)`` takes, and its identity."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+    sha256: str  # over the hashes of state.safetensors and info.json
+    counts: dict[str, int]  # lines of metrics, iterations and ledger when it was written
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    info: Mapping[str, Any],
+    counts: Mapping[str, int],
+) -> Checkpoint:
+    """Write ``folder/step-...`` whole or not at all; keeps the newest three.
+
+    Serialised in memory first, so that a full disk cannot leave half a checkpoint. Checkpoints
+    of later steps belong to a future that a fall-back threw away, and are removed.
+    """
+    # Contiguous clones, because safetensors refuses tensors that share storage.
+    copies = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
+    }
+    state = safetensors.torch.save(copies)
+    info_bytes = json_bytes(dict(info))
+    hashes = {"state.safetensors": _sha256(state), "info.json": _sha256(info_bytes)}
+    manifest: dict[str, Any] = {"step": step, "sha256": hashes, "counts": dict(counts)}
+    manifest["crc32"] = zlib.crc32(json_bytes(manifest))
+
+    target = folder / f"step-{step:09d}"
+    temporary = folder / f".tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write_file(temporary / "state.safetensors", state)
+        write_file(temporary / "info.json", info_bytes)
+        write_file(temporary / "manifest.json", json_bytes(manifest))
+        fsync_folder(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    fsync_folder(folder)
+    older = [p for p in _complete(folder) if p.name < target.name]
+    for path in _complete(folder):
+        if path.name > target.name or path in older[: -(KEPT_CHECKPOINTS - 1)]:
+            shutil.rmtree(path, ignore_errors=True)
+    return Checkpoint(step, dict(tensors), dict(info), _identity(hashes), dict(counts))
+
+
+def load_checkpoint(folder: Path, run: str) -> Checkpoint:
+    """Read the newest checkpoint in ``folder`` whose hashes match.
+
+    Raises RunError, in which ``run`` names the run, if none does: a damaged run is never silently
+    started afresh.
+    """
+    problems = []
+    for path in reversed(_complete(folder)):
+        try:
+            return _read(path)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            problems.append(f"{path.name}: {error}")
+    if problems:
+        raise RunError(
+            f'No checkpoint of the run "{run}" is intact ({"; ".join(problems)}). '
+            "Restore one from a backup or start a new run."
+        )
+    raise RunError(f'The run "{run}" has no checkpoint yet. Start a new run instead of resuming.')
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a writer that was killed left behind."""
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def _read(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint; the bytes that are hashed are the bytes that are parsed."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    if manifest.pop("crc32") != zlib.crc32(json_bytes(manifest)):
+        raise ValueError("manifest.json does not match its checksum")
+    files = {name: (path / name).read_bytes() for name in ("state.safetensors", "info.json")}
+    for name, data in files.items():
+        if _sha256(data) != manifest["sha256"][name]:
+            raise ValueError(f"{name} does not match its sha256")
+    return Checkpoint(
+        step=int(manifest["step"]),
+        tensors=safetensors.torch.load(files["state.safetensors"]),
+        info=json.loads(files["info.json"]),
+        sha256=_identity({name: manifest["sha256"][name] for name in files}),
+        counts={k: int(manifest["counts"][k]) for k in ("metrics", "iterations", "ledger")},
+    )
+
+
+def _identity(hashes: Mapping[str, str]) -> str:
+    return _sha256("".join(f"{k}={hashes[k]}\n" for k in sorted(hashes)).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

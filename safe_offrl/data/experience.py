@@ -1,0 +1,84 @@
+"""Logged and lived transitions together: what the online phase draws its batches from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from safe_offrl.data.sampling import StratifiedSampler, symmetric_batches
+from safe_offrl.data.storage import TransitionBuffer
+from safe_offrl.types import Batch, Dataset
+
+
+class Experience:
+    """The dataset, the online buffer, and the start states of both.
+
+    ``offline_share`` of every batch is logged, the rest lived; before the first episode has been
+    added only the start states of the log exist and nothing can be drawn.
+    """
+
+    def __init__(self, dataset: Dataset, capacity: int, offline_share: float) -> None:
+        self.dataset = dataset
+        self.offline_share = offline_share
+        self.buffer = TransitionBuffer(dataset.layout, capacity)
+        self.starts = torch.zeros(0, dataset.layout.observation_size)  # of the online episodes
+        self._logged_starts = dataset.initial_observations
+        self._logged = StratifiedSampler(dataset.transitions.accidents)
+        self._lived: StratifiedSampler | None = None
+
+    def add_episode(self, rows: Tensor) -> None:
+        """Append the rows [n, D] of one complete episode."""
+        self.buffer.append(rows)
+        self.starts = torch.cat([self.starts, rows[:1, : self.dataset.layout.observation_size]])
+        self._lived = StratifiedSampler(self.visited(self.buffer.size).accidents)
+
+    def visited(self, steps: int) -> Batch:
+        """The last ``steps`` lived transitions, fewer if there are fewer."""
+        return self.dataset.layout.unpack(self.buffer.rows[-steps:])
+
+    def batches(self, updates: int, batch_size: int, generator: torch.Generator) -> list[Batch]:
+        """Mini-batches for the reward critics and the actor, each with its exact share of both."""
+        drawn = symmetric_batches(
+            self.dataset.rows,
+            self.buffer.rows,
+            self.dataset.layout,
+            updates=updates,
+            batch_size=batch_size,
+            offline_share=self.offline_share,
+            generator=generator,
+        )
+        return [Batch(*(field[u] for field in drawn)) for u in range(updates)]
+
+    def stratified_batch(
+        self, batch_size: int, positive_share: float, generator: torch.Generator
+    ) -> tuple[Batch, Tensor]:
+        """A batch for the safety critic [B, ...] and the weights [B] that undo its extra accidents.
+
+        Each source is stratified by itself, so a weighted mean is that of a symmetric batch.
+        """
+        if self._lived is None:
+            raise ValueError("no episode has been added yet")
+        n = round(batch_size * self.offline_share)
+        logged, logged_weights = self._logged.index(n, positive_share, generator)
+        lived, lived_weights = self._lived.index(batch_size - n, positive_share, generator)
+        rows = torch.cat([self.dataset.rows[logged], self.buffer.rows[lived]])
+        return self.dataset.layout.unpack(rows), torch.cat([logged_weights, lived_weights])
+
+    def start_states(self, n: int, generator: torch.Generator) -> Tensor:
+        """Start states [n, O], half of the log and half of the online episodes."""
+        first = torch.randint(len(self._logged_starts), (n - n // 2,), generator=generator)
+        second = torch.randint(len(self.starts), (n // 2,), generator=generator)
+        return torch.cat([self._logged_starts[first], self.starts[second]])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The online part, copied; the dataset is identified by its hash elsewhere."""
+        return {**self.buffer.state_dict(), "starts": self.starts.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the online part; DataError if it does not fit the buffer."""
+        self.buffer.load_state_dict(state)
+        self.starts = state["starts"].clone()
+        if self.buffer.size:
+            self._lived = StratifiedSampler(self.visited(self.buffer.size).accidents)

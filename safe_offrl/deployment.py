@@ -1,0 +1,162 @@
+"""The policy that acts, and the only ways in which it changes: acceptance and roll-back.
+
+A version is a frozen policy behind a frozen shield. The learner never acts; it proposes, and what
+is deployed goes on acting until a candidate is accepted or the monitor's alarm takes it back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_offrl.acceptance import AcceptanceConfig, Decision, decide, measure
+from safe_offrl.monitor import AccidentMonitor
+from safe_offrl.nets import Actor
+from safe_offrl.safety import SafetySpec
+from safe_offrl.safety_critic import SafetyCritic
+from safe_offrl.shield import Shield, ShieldConfig
+from safe_offrl.state import Part
+from safe_offrl.types import Batch
+
+MIN_DELTA_SHARE = 1 / 16  # of delta that every alarm's halving leaves
+
+
+class Deployment:
+    """The deployed policy with its version, shield and trust region.
+
+    ``kl_limited`` and ``accident_limited`` say which constraints a candidate must meet.
+    ``shield_threshold`` None makes the shield abstain. ``delta`` and ``kl_weight`` (of the penalty
+    that keeps the learner near) are scalar tensors, moved in place.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        critic: SafetyCritic,
+        spec: SafetySpec,
+        acceptance: AcceptanceConfig,
+        shielding: ShieldConfig,
+        *,
+        kl_limited: bool,
+        accident_limited: bool,
+        shield_threshold: float | None,
+    ) -> None:
+        self.spec = spec
+        self.acceptance = acceptance
+        self.shielding = shielding
+        self.kl_limited = kl_limited
+        self.accident_limited = accident_limited
+        self.shield_threshold = shield_threshold
+        self.actor = copy.deepcopy(actor)
+        self.version = 0
+        self.certified = copy.deepcopy(actor)  # the pretrained policy, to begin with
+        self.certified_version = 0
+        self.delta = torch.tensor(spec.delta)
+        self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0)
+        self._critic = critic
+        self.shield = Shield(critic, shield_threshold, shielding)
+
+    def deploy(self, actor: Actor) -> None:
+        """Let a copy of this policy act from now on, with a shield of today's critic."""
+        self.version += 1
+        self.actor = copy.deepcopy(actor)
+        self.shield = Shield(self._critic, self.shield_threshold, self.shielding)
+
+    def propose(
+        self,
+        learner: Actor,
+        visited: Batch,
+        steps_per_episode: float,
+        starts: Tensor,
+        monitor: AccidentMonitor,
+        generator: torch.Generator,
+    ) -> tuple[Decision, bool]:
+        """Decide on the learner and deploy what passes; (decision, whether it was a roll-back).
+
+        ``visited`` are transitions that the deployed policy made, ``starts`` [S, O] start states.
+        A version that the monitor has certified below epsilon is kept for the alarm to go back to.
+        """
+        decision, candidate = decide(
+            self.actor,
+            learner,
+            self._critic,
+            visited,
+            steps_per_episode,
+            starts,
+            self.spec,
+            self.acceptance,
+            kl_limit=float(self.delta) if self.kl_limited else None,
+            constrain_accidents=self.accident_limited,
+            generator=generator,
+        )
+        if self.kl_limited:
+            self._adapt_kl_weight(decision)
+        if monitor.alarm:
+            monitor.reset_alarm()
+            return self._roll_back(decision, visited, steps_per_episode, generator), True
+        if monitor.version_interval()[1] < self.spec.epsilon:
+            self.certified = copy.deepcopy(self.actor)
+            self.certified_version = self.version
+        if decision.accepted:
+            self.deploy(candidate)
+        return decision, False
+
+    def _roll_back(
+        self,
+        decision: Decision,
+        visited: Batch,
+        steps_per_episode: float,
+        generator: torch.Generator,
+    ) -> Decision:
+        """Some policy has exceeded epsilon: back to the last certified one, then smaller steps."""
+        self.delta.mul_(0.5).clamp_(min=MIN_DELTA_SHARE * self.spec.delta)
+        if self.certified_version == self.version:
+            reason = "alarm: the last certified policy already acts"
+            return decision._replace(accepted=False, fraction=0.0, reason=reason)
+        measured = measure(
+            self.certified,
+            self.actor,
+            self._critic,
+            visited,
+            steps_per_episode,
+            decision.v_previous,
+            torch.randn(visited.actions.shape, generator=generator),
+            self.acceptance.tail,
+        )
+        self.deploy(self.certified)
+        self.certified_version = self.version
+        return measured._replace(reason="alarm: rolled back to the last certified policy")
+
+    def _adapt_kl_weight(self, decision: Decision) -> None:
+        """Aim the learner at the rim of the trust region.
+
+        A proposal that had to be cut raises the penalty on leaving, one well inside lowers it.
+        """
+        if decision.fraction < 1.0:
+            self.kl_weight *= 1.5
+        elif decision.kl_mean < 0.5 * float(self.delta):
+            self.kl_weight /= 1.5
+        self.kl_weight.clamp_(1e-2, 1e3)
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps, besides :meth:`info`."""
+        return {
+            "deployed": self.actor,
+            "certified": self.certified,
+            "shield": self.shield.net,
+            "kl_weight": self.kl_weight,
+            "delta": self.delta,
+        }
+
+    def info(self) -> dict[str, Any]:
+        """The version numbers, JSON-able."""
+        return {"version": self.version, "certified_version": self.certified_version}
+
+    def load(self, info: Mapping[str, Any]) -> None:
+        """Restore the version numbers; :meth:`parts` are restored in place."""
+        self.version = int(info["version"])
+        self.certified_version = int(info["certified_version"])

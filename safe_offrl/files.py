@@ -1,0 +1,77 @@
+"""Files that survive a crash (write all, fsync, rename), and the JSON that goes into them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_file(path: Path, data: bytes, *, append: bool = False, sync: bool = True) -> None:
+    """Write ``data`` in place or, with ``append``, at the end; on disk when this returns.
+
+    Without ``sync`` it is on disk when the operating system sees fit.
+    """
+    mode = os.O_APPEND if append else os.O_TRUNC
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | mode | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        if sync:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` or leave it as it was; readers never see half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_file(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable: what was created, renamed or removed there."""
+    if os.name == "nt":  # Windows cannot open a folder; NTFS journals the rename itself
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def plain(value: Any) -> Any:
+    """Named tuples and dataclasses as JSON-able dicts, recursively; non-finite numbers as None."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy arrays and scalars, tensors
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def json_line(values: Mapping[str, Any]) -> bytes:
+    """One strict JSON object and a newline; a non-finite number becomes null."""
+    return json.dumps(plain(dict(values)), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON file with sorted keys; unlike in a line, -inf stays -inf (as evidence may be)."""
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"

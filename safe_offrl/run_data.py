@@ -1,0 +1,201 @@
+"""What a comparison needs of a run folder: settings, episodes, decisions and evaluation.
+
+The ledger is the record of accidents; nothing is taken from TensorBoard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from safe_offrl.errors import RunError
+from safe_offrl.run import RunDir
+from safe_offrl.types import Episode
+
+_SWITCHES = {"kl": "no-kl", "accident_constraint": "no-accident-constraint", "shield": "no-shield"}
+
+
+class Evaluation(NamedTuple):
+    """What `safe-offrl evaluate` measured on the final policy, in episodes of its own."""
+
+    episodes: int
+    accidents: int
+    mean_return: float
+    return_standard_error: float
+
+
+class Decision(NamedTuple):
+    """One iteration of the acceptance step, as logged; NaN where the run did not measure."""
+
+    step: int
+    accepted: bool
+    verdict: bool  # "both constraints satisfied", as the acceptance step saw it
+    kl: float  # larger mean of the two directions
+    delta: float
+    v_candidate: float
+    v_deployed: float  # of the policy that acted, measured again in this iteration
+    epsilon: float
+
+    @property
+    def recovering(self) -> bool:
+        """Accepted by the exception: the predecessor exceeds epsilon and the estimate improves."""
+        improves = self.epsilon <= self.v_candidate < self.v_deployed
+        return self.accepted and improves and self.kl < self.delta
+
+    @property
+    def violation(self) -> bool:
+        """Accepted without both constraints, and not by the exception.
+
+        The verdict is checked against the numbers: an acceptance that they do not bear out (NaN
+        included) is a violation too.
+        """
+        satisfied = self.verdict and self.kl < self.delta and self.v_candidate < self.epsilon
+        return self.accepted and not satisfied and not self.recovering
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run folder, read."""
+
+    name: str
+    kind: str
+    status: str
+    method: str
+    seed: int
+    pretrained: str  # identity of the policy it started from; pairs runs together with the seed
+    env_id: str
+    budget: int | None
+    epsilon: float
+    confidence: float
+    episodes: list[Episode]
+    constrained: bool  # whether an acceptance step decided who acts
+    decisions: list[Decision]
+    evaluation: Evaluation | None
+    estimate: float  # V_accident(s0) of the final policy by the safety critic; NaN if unknown
+
+
+def method_label(settings: Mapping[str, Any]) -> str:
+    """Name of a fine-tuning configuration by what is switched off.
+
+    >>> method_label({"kl": True, "accident_constraint": True, "shield": True})
+    'constrained'
+    >>> method_label({"kl": False, "accident_constraint": True, "shield": False})
+    'no-kl no-shield'
+    >>> method_label({"kl": False, "accident_constraint": False, "shield": False})
+    'rlpd (all off)'
+    """
+    off = [label for key, label in _SWITCHES.items() if not settings.get(key, True)]
+    if len(off) == len(_SWITCHES):
+        return "rlpd (all off)"
+    return " ".join(off) or "constrained"
+
+
+def read_run(path: Path, group_by: str | None = None) -> RunData:
+    """Read one run folder; RunError if it is none or is damaged.
+
+    ``group_by``: dotted key of the stored settings ("utd", "safety.epsilon") to group runs by,
+    instead of :func:`method_label`.
+    """
+    run = RunDir(Path(path))
+    kind, status = run.kind, str(run.state.get("status", "unknown"))
+    settings, inputs = _read_config(run, kind)
+    safety = settings.get("safety") or {}
+    try:
+        if group_by is not None:
+            method = f"{group_by}={_lookup(settings, group_by, run.name)}"
+        else:
+            method = method_label(settings) if kind == "finetune" else "pretrained (frozen)"
+        origin = inputs.get("pretrained_sha256") or inputs.get("pretrained") or settings.get("run")
+        decisions = [_decision(line) for line in run.iterations()]
+        return RunData(
+            name=run.name,
+            kind=kind,
+            status=status,
+            method=method,
+            seed=int(settings.get("seed", 0)),
+            pretrained=str(origin or ""),
+            env_id=str(inputs.get("env_id") or settings.get("env") or "unknown"),
+            budget=int(settings["budget"]) if "budget" in settings else None,
+            epsilon=float(safety.get("epsilon", math.nan)),
+            confidence=float(safety.get("confidence", 0.95)),
+            episodes=run.episodes(),
+            constrained=kind == "finetune" and any(settings.get(key, True) for key in _SWITCHES),
+            decisions=decisions,
+            evaluation=_read_evaluation(run),
+            estimate=_estimate(run, decisions),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f'The run "{run.name}" holds a value that cannot be read ({error!r}). '
+            "Restore the folder from a backup or leave the run out."
+        ) from error
+
+
+def _read_config(run: RunDir, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings of the run's kind, inputs) from config.yaml."""
+    try:
+        values = yaml.safe_load(run.config_text)
+        settings, inputs = values.get(kind, values), values.get("inputs") or {}
+    except (OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:
+        raise RunError(
+            f'config.yaml of the run "{run.name}" is missing or damaged ({error}). '
+            "Restore it from a backup or leave the run out."
+        ) from error
+    return settings, inputs
+
+
+def _lookup(settings: Mapping[str, Any], dotted: str, name: str) -> Any:
+    value: Any = settings
+    for part in dotted.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise RunError(
+                f'The run "{name}" has no setting "{dotted}" to group by. '
+                "Give a key that `--print-config` shows."
+            )
+        value = value[part]
+    return value
+
+
+def _read_evaluation(run: RunDir) -> Evaluation | None:
+    if not (run.path / "evaluation.json").is_file():
+        return None
+    values = run.read_json("evaluation.json")
+    error = values.get("return_standard_error")
+    return Evaluation(
+        episodes=int(values["episodes"]),
+        accidents=int(values["accidents"]),
+        mean_return=float(values["mean_return"]),
+        return_standard_error=math.nan if error is None else float(error),
+    )
+
+
+def _estimate(run: RunDir, decisions: Sequence[Decision]) -> float:
+    """The calibration report's estimate, or the last iteration's for the policy that acts on."""
+    if run.kind == "pretrain":
+        has_report = (run.path / "calibration.json").is_file()
+        return float(run.read_json("calibration.json")["v_accident"]) if has_report else math.nan
+    measured = [d for d in decisions if not math.isnan(d.v_candidate)]
+    if not measured:
+        return math.nan
+    return measured[-1].v_candidate if measured[-1].accepted else measured[-1].v_deployed
+
+
+def _decision(line: Mapping[str, Any]) -> Decision:
+    """One line of iterations.jsonl, in which null stands for NaN."""
+    number = {k: math.nan if v is None else v for k, v in line.items()}
+    forward, reverse = float(number["kl_forward_mean"]), float(number["kl_reverse_mean"])
+    return Decision(
+        step=int(line["step"]),
+        accepted=bool(line["accepted"]),
+        verdict=bool(line["constraints_satisfied"]),
+        kl=math.nan if math.isnan(forward + reverse) else max(forward, reverse),
+        delta=float(number["delta"]),
+        v_candidate=float(number["v_candidate"]),
+        v_deployed=float(number["v_previous"]),
+        epsilon=float(number["epsilon"]),
+    )

@@ -1,0 +1,148 @@
+"""The text of a comparison: two tables of runs and groups, paired comparisons, notes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from safe_offrl.report import (
+    EARLY_STEPS,
+    LAST_EPISODES,
+    Comparison,
+    Interval,
+    Mean,
+    Pairing,
+    Row,
+)
+from safe_offrl.statistics import RateRatio
+
+
+def format_table(comparison: Comparison) -> str:
+    """The comparison as text: accidents, returns and constraints, paired summary, notes."""
+    confidence = f"{100 * min(run.confidence for run in comparison.runs):g} %"
+    early = f"first {EARLY_STEPS // 1000}k"
+    blocks = [
+        _block(
+            f"Accidents while learning (every episode counts; anytime intervals, {confidence})",
+            "run|method|episodes|steps|accidents|"
+            + early
+            + "|per episode|per 1000 steps|certified <",
+            [_accident_cells(r) for r in comparison.rows],
+            [_accident_cells(r) for r in comparison.groups],
+        ),
+        _block(
+            f"Return and constraints (final: last {LAST_EPISODES} episodes; +- standard error)",
+            "run|method|final return|eval. return|eval. accidents|estimate|accepted|"
+            "violations|recovering|est. >= eps",
+            [_return_cells(r) for r in comparison.rows],
+            [_return_cells(r) for r in comparison.groups],
+        ),
+    ]
+    if comparison.pairings:
+        lines = ["Paired comparison (same pretrained policy, same seed)"]
+        for pairing in comparison.pairings:
+            lines += _pairing_lines(pairing)
+        blocks.append("\n".join(lines))
+    blocks.append(
+        "eval.: of the final policy (safe-offrl evaluate); estimate: its V_accident(s0);\n"
+        "violations: accepted without both measured constraints; recovering: accepted while the\n"
+        "acting policy exceeded epsilon, with a lower estimate than its predecessor; est. >= eps:\n"
+        "iterations whose acting policy, measured again, was not below epsilon."
+    )
+    if comparison.notes:
+        blocks.append("\n".join(f"Note: {note}" for note in comparison.notes))
+    return "\n\n".join(blocks)
+
+
+def _block(title: str, header: str, rows: list[list[str]], groups: list[list[str]]) -> str:
+    """Text columns, the first two left-aligned; groups below a rule."""
+    names = header.split("|")
+    table = [names, *rows, *groups]
+    widths = [max(len(row[i]) for row in table) for i in range(len(names))]
+
+    def line(cells: Sequence[str]) -> str:
+        left = [cell.ljust(w) for cell, w in zip(cells[:2], widths[:2], strict=True)]
+        right = [cell.rjust(w) for cell, w in zip(cells[2:], widths[2:], strict=True)]
+        return "  ".join(left + right).rstrip()
+
+    rule = "  ".join("-" * w for w in widths)
+    lines = [title, line(names), rule, *map(line, rows)]
+    if groups:
+        lines += [rule, *map(line, groups)]
+    return "\n".join(lines)
+
+
+def _accident_cells(row: Row) -> list[str]:
+    head = _head_cells(row)
+    if not row.episodes:
+        return head + ["-"] * 7
+    return [
+        *head,
+        f"{row.episodes:,}",
+        f"{row.steps:,}",
+        f"{row.accidents:,}",
+        f"{row.early_accidents:,}",
+        _percent(row.rate),
+        f"{row.per_1000_steps.value:.2f} [{row.per_1000_steps.low:.2f}, "
+        f"{row.per_1000_steps.high:.2f}]",
+        f"{row.certified_rate:.1%}",
+    ]
+
+
+def _return_cells(row: Row) -> list[str]:
+    constraints = ["-"] * 4
+    if row.violations is not None:
+        constraints = [
+            f"{row.accepted}/{row.iterations} ({row.accepted_share:.0%})",
+            f"{row.violations}",
+            f"{row.recovering}",
+            "-" if row.above_epsilon is None else f"{row.above_epsilon}",
+        ]
+    return [
+        *_head_cells(row),
+        _plus_minus(row.final_return),
+        _plus_minus(row.evaluated_return),
+        _percent(row.evaluated_rate),
+        "-" if math.isnan(row.estimate.value) else f"{row.estimate.value:.1%}",
+        *constraints,
+    ]
+
+
+def _head_cells(row: Row) -> list[str]:
+    return [row.label, row.method if row.pooled else f"{row.method}, seed {row.seeds[0]}"]
+
+
+def _pairing_lines(pairing: Pairing) -> list[str]:
+    a, b = pairing.accidents
+    ratio, returns = pairing.accident_ratio, pairing.return_ratio
+    pairs = f"{pairing.pairs} pair" + ("s" if pairing.pairs > 1 else "")
+    lines = [
+        f"  {pairing.first} vs {pairing.second}, {pairs}:",
+        f"    accidents {a} vs {b}, per-step ratio {_bounds(ratio, '.2f')}, "
+        f"p = {ratio.p_value:.2g}",
+    ]
+    if not math.isnan(returns.value):
+        lines.append(f"    final return, ratio {_bounds(returns, '.3f')}")
+    lines.append(f"    final return, difference {_bounds(pairing.return_difference, '+.3f')}")
+    return lines
+
+
+def _percent(interval: Interval) -> str:
+    if math.isnan(interval.value):
+        return "-"
+    return f"{interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+
+
+def _bounds(interval: Interval | RateRatio, form: str) -> str:
+    if math.isnan(interval.value if isinstance(interval, Interval) else interval.ratio):
+        return "undefined"
+    value = interval.value if isinstance(interval, Interval) else interval.ratio
+    if math.isnan(interval.low):
+        return f"{value:{form}} (one pair, no interval)"
+    return f"{value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _plus_minus(mean: Mean) -> str:
+    if math.isnan(mean.value):
+        return "-"
+    return f"{mean.value:.2f}" + ("" if math.isnan(mean.error) else f" +- {mean.error:.2f}")
