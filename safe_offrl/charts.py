@@ -53,7 +53,7 @@ def draw(runs: Sequence[RunData], path: Path) -> None:
         groups.setdefault(run.method, []).append(run)
     colours = dict(zip(groups, itertools.cycle(_COLOURS), strict=False))
 
-    figure = Figure(figsize=(12.5, 8.4), dpi=120, facecolor="white")
+    figure = Figure(figsize=(12.5, 8.4), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     accidents, rate, returns, estimate = figure.subplots(2, 2).ravel()
     for method, members in groups.items():

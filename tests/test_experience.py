@@ -1,0 +1,91 @@
+"""Logged and lived transitions in one batch, each in its share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from safe_offrl.data.experience import Experience
+from safe_offrl.types import Dataset, Layout
+
+LAYOUT = Layout(2, 1)
+
+
+def rows(n: int, value: float, accidents: int = 0) -> torch.Tensor:
+    """n rows whose every column is ``value`` but the last ``accidents`` have an accident."""
+    result = torch.full((n, LAYOUT.width), value)
+    LAYOUT.unpack(result).accidents.zero_()
+    if accidents:
+        LAYOUT.unpack(result).accidents[-accidents:] = 1.0
+    return result
+
+
+def experience(share: float = 0.5) -> Experience:
+    logged = rows(40, -1.0, accidents=2)
+    dataset = Dataset(
+        rows=logged,
+        layout=LAYOUT,
+        episode_starts=np.array([0, 20, 40]),
+        truncated=np.zeros(40, bool),
+        horizon=20,
+        sha256="",
+    )
+    return Experience(dataset, 100, share)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.0])
+def test_every_batch_has_its_exact_share(share: float) -> None:
+    data = experience(share)
+    data.add_episode(rows(10, 1.0))
+    batches = data.batches(3, 16, torch.Generator().manual_seed(0))
+    assert [int((b.rewards < 0).sum()) for b in batches] == [round(16 * share)] * 3
+    risky, weights = data.stratified_batch(16, 0.25, torch.Generator().manual_seed(0))
+    assert int((risky.rewards < 0).sum()) == round(16 * share)
+    assert weights.shape == (16,)
+
+
+def test_the_weights_undo_the_extra_accidents_of_each_source() -> None:
+    data = experience()
+    data.add_episode(rows(10, 1.0, accidents=1))
+    drawn, weights = data.stratified_batch(20_000, 0.25, torch.Generator().manual_seed(0))
+    # 2 of 40 logged and 1 of 10 lived transitions, in halves: .5 * .05 + .5 * .1
+    assert float(drawn.accidents.mean()) > 0.2
+    assert float((weights * drawn.accidents).mean()) == pytest.approx(0.075, rel=0.05)
+
+
+def test_start_states_are_the_first_of_each_episode_of_both() -> None:
+    data = experience()
+    episode = rows(3, 1.0)
+    episode[0, :2] = 7.0
+    data.add_episode(episode)
+    starts = data.start_states(5, torch.Generator().manual_seed(0))
+    assert starts[:, 0].tolist() == [-1.0, -1.0, -1.0, 7.0, 7.0]
+
+
+def test_visited_are_the_last_steps() -> None:
+    data = experience()
+    data.add_episode(rows(3, 1.0))
+    data.add_episode(rows(3, 2.0))
+    assert data.visited(4).rewards.tolist() == [1.0, 2.0, 2.0, 2.0]
+    assert len(data.visited(99).rewards) == 6
+
+
+def test_nothing_can_be_drawn_before_the_first_episode() -> None:
+    with pytest.raises(ValueError, match="no episode"):
+        experience().stratified_batch(8, 0.25, torch.Generator())
+
+
+def test_state_round_trip_draws_the_same() -> None:
+    data, other = experience(), experience()
+    data.add_episode(rows(10, 1.0, accidents=1))
+    state = data.state_dict()
+    data.add_episode(rows(5, 3.0))  # the state is a copy
+    other.load_state_dict(state)
+    assert other.buffer.size == 10
+    first = other.stratified_batch(8, 0.25, torch.Generator().manual_seed(1))
+    again = experience()
+    again.add_episode(rows(10, 1.0, accidents=1))
+    second = again.stratified_batch(8, 0.25, torch.Generator().manual_seed(1))
+    assert torch.equal(first[0].rewards, second[0].rewards)
+    assert torch.equal(first[1], second[1])
