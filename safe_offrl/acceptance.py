@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.distributions import kl, sample
+from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCritic
@@ -35,6 +36,19 @@ class AcceptanceConfig:
     tries: int = 8
     tail: float = 0.95
     tail_ratio: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse a backtracking that would not get anywhere."""
+        if not (0.0 < self.shrink < 1.0 and self.tries >= 1):
+            raise ConfigError(
+                f"acceptance.shrink is {self.shrink} and acceptance.tries {self.tries}, but a "
+                "factor in (0, 1) and at least 1 try are needed. Try 0.7 and 8."
+            )
+        if not (0.0 < self.tail < 1.0 and self.tail_ratio > 0.0):
+            raise ConfigError(
+                f"acceptance.tail is {self.tail} and acceptance.tail_ratio {self.tail_ratio}, but "
+                "a quantile in (0, 1) and a ratio above 0 are needed. Try 0.95 and 5."
+            )
 
 
 class Decision(NamedTuple):

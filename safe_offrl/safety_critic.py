@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.distributions import sample
+from safe_offrl.errors import ConfigError
 from safe_offrl.losses import accident_td_loss, first_accident_target, push_up_loss
 from safe_offrl.nets import Actor, StackedMLP, descend_, polyak_
 from safe_offrl.state import Part
@@ -43,6 +44,25 @@ class SafetyCriticConfig:
     alpha_init: float = 1e-3
     alpha_max: float = 0.1
     alpha_learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse what would leave no member to push, or no target to push towards."""
+        if not 1 <= self.reference < self.members:
+            raise ConfigError(
+                f"critic.reference is {self.reference} of {self.members} members, but at least 1 "
+                "must learn by plain TD and at least 1 be pushed. Try 2 of 5."
+            )
+        if not 0.0 < self.target_gap < 1.0:
+            raise ConfigError(
+                f"critic.target_gap is {self.target_gap}, but a probability strictly between 0 and "
+                "1 is needed. Try 0.02."
+            )
+        if not (0.0 <= self.positive_share < 1.0 and 0.0 < self.alpha_init <= self.alpha_max):
+            raise ConfigError(
+                f"critic.positive_share is {self.positive_share} and critic.alpha_init "
+                f"{self.alpha_init}, but a share in [0, 1) and an alpha in (0, alpha_max] are "
+                "needed. Try 0.25 and 0.001."
+            )
 
 
 class RiskEstimate(NamedTuple):

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.acting import NumpyActor
+from safe_offrl.errors import ConfigError
 from safe_offrl.safety_critic import SafetyCritic
 
 Vector = NDArray[np.float32]
@@ -28,6 +29,13 @@ class ShieldConfig:
     """``candidates``: how many samples of the policy may be tried before falling back."""
 
     candidates: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse a shield that would draw no action."""
+        if self.candidates < 1:
+            raise ConfigError(
+                f"shielding.candidates is {self.candidates}, but at least 1 is needed. Try 16."
+            )
 
 
 class Shield:

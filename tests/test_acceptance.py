@@ -1,6 +1,7 @@
 """Only a candidate that passes both MEASURED constraints may act."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safe_offrl.acceptance import (
     measure_kl,
     risk_change,
 )
+from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
@@ -289,3 +291,11 @@ def test_nothing_is_changed_by_deciding() -> None:
     judge(previous, learner, critic)
     after = [p for m in (previous, learner, critic.net) for p in m.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"shrink": 1.0}, {"tries": 0}, {"tail": math.nan}, {"tail_ratio": 0.0}]
+)
+def test_a_backtracking_that_gets_nowhere_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"acceptance.{next(iter(settings))}"):
+        AcceptanceConfig(**settings)

@@ -1,6 +1,7 @@
 """The safety critic gives probabilities: by hand, by closed forms, by dynamic programming."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from safe_offrl.data.sampling import StratifiedSampler
 from safe_offrl.envs.hazard_line import HazardLineEnv, accident_probability, always
+from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor, polyak_
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.state import collect_state, restore_state
@@ -289,3 +291,19 @@ def test_v_accident_against_dynamic_programming(
     assert truth - 0.02 <= estimate.value <= truth + 0.15
     assert estimate.value <= estimate.upper <= truth + 0.15
     assert estimate.reference == pytest.approx(truth, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"reference": 0}, "reference"),
+        ({"members": 2, "reference": 2}, "reference"),
+        ({"target_gap": 0.0}, "target_gap"),
+        ({"target_gap": math.nan}, "target_gap"),
+        ({"positive_share": 1.0}, "positive_share"),
+        ({"alpha_init": 0.0}, "alpha_init"),
+    ],
+)
+def test_settings_without_a_target_are_refused(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        SafetyCriticConfig(**settings)
