@@ -11,6 +11,7 @@ task and makes everything look deadly on the next.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from safe_offrl.losses import accident_td_loss, first_accident_target, push_up_l
 from safe_offrl.nets import Actor, StackedMLP, descend_, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
+
+LOG_ALPHA_MIN = -12.0  # 6e-6: no pressure to speak of, and a way back up
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class SafetyCritic:
         # logarithm.
         shortfall = ((wanted - value) / self.config.target_gap).clamp(-1.0, 1.0)
         self.log_alpha += self.config.alpha_learning_rate * shortfall
-        self.log_alpha.clamp_(-12.0, float(torch.tensor(self.config.alpha_max).log()))
+        self.log_alpha.clamp_(LOG_ALPHA_MIN, math.log(self.config.alpha_max))
         return {
             "csc/loss": loss.detach(),
             "csc/v_accident": value,

@@ -120,7 +120,7 @@ def test_next_step_is_asked_with_one_step_less() -> None:
 
 
 def test_only_the_pushed_members_are_pushed_and_upwards() -> None:
-    critic = make(members=5, reference=2, alpha_init=0.5)
+    critic = make(members=5, reference=2, alpha_init=0.5, alpha_max=1.0)
     constant_(critic.net, 0.0)
     constant_(critic.target, 0.0)  # targets agree with the net: plain TD has no gradient
     noise = (torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(3, 1))
