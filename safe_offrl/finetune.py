@@ -137,7 +137,7 @@ RECENT_EPISODES = 100  # whose accident rate the critic must not fall below
 
 
 class Finetuning:
-    """State and loop of the online phase; resumable at every Iteration it yields."""
+    """State and loop of the online phase; resumable at every Iteration and at the end."""
 
     def __init__(
         self,
@@ -242,8 +242,6 @@ class Finetuning:
                 iteration = self._iterate({k: float(v) for k, v in metrics.items()})
                 acting = NumpyActor(self.deployment.actor)
                 yield iteration
-            elif self.stopped:
-                yield self._keep({k: float(v) for k, v in metrics.items()})
 
     def _remember(self, rows: Tensor, accident: bool) -> None:
         self.experience.add_episode(rows)
@@ -317,11 +315,6 @@ class Finetuning:
         # The learner goes on from the policy that acts: KL is anchored there, not where it drifted.
         self.networks.actor.load_state_dict(self.deployment.actor.state_dict())
         return self._iteration(decision, metrics, rolled_back=rolled_back)
-
-    def _keep(self, metrics: dict[str, float]) -> Iteration:
-        """Close the run between two proposals: nothing is proposed, nothing changes."""
-        self.iterations += 1
-        return self._iteration(_UNMEASURED, metrics, rolled_back=False)
 
     def _iteration(
         self, decision: Decision, metrics: dict[str, float], *, rolled_back: bool
@@ -397,17 +390,14 @@ class Finetuning:
         self.rng.bit_generator.state = info["rng"]
 
 
-_UNMEASURED = Decision(
-    accepted=False,
-    fraction=0.0,
-    reason="nothing was proposed",
+_UNCONSTRAINED = Decision(
+    accepted=True,
+    fraction=1.0,
+    reason="no constraint: the learner acts",
     kl_forward_mean=math.nan,
     kl_reverse_mean=math.nan,
     kl_forward_tail=math.nan,
     kl_reverse_tail=math.nan,
     v_previous=math.nan,
     v_candidate=math.nan,
-)
-_UNCONSTRAINED = _UNMEASURED._replace(
-    accepted=True, fraction=1.0, reason="no constraint: the learner acts"
 )
