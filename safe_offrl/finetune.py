@@ -209,7 +209,6 @@ class Finetuning:
         """Interact until the budget cannot hold another episode or accidents are used up."""
         config = self.config
         acting = NumpyActor(self.deployment.actor)
-        metrics: dict[str, Tensor] = {}
         while not self.stopped:
             warming_up = self.steps < config.warmup_steps
             seed = episode_seed(config.seed, self.episodes, "finetune")
@@ -234,6 +233,8 @@ class Finetuning:
             self.episodes += 1
             yield episode
             due = self.steps // config.update_every - previous // config.update_every
+            # Of this episode's updates alone: what an earlier one left is not in the checkpoint.
+            metrics: dict[str, Tensor] = {}
             for _ in range(due):
                 metrics |= self._update(critics_only=warming_up)
             self._check_finite(metrics)

@@ -443,7 +443,7 @@ def test_no_accident_constraint_leaves_the_trust_region(
     ("stop_at", "settings"), [(1, {}), (3, {}), (4, ALL_OFF)], ids=["first", "third", "all off"]
 )
 def test_resume_equals_uninterrupted_bitwise(
-    dataset: Dataset, pretraining: Pretraining, stop_at: int, settings: dict[str, bool]
+    dataset: Dataset, pretraining: Pretraining, stop_at: int, settings: dict[str, Any]
 ) -> None:
     config = config_of(**settings)
     threshold = 0.5
@@ -463,6 +463,16 @@ def test_resume_equals_uninterrupted_bitwise(
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
     assert json.dumps(whole.tuning.info()) == json.dumps(rest.tuning.info())
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 5, 6])
+def test_resume_is_bitwise_where_an_episode_pays_for_no_update(
+    dataset: Dataset, pretraining: Pretraining, stop_at: int
+) -> None:
+    """All off there is an iteration after every episode, and most are shorter than 40 steps."""
+    test_resume_equals_uninterrupted_bitwise(
+        dataset, pretraining, stop_at, {**ALL_OFF, "update_every": 40}
+    )
 
 
 def test_two_runs_are_equal_and_seeds_matter(dataset: Dataset, pretraining: Pretraining) -> None:
