@@ -1,9 +1,9 @@
 """The acceptance step: only a candidate that passes both constraints may act.
 
 Learner and deployed policy are separate. The learner proposes; the candidate is pulled back towards
-the policy that acts until KL and V_accident(s0) are within their limits, or refused. The
-constraints hold for MEASURED values: the KL is exact on the states visited, the accident
-probability is the critic's conservative estimate.
+the policy that acts until KL and what is constrained, V_accident(s0) or the expected cost, are
+within their limits, or refused. The constraints hold for MEASURED values: the KL is exact on the
+states visited, the rest is the safety critic's conservative estimate, in the critic's unit.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.distributions import kl, sample
 from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor
-from safe_offrl.safety import SafetySpec
+from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import SafetyCritic
-from safe_offrl.types import Batch, Constraint
+from safe_offrl.types import Batch, Constraint, States
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Decision(NamedTuple):
     kl_reverse_mean: float  # KL(deployed || candidate)
     kl_forward_tail: float
     kl_reverse_tail: float
-    v_previous: float  # upper estimate of V_accident(s0), deployed policy
+    v_previous: float  # upper estimate of what is constrained, deployed policy
     v_candidate: float  # the same for the candidate that was decided on
 
     @property
@@ -87,7 +86,7 @@ def interpolate(previous: Actor, learner: Actor, fraction: float) -> Actor:
 def measure_kl(candidate: Actor, previous: Actor, observations: Tensor, tail: float) -> Tensor:
     """[4]: mean of KL(c || p), mean of KL(p || c), then both ``tail`` quantiles, over [B, O]."""
     c, p = candidate(observations), previous(observations)
-    both = torch.stack([kl(*c, *p), kl(*p, *c)])
+    both = torch.stack([c.kl(p), p.kl(c)])
     return torch.cat([both.mean(1), both.quantile(tail, dim=1)])
 
 
@@ -95,18 +94,18 @@ def measure_kl(candidate: Actor, previous: Actor, observations: Tensor, tail: fl
 def risk_change(
     candidate: Actor, previous: Actor, critic: SafetyCritic, visited: Batch, noise: Tensor
 ) -> float:
-    """Change of the accident probability per step when the candidate replaces the previous policy.
+    """Mean change of the risk of an action when the candidate replaces the previous policy.
 
     ``E_visited[Q_C(s, a') - Q_C(s, a)]``, a' from the candidate, a from the previous policy, both
-    driven by the same ``noise`` [B, A]. Times the steps of an episode it is the first-order change
-    of V_accident(s0) (performance difference lemma, Kakade & Langford 2002; CPO, arXiv:1705.10528).
+    driven by the same ``noise`` [B, A]. Times ``critic.change_per_action`` it is the first-order
+    change of V_accident(s0), or of the expected cost (performance difference lemma, Kakade &
+    Langford 2002; CPO, arXiv:1705.10528).
     """
-    mine, _ = sample(*candidate(visited.observations), noise)
-    theirs, _ = sample(*previous(visited.observations), noise)
-    change = critic.risk(visited.observations, visited.time_to_go, mine) - critic.risk(
-        visited.observations, visited.time_to_go, theirs
+    mine, theirs = (
+        critic.risk_under(actor, visited.observations, visited.time_to_go, noise)
+        for actor in (candidate, previous)
     )
-    return float(change.mean())
+    return float((mine - theirs).mean())
 
 
 def _probability(value: float) -> float:
@@ -126,7 +125,8 @@ def measure(
 ) -> Decision:
     """What a change from the previous policy to the candidate would mean; nothing decided yet."""
     kls = measure_kl(candidate, previous, visited.observations, tail).tolist()
-    change = steps_per_episode * risk_change(candidate, previous, critic, visited, noise)
+    change = critic.change_per_action(steps_per_episode)
+    change *= risk_change(candidate, previous, critic, visited, noise)
     return Decision(
         accepted=False,
         fraction=0.0,
@@ -146,23 +146,23 @@ def decide(
     critic: SafetyCritic,
     visited: Batch,
     steps_per_episode: float,
-    starts: Tensor,
-    spec: SafetySpec,
+    reference: States,
+    limit: Limit,
     config: AcceptanceConfig,
     *,
     kl_limit: float | None,
-    constrain_accidents: bool,
+    constrain_safety: bool,
     generator: torch.Generator,
 ) -> tuple[Decision, Actor]:
     """Backtrack from the learner towards the deployed policy until both constraints hold.
 
-    ``visited`` are transitions the deployed policy made, ``starts`` [S, O] start states.
-    ``kl_limit`` None switches the KL constraint off. While the deployed policy itself is not below
-    epsilon, a candidate must have a lower estimate than it. Returns the decision and the policy to
-    act.
+    ``visited`` are transitions the deployed policy made, ``reference`` the critic's states for an
+    estimate. ``kl_limit`` None switches the KL constraint off. While the deployed policy itself is
+    not below the limit, a candidate must have a lower estimate than it. Returns the decision and
+    the policy to act.
     """
     noise = torch.randn(visited.actions.shape, generator=generator)
-    v_previous = _probability(critic.estimate(previous, starts, generator).upper)
+    v_previous = _probability(critic.estimate(previous, reference, generator).upper)
     fraction, decision = 1.0, None
     for _ in range(config.tries):
         candidate = interpolate(previous, learner, fraction)
@@ -183,13 +183,14 @@ def decide(
                 Constraint("KL", decision.kl_mean, kl_limit),
                 Constraint("KL tail", decision.kl_tail, tail_limit),
             ]
-        improves = constrain_accidents and decision.v_candidate < v_previous
-        if constrain_accidents and not improves:
-            limits.append(Constraint("V_accident", decision.v_candidate, spec.epsilon))
+        improves = constrain_safety and decision.v_candidate < v_previous
+        if constrain_safety and not improves:
+            name = "V_accident" if limit.constraint == "accident" else "expected cost"
+            limits.append(Constraint(name, decision.v_candidate * limit.scale, limit.value))
         failed = next((limit for limit in limits if not limit.satisfied), None)
         if failed is None:
-            exceeds = constrain_accidents and not decision.v_candidate < spec.epsilon
-            reason = "improves on a policy above epsilon" if exceeds else "every constraint holds"
+            exceeds = constrain_safety and not decision.v_candidate < limit.share
+            reason = "improves on a policy above the limit" if exceeds else "every constraint holds"
             return decision._replace(accepted=True, fraction=fraction, reason=reason), candidate
         reason = f"{failed.name} {failed.value:.3g} is not below {failed.limit:.3g}"
         decision = decision._replace(reason=reason)

@@ -13,28 +13,66 @@ Vector = NDArray[np.float32]
 
 
 class NumpyActor:
-    """Views of an actor's parameters: when the actor learns, this one acts accordingly."""
+    """Views of an actor's parameters: when the actor learns, this one acts accordingly.
+
+    An action is a vector [A] in [-1, 1], or a one-hot row [A] where actions are discrete; all NaN
+    if the network's output for a discrete choice is not finite, so that nobody takes it for one.
+    """
 
     def __init__(self, actor: Actor) -> None:
         linears = [layer for layer in actor.layers if isinstance(layer, nn.Linear)]
+        self.discrete = actor.discrete
         self._weights = [layer.weight.detach().numpy().T for layer in linears]
         self._biases = [layer.bias.detach().numpy() for layer in linears]
 
-    def distribution(self, observation: Vector) -> tuple[Vector, Vector]:
-        """Mean and standard deviation before tanh: observation [O] -> [A], [A]."""
+    def _outputs(self, observation: Vector) -> Vector:
         x = observation
         for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
             x = np.maximum(x @ weight + bias, 0.0)
-        mean, raw = np.split(x @ self._weights[-1] + self._biases[-1], 2)
+        return x @ self._weights[-1] + self._biases[-1]
+
+    def distribution(self, observation: Vector) -> tuple[Vector, Vector]:
+        """Mean and standard deviation before tanh: observation [O] -> [A], [A]."""
+        mean, raw = np.split(self._outputs(observation), 2)
         half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
         return mean, np.exp(LOG_STD_MIN + half_range * (np.tanh(raw) + 1.0))
 
     def sample(self, observation: Vector, rng: np.random.Generator) -> Vector:
-        """Draw an action [A] in [-1, 1]."""
+        """Draw an action [A]."""
+        if self.discrete:
+            return self._ranking(observation, rng)[0]
         mean, std = self.distribution(observation)
         noise = rng.standard_normal(len(mean), dtype=np.float32)
         return np.tanh(mean + std * noise)
 
+    def candidates(self, observation: Vector, count: int, rng: np.random.Generator) -> list[Vector]:
+        """Actions to choose among, in an order in which any first is a draw from the policy.
+
+        ``count`` samples; discrete: every action once, so that the first one that passes a test is
+        a draw from the policy given that it passes.
+        """
+        if self.discrete:
+            return list(self._ranking(observation, rng))
+        return [self.sample(observation, rng) for _ in range(count)]
+
     def mean_action(self, observation: Vector) -> Vector:
-        """The action at the Gaussian's mean [A]."""
+        """The action at the Gaussian's mean, or the most probable of discrete ones [A]."""
+        if self.discrete:
+            return _one_hot_rows(self._outputs(observation))[0]
         return np.tanh(self.distribution(observation)[0])
+
+    def _ranking(self, observation: Vector, rng: np.random.Generator) -> NDArray[np.float32]:
+        """All A actions [A, A] as if drawn one after the other without replacement.
+
+        The Gumbel-max trick: the largest of logits plus Gumbel noise is a draw from their softmax,
+        the next largest one from what is left (Kool et al. 2019, arXiv:1903.06059).
+        """
+        logits = self._outputs(observation)
+        return _one_hot_rows(logits + rng.gumbel(size=len(logits)))
+
+
+def _one_hot_rows(scores: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Actions [A, A] as one-hot rows, the highest score first; NaN if a score is not finite."""
+    if not np.isfinite(scores).all():
+        return np.full((len(scores), len(scores)), np.nan, dtype=np.float32)
+    return np.eye(len(scores), dtype=np.float32)[np.argsort(-scores)]

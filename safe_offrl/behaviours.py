@@ -1,57 +1,75 @@
-"""Behaviours that log data: scripted controllers with noise, smooth random actions, frozen PPO.
+"""Behaviours that log data: scripted controllers with noise, and smooth random actions.
 
-Each works for any environment; scripted ones need a module that offers them. Stable-Baselines3 is
-imported here alone, and only where PPO is trained.
+Both work for any environment; scripted ones need a module that offers them. What is learnt lies in
+:mod:`safe_offrl.learners`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from safe_offrl.env import AccidentEnv, make_env
-from safe_offrl.safety import SafetySpec
+from safe_offrl.env import AccidentEnv
 
 Vector = NDArray[np.float32]
-Controller = Callable[[Vector], Vector]  # observation [O] -> action [A] in [-1, 1]
+Controller = Callable[[Vector], Vector]  # observation [O] -> action [A]
 Progress = Callable[[str], None]
 
-NOISE_LEVELS = (0.0, 0.1, 0.3)  # standard deviations; each scripted episode draws one
+# Standard deviations, or rates of a random action where actions are discrete; each scripted
+# episode draws one.
+NOISE_LEVELS = (0.0, 0.1, 0.3)
 NOISE_CORRELATION = 0.8  # from one step to the next: noise that moves a system with inertia
 RANDOM_CORRELATION = 0.95
-TRAINING_STAGES = (0.2, 0.5, 1.0)  # shares of PPO's training after which its policy is frozen
-PARALLEL_ENVS = 8  # PPO's; one batched forward pass serves all
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """A named way to act: ``factory(rng)`` gives the controller of one episode."""
+    """A named way to act: ``factory(rng)`` gives the controller of one episode.
+
+    ``origin`` says where it comes from, in JSON-able values, for the dataset's metadata.
+    """
 
     name: str
     factory: Callable[[np.random.Generator], Controller]
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def scripted_behaviours(env: AccidentEnv) -> list[Behaviour]:
     """Noisy versions of the controllers that the environment's module offers; [] if it has none.
 
     The module of the unwrapped environment's class may define ``scripted_behaviours()``, which
-    returns a dict: name -> factory(rng) -> controller(observation [O]) -> action [A] in [-1, 1].
+    returns a dict: name -> factory(rng) -> controller(observation [O]) -> action [A] in [-1, 1],
+    or the number of a discrete action.
     """
     module = sys.modules.get(type(env.unwrapped).__module__)
     offered = getattr(module, "scripted_behaviours", None)
     if offered is None or offered is scripted_behaviours:  # a module that imports this function
         return []
-    return [Behaviour(name, _with_noise(factory)) for name, factory in offered().items()]
+    factories = {name: _on_own_observation(factory, env) for name, factory in offered().items()}
+    if env.discrete:
+        return [Behaviour(name, _with_chance(factory, env)) for name, factory in factories.items()]
+    return [Behaviour(name, _with_noise(factory)) for name, factory in factories.items()]
+
+
+def _on_own_observation(
+    factory: Callable[[np.random.Generator], Callable[[Vector], Any]], env: AccidentEnv
+) -> Callable[[np.random.Generator], Callable[[Vector], Any]]:
+    """Hide the share of the cost threshold, which a controller of the environment cannot know."""
+    if not env.sums_cost:
+        return factory
+
+    def made(rng: np.random.Generator) -> Callable[[Vector], Any]:
+        controller = factory(rng)
+        return lambda observation: controller(observation[:-1])
+
+    return made
 
 
 def _with_noise(
@@ -67,6 +85,26 @@ def _with_noise(
         def act(observation: Vector) -> Vector:
             action = controller(observation)
             return np.asarray(action + level * noise(len(action)), dtype=np.float32)
+
+        return act
+
+    return noisy
+
+
+def _with_chance(
+    factory: Callable[[np.random.Generator], Callable[[Vector], int]], env: AccidentEnv
+) -> Callable[[np.random.Generator], Controller]:
+    """Discrete actions as one-hot rows, and a random one at a rate drawn per episode."""
+
+    def noisy(rng: np.random.Generator) -> Controller:
+        controller = factory(rng)
+        rate = float(rng.choice(NOISE_LEVELS))
+        every = np.eye(env.action_size, dtype=np.float32)
+
+        def act(observation: Vector) -> Vector:
+            if rng.random() < rate:
+                return every[rng.integers(env.action_size)]
+            return env.one_hot(controller(observation))
 
         return act
 
@@ -92,84 +130,13 @@ def _correlated_normal(
 
 
 def random_behaviour(action_size: int) -> Behaviour:
-    """Actions that wander smoothly; each is uniform on [-1, 1], neighbours in time are close."""
+    """Actions that wander smoothly; each is uniform on [-1, 1], neighbours in time are close.
+
+    Of discrete actions the largest entry acts, so each is chosen equally often, and kept a while.
+    """
 
     def factory(rng: np.random.Generator) -> Controller:
         noise = _correlated_normal(rng, RANDOM_CORRELATION)
         return lambda _: (2.0 * ndtr(noise(action_size)) - 1.0).astype(np.float32)
 
     return Behaviour("random", factory)
-
-
-def ppo_behaviours(
-    env_id: str, spec: SafetySpec, *, steps: int, seed: int, progress: Progress | None = None
-) -> list[Behaviour]:
-    """PPO (Stable-Baselines3) frozen at :data:`TRAINING_STAGES` of ``steps`` environment steps.
-
-    PPO maximises the reward alone and knows nothing of accidents. The behaviours sample from its
-    Gaussian policy. Deterministic given the seed (CPU, one thread); the global generators and the
-    thread count are the caller's again afterwards.
-    """
-    behaviours = []
-    with _isolated_torch():
-        from stable_baselines3 import PPO  # here, because the import takes seconds
-        from stable_baselines3.common.vec_env import DummyVecEnv
-
-        envs = DummyVecEnv([lambda: make_env(env_id, spec) for _ in range(PARALLEL_ENVS)])
-        model = PPO(
-            "MlpPolicy",
-            envs,
-            n_steps=128,
-            batch_size=256,
-            n_epochs=5,
-            learning_rate=1e-3,
-            policy_kwargs={"net_arch": [64, 64], "log_std_init": -0.5},
-            seed=seed,
-            device="cpu",
-        )
-        for stage in TRAINING_STAGES:
-            missing = max(1, round(stage * steps) - model.num_timesteps)
-            model.learn(missing, reset_num_timesteps=False)
-            behaviours.append(Behaviour(f"ppo-{model.num_timesteps}", _frozen(model.policy)))
-            if progress is not None:
-                progress(f"training PPO: {model.num_timesteps:,} of {steps:,} steps")
-        envs.close()
-    return behaviours
-
-
-def _frozen(policy: Any) -> Callable[[np.random.Generator], Controller]:
-    """Copy a PPO MlpPolicy's actor into numpy, ten times faster a step than SB3's predict()."""
-    linears = [m for m in policy.mlp_extractor.policy_net if isinstance(m, torch.nn.Linear)]
-    *hidden, output = [
-        (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy())
-        for m in (*linears, policy.action_net)
-    ]
-    std = np.exp(policy.log_std.detach().numpy())
-
-    def factory(rng: np.random.Generator) -> Controller:
-        def act(observation: Vector) -> Vector:
-            x = observation
-            for weight, bias in hidden:
-                x = np.tanh(weight @ x + bias)
-            mean = output[0] @ x + output[1]
-            return np.asarray(mean + std * rng.standard_normal(len(mean)), dtype=np.float32)
-
-        return act
-
-    return factory
-
-
-@contextlib.contextmanager
-def _isolated_torch() -> Iterator[None]:
-    """One thread, and the global generators (which SB3 seeds) restored at the end."""
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_state = np.random.get_state()  # noqa: NPY002
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        torch.set_rng_state(torch_state)
-        torch.set_num_threads(threads)

@@ -1,8 +1,9 @@
 """Is the safety critic to be trusted? Judged on held-out episodes, before anything acts.
 
 The critic speaks of the new policy, the log of the old ones, so outcomes are compared over a short
-window: "accident within the next W logged steps", continued by the critic's own value where the
-window ends (a W-step return). Over so few steps the logged action decides, not who acts afterwards.
+window: "accident within the next W logged steps" (or the cost of these steps), continued by the
+critic's own value where the window ends (a W-step return). Over so few steps the logged action
+decides, not who acts afterwards.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safe_offrl.distributions import sample
 from safe_offrl.nets import Actor
+from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic
 from safe_offrl.statistics import clopper_pearson
 from safe_offrl.types import Dataset
@@ -40,7 +41,8 @@ class CalibrationReport:
     ``reliability``: (mean prediction, mean outcome, transitions) per bin; ``ece`` its weighted mean
     gap. ``auroc`` and ``ranking`` are shares of correctly ordered pairs: of any two transitions,
     and of two actions at (nearly) one state, the comparison a shield makes. ``false_safe`` and
-    ``false_alarm`` are what ``threshold`` does on episodes it was not chosen on.
+    ``false_alarm`` are what ``threshold`` does on episodes it was not chosen on. The estimates are
+    of what ``constraint`` names: V_accident(s0), or the expected cost per episode.
     """
 
     episodes: int
@@ -54,10 +56,12 @@ class CalibrationReport:
     threshold: float
     false_safe: float
     false_alarm: float
-    v_accident: float
-    v_accident_upper: float
-    v_reference: float
+    constraint: str
+    estimate: float
+    estimate_upper: float
+    estimate_plain_td: float
     behaviour_accident_rate: float
+    behaviour_cost: float
     shield_refusals: tuple[str, ...]
 
     @property
@@ -73,12 +77,15 @@ class CalibrationReport:
             if not self.shield_refusals
             else "abstains: " + "; ".join(self.shield_refusals)
         )
+        form = ".3f" if self.constraint == "accident" else ".1f"
         return "\n".join(
             [
                 f"calibration {self.episodes} held-out episodes, {self.accident_episodes} with an "
-                f"accident ({self.behaviour_accident_rate:.1%})",
-                f"V_accident  {self.v_accident:.3f} per episode for the new policy (upper estimate "
-                f"{self.v_accident_upper:.3f}, plain TD {self.v_reference:.3f})",
+                f"accident ({self.behaviour_accident_rate:.1%}), cost {self.behaviour_cost:.3g} "
+                "each",
+                f"{'V_accident' if self.constraint == 'accident' else 'cost':<12}"
+                f"{self.estimate:{form}} per episode for the new policy (upper estimate "
+                f"{self.estimate_upper:{form}}, plain TD {self.estimate_plain_td:{form}})",
                 f"critic      AUROC {self.auroc:.2f}, expected calibration error {self.ece:.3f}, "
                 f"ranking among actions {self.ranking:.2f} (at least {self.ranking_low:.2f})",
                 f"shield      {shield}",
@@ -105,13 +112,34 @@ def auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
 
 def accident_within(dataset: Dataset, window: int) -> NDArray[np.bool_]:
     """Whether an accident follows within ``window`` steps, this one included, [N]."""
-    accidents = dataset.transitions.accidents.numpy() > 0
+    accidents = dataset.column("accidents").numpy() > 0
     result = np.zeros(len(accidents), dtype=bool)
     starts = dataset.episode_starts
     for first, end in itertools.pairwise(starts):
         for t in np.flatnonzero(accidents[first:end]):
             result[max(first, first + t - window + 1) : first + t + 1] = True
     return result
+
+
+def window_cost(dataset: Dataset, values: Floats, window: int, critic: SafetyCritic) -> Floats:
+    """W-step discounted mean of the cost, [N] in [0, 1], as the critic of the cost means it.
+
+    ``(1 - g) sum_k<W g^k c_k + g^W V(s_W)``, c in units of the largest cost of a step; no V where
+    the episode ends within the window.
+    """
+    assert critic.cost_max is not None
+    discount, n = critic.config.cost_discount, len(values)
+    costs = np.clip(dataset.column("costs").numpy() / critic.cost_max, 0.0, 1.0)
+    end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
+    outcome = np.zeros(n)
+    for k in range(window):
+        later = np.arange(n) + k
+        outcome += np.where(
+            later < end, (1.0 - discount) * discount**k * costs[np.minimum(later, n - 1)], 0.0
+        )
+    later = np.arange(n) + window
+    outcome += np.where(later < end, discount**window * values[np.minimum(later, n - 1)], 0.0)
+    return outcome.astype(np.float32)
 
 
 def window_outcomes(dataset: Dataset, values: Floats, window: int) -> Floats:
@@ -130,17 +158,20 @@ def window_outcomes(dataset: Dataset, values: Floats, window: int) -> Floats:
 
 @torch.no_grad()
 def calibrate_critic(
-    critic: SafetyCritic, actor: Actor, held_out: Dataset, estimate: RiskEstimate
+    critic: SafetyCritic, actor: Actor, held_out: Dataset, estimate: RiskEstimate, limit: Limit
 ) -> CalibrationReport:
     """Judge the critic on held-out episodes and find the shield's threshold."""
     t = held_out.transitions
     risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
-    mean, log_std = actor(t.observations)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    values = critic.risk(t.observations, t.time_to_go, sample(mean, log_std, noise)[0]).numpy()
+    noise = torch.randn(t.actions.shape, generator=torch.Generator().manual_seed(0))
+    values = critic.risk_under(actor, t.observations, t.time_to_go, noise).numpy()
     window = max(1, round(WINDOW_SHARE * held_out.horizon))
     danger = accident_within(held_out, window)
-    reliability, ece = _reliability(risk, window_outcomes(held_out, values, window))
+    if limit.constraint == "accident":
+        outcomes = window_outcomes(held_out, values, window)
+    else:
+        outcomes = window_cost(held_out, values, window, critic)
+    reliability, ece = _reliability(risk, outcomes)
     concordant, pairs = _ranking(critic, held_out, danger)
     ranking_low = clopper_pearson(concordant, pairs, 0.9)[0] if pairs else 0.0
     # The threshold is chosen on every other episode and judged on the rest.
@@ -181,10 +212,12 @@ def calibrate_critic(
         threshold=threshold,
         false_safe=false_safe,
         false_alarm=false_alarm,
-        v_accident=estimate.value,
-        v_accident_upper=estimate.upper,
-        v_reference=estimate.reference,
+        constraint=limit.constraint,
+        estimate=estimate.value * limit.scale,
+        estimate_upper=estimate.upper * limit.scale,
+        estimate_plain_td=estimate.reference * limit.scale,
         behaviour_accident_rate=float(held_out.episode_accidents.mean()),
+        behaviour_cost=float(held_out.episode_costs.mean()),
         shield_refusals=tuple(text for text, met in demands.items() if not met),
     )
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito: distinguishable with every common kind of colour blindness.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _WINDOW = 50  # episodes behind a smoothed return
 _LONG_WINDOW = 100  # episodes behind a realised accident rate
+_COST_WINDOW = 5  # episodes behind a realised cost: episodes that are charged by cost are long
 _DOTTED, _DASHED = (0, (1, 1.2)), (0, (4, 3))
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -40,8 +41,9 @@ def write_png(comparison: Comparison, path: Path) -> None:
 
 
 def draw(runs: Sequence[RunData], path: Path) -> None:
-    """Write a PNG: accidents, accident rate, return, and estimate against realised rate.
+    """Write a PNG: accidents, rate or cost, return, and estimate against what was realised.
 
+    Where the expected cost is constrained, cost per episode takes the place of the accident rate.
     Each run needs at least one episode.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,36 +53,50 @@ def draw(runs: Sequence[RunData], path: Path) -> None:
     groups: dict[str, list[RunData]] = {}
     for run in runs:
         groups.setdefault(run.method, []).append(run)
-    colours = dict(zip(groups, itertools.cycle(_COLOURS), strict=False))
+    colours = dict(zip(groups, itertools.cycle(COLOURS), strict=False))
+
+    by_cost = any(run.constraint == "cost" for run in runs)
+    window = _COST_WINDOW if by_cost else _LONG_WINDOW
 
     figure = Figure(figsize=(12.5, 8.4), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     accidents, rate, returns, estimate = figure.subplots(2, 2).ravel()
     for method, members in groups.items():
         _draw_accidents(accidents, members, colours[method])
-        _draw_rate(rate, members, colours[method])
-        _draw_return(returns, members, colours[method])
-        _draw_estimate(estimate, members, colours[method])
+        if by_cost:
+            _draw_smoothed(rate, members, colours[method], _COST_WINDOW, lambda e: e.cost)
+        else:
+            _draw_rate(rate, members, colours[method])
+        _draw_smoothed(returns, members, colours[method], _WINDOW, lambda e: e.episode_return)
+        _draw_estimate(estimate, members, colours[method], window)
 
-    confidence = f"{100 * min(run.confidence for run in runs):g} %"
-    _finish(accidents, "Accidents so far", "episodes with an accident, each run")
-    _finish(rate, f"Accident rate so far, anytime {confidence} band", "accidents per episode")
-    _finish(returns, f"Return, mean of {_WINDOW} episodes", "return (thin: runs, thick: mean)")
-    _finish(estimate, "Estimate against reality", "accident probability per episode")
+    finish(accidents, "Accidents so far", "episodes with an accident, each run")
+    if by_cost:
+        finish(rate, f"Cost, mean of {_COST_WINDOW} episodes", "cost (thin: runs, thick: mean)")
+        quantity = "cost per episode"
+    else:
+        confidence = f"{100 * min(run.confidence for run in runs):g} %"
+        title = f"Accident rate so far, anytime {confidence} band"
+        finish(rate, title, "accidents per episode")
+        quantity = "accident probability per episode"
+    finish(returns, f"Return, mean of {_WINDOW} episodes", "return (thin: runs, thick: mean)")
+    finish(estimate, "Estimate against reality", quantity)
     last = max(run.episodes[-1].total_steps for run in runs)
     for axis in (accidents, rate, returns, estimate):
         axis.set_xlim(0, 1.02 * last)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
     for axis in (accidents, rate, estimate):
         axis.set_ylim(bottom=0)
-    rate.set_ylim(top=_rate_ceiling(groups))
+    if not by_cost:
+        rate.set_ylim(top=_rate_ceiling(groups))
     for axis in (rate, estimate):
-        for epsilon in {run.epsilon for run in runs if not math.isnan(run.epsilon)}:
-            axis.set_ylim(top=max(axis.get_ylim()[1], 1.15 * epsilon))
-            _draw_epsilon(axis, epsilon)
+        for name, limit in {_limit(run) for run in runs if not math.isnan(run.limit)}:
+            axis.set_ylim(top=max(axis.get_ylim()[1], 1.15 * limit))
+            _draw_limit(axis, name, limit)
 
     dots = Line2D([], [], color="0.3", linewidth=1.6, marker="o", markersize=3.5)
     dotted = Line2D([], [], color="0.3", linewidth=1.4, linestyle=_DOTTED)
-    labels = ["estimate of the acting policy", f"realised, last {_LONG_WINDOW} episodes"]
+    labels = ["estimate of the acting policy", f"realised, last {window} episodes"]
     estimate.legend([dots, dotted], labels, fontsize=8.5, loc="best", framealpha=0.85)
     figure.tight_layout(rect=(0, 0, 1, 0.955), h_pad=2.0, w_pad=2.0)
     environments = ", ".join(sorted({run.env_id for run in runs}))
@@ -140,22 +156,35 @@ def _pooled_rate(runs: Sequence[RunData]) -> tuple[NDArray[np.float64], ...]:
 
 def _rate_ceiling(groups: Mapping[str, Sequence[RunData]]) -> float:
     """Top of the rate panel: the bounds after the first tenth of the steps, which say little."""
-    tops = [run.epsilon for runs in groups.values() for run in runs if run.epsilon == run.epsilon]
+    tops = [run.limit for runs in groups.values() for run in runs if run.limit == run.limit]
     for runs in groups.values():
         steps, _, _, high = _pooled_rate(runs)
         tops.append(float(high[steps >= 0.1 * steps[-1]].max()))
     return min(1.0, 1.15 * max(tops))
 
 
-def _draw_return(axis: Axes, runs: Sequence[RunData], colour: str) -> None:
-    curves = [_smoothed(run, _WINDOW, lambda e: e.episode_return) for run in runs]
+def _limit(run: RunData) -> tuple[str, float]:
+    return ("epsilon" if run.constraint == "accident" else "limit"), run.limit
+
+
+def _draw_smoothed(
+    axis: Axes,
+    runs: Sequence[RunData],
+    colour: str,
+    window: int,
+    value: Callable[[Episode], float],
+) -> None:
+    curves = [_smoothed(run, window, value) for run in runs]
     for curve in curves:
         axis.plot(*curve, color=colour, linewidth=0.8, alpha=0.45)
     axis.plot(*_average(curves), color=colour, linewidth=2.2)
 
 
-def _draw_estimate(axis: Axes, runs: Sequence[RunData], colour: str) -> None:
-    realised = [_smoothed(run, _LONG_WINDOW, lambda e: float(e.accident)) for run in runs]
+def _draw_estimate(axis: Axes, runs: Sequence[RunData], colour: str, window: int) -> None:
+    by_cost = runs[0].constraint == "cost"
+    realised = [
+        _smoothed(run, window, lambda e: e.cost if by_cost else float(e.accident)) for run in runs
+    ]
     axis.plot(*_average(realised), color=colour, linewidth=1.5, linestyle=_DOTTED)
     estimates = [
         (np.array([d.step for d in known], dtype=float), np.array([d.v_deployed for d in known]))
@@ -166,11 +195,11 @@ def _draw_estimate(axis: Axes, runs: Sequence[RunData], colour: str) -> None:
         axis.plot(*_average(estimates, 40), color=colour, linewidth=1.6, marker="o", markersize=3)
 
 
-def _draw_epsilon(axis: Axes, epsilon: float) -> None:
-    axis.axhline(epsilon, color="0.25", linestyle=_DASHED, linewidth=1.1, zorder=1)
+def _draw_limit(axis: Axes, name: str, limit: float) -> None:
+    axis.axhline(limit, color="0.25", linestyle=_DASHED, linewidth=1.1, zorder=1)
     axis.annotate(
-        f"epsilon {epsilon:g}",
-        (0.5, epsilon),
+        f"{name} {limit:g}",
+        (0.5, limit),
         xycoords=("axes fraction", "data"),
         ha="center",
         va="center",
@@ -195,12 +224,12 @@ def _average(curves: Sequence[Curve], points: int = 200) -> Curve:
     return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
 
 
-def _finish(axis: Axes, title: str, ylabel: str) -> None:
+def finish(axis: Axes, title: str, ylabel: str, xlabel: str = "environment steps charged") -> None:
+    """Title, labels and a quiet grid, the same for every panel."""
     axis.set_title(title, loc="left", fontsize=11.5, fontweight="bold")
     axis.set_ylabel(ylabel, fontsize=9.5)
-    axis.set_xlabel("environment steps charged", fontsize=9.5)
+    axis.set_xlabel(xlabel, fontsize=9.5)
     axis.grid(True, color="0.92", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8.5, color="0.5")
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")

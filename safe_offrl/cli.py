@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,7 @@ def pretrain(
         str | None, typer.Option(metavar="ID", help='Gymnasium id or "package.module:Env-v0".')
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(metavar="FILE", help="HDF5 in the DSRL layout.")
+        str | None, typer.Option(metavar="PATH", help="A file, a folder or a local Minari id.")
     ] = None,
     steps: Annotated[int | None, _count_option("Gradient steps", "--steps")] = None,
     seed: Seed = None,
@@ -119,15 +120,20 @@ def finetune(
     ] = None,
     budget: Annotated[int | None, _count_option("Steps in the environment", "--budget")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Limit of P(accident).")] = None,
+    cost_limit: Annotated[
+        float | None, typer.Option(help="Limit of the expected cost per episode.")
+    ] = None,
     delta: Annotated[float | None, typer.Option(help="Limit of the KL, in nats.")] = None,
     accident_budget: Annotated[
         int | None, _count_option("Stop after this many accidents", "--accident-budget")
     ] = None,
     seed: Seed = None,
     no_kl: Annotated[bool, typer.Option("--no-kl", help="Switch the KL constraint off.")] = False,
-    no_accident_constraint: Annotated[
+    no_safety_constraint: Annotated[
         bool,
-        typer.Option("--no-accident-constraint", help="Switch the accident constraint off."),
+        typer.Option(
+            "--no-safety-constraint", help="Switch the accident (or cost) constraint off."
+        ),
     ] = False,
     no_shield: Annotated[bool, typer.Option("--no-shield", help="Switch the shield off.")] = False,
     name: Name = None,
@@ -158,11 +164,12 @@ def finetune(
     settings: dict[str, Any] = {
         "budget": budget,
         "epsilon": epsilon,
+        "cost_limit": cost_limit,
         "delta": delta,
         "accident_budget": accident_budget,
         "seed": seed,
         "kl": False if no_kl else None,
-        "accident_constraint": False if no_accident_constraint else None,
+        "safety_constraint": False if no_safety_constraint else None,
         "shield": False if no_shield else None,
     }
     if resume is not None:
@@ -241,32 +248,37 @@ def collect(
     ] = None,
     transitions: Annotated[int | None, _count_option("Steps to log", "--transitions")] = None,
     seed: Seed = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train behaviours at the same time.")
+    ] = None,
+    print_config: PrintConfig = False,
     overrides: Overrides = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Log a dataset with a mixture of behaviours.
+    """Train behaviours and log a dataset with a mixture of them.
 
-    KEY=VALUE takes safety.accident=..., safety.cost_threshold=... and safety.horizon=...
+    KEY=VALUE takes safety.accident=..., safety.constraint=... and so on, and what --print-config
+    lists. The name of FILE says the format, as with convert.
     """
     from safe_offrl import commands
+    from safe_offrl.config import to_yaml
 
-    path = commands.collect_run(
-        env=env,
-        out=out,
-        transitions=transitions,
-        seed=seed,
-        overrides=commands.parse_overrides(overrides or []),
-        say=_say(as_json),
-    )
+    keys = commands.parse_overrides(overrides or [])
+    settings = {"transitions": transitions, "seed": seed, "workers": workers}
+    if print_config:
+        print(to_yaml(commands.collect_config(env, overrides=keys, **settings)[1]), end="")
+        return
+    path = commands.collect_run(env=env, out=out, **settings, overrides=keys, say=_say(as_json))
     if as_json:
         _print_json({"dataset": str(path)})
 
 
 @app.command()
 def inspect(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="HDF5 in the DSRL layout.")],
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A file of any known format.")],
     overrides: Overrides = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figure.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -274,10 +286,67 @@ def inspect(
     from safe_offrl import commands
 
     summary = commands.inspect_dataset(
-        dataset, overrides=commands.parse_overrides(overrides or []), say=_say(as_json)
+        dataset, png=png, overrides=commands.parse_overrides(overrides or []), say=_say(as_json)
     )
     if as_json:
         _print_json(summary)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Any dataset: file, folder or local Minari id.")
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DST", help=".hdf5, .npz, .csv, .mmap (a folder); no suffix for Minari."
+        ),
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a dataset in another format, and say what that loses.
+
+    safety.horizon=N tells the time limit to a log that does not mark which episodes it cut.
+    """
+    from safe_offrl import commands
+
+    result = commands.convert_dataset(
+        source,
+        target,
+        overrides=commands.parse_overrides(overrides or []),
+        say=_say(as_json),
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def check_env(
+    env: Annotated[str, typer.Argument(metavar="ID")],
+    overrides: Overrides = None,
+    episodes: Annotated[int, _count_option("Random episodes", "--episodes")] = 20,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether an environment can be used here, and what to repair; exit code 1 if it cannot.
+
+    ID is a Gymnasium id or "package.module:Env-v0"; KEY=VALUE takes safety.accident=... and so on.
+    """
+    from safe_offrl import commands
+
+    result = commands.check_env_run(
+        env,
+        episodes=episodes,
+        overrides=commands.parse_overrides(overrides or []),
+        say=_say(as_json),
+    )
+    if as_json:
+        _print_json(result)
+    if not result["usable"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -316,6 +385,8 @@ def _refuse_settings_on_resume(settings: list[Any]) -> None:
 
 def main() -> None:
     """Entry point: one sentence and exit code 2 for the user's mistakes, no traceback."""
+    if "--debug" not in sys.argv:
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()
     except UserError as error:

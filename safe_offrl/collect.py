@@ -1,9 +1,10 @@
 """Log a dataset of mixed quality from a mixture of behaviours, deterministically.
 
-The behaviours are scripted controllers where the environment's module offers them, PPO policies of
-Stable-Baselines3 frozen at several stages of training, and smooth random actions. How often each of
-them acts is chosen from a pilot so that the log holds a stated share of accident episodes. The
-interaction of PPO's training and of the pilot is NOT part of the log.
+The behaviours are scripted controllers where the environment's module offers them, policies of
+Stable-Baselines3 (PPO and SAC, plain and penalised) frozen at several stages of training, and
+smooth random actions. How often each of them acts is chosen from a pilot so that the log holds a
+stated share of unsafe episodes: those with an accident or, where the expected cost is constrained,
+those that cost more than the limit. The interaction of training and pilot is NOT part of the log.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,82 +23,60 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from safe_offrl.behaviours import (
-    Behaviour,
-    Progress,
-    Vector,
-    ppo_behaviours,
-    random_behaviour,
-    scripted_behaviours,
-)
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.env import AccidentEnv, episode_seed, make_env
-from safe_offrl.errors import ConfigError, EnvError, UserError
+from safe_offrl.behaviours import Behaviour, Progress, random_behaviour, scripted_behaviours
+from safe_offrl.data.conversion import target_format
+from safe_offrl.data.loading import FORMATS
+from safe_offrl.env import AccidentEnv, make_env
+from safe_offrl.errors import ConfigError, UserError
+from safe_offrl.learners import LearnersConfig, learnt_behaviours, resolved
+from safe_offrl.mixture import collect, tell, unsafe_mixture
 from safe_offrl.safety import SafetySpec
 
-MIN_SHARE = 0.1  # of an equal share: what each behaviour gets at least
+SOURCES = (
+    "behaviours.py",
+    "collect.py",
+    "frozen.py",
+    "learners.py",
+    "mixture.py",
+)  # what the content of a log depends on
 PILOT_EPISODES = 250  # per behaviour, at most
-PILOT_BUDGET = 1.0  # the pilot's steps, all behaviours together, as a share of the log's
-SHARE_TOLERANCE = 0.05  # a log whose accident share is further from the target carries a warning
+SHARE_TOLERANCE = 0.05  # a log whose share is further from the target carries a warning
 
 
-def accident_mixture(probabilities: Sequence[float], target: float) -> NDArray[np.float64]:
-    """Share of the episodes for each behaviour, so that a share ``target`` has an accident.
+@dataclass(frozen=True)
+class CollectConfig:
+    """How a dataset is logged.
 
-    ``probabilities`` [K]: accident probability per episode of each behaviour. Exponential tilting
-    of the equal mixture, ``w_k = m / K + (1 - m) softmax(theta p)_k`` with m = :data:`MIN_SHARE`;
-    the mixture's accident share rises with theta, which is found by bisection. A target out of
-    reach gives the nearest mixture.
+    ``transitions``: at least so many, in whole episodes. ``unsafe_share``: share of the episodes
+    that shall be unsafe, that is have an accident or, where the expected cost is constrained, cost
+    more than the limit. ``pilot_share``: steps of the pilot, all behaviours together, as a share of
+    the log's. ``workers``: processes that train at the same time; the log does not depend on it.
     """
-    p = np.asarray(probabilities, dtype=np.float64)
 
-    def mixture(theta: float) -> NDArray[np.float64]:
-        tilted = np.exp(theta * (p - (p.max() if theta > 0 else p.min())))
-        return np.asarray(MIN_SHARE / len(p) + (1.0 - MIN_SHARE) * tilted / tilted.sum())
+    transitions: int = 100_000
+    seed: int = 0
+    unsafe_share: float = 0.15
+    pilot_share: float = 1.0
+    workers: int = 2
+    learners: LearnersConfig = field(default_factory=LearnersConfig)
 
-    low, high = -1e4, 1e4
-    for _ in range(100):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if mixture(middle) @ p < target else (low, middle)
-    return mixture(0.5 * (low + high))
-
-
-def collect(
-    env: AccidentEnv,
-    *,
-    behaviours: Sequence[Behaviour],
-    shares: Sequence[float] | NDArray[np.float64],
-    transitions: int,
-    seed: int,
-    episodes: int | None = None,
-    stream: str = "collect",
-    progress: Progress | None = None,
-) -> dict[str, NDArray[Any]]:
-    """Log whole episodes until ``transitions`` steps (or ``episodes`` episodes) are reached.
-
-    ``shares`` [K] sums to 1; episode by episode the behaviour furthest behind its share acts, so
-    any prefix of the log has the mixture. Episode k is reset with
-    ``episode_seed(seed, k, stream)``. Returns the arrays of
-    :func:`safe_offrl.data.hdf5.write_dataset`, ``accidents`` and ``episode_behaviours`` included.
-    """
-    log = _Log()
-    done = np.zeros(len(behaviours))
-    index = accident_episodes = 0
-    while len(log.rewards) < transitions and (episodes is None or index < episodes):
-        k = int(np.argmax(np.asarray(shares) * (index + 1) - done))
-        rng = np.random.default_rng(episode_seed(seed, index, f"{stream} behaviour"))
-        accident_episodes += log.episode(
-            env, behaviours[k], k, seed=episode_seed(seed, index, stream), rng=rng
-        )
-        done[k] += 1
-        index += 1
-        if index % 250 == 0:
-            _tell(
-                progress,
-                f"logging: {min(len(log.rewards), transitions):,} of {transitions:,} transitions, "
-                f"{accident_episodes / index:.1%} accident episodes",
+    def __post_init__(self) -> None:
+        """Refuse values outside their range; comparisons are written so that NaN is refused too."""
+        if self.transitions < 1 or self.workers < 1:
+            raise ConfigError(
+                f"{self.transitions} transitions cannot be collected by {self.workers} workers. "
+                "Ask for at least 1 of each."
             )
-    return log.arrays()
+        if not 0.0 <= self.unsafe_share <= 1.0:
+            raise ConfigError(
+                f"The target share of unsafe episodes is {self.unsafe_share}, but a number in "
+                "[0, 1] is needed. Try 0.15."
+            )
+        if not 0.0 < self.pilot_share < math.inf:
+            raise ConfigError(
+                f"collect.pilot_share is {self.pilot_share}, but a number above 0 is needed. "
+                "Try 1: as many steps as the log."
+            )
 
 
 def build_dataset(
@@ -104,105 +84,105 @@ def build_dataset(
     spec: SafetySpec,
     *,
     path: str | Path,
-    transitions: int = 100_000,
-    seed: int = 0,
-    target_accident_share: float = 0.15,
-    training_steps: int = 80_000,
+    config: CollectConfig | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Log a dataset of ``env_id`` into the HDF5 file ``path``; returns the path.
+    """Log a dataset of ``env_id`` into ``path``, in the format that its name says; returns it.
 
-    Trains PPO for ``training_steps`` (0: no PPO), estimates each behaviour's accident probability
-    in a pilot, and mixes the behaviours towards ``target_accident_share`` of the episodes. Where
-    no mixture comes near it, the closest is taken; the metadata's "warning" and ``progress`` say
-    so. Deterministic for given versions and machine: the same arguments give the same sha256.
+    Trains what ``config`` names, estimates in a pilot how often each behaviour is unsafe, and mixes
+    them towards ``config.unsafe_share`` of the episodes. Where no mixture comes near it, the
+    closest is taken; the metadata's "warning" and ``progress`` say so. Deterministic for given
+    versions and machine: the same arguments give the same sha256. With more than one worker, a
+    script that calls this needs ``if __name__ == "__main__":``, as for any multiprocessing.
     """
-    if transitions < 1 or training_steps < 0:
-        raise ConfigError(
-            f"{transitions} transitions and {training_steps} training steps cannot be collected. "
-            "Ask for at least 1 transition and 0 training steps."
-        )
-    if not 0.0 <= target_accident_share <= 1.0:
-        raise ConfigError(
-            f"The target share of accident episodes is {target_accident_share}, but a number in "
-            "[0, 1] is needed. Try 0.15."
-        )
+    config = config or CollectConfig()
+    form = FORMATS[target_format(Path(path))]
     env = make_env(env_id, spec)
-    behaviours = [*scripted_behaviours(env), random_behaviour(env.action_size)]
-    if training_steps:
-        behaviours += ppo_behaviours(
-            env_id, spec, steps=training_steps, seed=seed, progress=progress
-        )
-    pilot = [
-        _pilot(env, behaviour, math.ceil(PILOT_BUDGET * transitions / len(behaviours)), seed)
-        for behaviour in behaviours
-    ]
+    scripted = scripted_behaviours(env)
+    learners = resolved(config.learners, spec, scripted=bool(scripted))
+    config = replace(config, learners=learners)
+    behaviours = [*scripted, random_behaviour(env.action_size)]
+    behaviours += learnt_behaviours(
+        env_id,
+        spec,
+        config.learners,
+        seed=config.seed,
+        workers=config.workers,
+        progress=progress,
+    )
+    tell(progress, f"pilot: how often is each of {len(behaviours)} behaviours unsafe?")
+    steps = math.ceil(config.pilot_share * config.transitions / len(behaviours))
+    pilot = [_pilot(env, behaviour, spec, steps, config.seed) for behaviour in behaviours]
     arrays = collect(
         env,
         behaviours=behaviours,
-        shares=accident_mixture(pilot, target_accident_share),
-        transitions=transitions,
-        seed=seed,
+        shares=unsafe_mixture(pilot, config.unsafe_share),
+        transitions=config.transitions,
+        seed=config.seed,
         progress=progress,
     )
-    share = float(_accident_episodes(arrays).mean())
-    metadata = {
-        "env_id": env_id,
-        "accident": spec.accident,
-        "cost_threshold": spec.cost_threshold,
-        "horizon": env.horizon,
-        "seed": seed,
-        "action_low": -1.0,
-        "action_high": 1.0,
-        "behaviours": [
-            {"name": b.name, "episodes": int((arrays["episode_behaviours"] == k).sum())}
-            for k, b in enumerate(behaviours)
-        ],
-        "accident_share": share,
-        "target_accident_share": target_accident_share,
-        "training": {"algorithm": "PPO", "steps": training_steps, "logged": False},
-        "versions": _versions(env),
-    }
+    metadata = _metadata(env, spec, config, behaviours, arrays)
     env.close()
-    if abs(share - target_accident_share) > SHARE_TOLERANCE:
+    share = metadata["unsafe_share"]
+    if abs(share - config.unsafe_share) > SHARE_TOLERANCE:
         metadata["warning"] = (
-            f"{share:.1%} of the episodes have an accident, not the {target_accident_share:.0%} "
-            "aimed at: the nearest mixture that the pilot found comes no closer."
+            f"{share:.1%} of the episodes {_unsafe_phrase(spec)}, not the "
+            f"{config.unsafe_share:.0%} aimed at: the nearest mixture that the pilot found comes "
+            "no closer."
         )
-        _tell(progress, f"warning: {metadata['warning']}")
-    write_dataset(path, arrays, metadata)
-    _tell(
+        tell(progress, f"warning: {metadata['warning']}")
+    for lost in form.write(Path(path), arrays, metadata, None):
+        tell(progress, f"warning: the format of {path} cannot hold {lost}")
+    tell(progress, behaviour_table(metadata["behaviours"]))
+    tell(
         progress,
         f"logged {len(arrays['rewards']):,} transitions in {len(arrays['episode_behaviours']):,} "
-        f"episodes, {share:.1%} with an accident: {path}",
+        f"episodes, {share:.1%} {_unsafe_phrase(spec)}: {path}",
     )
     return Path(path)
+
+
+def behaviour_table(behaviours: Sequence[Mapping[str, Any]]) -> str:
+    """Who logged what, as text: the metadata's "behaviours", a line each."""
+    lines = [
+        f"{'behaviour':<24}{'penalty':>9}{'episodes':>10}{'return':>10}{'cost':>9}{'unsafe':>9}"
+    ]
+    for b in behaviours:
+        penalty = "" if b.get("penalty") is None else f"{b['penalty']:.3g}"
+        line = f"{b['name']:<24}{penalty:>9}{b['episodes']:>10}"
+        if b["episodes"]:
+            line += f"{b['mean_return']:>10.2f}{b['mean_cost']:>9.2f}{b['unsafe_share']:>9.1%}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def default_dataset(
     env_id: str = "PointHazard-v0",
     spec: SafetySpec | None = None,
     *,
+    config: CollectConfig | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Path of the cached default dataset of an environment; built on first use.
 
     It lies in ``$SAFE_OFFRL_CACHE``, else ``~/.cache/safe-offrl``, under a name that depends on the
-    environment, the accident rule, all versions, and the sources of this module and behaviours.py,
-    so a change of any of them builds a new file. Processes that ask at the same time wait for one
-    of them to build it.
+    environment, the accident rule, the settings, all versions, and the sources that log it, so a
+    change of any of them builds a new file. Processes that ask at the same time wait for one of
+    them to build it.
     """
-    spec = spec or SafetySpec()
+    spec, config = spec or SafetySpec(), config or CollectConfig()
     env = make_env(env_id, spec)
     key = {
         "env_id": env_id,
         "accident": spec.accident,
         "cost_threshold": spec.cost_threshold,
+        "unsafe": _unsafe_phrase(spec),
         "horizon": env.horizon,
+        "config": asdict(replace(config, workers=1)),
         "versions": _versions(env),
         "sources": [
             hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
-            for name in ("behaviours.py", "collect.py")
+            for name in SOURCES
         ],
     }
     env.close()
@@ -215,8 +195,8 @@ def default_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.is_file():  # another process may have built it meanwhile
-                _tell(progress, f"building the default dataset of {env_id} (once): {path}")
-                build_dataset(env_id, spec, path=path, progress=progress)
+                tell(progress, f"building the default dataset of {env_id} (once): {path}")
+                build_dataset(env_id, spec, path=path, config=config, progress=progress)
     except OSError as error:
         raise UserError(
             f'The dataset cache "{folder}" cannot be written ({error}). '
@@ -225,8 +205,10 @@ def default_dataset(
     return path
 
 
-def _pilot(env: AccidentEnv, behaviour: Behaviour, steps: int, seed: int) -> float:
-    """Estimated accident probability per episode, (k + 1/2) / (n + 1), from unlogged episodes."""
+def _pilot(
+    env: AccidentEnv, behaviour: Behaviour, spec: SafetySpec, steps: int, seed: int
+) -> float:
+    """Estimated probability that an episode is unsafe, (k + 1/2) / (n + 1), from unlogged ones."""
     arrays = collect(
         env,
         behaviours=[behaviour],
@@ -236,16 +218,72 @@ def _pilot(env: AccidentEnv, behaviour: Behaviour, steps: int, seed: int) -> flo
         seed=seed,
         stream=f"pilot {behaviour.name}",
     )
-    accidents = _accident_episodes(arrays)
-    return float((accidents.sum() + 0.5) / (len(accidents) + 1))
+    unsafe = _unsafe_episodes(arrays, spec)
+    return float((unsafe.sum() + 0.5) / (len(unsafe) + 1))
 
 
-def _accident_episodes(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
-    """Whether each episode of a log of complete episodes had an accident [M]."""
+def _starts(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+    """First row of each episode of a log of complete episodes [M]."""
     ends = np.flatnonzero(arrays["terminals"] | arrays["timeouts"])
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    result: NDArray[np.bool_] = np.logical_or.reduceat(arrays["accidents"], starts)
+    return np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+
+
+def _unsafe_episodes(arrays: Mapping[str, NDArray[Any]], spec: SafetySpec) -> NDArray[np.bool_]:
+    """Whether each episode had an accident or, if that is constrained, cost above the limit [M]."""
+    if spec.constraint == "cost":
+        costs = np.add.reduceat(arrays["costs"], _starts(arrays), dtype=np.float64)
+        return np.asarray(costs > spec.cost_limit)
+    result: NDArray[np.bool_] = np.logical_or.reduceat(arrays["accidents"], _starts(arrays))
     return result
+
+
+def _unsafe_phrase(spec: SafetySpec) -> str:
+    if spec.constraint == "cost":
+        return f"cost more than {spec.cost_limit:g}"
+    return "have an accident"
+
+
+def _metadata(
+    env: AccidentEnv,
+    spec: SafetySpec,
+    config: CollectConfig,
+    behaviours: Sequence[Behaviour],
+    arrays: Mapping[str, NDArray[Any]],
+) -> dict[str, Any]:
+    """What the log is, how it came about, and who logged what."""
+    starts, who = _starts(arrays), arrays["episode_behaviours"]
+    unsafe = _unsafe_episodes(arrays, spec)
+    accidents = np.logical_or.reduceat(arrays["accidents"], starts)
+    returns = np.add.reduceat(arrays["rewards"], starts, dtype=np.float64)
+    costs = np.add.reduceat(arrays["costs"], starts, dtype=np.float64)
+
+    def described(index: int, behaviour: Behaviour) -> dict[str, Any]:
+        mine = who == index
+        entry = {"name": behaviour.name, **behaviour.origin, "episodes": int(mine.sum())}
+        if mine.any():
+            entry |= {
+                "mean_return": float(returns[mine].mean()),
+                "mean_cost": float(costs[mine].mean()),
+                "unsafe_share": float(unsafe[mine].mean()),
+            }
+        return entry
+
+    return {
+        "env_id": env.env_id,
+        "accident": spec.accident,
+        "cost_threshold": spec.cost_threshold,
+        "constraint": spec.constraint,
+        **({"cost_limit": spec.cost_limit} if spec.constraint == "cost" else {}),
+        "horizon": env.horizon,
+        "seed": config.seed,
+        **_stored_actions(env),
+        "behaviours": [described(k, b) for k, b in enumerate(behaviours)],
+        "accident_share": float(accidents.mean()),
+        "unsafe_share": float(unsafe.mean()),
+        "target_unsafe_share": config.unsafe_share,
+        "training": {**asdict(config.learners), "logged": False},
+        "versions": _versions(env),
+    }
 
 
 def _versions(env: AccidentEnv) -> dict[str, str]:
@@ -254,70 +292,8 @@ def _versions(env: AccidentEnv) -> dict[str, str]:
     return env.versions() | {name: importlib.metadata.version(name) for name in names}
 
 
-def _tell(progress: Progress | None, message: str) -> None:
-    if progress is not None:
-        progress(message)
-
-
-class _Log:
-    """Transitions of complete episodes, as lists until :meth:`arrays`."""
-
-    def __init__(self) -> None:
-        self.observations: list[Vector] = []
-        self.next_observations: list[Vector] = []
-        self.actions: list[Vector] = []
-        self.rewards: list[float] = []
-        self.costs: list[float] = []
-        self.terminals: list[bool] = []
-        self.timeouts: list[bool] = []
-        self.accidents: list[bool] = []
-        self.behaviours: list[int] = []
-
-    def episode(
-        self,
-        env: AccidentEnv,
-        behaviour: Behaviour,
-        behaviour_index: int,
-        *,
-        seed: int,
-        rng: np.random.Generator,
-    ) -> bool:
-        """Log one episode; returns whether it had an accident."""
-        controller = behaviour.factory(rng)
-        observation, _ = env.reset(seed=seed)
-        start, ended = len(self.rewards), False
-        while not ended:
-            action = np.asarray(controller(observation), dtype=np.float32)
-            if action.shape != (env.action_size,):
-                raise EnvError(
-                    f'The behaviour "{behaviour.name}" gave an action of shape {action.shape}, but '
-                    f'"{env.env_id}" needs ({env.action_size},). Fix its scripted_behaviours().'
-                )
-            # Stored as executed: the environment would clip silently.
-            action = np.clip(action, -1.0, 1.0)
-            following, reward, terminated, truncated, info = env.step(action)
-            self.observations.append(observation)
-            self.next_observations.append(following)
-            self.actions.append(action)
-            self.rewards.append(reward)
-            self.costs.append(info["cost"])
-            self.terminals.append(terminated)
-            self.timeouts.append(truncated)
-            self.accidents.append(info["accident"])
-            observation, ended = following, terminated or truncated
-        self.behaviours.append(behaviour_index)
-        return any(self.accidents[start:])
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The log in the DSRL layout."""
-        return {
-            "observations": np.array(self.observations, dtype=np.float32),
-            "next_observations": np.array(self.next_observations, dtype=np.float32),
-            "actions": np.array(self.actions, dtype=np.float32),
-            "rewards": np.array(self.rewards, dtype=np.float32),
-            "costs": np.array(self.costs, dtype=np.float32),
-            "terminals": np.array(self.terminals, dtype=bool),
-            "timeouts": np.array(self.timeouts, dtype=bool),
-            "accidents": np.array(self.accidents, dtype=bool),
-            "episode_behaviours": np.array(self.behaviours, dtype=np.int32),
-        }
+def _stored_actions(env: AccidentEnv) -> dict[str, Any]:
+    """How the stored actions are to be read: their bounds, or that they are one-hot rows."""
+    if env.discrete:
+        return {"action_count": env.action_size}
+    return {"action_low": -1.0, "action_high": 1.0}

@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from safe_offrl.acceptance import AcceptanceConfig, Decision, decide, measure
-from safe_offrl.monitor import AccidentMonitor
+from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Actor
-from safe_offrl.safety import SafetySpec
+from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import SafetyCritic
 from safe_offrl.shield import Shield, ShieldConfig
 from safe_offrl.state import Part
-from safe_offrl.types import Batch
+from safe_offrl.types import Batch, States
 
 MIN_DELTA_SHARE = 1 / 16  # of delta that every alarm's halving leaves
 
@@ -28,7 +27,7 @@ MIN_DELTA_SHARE = 1 / 16  # of delta that every alarm's halving leaves
 class Deployment:
     """The deployed policy with its version, shield and trust region.
 
-    ``kl_limited`` and ``accident_limited`` say which constraints a candidate must meet.
+    ``kl_limited`` and ``safety_limited`` say which constraints a candidate must meet.
     ``shield_threshold`` None makes the shield abstain. ``delta`` and ``kl_weight`` (of the penalty
     that keeps the learner near) are scalar tensors, moved in place.
     """
@@ -37,25 +36,27 @@ class Deployment:
         self,
         actor: Actor,
         critic: SafetyCritic,
-        spec: SafetySpec,
+        limit: Limit,
+        delta: float,
         acceptance: AcceptanceConfig,
         shielding: ShieldConfig,
         *,
         kl_limited: bool,
-        accident_limited: bool,
+        safety_limited: bool,
         shield_threshold: float | None,
     ) -> None:
-        self.spec = spec
+        self.limit = limit
+        self.initial_delta = delta
         self.acceptance = acceptance
         self.shielding = shielding
         self.kl_limited = kl_limited
-        self.accident_limited = accident_limited
+        self.safety_limited = safety_limited
         self.shield_threshold = shield_threshold
         self.actor = copy.deepcopy(actor)
         self.version = 0
         self.certified = copy.deepcopy(actor)  # the pretrained policy, to begin with
         self.certified_version = 0
-        self.delta = torch.tensor(spec.delta)
+        self.delta = torch.tensor(delta)
         self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0)
         self._critic = critic
         self.shield = Shield(critic, shield_threshold, shielding)
@@ -71,14 +72,15 @@ class Deployment:
         learner: Actor,
         visited: Batch,
         steps_per_episode: float,
-        starts: Tensor,
-        monitor: AccidentMonitor,
+        reference: States,
+        monitor: SafetyMonitor,
         generator: torch.Generator,
     ) -> tuple[Decision, bool]:
         """Decide on the learner and deploy what passes; (decision, whether it was a roll-back).
 
-        ``visited`` are transitions that the deployed policy made, ``starts`` [S, O] start states.
-        A version that the monitor has certified below epsilon is kept for the alarm to go back to.
+        ``visited`` are transitions that the deployed policy made, ``reference`` the critic's states
+        for an estimate. A version that the monitor has certified below the limit is kept for the
+        alarm to go back to.
         """
         decision, candidate = decide(
             self.actor,
@@ -86,11 +88,11 @@ class Deployment:
             self._critic,
             visited,
             steps_per_episode,
-            starts,
-            self.spec,
+            reference,
+            self.limit,
             self.acceptance,
             kl_limit=float(self.delta) if self.kl_limited else None,
-            constrain_accidents=self.accident_limited,
+            constrain_safety=self.safety_limited,
             generator=generator,
         )
         if self.kl_limited:
@@ -98,7 +100,7 @@ class Deployment:
         if monitor.alarm:
             monitor.reset_alarm()
             return self._roll_back(decision, visited, steps_per_episode, generator), True
-        if monitor.version_interval()[1] < self.spec.epsilon:
+        if monitor.version_interval()[1] < self.limit.share:
             self.certified = copy.deepcopy(self.actor)
             self.certified_version = self.version
         if decision.accepted:
@@ -112,8 +114,8 @@ class Deployment:
         steps_per_episode: float,
         generator: torch.Generator,
     ) -> Decision:
-        """Some policy has exceeded epsilon: back to the last certified one, then smaller steps."""
-        self.delta.mul_(0.5).clamp_(min=MIN_DELTA_SHARE * self.spec.delta)
+        """Some policy has exceeded the limit: back to the last certified one, then halve delta."""
+        self.delta.mul_(0.5).clamp_(min=MIN_DELTA_SHARE * self.initial_delta)
         if self.certified_version == self.version:
             reason = "alarm: the last certified policy already acts"
             return decision._replace(accepted=False, fraction=0.0, reason=reason)

@@ -1,11 +1,15 @@
-"""The tanh-Gaussian policy as functions of (mean, log_std, noise); no distribution objects.
+"""Policies over actions: what a network's outputs mean, and how to average over it.
 
-An action is ``tanh(mean + exp(log_std) * noise)``, one independent Gaussian per action dimension.
+Two forms. A tanh-Gaussian over [-1, 1]^A: an action is ``tanh(mean + exp(log_std) * noise)``, one
+independent Gaussian per action dimension. A categorical over A actions, each written as a one-hot
+row [A]. Whatever averages over a policy's actions does so through :class:`Quadrature`, and need not
+know which of the two it has.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +17,77 @@ from torch.nn import functional as F
 
 LOG_STD_MIN = -5.0
 LOG_STD_MAX = 2.0
+
+
+class Quadrature(NamedTuple):
+    """Actions that stand for a policy at B observations: ``E_pi f = sum_k weight_k f(action_k)``.
+
+    Rows are K blocks of B, row ``k B + b`` being action k at observation b, so that a network takes
+    them as they are. ``weights`` None is K = 1, a sample of weight one: then every method returns
+    its argument, and an expectation costs nothing.
+    """
+
+    actions: Tensor  # [K B, A]
+    log_probs: Tensor  # [K B], of these actions under the policy
+    weights: Tensor | None = None  # [K, B], sum over K is 1
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """Values of the observations for each of their actions: [B, ...] -> [K B, ...]."""
+        if self.weights is None:
+            return values
+        return values.repeat(len(self.weights), *[1] * (values.ndim - 1))
+
+    def expect(self, values: Tensor) -> Tensor:
+        """E_pi of values of the rows, [..., K B] -> [..., B]; differentiable in the weights too."""
+        if self.weights is None:
+            return values
+        return (values.unflatten(-1, self.weights.shape) * self.weights).sum(-2)
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """Weights of observations [B] as weights of rows [K B].
+
+        The mean of ``spread(w) * f`` over rows is the mean of ``w * E_pi f`` over observations.
+        """
+        if self.weights is None:
+            return weights
+        return (len(self.weights) * self.weights * weights).flatten()
+
+
+class Gaussian(NamedTuple):
+    """Tanh-Gaussian policies."""
+
+    mean: Tensor  # [..., A], before tanh
+    log_std: Tensor  # [..., A]
+
+    def quadrature(self, noise: Tensor) -> Quadrature:
+        """One reparameterised action each, driven by standard normal ``noise`` [B, A]."""
+        return Quadrature(*sample(self.mean, self.log_std, noise))
+
+    def kl(self, other: Policy) -> Tensor:
+        """KL(self || other) in nats, [...]; closed form."""
+        assert isinstance(other, Gaussian)
+        return kl(*self, *other)
+
+
+class Categorical(NamedTuple):
+    """Policies over A one-hot actions."""
+
+    log_probs: Tensor  # [..., A], normalised
+
+    def quadrature(self, noise: Tensor | None = None) -> Quadrature:
+        """Every action with its probability: exact, so the noise has nothing to do. [B, A] only."""
+        b, a = self.log_probs.shape
+        every = torch.eye(a, dtype=self.log_probs.dtype, device=self.log_probs.device)
+        by_action = self.log_probs.T
+        return Quadrature(every.repeat_interleave(b, 0), by_action.flatten(), by_action.exp())
+
+    def kl(self, other: Policy) -> Tensor:
+        """KL(self || other) in nats, [...]: ``sum_a p(a) (log p(a) - log q(a))``."""
+        assert isinstance(other, Categorical)
+        return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(-1)
+
+
+Policy = Gaussian | Categorical
 
 
 def sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

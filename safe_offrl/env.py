@@ -1,8 +1,9 @@
 """One way to make an environment, and one adapter that makes any environment look the same.
 
 Every command goes through :func:`make_env`: observations are float32 vectors, actions live in
-[-1, 1]^A, every episode ends within a known horizon, and every step says whether it was an
-accident. Nothing else of this package reads ``info["cost"]`` or an environment's action bounds.
+[-1, 1]^A or are one-hot rows, every episode ends within a known horizon, and every step says
+whether it was an accident. Nothing else of this package reads ``info["cost"]`` or an environment's
+action bounds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import importlib.metadata
 import inspect
 import math
 import platform
-import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,9 +25,13 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from safe_offrl.errors import EnvError
+from safe_offrl.observations import flatten, layout
 from safe_offrl.safety import SafetySpec
+from safe_offrl.user_code import import_plugins, import_user_module, sentence
 
 Vector = NDArray[np.float32]
+COST_SHARE_MAX = 2.0  # where the share of an exceeded threshold is cut off
+
 AccidentRule = Callable[[Any, Any, Any, float, bool, bool, Mapping[str, Any]], bool]
 
 
@@ -49,35 +53,62 @@ def episode_seed(seed: int, index: int, stream: str) -> int:
 def make_env(env_id: str, spec: SafetySpec, *, render_mode: str | None = None) -> AccidentEnv:
     """Make any Gymnasium environment, adapted to this package.
 
-    ``env_id`` is a registered id ("PointHazard-v0") or "package.module:Env-v0", where importing
+    ``env_id`` is a registered id ("PointHazard-v0"), one that an installed plug-in registers (see
+    :func:`safe_offrl.user_code.import_plugins`), or "package.module:Env-v0", where importing
     ``package.module`` registers the id; the module may lie in the working directory. Raises
     EnvError for an unknown id, a module that does not import, or an environment that cannot be
     used (see :class:`AccidentEnv`).
     """
-    importlib.import_module("safe_offrl.envs")  # registers the environments that come with us
-    module, separator, _ = env_id.partition(":")
-    if separator:
-        _import_user_module(module, f'environment "{env_id}"')
-    # A constructor need not know render_mode, not even as None.
-    options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-    try:
-        # The passive checker repeats, as warnings, what AccidentEnv refuses with an error.
-        env = gymnasium.make(env_id, disable_env_checker=True, **options)
-    except gymnasium.error.UnregisteredEnv as error:
-        raise EnvError(
-            f'There is no environment "{env_id}": {_sentence(error)} Give a registered Gymnasium '
-            'id, or "package.module:Env-v0" so that the module that registers it is imported.'
-        ) from error
-    except Exception as error:  # whatever the environment's constructor raises
-        raise EnvError(
-            f'The environment "{env_id}" could not be made: {_sentence(error)} '
-            "Check that gymnasium.make accepts this id."
-        ) from error
+    env = make_raw(env_id, render_mode=render_mode)
     try:
         return AccidentEnv(env, spec, env_id=env_id)
     except EnvError:
         env.close()
         raise
+
+
+def make_raw(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
+    """Make a Gymnasium environment as it is, without the adapter; see :func:`make_env`."""
+    importlib.import_module("safe_offrl.envs")  # registers the environments that come with us
+    module, separator, _ = env_id.partition(":")
+    if separator:
+        import_user_module(module, f'environment "{env_id}"')
+    elif env_id not in gymnasium.registry:
+        import_plugins()
+    # A constructor need not know render_mode, not even as None.
+    options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
+    try:
+        # The passive checker repeats, as warnings, what AccidentEnv refuses with an error.
+        return gymnasium.make(env_id, disable_env_checker=True, **options)
+    except gymnasium.error.UnregisteredEnv as error:
+        raise EnvError(
+            f'There is no environment "{env_id}": {sentence(error)} Give a registered Gymnasium '
+            'id, or "package.module:Env-v0" so that the module that registers it is imported.'
+        ) from error
+    except gymnasium.error.DependencyNotInstalled as error:  # says itself what to install
+        raise EnvError(f'The environment "{env_id}" cannot be made: {sentence(error)}') from error
+    except Exception as error:  # whatever the environment's constructor raises
+        raise EnvError(
+            f'The environment "{env_id}" could not be made: {sentence(error)} '
+            "Check that gymnasium.make accepts this id."
+        ) from error
+
+
+def refusals(env_id: str, env: gymnasium.Env[Any, Any], spec: SafetySpec) -> dict[str, str]:
+    """Everything for which :class:`AccidentEnv` would refuse an environment: {part: sentence}."""
+    parts: dict[str, Callable[[], object]] = {
+        "observations": lambda: layout(env_id, env.observation_space),
+        "actions": lambda: _require_actions(env_id, env.action_space),
+        "horizon": lambda: _horizon(env_id, env, spec),
+        "accident rule": lambda: _accident_rule(spec.accident),
+    }
+    found = {}
+    for part, require in parts.items():
+        try:
+            require()
+        except EnvError as error:
+            found[part] = str(error)
+    return found
 
 
 class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
@@ -86,7 +117,10 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
     * Observations: a Box, or a Dict or Tuple of Boxes (nested too), flattened to one float32
       vector [O] in the order of the space: the keys as the Dict space lists them, a Tuple from
       left to right, each Box in C order.
-    * Actions: [A] in [-1, 1], clipped and rescaled to the bounds of the environment's Box.
+    * Actions: [A] in [-1, 1], clipped and rescaled to the bounds of the environment's Box. Of a
+      Discrete space with A actions (``discrete``), a one-hot row [A]: the largest entry acts.
+    * Under the rule "episode_cost" the observation ends with the share of the threshold that is
+      used up, at most 2: without it the event would not be Markov (Saute RL, arXiv:2202.06558).
     * ``info["accident"]``: bool, the verdict of the one rule ``spec.accident``.
       ``info["cost"]``: float, the environment's own number; 1 for an accident and 0 otherwise
       where the environment gives none.
@@ -105,20 +139,28 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         self.horizon: int = _horizon(self.env_id, env, spec)
         self._threshold = spec.cost_threshold
         self._rule_name = spec.accident
-        self._rule = None if spec.accident == "cost" else _accident_rule(spec.accident)
-        self._boxes_space = env.observation_space
-        boxes = _boxes(self.env_id, env.observation_space)
+        self._rule = _accident_rule(spec.accident)
+        self.sums_cost: bool = spec.accident == "episode_cost"
+        self._episode_cost = 0.0
+        self.layout = layout(self.env_id, env.observation_space)
+        boxes = [part.box for part in self.layout]
         with np.errstate(over="ignore"):  # a float64 bound beyond float32 becomes infinite
             low = np.concatenate([box.low.ravel() for box in boxes]).astype(np.float32)
             high = np.concatenate([box.high.ravel() for box in boxes]).astype(np.float32)
+        if self.sums_cost:
+            low, high = np.append(low, np.float32(0.0)), np.append(high, np.float32(COST_SHARE_MAX))
         self.observation_size: int = len(low)
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
-        box = _action_box(self.env_id, env.action_space)
-        self.action_size: int = math.prod(box.shape)
-        self.action_space = spaces.Box(-1.0, 1.0, (self.action_size,), np.float32)
-        self._action_box = box
-        self._action_low = box.low.astype(np.float64)
-        self._action_range = box.high.astype(np.float64) - self._action_low
+        self._actions = _require_actions(self.env_id, env.action_space)
+        self.discrete: bool = isinstance(self._actions, spaces.Discrete)
+        if isinstance(self._actions, spaces.Discrete):
+            self.action_size: int = int(self._actions.n)
+        else:
+            self.action_size = math.prod(self._actions.shape)
+            self._action_low = self._actions.low.astype(np.float64)
+            self._action_range = self._actions.high.astype(np.float64) - self._action_low
+        lowest = 0.0 if self.discrete else -1.0
+        self.action_space = spaces.Box(lowest, 1.0, (self.action_size,), np.float32)
         self._steps = 0
         self._raw_observation: Any = None
 
@@ -128,17 +170,17 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         """Start an episode; returns (observation [O], info)."""
         observation, info = self.env.reset(seed=seed, options=options)
         self._steps = 0
+        self._episode_cost = 0.0
         self._raw_observation = observation
-        return self._flatten(observation), info
+        return self._observe(observation), info
 
     def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
-        """Act with ``action`` [A] in [-1, 1]; ``info`` holds "accident" (bool), "cost" (float)."""
+        """Act with ``action`` [A]; ``info`` holds "accident" (bool) and "cost" (float)."""
         raw_action = self._rescale(action)
         raw_next, raw_reward, raw_terminated, raw_truncated, info = self.env.step(raw_action)
         self._steps += 1
         terminated = bool(raw_terminated)
         truncated = (bool(raw_truncated) or self._steps >= self.horizon) and not terminated
-        observation = self._flatten(raw_next)
         reward = float(raw_reward)
         if not math.isfinite(reward):
             raise EnvError(
@@ -147,7 +189,8 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             )
         if self._rule is None:
             cost = self._cost(info)
-            accident = cost > self._threshold
+            self._episode_cost += cost
+            accident = (self._episode_cost if self.sums_cost else cost) > self._threshold
         else:
             accident = self._rule(
                 self._raw_observation, raw_action, raw_next, reward, terminated, truncated, info
@@ -160,7 +203,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             cost = self._cost(info) if "cost" in info else float(accident)
         self._raw_observation = raw_next
         return (
-            observation,
+            self._observe(raw_next),
             reward,
             terminated,
             truncated,
@@ -172,6 +215,8 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
 
         "environment" is the installed distribution that holds it, or the module's name;
         "environment_source" the sha256 of the file that defines it ("unknown" if there is none).
+        An environment whose dynamics come from other distributions names them in an attribute
+        ``packages``.
         """
         cls = type(self.unwrapped)
         package = cls.__module__.partition(".")[0]
@@ -189,10 +234,34 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             "gymnasium": gymnasium.__version__,
             "environment": distribution,
             "environment_source": source,
+            **{
+                name: importlib.metadata.version(name)
+                for name in getattr(self.unwrapped, "packages", ())
+            },
         }
 
-    def _rescale(self, action: Vector) -> NDArray[Any]:
-        """[A] in [-1, 1] -> the environment's own bounds, shape and dtype."""
+    def executed(self, action: Vector) -> Vector:
+        """The action [A] that ``step`` carries out when given this one: clipped, or one-hot."""
+        if not self.discrete:
+            return np.clip(action, -1.0, 1.0)
+        return np.eye(self.action_size, dtype=np.float32)[self._finite(action).argmax()]
+
+    def one_hot(self, number: int) -> Vector:
+        """The row [A] of an action of the environment's Discrete space, by its own number."""
+        assert isinstance(self._actions, spaces.Discrete)
+        return np.eye(self.action_size, dtype=np.float32)[number - int(self._actions.start)]
+
+    def _rescale(self, action: Vector) -> Any:
+        """[A] -> the environment's own bounds, shape and dtype; of a Discrete space, its number."""
+        unit = self._finite(action)
+        if isinstance(self._actions, spaces.Discrete):
+            return self._actions.start + unit.argmax()
+        share = (np.clip(unit, -1.0, 1.0).reshape(self._actions.shape) + 1.0) / 2.0
+        raw = self._action_low + share * self._action_range
+        return raw.astype(self._actions.dtype)
+
+    def _finite(self, action: Vector) -> NDArray[np.float64]:
+        """The action [A] if it is one."""
         unit = np.asarray(action, dtype=np.float64)
         if unit.shape != (self.action_size,):
             raise ValueError(
@@ -203,20 +272,24 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
                 f"The policy chose the action {unit.tolist()}, which was not sent. "
                 "Training has diverged: use an earlier checkpoint or a lower learning rate."
             )
-        share = (np.clip(unit, -1.0, 1.0).reshape(self._action_box.shape) + 1.0) / 2.0
-        raw = self._action_low + share * self._action_range
-        return raw.astype(self._action_box.dtype)
+        return unit
+
+    def _observe(self, observation: Any) -> Vector:
+        """The flattened observation and, if the accident depends on it, the cost so far, [O]."""
+        flat = self._flatten(observation)
+        if not self.sums_cost:
+            return flat
+        share = min(self._episode_cost / self._threshold, COST_SHARE_MAX)
+        return np.append(flat, np.float32(share))
 
     def _flatten(self, observation: Any) -> Vector:
-        """The environment's observation -> float32 [O]."""
-        parts: list[NDArray[Any]] = []
-        _gather(self._boxes_space, observation, parts)
-        with np.errstate(over="ignore"):  # what overflows float32 is refused below
-            flat = np.concatenate(parts).astype(np.float32)
-        if flat.shape != (self.observation_size,):
+        """The environment's observation -> float32 vector."""
+        flat = flatten(self.env_id, self.layout, observation)
+        expected = self.observation_size - self.sums_cost
+        if flat.shape != (expected,):
             raise EnvError(
                 f'"{self.env_id}" gave an observation of {flat.size} numbers, but its observation '
-                f"space has {self.observation_size}. Fix the environment: "
+                f"space has {expected}. Fix the environment: "
                 "gymnasium.utils.env_checker.check_env finds such faults."
             )
         if not np.isfinite(flat).all():
@@ -259,43 +332,14 @@ def _horizon(env_id: str, env: gymnasium.Env[Any, Any], spec: SafetySpec) -> int
     return horizon
 
 
-def _boxes(env_id: str, space: spaces.Space[Any]) -> list[spaces.Box]:
-    """The Boxes of an observation space, in the order in which they are flattened."""
-    if isinstance(space, spaces.Dict):
-        return [box for part in space.spaces.values() for box in _boxes(env_id, part)]
-    if isinstance(space, spaces.Tuple):
-        return [box for part in space.spaces for box in _boxes(env_id, part)]
-    if not isinstance(space, spaces.Box):
-        raise EnvError(
-            f'"{env_id}" has observations of type {type(space).__name__}. Only Box, and Dict or '
-            "Tuple of Box, can be used: convert them with a gymnasium.ObservationWrapper."
-        )
-    if len(space.shape) >= 3:
-        raise EnvError(
-            f'"{env_id}" has image observations of shape {space.shape}, which are not supported. '
-            "Use an environment with vector observations, or wrap it in a feature extractor."
-        )
-    return [space]
-
-
-def _gather(space: spaces.Space[Any], value: Any, parts: list[NDArray[Any]]) -> None:
-    """Append the values of every Box of ``space`` to ``parts``, each raveled."""
-    if isinstance(space, spaces.Dict):
-        for key, part in space.spaces.items():
-            _gather(part, value[key], parts)
-    elif isinstance(space, spaces.Tuple):
-        for part, element in zip(space.spaces, value, strict=True):
-            _gather(part, element, parts)
-    else:
-        parts.append(np.asarray(value).ravel())
-
-
-def _action_box(env_id: str, space: spaces.Space[Any]) -> spaces.Box:
+def _require_actions(env_id: str, space: spaces.Space[Any]) -> spaces.Box | spaces.Discrete:
+    if isinstance(space, spaces.Discrete) and space.n > 1:
+        return space
     if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        kind = "integer Box" if isinstance(space, spaces.Box) else type(space).__name__
+        kind = "integer Box" if isinstance(space, spaces.Box) else str(space)
         raise EnvError(
-            f'"{env_id}" has a discrete action space ({kind}), which is not supported yet. '
-            "Use an environment with a continuous (Box) action space."
+            f'"{env_id}" has an action space ({kind}) that cannot be used. Give it a Box of real '
+            "numbers, or a Discrete space of at least 2 actions: number the combinations."
         )
     if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
         raise EnvError(
@@ -305,12 +349,14 @@ def _action_box(env_id: str, space: spaces.Space[Any]) -> spaces.Box:
     return space
 
 
-def _accident_rule(name: str) -> AccidentRule:
-    """The function behind "terminated" or "package.module:function"."""
+def _accident_rule(name: str) -> AccidentRule | None:
+    """The function behind "terminated" or "package.module:function"; None if the cost decides."""
+    if name in ("cost", "episode_cost"):
+        return None
     if name == "terminated":
         return lambda _o, _a, _next, _reward, terminated, _truncated, _info: terminated
     module_name, _, function = name.partition(":")
-    module = _import_user_module(module_name, f'accident rule "{name}"')
+    module = import_user_module(module_name, f'accident rule "{name}"')
     rule: AccidentRule | None = getattr(module, function, None)
     if not callable(rule):
         raise EnvError(
@@ -318,24 +364,3 @@ def _accident_rule(name: str) -> AccidentRule:
             f'"{function}". Check the spelling of safety.accident=package.module:function.'
         )
     return rule
-
-
-def _import_user_module(name: str, purpose: str) -> Any:
-    """Import a module that may lie in the working directory, as ``python -m`` would."""
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console script does not have it
-        sys.path.insert(0, here)
-        importlib.invalidate_caches()
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever the user's module raises
-        raise EnvError(
-            f"The module {name} of the {purpose} could not be imported: {_sentence(error)} "
-            "Run from the folder that holds it, or install it."
-        ) from error
-
-
-def _sentence(error: Exception) -> str:
-    """An exception as one line that ends in a full stop."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith((".", "?", "!")) else text + "."

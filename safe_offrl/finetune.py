@@ -23,14 +23,14 @@ from safe_offrl.deployment import Deployment
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig, Multiplier
-from safe_offrl.monitor import AccidentMonitor
+from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import NetworkConfig, Networks
-from safe_offrl.rollout import play_episode
+from safe_offrl.rollout import PlayedEpisode, play_episode
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.shield import ShieldConfig
 from safe_offrl.state import Part, collect_state, restore_state
-from safe_offrl.types import Dataset, Episode, Normalizer
+from safe_offrl.types import Dataset, Episode, Normalizer, States
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,22 @@ class FinetuneConfig:
     pretrained policy's (WSRL, arXiv:2412.07762): no random action is ever sent. Then every
     ``iteration_steps`` interactions end in one proposal. Every ``update_every`` interactions pay
     for ``utd`` updates of the critics (every batch with exactly ``offline_share`` of logged data),
-    one of the safety critic and one of the actor. ``kl``, ``accident_constraint`` and ``shield``
+    one of the safety critic and one of the actor. ``kl``, ``safety_constraint`` and ``shield``
     switch each part off; all off is RLPD warm-started from the same policy, which then deploys its
     learner after every episode.
 
     ``cautious_entropy`` (nats per action dimension) replaces ``learner.target_entropy`` while the
-    accident constraint is on. The noise that a policy explores with is itself a source of
-    accidents; -1 is SAC's target, where RLPD has -0.5.
+    safety constraint is on. The noise that a policy explores with is itself a source of
+    accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
+    log A) likewise replaces ``learner.discrete_entropy``: at .1 the best of four actions has a
+    probability of about .98.
     """
 
     budget: int = 50_000
     accident_budget: int | None = None
     seed: int = 0
     kl: bool = True
-    accident_constraint: bool = True
+    safety_constraint: bool = True
     shield: bool = True
     warmup_steps: int = 5_000
     iteration_steps: int = 500
@@ -63,6 +65,7 @@ class FinetuneConfig:
     batch_size: int = 256
     offline_share: float = 0.5
     cautious_entropy: float = -1.0
+    cautious_discrete_entropy: float = 0.1
     visited_steps: int = 2_000
     safety: SafetySpec = field(default_factory=SafetySpec)
     networks: NetworkConfig = field(default_factory=NetworkConfig)
@@ -103,7 +106,7 @@ class FinetuneConfig:
     @property
     def unconstrained(self) -> bool:
         """Whether every part of the constraint machinery is off."""
-        return not (self.kl or self.accident_constraint or self.shield)
+        return not (self.kl or self.safety_constraint or self.shield)
 
 
 class Iteration(NamedTuple):
@@ -119,9 +122,10 @@ class Iteration(NamedTuple):
     kl_reverse_mean: float
     kl_forward_tail: float
     kl_reverse_tail: float
-    v_previous: float
+    v_previous: float  # both estimates in the unit of the limit: probability, or cost per episode
     v_candidate: float
-    epsilon: float
+    constraint: str
+    limit: float
     delta: float
     constraints_satisfied: bool
     multiplier: float
@@ -131,9 +135,13 @@ class Iteration(NamedTuple):
     metrics: dict[str, float]
 
 
-START_STATES = 32  # start states per update of the safety critic
-ESTIMATE_STATES = 1000  # start states behind one estimate of V_accident(s0)
-RECENT_EPISODES = 100  # whose accident rate the critic must not fall below
+# What the cost constraint has for defaults, see pretrain.COST_DEFAULTS.
+COST_DEFAULTS: dict[str, Any] = {"lagrangian": {"maximum": 300.0, "learning_rate": 0.03}}
+
+REFERENCE_STATES = 32  # start (and visited) states per update of the safety critic
+ESTIMATE_STATES = 1000  # states behind one estimate of what is constrained
+# Episodes whose outcome the critic must not fall below: one accident says little, one cost more.
+RECENT_EPISODES = {"accident": 100, "cost": 10}
 
 
 class Finetuning:
@@ -164,20 +172,30 @@ class Finetuning:
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout
         self.networks = Networks(
-            layout.observation_size, layout.action_size, config.networks, self.generator
+            layout.observation_size,
+            layout.action_size,
+            config.networks,
+            self.generator,
+            discrete=dataset.discrete,
         )
         learner = config.learner
-        if config.accident_constraint:
-            learner = replace(learner, target_entropy=config.cautious_entropy)
+        if config.safety_constraint:
+            learner = replace(
+                learner,
+                target_entropy=config.cautious_entropy,
+                discrete_entropy=config.cautious_discrete_entropy,
+            )
         self.learner = RLPD(self.networks, layout.action_size, learner)
+        self.limit = config.safety.limit(env.horizon, dataset.cost_max)
         self.critic = SafetyCritic(
             layout.observation_size,
             layout.action_size,
             env.horizon,
             config.critic,
             self.generator,
+            dataset.cost_max if self.limit.constraint == "cost" else None,
         )
-        self.multiplier = Multiplier(config.lagrangian, config.safety.epsilon)
+        self.multiplier = Multiplier(config.lagrangian, self.limit.share)
         restore_state(
             {
                 **{f"learner.{k}": v for k, v in self.learner.parts().items()},
@@ -186,21 +204,22 @@ class Finetuning:
             },
             pretrained,
         )
-        if not config.accident_constraint:
+        if not config.safety_constraint:
             self.multiplier.value.zero_()
-        self.monitor = AccidentMonitor(config.safety.epsilon, config.safety.confidence)
+        self.monitor = SafetyMonitor(self.limit, config.safety.confidence)
         threshold = pretrained_info["shield_threshold"]
         self.deployment = Deployment(
             self.networks.actor,
             self.critic,
-            config.safety,
+            self.limit,
+            config.safety.delta,
             config.acceptance,
             config.shielding,
             kl_limited=config.kl,
-            accident_limited=config.accident_constraint,
+            safety_limited=config.safety_constraint,
             shield_threshold=float(threshold) if config.shield and threshold is not None else None,
         )
-        self.recent: list[bool] = []
+        self.recent: list[float] = []
         self.steps = self.episodes = self.iterations = 0
         self.next_proposal = config.warmup_steps + config.iteration_steps
         self.stopped = ""
@@ -216,7 +235,7 @@ class Finetuning:
                 self.env, acting, self.deployment.shield, self.normalizer, seed, self.rng
             )
             previous = self.steps
-            self._remember(played.rows, played.accident)
+            self._remember(played)
             episode = Episode(
                 index=self.episodes,
                 seed=seed,
@@ -244,11 +263,20 @@ class Finetuning:
                 acting = NumpyActor(self.deployment.actor)
                 yield iteration
 
-    def _remember(self, rows: Tensor, accident: bool) -> None:
-        self.experience.add_episode(rows)
-        self.recent = [*self.recent, accident][-RECENT_EPISODES:]
-        self.monitor.update(accident, self.deployment.version)
-        self.steps += len(rows)
+    def _remember(self, played: PlayedEpisode) -> None:
+        self.experience.add_episode(played.rows)
+        outcome = self.limit.outcome(played.accident, played.cost)
+        self.recent = [*self.recent, outcome][-RECENT_EPISODES[self.limit.constraint] :]
+        self.monitor.update(played.accident, played.cost, self.deployment.version)
+        self.steps += len(played.rows)
+
+    def _reference(self, size: int) -> States:
+        """States for an estimate under the deployed policy: starts, and for a cost its visits."""
+        visited = None
+        if self.limit.constraint == "cost":
+            visited = self.experience.recent(self.config.visited_steps, size, self.generator)
+        starts = self.experience.start_states(size, self.generator)
+        return self.critic.reference_states(starts, visited, self.steps / self.episodes)
 
     def _update(self, *, critics_only: bool) -> dict[str, Tensor]:
         """UTD critic updates, one of the safety critic, one of the actor and the multiplier."""
@@ -267,16 +295,16 @@ class Finetuning:
                 risky,
                 weights,
                 self.deployment.actor,
-                experience.start_states(START_STATES, generator),
+                self._reference(REFERENCE_STATES),
                 generator,
                 floor=sum(self.recent) / len(self.recent),
             )
-            if config.accident_constraint and not critics_only:
-                self.multiplier.update(metrics["csc/v_accident"])
+            if config.safety_constraint and not critics_only:
+                self.multiplier.update(metrics["csc/estimate"])
         if not critics_only:
             metrics |= self.learner.update_actor(
                 batches[-1],
-                self.critic.risk if config.accident_constraint else None,
+                self.critic.risk if config.safety_constraint else None,
                 self.multiplier.value,
                 self.deployment.actor if config.kl else None,
                 self.deployment.kl_weight,
@@ -309,7 +337,7 @@ class Finetuning:
             self.networks.actor,
             self.experience.visited(config.visited_steps),
             self.steps / self.episodes,
-            self.experience.start_states(ESTIMATE_STATES, self.generator),
+            self._reference(ESTIMATE_STATES),
             self.monitor,
             self.generator,
         )
@@ -320,20 +348,25 @@ class Finetuning:
     def _iteration(
         self, decision: Decision, metrics: dict[str, float], *, rolled_back: bool
     ) -> Iteration:
-        spec, delta = self.config.safety, float(self.deployment.delta)
+        limit, delta = self.limit, float(self.deployment.delta)
         # Of the policy that acts from now on: the candidate, or the one that stays as it was.
         if decision.accepted or rolled_back:
             tail_limit = self.config.acceptance.tail_ratio * delta
             near = decision.kl_mean < delta and decision.kl_tail < tail_limit
-            satisfied = near and decision.v_candidate < spec.epsilon
+            satisfied = near and decision.v_candidate < limit.share
         else:
-            satisfied = decision.v_previous < spec.epsilon
+            satisfied = decision.v_previous < limit.share
+        decision = decision._replace(
+            v_previous=decision.v_previous * limit.scale,
+            v_candidate=decision.v_candidate * limit.scale,
+        )
         return Iteration(
             index=self.iterations - 1,
             step=self.steps,
             version=self.deployment.version,
             **decision._asdict(),
-            epsilon=spec.epsilon,
+            constraint=limit.constraint,
+            limit=limit.value,
             delta=delta,
             constraints_satisfied=satisfied,
             multiplier=float(self.multiplier.value),
@@ -368,7 +401,7 @@ class Finetuning:
             **self.deployment.info(),
             "next_proposal": self.next_proposal,
             "stopped": self.stopped,
-            "recent": [bool(x) for x in self.recent],
+            "recent": self.recent,
             "monitor": self.monitor.state_dict(),
             "rng": self.rng.bit_generator.state,
         }

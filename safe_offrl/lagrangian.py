@@ -1,4 +1,4 @@
-"""The Lagrange multiplier lambda of V_accident(s0) < epsilon, moved by dual ascent."""
+"""The Lagrange multiplier lambda of the safety constraint, moved by dual ascent."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safe_offrl.errors import ConfigError
 class LagrangianConfig:
     """Dual ascent: start, bound, and step of lambda (per update, times the relative excess).
 
-    ``aim`` is the share of epsilon that lambda steers towards. At 1 the learner sits on the limit,
-    every second proposal is refused, and lambda winds down to 0 while all is well.
+    ``aim`` is the share of the limit that lambda steers towards. At 1 the learner sits on the
+    limit, every second proposal is refused, and lambda winds down to 0 while all is well.
     """
 
     init: float = 3.0
@@ -33,20 +33,20 @@ class LagrangianConfig:
 
 
 class Multiplier:
-    """Projected dual ascent ``lambda <- clip(lambda + lr (v / (aim epsilon) - 1), 0, max)``.
+    """Projected dual ascent ``lambda <- clip(lambda + lr (v / (aim limit) - 1), 0, max)``.
 
     Started offline and carried online: a multiplier that starts at 0 leaves the first steps, the
     most dangerous ones, unconstrained. The excess is clipped to [-1, 1], so that a useless estimate
     early in training cannot throw lambda to its bound in a few hundred updates.
     """
 
-    def __init__(self, config: LagrangianConfig, epsilon: float) -> None:
+    def __init__(self, config: LagrangianConfig, limit: float) -> None:
         self.config = config
-        self.target = config.aim * epsilon
+        self.target = config.aim * limit
         self.value = torch.tensor(config.init)
 
-    def update(self, v_accident: Tensor) -> None:
-        """One step of dual ascent on an estimate of V_accident(s0), a scalar tensor."""
-        excess = (v_accident / self.target - 1.0).clamp(-1.0, 1.0)
+    def update(self, estimate: Tensor) -> None:
+        """One step of dual ascent on an estimate of what is limited, a scalar tensor."""
+        excess = (estimate / self.target - 1.0).clamp(-1.0, 1.0)
         self.value += self.config.learning_rate * excess
         self.value.clamp_(0.0, self.config.maximum)

@@ -43,6 +43,25 @@ def first_accident_target(
     return accidents + (1.0 - accidents) * (1.0 - terminated) * steps_left * next_values
 
 
+def cost_rate_target(
+    costs: Tensor,
+    terminated: Tensor,
+    next_time_to_go: Tensor,
+    next_values: Tensor,
+    discount: float,
+) -> Tensor:
+    """Bellman target for the discounted share of the largest cost from here to the horizon.
+
+    ``(1 - discount) c + discount (1 - terminated) 1[steps left] rho(s')``, c in [0, 1] in units of
+    the largest cost of a step: a weighted mean of the costs ahead, so values stay in [0, 1]; over
+    the states of an episode they sum to its cost but for the first 1 / (1 - discount) steps, see
+    :meth:`safe_offrl.safety_critic.SafetyCritic.reference_states`. Shapes: [..., B] -> [..., B].
+    """
+    _require_same_shape(costs, terminated, next_time_to_go, next_values)
+    steps_left = (next_time_to_go > 1e-6).to(next_values.dtype)
+    return (1.0 - discount) * costs + discount * (1.0 - terminated) * steps_left * next_values
+
+
 def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
     """Asymmetric square ``|expectile - 1(u < 0)| u^2`` (IQL, arXiv:2110.06169, eq. 5). [B] ->
     [B].

@@ -1,4 +1,4 @@
-"""The live accident monitor: what the episodes so far prove, and when to sound the alarm."""
+"""The live safety monitor: what the episodes so far prove, and when to sound the alarm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from safe_offrl.errors import ConfigError
+from safe_offrl.safety import Limit
 from safe_offrl.statistics import (
     AlarmState,
     alarm_log_evidence,
@@ -20,66 +21,80 @@ from safe_offrl.statistics import (
 )
 
 
-class AccidentMonitor:
+class SafetyMonitor:
     """Counts EVERY episode of a run (warm-up and evaluation included) and bounds what it means.
 
     A few microseconds per episode. Three statements, each at ``confidence``, each valid while one
-    is looking: the mean accident probability of all episodes so far (:attr:`run_level_upper_rate`),
-    the accident probability of the present version (:meth:`version_interval`), and "some policy
-    exceeded epsilon" (:attr:`alarm`). A version is a frozen policy together with its frozen shield;
-    whoever changes either must use a new version number.
+    is looking: the mean over all episodes so far (:attr:`upper_mean`), that of the present version
+    (:meth:`version_interval`), and "some policy exceeded the limit" (:attr:`alarm`). Each speaks of
+    what ``limit`` constrains: the accident probability, or the expected cost as a share of the
+    largest cost an episode can have. The tools were made for accidents, 0 or 1, and hold for any
+    outcome in [0, 1]: their factors are convex in the outcome, so 0 and 1 are the worst case. A
+    version is a frozen policy together with its frozen shield; whoever changes either must use a
+    new version number.
     """
 
-    def __init__(self, epsilon: float, confidence: float = 0.95) -> None:
-        self.epsilon = epsilon
+    def __init__(self, limit: Limit, confidence: float = 0.95) -> None:
+        self.limit = limit
         self.confidence = confidence
         self.episodes = 0
         self.accidents = 0
+        self.cost = 0.0
+        self.total = 0.0  # sum of the outcomes
         self.version: int | None = None  # that acted last
-        self._versions: dict[int, tuple[int, int]] = {}  # accidents, episodes; by first appearance
+        self._versions: dict[int, tuple[float, int]] = {}  # outcomes, episodes; by appearance
         self._alarm_state = alarm_start()
         self._alarm = False
         self._alarm_resets = 0
 
-    def update(self, accident: bool, version: int) -> None:
-        """Take in one complete episode of the deployed policy ``version``."""
+    def update(self, accident: bool, cost: float, version: int) -> None:
+        """Take in one complete episode of the deployed policy ``version``; ``cost`` is its sum."""
+        outcome = self.limit.outcome(accident, cost)
         self.episodes += 1
         self.accidents += accident
+        self.cost += cost
+        self.total += outcome
         self.version = version
-        k, n = self._versions.get(version, (0, 0))
-        self._versions[version] = (k + accident, n + 1)
-        self._alarm_state = alarm_update(self._alarm_state, accident, self.epsilon)
+        k, n = self._versions.get(version, (0.0, 0))
+        self._versions[version] = (k + outcome, n + 1)
+        alarming, limit = self.limit.alarm(accident, cost)
+        self._alarm_state = alarm_update(self._alarm_state, alarming, limit)
         # Sticky: crossing the threshold once is the proof, whatever follows.
         self._alarm = self._alarm or self.log_evidence >= self.alarm_threshold
 
     # --- the whole run ---
 
     @property
-    def rate(self) -> float:
+    def accident_rate(self) -> float:
         """Observed share of episodes with an accident; NaN before the first episode."""
         return self.accidents / self.episodes if self.episodes else math.nan
 
     @property
-    def run_level_upper_rate(self) -> float:
-        """Upper bound of the mean true accident probability of all episodes so far, at most 1."""
-        if not self.episodes:
-            return 1.0
-        return min(1.0, run_level_upper(self.accidents, self.confidence) / self.episodes)
+    def cost_mean(self) -> float:
+        """Observed cost per episode; NaN before the first episode."""
+        return self.cost / self.episodes if self.episodes else math.nan
 
     @property
-    def run_level_lower_rate(self) -> float:
+    def upper_mean(self) -> float:
+        """Upper bound of the mean true expectation of all episodes so far, at most 1."""
+        if not self.episodes:
+            return 1.0
+        return min(1.0, run_level_upper(self.total, self.confidence) / self.episodes)
+
+    @property
+    def lower_mean(self) -> float:
         """Lower bound of the same mean. Each bound alone is at ``confidence``."""
-        return run_level_lower(self.accidents, self.confidence) / max(1, self.episodes)
+        return run_level_lower(self.total, self.confidence) / max(1, self.episodes)
 
     # --- one version ---
 
-    def version_counts(self, version: int | None = None) -> tuple[int, int]:
-        """(accidents, episodes) of a version; of the one that acted last by default."""
+    def version_counts(self, version: int | None = None) -> tuple[float, int]:
+        """(sum of outcomes, episodes) of a version; of the one that acted last by default."""
         key = self.version if version is None else version
-        return (0, 0) if key is None else self._versions.get(key, (0, 0))
+        return (0.0, 0) if key is None else self._versions.get(key, (0, 0))
 
     def version_interval(self, version: int | None = None) -> tuple[float, float]:
-        """Interval of a version's accident probability, valid for all versions of the run at once.
+        """Interval of a version's expected outcome, valid for all versions of the run at once.
 
         The k-th version that acted gets the share 6 / (pi^2 k^2) of alpha; (0, 1) if it has not
         acted.
@@ -88,14 +103,14 @@ class AccidentMonitor:
         if key is None or key not in self._versions:
             return 0.0, 1.0
         ordinal = list(self._versions).index(key) + 1
-        accidents, episodes = self._versions[key]
-        return betabinomial_sequence(accidents, episodes, 1.0 - self._alpha_share(ordinal))
+        total, episodes = self._versions[key]
+        return betabinomial_sequence(total, episodes, 1.0 - self._alpha_share(ordinal))
 
     # --- alarm ---
 
     @property
     def alarm(self) -> bool:
-        """Whether the evidence that some policy exceeded epsilon has crossed 1 / alpha."""
+        """Whether the evidence that some policy exceeded the limit has crossed 1 / alpha."""
         return self._alarm
 
     @property
@@ -127,8 +142,10 @@ class AccidentMonitor:
         """Everything as JSON-able values; floats survive JSON exactly."""
         t, *floats = self._alarm_state
         return {
-            "epsilon": self.epsilon,
+            "limit": list(self.limit),
             "confidence": self.confidence,
+            "accidents": self.accidents,
+            "cost": self.cost,
             "version": self.version,
             "versions": [[v, k, n] for v, (k, n) in self._versions.items()],
             "alarm_state": [t, *(float(x) for x in floats)],
@@ -139,15 +156,17 @@ class AccidentMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
-        Raises ValueError if epsilon or confidence differ: the evidence was gathered for those.
+        Raises ValueError if limit or confidence differ: the evidence was gathered for those.
         """
-        if (state["epsilon"], state["confidence"]) != (self.epsilon, self.confidence):
+        if (state["limit"], state["confidence"]) != (list(self.limit), self.confidence):
             raise ValueError(
-                f"the monitor's state is for epsilon {state['epsilon']} and confidence "
-                f"{state['confidence']}, not {self.epsilon} and {self.confidence}"
+                f"the monitor's state is for the limit {state['limit']} and confidence "
+                f"{state['confidence']}, not {list(self.limit)} and {self.confidence}"
             )
         self._versions = {v: (k, n) for v, k, n in state["versions"]}
-        self.accidents = sum(k for k, _ in self._versions.values())
+        self.accidents = state["accidents"]
+        self.cost = state["cost"]
+        self.total = sum(k for k, _ in self._versions.values())
         self.episodes = sum(n for _, n in self._versions.values())
         self.version = state["version"]
         self._alarm_state = AlarmState(*state["alarm_state"])
@@ -157,47 +176,63 @@ class AccidentMonitor:
 
 @dataclass(frozen=True)
 class Certifiable:
-    """The best that a budget can prove, if not one accident happens."""
+    """The best that a budget can prove, if no accident happens and no cost is incurred.
+
+    ``fixed``, ``anytime`` and ``run_level`` are in the unit of what is constrained: a probability,
+    or a cost per episode.
+    """
 
     budget_steps: int
     horizon: int
-    epsilon: float
+    limit: Limit
     confidence: float
     episodes: int  # full-length; accidents and arrivals end episodes early and make them more
-    fixed: float  # smallest certifiable accident probability: one look at one frozen policy
+    fixed: float  # smallest certifiable value: one look at one frozen policy
     anytime: float  # looking all the time at one frozen policy
     run_level: float  # mean over the run, policies changing
-    episodes_needed_fixed: int  # accident-free episodes after which epsilon is certified
+    episodes_needed_fixed: int  # accident-free episodes after which the limit is certified
     episodes_needed_anytime: int
     episodes_needed_run_level: int
 
     @property
     def reachable(self) -> bool:
-        """Whether an accident-free run of full-length episodes certifies epsilon at run level."""
+        """Whether a run of full-length episodes without accident certifies the limit."""
         return self.episodes >= self.episodes_needed_run_level
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for --json."""
-        return asdict(self) | {"reachable": self.reachable}
+        return asdict(self) | {"limit": self.limit._asdict(), "reachable": self.reachable}
 
     def __str__(self) -> str:
         """One sentence for the header of a run."""
         start = (
             f"{self.budget_steps:,} steps are {self.episodes:,} episodes of {self.horizon:,} "
-            f"steps; without any accident they certify, at {100 * self.confidence:g} %, an "
-            f"accident probability below {self.run_level:.2%} for the run's mean and below "
-            f"{self.anytime:.2%} for one frozen policy"
+            "steps; without any "
         )
+        if self.limit.constraint == "accident":
+            start += (
+                f"accident they certify, at {100 * self.confidence:g} %, an accident probability "
+                f"below {self.run_level:.2%} for the run's mean and below {self.anytime:.2%} for "
+                "one frozen policy"
+            )
+            limit = f"epsilon {self.limit.value:g}"
+        else:
+            start += (
+                f"cost they certify, at {100 * self.confidence:g} %, an expected cost below "
+                f"{self.run_level:.3g} per episode for the run's mean and below {self.anytime:.3g} "
+                "for one frozen policy"
+            )
+            limit = f"the limit of {self.limit.value:g}"
         if self.reachable:
-            return f"{start} (epsilon {self.epsilon:g} is within reach)."
+            return f"{start} ({limit} is within reach)."
         return (
-            f"{start}: too few for epsilon {self.epsilon:g}, which needs "
-            f"{self.episodes_needed_run_level:,} accident-free episodes."
+            f"{start}: too few for {limit}, which needs {self.episodes_needed_run_level:,} "
+            f"{'accident' if self.limit.constraint == 'accident' else 'cost'}-free episodes."
         )
 
 
 def certifiable(
-    budget_steps: int, horizon: int, epsilon: float, confidence: float = 0.95
+    budget_steps: int, horizon: int, limit: Limit, confidence: float = 0.95
 ) -> Certifiable:
     """Say BEFORE a run what ``budget_steps`` can certify at best; ConfigError if not an episode."""
     episodes = budget_steps // horizon
@@ -206,13 +241,14 @@ def certifiable(
             f"A budget of {budget_steps:,} steps is less than one episode of {horizon:,} steps. "
             f"Give a --budget of at least {horizon}."
         )
-    best, needed = smallest_epsilon(episodes, confidence), episodes_needed(epsilon, confidence)
+    best = smallest_epsilon(episodes, confidence)
+    needed = episodes_needed(limit.share, confidence)
     return Certifiable(
         budget_steps=budget_steps,
         horizon=horizon,
-        epsilon=epsilon,
+        limit=limit,
         confidence=confidence,
         episodes=episodes,
-        **best._asdict(),
+        **{tool: value * limit.scale for tool, value in best._asdict().items()},
         **{f"episodes_needed_{tool}": n for tool, n in needed._asdict().items()},
     )

@@ -1,4 +1,4 @@
-"""Networks: ensembles as one batched matrix product, and the tanh-Gaussian actor."""
+"""Networks: ensembles as one batched matrix product, and the actor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN
+from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN, Categorical, Gaussian, Policy
 from safe_offrl.state import Part
 
 # Q(s, a) of all critics: [B, O], [B, A] -> [E, B]
@@ -90,7 +90,8 @@ def linear_layers(inputs: int, widths: Sequence[int], generator: torch.Generator
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian policy: observations [B, O] -> (mean, log_std), each [B, A].
+    """The policy's network: observations [B, O] -> a tanh-Gaussian over [-1, 1]^A, or, where
+    actions are ``discrete``, a categorical over A of them.
 
     The log standard deviation is squashed smoothly into [-5, 2], so its gradient never dies at a
     clip.
@@ -102,18 +103,25 @@ class Actor(nn.Module):
         action_size: int,
         hidden: Sequence[int],
         generator: torch.Generator,
+        *,
+        discrete: bool = False,
     ) -> None:
         super().__init__()
-        self.layers = linear_layers(observation_size, (*hidden, 2 * action_size), generator)
+        self.discrete = discrete
+        outputs = action_size if discrete else 2 * action_size
+        self.layers = linear_layers(observation_size, (*hidden, outputs), generator)
 
-    def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, observations: Tensor) -> Policy:
         """Typed entry to ``forward``; torch declares Any."""
         return super().__call__(observations)
 
-    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        mean, raw = self.layers(observations).chunk(2, dim=-1)
+    def forward(self, observations: Tensor) -> Policy:
+        outputs = self.layers(observations)
+        if self.discrete:
+            return Categorical(torch.log_softmax(outputs, dim=-1))
+        mean, raw = outputs.chunk(2, dim=-1)
         half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
-        return mean, LOG_STD_MIN + half_range * (torch.tanh(raw) + 1.0)
+        return Gaussian(mean, LOG_STD_MIN + half_range * (torch.tanh(raw) + 1.0))
 
 
 def descend_(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -153,8 +161,12 @@ class Networks:
         action_size: int,
         config: NetworkConfig,
         generator: torch.Generator,
+        *,
+        discrete: bool = False,
     ) -> None:
-        self.actor = Actor(observation_size, action_size, config.actor_hidden, generator)
+        self.actor = Actor(
+            observation_size, action_size, config.actor_hidden, generator, discrete=discrete
+        )
         self.critics = StackedMLP(
             config.critics,
             observation_size + action_size,

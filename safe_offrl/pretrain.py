@@ -5,6 +5,7 @@ A generator of records: logging, checkpoints and the screen belong to the caller
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,8 +72,18 @@ class PretrainConfig:
             )
 
 
+HELD_OUT_ROWS = 200_000  # transitions, about, that the critic is judged on: they lie in memory
+# What the cost constraint has for defaults. An action changes the cost rate ahead by a hundredth
+# where it changes an accident's probability by a tenth, so lambda must be larger; and where cost
+# has to be left behind rather than kept away from, only relative risk can teach the way out.
+COST_DEFAULTS: dict[str, Any] = {
+    "critic": {"target_gap": 0.005},
+    "lagrangian": {"init": 100.0, "maximum": 300.0},
+    "extraction": {"relative_risk": True, "risk_aversion": 100.0},
+}
+
 START_STATES = 64  # start states per update of the safety critic
-ESTIMATE_STATES = 2000  # policy actions behind one V_accident(s0) estimate
+ESTIMATE_STATES = 2000  # policy actions behind one estimate of what is constrained
 
 
 def discount_of(config: PretrainConfig) -> float:
@@ -90,10 +101,14 @@ class Pretraining:
         # A robot's joints, a plant's pressures: no network should have to learn their units.
         self.normalizer = train.normalizer()
         self.train = train.normalised(self.normalizer)
-        self.held_out = held_out.normalised(self.normalizer)
+        self.held_out = held_out.sample(HELD_OUT_ROWS, config.seed).normalised(self.normalizer)
         layout = dataset.layout
         self.networks = Networks(
-            layout.observation_size, layout.action_size, config.networks, self.generator
+            layout.observation_size,
+            layout.action_size,
+            config.networks,
+            self.generator,
+            discrete=dataset.discrete,
         )
         self.agent = AGENTS[config.agent](
             self.networks, layout, config.networks, config.agents, self.generator
@@ -107,18 +122,24 @@ class Pretraining:
             self.generator,
         )
         self.learner = RLPD(self.networks, layout.action_size, config.alignment)
+        self.limit = config.safety.limit(dataset.horizon, dataset.cost_max)
         self.critic = SafetyCritic(
             layout.observation_size,
             layout.action_size,
             dataset.horizon,
             config.critic,
             self.generator,
+            dataset.cost_max if self.limit.constraint == "cost" else None,
         )
-        self.multiplier = Multiplier(config.lagrangian, config.safety.epsilon)
+        if self.limit.constraint == "cost":
+            costs = self.train.episode_costs.sum() / dataset.cost_max / len(self.train.rows)
+            self.critic.start_from(math.log(costs / (1.0 - costs)) if 0.0 < costs < 1.0 else -3.0)
+        self.multiplier = Multiplier(config.lagrangian, self.limit.share)
         self.step = 0
         self.report: CalibrationReport | None = None
-        self._stratified = StratifiedSampler(self.train.transitions.accidents)
+        self._stratified = StratifiedSampler(self.train.column("accidents"))
         self._starts = self.train.initial_observations
+        self._steps_per_episode = float(self.train.episode_lengths.mean())
 
     @property
     def total_steps(self) -> int:
@@ -162,23 +183,41 @@ class Pretraining:
         starts = self._starts[
             torch.randint(len(self._starts), (START_STATES,), generator=generator)
         ]
-        metrics |= self.critic.update(risky, weights, self.networks.actor, starts, generator)
-        if not aligning:
-            self.multiplier.update(metrics["csc/v_accident"])
+        reference = self.critic.reference_states(starts, batch, self._steps_per_episode)
+        metrics |= self.critic.update(risky, weights, self.networks.actor, reference, generator)
+        # On the log's states the expected cost stays near the log's own whatever the policy does:
+        # dual ascent on it would only wind lambda up. Online the states are the policy's.
+        if not aligning and self.limit.constraint == "accident":
+            self.multiplier.update(metrics["csc/estimate"])
         return {**metrics, "lambda": self.multiplier.value}
 
     def estimate(self) -> RiskEstimate:
-        """V_accident(s0) of the present actor over the dataset's start states."""
+        """What is constrained, under the present actor: over the log's start states, or its states.
+
+        The states of the log are those of its behaviours, not of the actor: for the expected cost
+        the estimate is of first order in what sets them apart.
+        """
         generator = torch.Generator().manual_seed(self.config.seed)
         index = torch.randint(len(self._starts), (ESTIMATE_STATES,), generator=generator)
-        return self.critic.estimate(self.networks.actor, self._starts[index], generator)
+        logged = None
+        if self.limit.constraint == "cost":
+            batches = uniform_batches(
+                self.train.rows, self.train.layout, 1, ESTIMATE_STATES, generator
+            )
+            logged = Batch(*(x[0] for x in batches))
+        reference = self.critic.reference_states(
+            self._starts[index], logged, self._steps_per_episode
+        )
+        return self.critic.estimate(self.networks.actor, reference, generator)
 
     def calibration(self) -> CalibrationReport:
         """The report on the safety critic, made when training ends."""
         return self.report or self._calibrate()
 
     def _calibrate(self) -> CalibrationReport:
-        return calibrate_critic(self.critic, self.networks.actor, self.held_out, self.estimate())
+        return calibrate_critic(
+            self.critic, self.networks.actor, self.held_out, self.estimate(), self.limit
+        )
 
     def _parts(self) -> dict[str, Part]:
         return {

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from safe_offrl.monitor import AccidentMonitor
-from safe_offrl.safety import SafetySpec
+from safe_offrl.monitor import SafetyMonitor
+from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
 
 Say = Callable[[str], None]
@@ -100,11 +100,12 @@ class OnlineCurves:
     exactly the same curves.
     """
 
-    def __init__(self, safety: SafetySpec, budget: int) -> None:
-        self._safety = safety
+    def __init__(self, limit: Limit, confidence: float, budget: int) -> None:
+        self._limit = limit
         self._budget = budget
-        self._monitor = AccidentMonitor(safety.epsilon, safety.confidence)
+        self._monitor = SafetyMonitor(limit, confidence)
         self._returns: list[float] = []
+        self._costs: list[float] = []
         self._iteration: dict[str, Any] = {}
         self._iterations = 0
         self._accepted = 0
@@ -120,8 +121,9 @@ class OnlineCurves:
     def add_episode(self, episode: Episode) -> bool:
         """Count an episode; returns whether a point of the curves is due."""
         before, self.step = self.step, episode.total_steps
-        self._monitor.update(episode.accident, episode.version)
+        self._monitor.update(episode.accident, episode.cost, episode.version)
         self._returns.append(episode.episode_return)
+        self._costs.append(episode.cost)
         return before // LOG_EVERY != self.step // LOG_EVERY
 
     def add_iteration(self, iteration: dict[str, Any]) -> None:
@@ -137,23 +139,30 @@ class OnlineCurves:
     @property
     def recent_return(self) -> float:
         """Mean return of the last 50 episodes."""
-        recent = self._returns[-50:]
-        return sum(recent) / len(recent) if recent else math.nan
+        return _mean(self._returns[-50:])
 
     @property
-    def v_accident(self) -> float:
+    def recent_cost(self) -> float:
+        """Mean cost of the last 10 episodes."""
+        return _mean(self._costs[-10:])
+
+    @property
+    def estimate(self) -> float:
         """Estimate of the deployed policy: the candidate's if it was accepted, else the old one."""
         return self._decision("v_candidate" if self._iteration.get("accepted") else "v_previous")
 
     def values(self) -> dict[str, float]:
         """One point of every curve that moves with the episodes."""
-        monitor = self._monitor
+        monitor, scale = self._monitor, self._limit.scale
+        bounds = {"lower": monitor.lower_mean * scale, "upper": monitor.upper_mean * scale}
+        limited = "accident_rate" if self._limit.constraint == "accident" else "cost_mean"
         return {
-            "safety/accident_rate": monitor.rate,
-            "safety/accident_rate_lower": monitor.run_level_lower_rate,
-            "safety/accident_rate_upper": monitor.run_level_upper_rate,
+            "safety/accident_rate": monitor.accident_rate,
             "safety/accidents_total": float(monitor.accidents),
-            "safety/epsilon": self._safety.epsilon,
+            "safety/cost_mean": monitor.cost_mean,
+            "safety/cost_recent": self.recent_cost,
+            **{f"safety/{limited}_{side}": value for side, value in bounds.items()},
+            f"safety/{self._limit.name}": self._limit.value,
             "safety/alarm_log_evidence": monitor.log_evidence,
             "online/return": self.recent_return,
             "budget/spent": self.step / self._budget,
@@ -162,23 +171,36 @@ class OnlineCurves:
     def trust(self) -> dict[str, float]:
         """Estimate of the policy that acts from here on, and share of accepted candidates."""
         return {
-            "safety/v_accident_estimate": self.v_accident,
+            f"safety/{self._limit.quantity}_estimate": self.estimate,
             "trust/accepted": self._accepted / self._iterations,
         }
 
     def line(self) -> str:
         """The progress line, without the step count and the remaining time."""
-        monitor = self._monitor
-        parts = [
-            f"accidents {monitor.accidents}",
-            f"rate {monitor.rate:.3f} (<= {monitor.run_level_upper_rate:.3f})",
-            f"return {self.recent_return:.2f}",
-        ]
-        if not math.isnan(self.v_accident):
+        monitor, limit = self._monitor, self._limit
+        if limit.constraint == "accident":
+            parts = [
+                f"accidents {monitor.accidents}",
+                f"rate {monitor.accident_rate:.3f} (<= {monitor.upper_mean:.3f})",
+            ]
+            estimate = f"V_acc {self.estimate:.3f}"
+        else:
+            parts = [
+                f"cost {monitor.cost_mean:.1f} an episode",
+                f"last 10: {self.recent_cost:.1f} (limit {limit.value:g})",
+                f"accidents {monitor.accidents} of {monitor.episodes}",
+            ]
+            estimate = f"estimate {self.estimate:.1f}"
+        parts.append(f"return {self.recent_return:.2f}")
+        if not math.isnan(self.estimate):
             kl = max(self._decision("kl_forward_mean"), self._decision("kl_reverse_mean"))
             parts += [
                 f"KL {kl:.4f}",
-                f"V_acc {self.v_accident:.3f}",
+                estimate,
                 f"accepted {100 * self._accepted / self._iterations:.0f} %",
             ]
         return " | ".join(parts)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

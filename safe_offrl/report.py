@@ -28,9 +28,11 @@ from safe_offrl.statistics import (
     run_level_interval,
     run_level_upper,
 )
+from safe_offrl.types import Episode
 
 EARLY_STEPS = 5_000  # where most accidents of fine-tuning happen
-LAST_EPISODES = 100  # behind "final return"
+LAST_EPISODES = 100  # behind "final return" and "final cost", at most ...
+LAST_SHARE = 0.2  # ... and of those that began in this last share of a run's steps
 BOOTSTRAP_SEED = 0  # so that the same runs give the same table
 
 
@@ -72,17 +74,21 @@ class Row:
     per_1000_steps: Interval
     early_accidents: int  # in episodes that ended within the first EARLY_STEPS steps of a run
     certified_rate: float
+    cost: Mean  # per episode, over the whole run
+    final_cost: Mean
     final_return: Mean
     evaluated_return: Mean
+    evaluated_cost: Mean
     evaluated_rate: Interval  # Clopper-Pearson: one look at a fixed number of episodes
     evaluated_episodes: int
     iterations: int
     accepted: int
     violations: int | None  # None for a method without constraints
     recovering: int
-    estimate: Mean  # V_accident(s0) of the final policies, to be held against evaluated_rate
-    # Iterations whose acting policy's estimate was not below epsilon; None if never measured.
-    above_epsilon: int | None
+    constraint: str  # what the estimate is of: "accident" or "cost"
+    estimate: Mean  # for the final policies, to be held against evaluated_rate or evaluated_cost
+    # Iterations whose acting policy's estimate was not below the limit; None if never measured.
+    above_limit: int | None
 
     @property
     def accepted_share(self) -> float:
@@ -101,6 +107,7 @@ class Pairing:
     accident_ratio: RateRatio  # per step, exact (conditional binomial)
     return_ratio: Interval  # of summed final returns, bootstrap over pairs; NaN unless both > 0
     return_difference: Interval  # mean over pairs
+    cost_ratio: Interval  # of costs per step; NaN unless both are above 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,10 @@ def _row(runs: Sequence[RunData], *, pooled: bool = False) -> Row:
     evaluations = [run.evaluation for run in runs if run.evaluation is not None]
     evaluated = sum(e.episodes for e in evaluations)
     evaluated_accidents = sum(e.accidents for e in evaluations)
-    final = [_mean([e.episode_return for e in run.episodes[-LAST_EPISODES:]]) for run in runs]
+    last = [final_episodes(run) for run in runs]
+    final = [_mean([e.episode_return for e in episodes]) for episodes in last]
+    final_costs = [_mean([e.cost for e in episodes]) for episodes in last]
+    costs = [_mean([e.cost for e in run.episodes]) for run in runs]
     measured = any(not math.isnan(d.v_deployed) for d in decisions)
     upper = run_level_upper(accidents, confidence) / len(episodes) if episodes else 1.0
     return Row(
@@ -168,10 +178,13 @@ def _row(runs: Sequence[RunData], *, pooled: bool = False) -> Row:
         per_1000_steps=_rate(accidents, steps / 1000, confidence),
         early_accidents=sum(e.accident for e in episodes if e.total_steps <= EARLY_STEPS),
         certified_rate=min(1.0, upper),
-        final_return=final[0] if len(runs) == 1 else _mean([m.value for m in final]),
-        evaluated_return=Mean(evaluations[0].mean_return, evaluations[0].return_standard_error)
-        if len(evaluations) == 1
-        else _mean([e.mean_return for e in evaluations]),
+        cost=_over_runs(costs),
+        final_cost=_over_runs(final_costs),
+        final_return=_over_runs(final),
+        evaluated_return=_over_runs(
+            [Mean(e.mean_return, e.return_standard_error) for e in evaluations]
+        ),
+        evaluated_cost=_over_runs([Mean(e.mean_cost, e.cost_standard_error) for e in evaluations]),
         evaluated_rate=Interval(
             evaluated_accidents / evaluated,
             *clopper_pearson(evaluated_accidents, evaluated, confidence),
@@ -183,10 +196,25 @@ def _row(runs: Sequence[RunData], *, pooled: bool = False) -> Row:
         accepted=sum(d.accepted for d in decisions),
         violations=sum(d.violation for d in decisions) if runs[0].constrained else None,
         recovering=sum(d.recovering for d in decisions),
+        constraint=runs[0].constraint,
         estimate=_mean([run.estimate for run in runs]),
         # Written so that a single NaN among the estimates counts as above.
-        above_epsilon=sum(not d.v_deployed < d.epsilon for d in decisions) if measured else None,
+        above_limit=sum(not d.v_deployed < d.limit for d in decisions) if measured else None,
     )
+
+
+def final_episodes(run: RunData) -> list[Episode]:
+    """The episodes that say how a run ended; see LAST_EPISODES and LAST_SHARE."""
+    if not run.episodes:
+        return []
+    begin = (1.0 - LAST_SHARE) * run.episodes[-1].total_steps
+    last = [e for e in run.episodes[-LAST_EPISODES:] if e.total_steps - e.steps >= begin]
+    return last or run.episodes[-1:]
+
+
+def _over_runs(means: Sequence[Mean]) -> Mean:
+    """One run's own mean and error; of several, the mean of their means and its error."""
+    return means[0] if len(means) == 1 else _mean([m.value for m in means])
 
 
 def _rate(accidents: int, exposure: float, confidence: float, most: float = math.inf) -> Interval:
@@ -214,16 +242,25 @@ def _pair(first: Sequence[RunData], second: Sequence[RunData]) -> Pairing | None
         return None
     a, b = (_row(side, pooled=True) for side in zip(*pairs, strict=True))
     returns = np.array([[_row([run]).final_return.value for run in pair] for pair in pairs])
+    costs = np.array([[_cost_per_step(run) for run in pair] for pair in pairs])
     confidence = min(run.confidence for pair in pairs for run in pair)
 
-    def interval(statistic: Callable[[NDArray[np.float64]], float]) -> Interval:
+    def interval(
+        values: NDArray[np.float64], statistic: Callable[[NDArray[np.float64]], float]
+    ) -> Interval:
         if len(pairs) == 1:
-            return Interval(statistic(returns), math.nan, math.nan)
+            return Interval(statistic(values), math.nan, math.nan)
         rng = np.random.default_rng(BOOTSTRAP_SEED)
         return Interval(
-            statistic(returns),
-            *bootstrap_interval([returns], statistic, rng, confidence=confidence),
+            statistic(values),
+            *bootstrap_interval([values], statistic, rng, confidence=confidence),
         )
+
+    def ratio(values: NDArray[np.float64]) -> Interval:
+        # A ratio means something only while every value is positive.
+        if not (values > 0).all():
+            return _NOTHING
+        return interval(values, lambda x: float(x[:, 0].sum() / x[:, 1].sum()))
 
     return Pairing(
         first=a.method,
@@ -231,12 +268,14 @@ def _pair(first: Sequence[RunData], second: Sequence[RunData]) -> Pairing | None
         pairs=len(pairs),
         accidents=(a.accidents, b.accidents),
         accident_ratio=rate_ratio(a.accidents, a.steps, b.accidents, b.steps, confidence),
-        # A ratio of returns means something only while every return is positive.
-        return_ratio=interval(lambda x: float(x[:, 0].sum() / x[:, 1].sum()))
-        if (returns > 0).all()
-        else _NOTHING,
-        return_difference=interval(lambda x: float((x[:, 0] - x[:, 1]).mean())),
+        return_ratio=ratio(returns),
+        return_difference=interval(returns, lambda x: float((x[:, 0] - x[:, 1]).mean())),
+        cost_ratio=ratio(costs),
     )
+
+
+def _cost_per_step(run: RunData) -> float:
+    return sum(e.cost for e in run.episodes) / run.episodes[-1].total_steps
 
 
 def _notes(data: Sequence[RunData], by_method: Mapping[str, Sequence[RunData]]) -> list[str]:
@@ -244,7 +283,7 @@ def _notes(data: Sequence[RunData], by_method: Mapping[str, Sequence[RunData]]) 
     notes = []
     for what, values in (
         ("environments", {run.env_id for run in data}),
-        ("epsilon", {f"{run.epsilon:g}" for run in data if not math.isnan(run.epsilon)}),
+        ("constraint", {f"{r.constraint} < {r.limit:g}" for r in data if not math.isnan(r.limit)}),
         ("budgets", {f"{run.budget:,}" for run in data if run.budget is not None}),
     ):
         if len(values) > 1:

@@ -61,6 +61,15 @@ _LAYOUT = {
             ],
         ],
         "accidents so far": ["Multiline", ["safety/accidents_total"]],
+        "cost per episode against its limit": [
+            "Multiline",
+            [
+                "safety/cost_mean$",
+                "safety/cost_recent",
+                "safety/expected_cost_estimate",
+                "safety/cost_limit",
+            ],
+        ],
     },
     "Trust region": {"KL against delta": ["Multiline", ["trust/kl$", "trust/delta"]]},
 }

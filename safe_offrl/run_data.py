@@ -17,7 +17,8 @@ from safe_offrl.errors import RunError
 from safe_offrl.run import RunDir
 from safe_offrl.types import Episode
 
-_SWITCHES = {"kl": "no-kl", "accident_constraint": "no-accident-constraint", "shield": "no-shield"}
+_LIMIT_KEYS = {"accident": "epsilon", "cost": "cost_limit"}
+_SWITCHES = {"kl": "no-kl", "safety_constraint": "no-safety-constraint", "shield": "no-shield"}
 
 
 class Evaluation(NamedTuple):
@@ -27,6 +28,8 @@ class Evaluation(NamedTuple):
     accidents: int
     mean_return: float
     return_standard_error: float
+    mean_cost: float
+    cost_standard_error: float
 
 
 class Decision(NamedTuple):
@@ -37,14 +40,14 @@ class Decision(NamedTuple):
     verdict: bool  # "both constraints satisfied", as the acceptance step saw it
     kl: float  # larger mean of the two directions
     delta: float
-    v_candidate: float
+    v_candidate: float  # estimates in the unit of the limit: a probability, or a cost per episode
     v_deployed: float  # of the policy that acted, measured again in this iteration
-    epsilon: float
+    limit: float
 
     @property
     def recovering(self) -> bool:
-        """Accepted by the exception: the predecessor exceeds epsilon and the estimate improves."""
-        improves = self.epsilon <= self.v_candidate < self.v_deployed
+        """Accepted by the exception: the predecessor exceeds the limit, the estimate improves."""
+        improves = self.limit <= self.v_candidate < self.v_deployed
         return self.accepted and improves and self.kl < self.delta
 
     @property
@@ -54,7 +57,7 @@ class Decision(NamedTuple):
         The verdict is checked against the numbers: an acceptance that they do not bear out (NaN
         included) is a violation too.
         """
-        satisfied = self.verdict and self.kl < self.delta and self.v_candidate < self.epsilon
+        satisfied = self.verdict and self.kl < self.delta and self.v_candidate < self.limit
         return self.accepted and not satisfied and not self.recovering
 
 
@@ -70,23 +73,24 @@ class RunData:
     pretrained: str  # identity of the policy it started from; pairs runs together with the seed
     env_id: str
     budget: int | None
-    epsilon: float
+    constraint: str  # "accident" or "cost"
+    limit: float  # epsilon, or the cost limit; NaN if unknown
     confidence: float
     episodes: list[Episode]
     constrained: bool  # whether an acceptance step decided who acts
     decisions: list[Decision]
     evaluation: Evaluation | None
-    estimate: float  # V_accident(s0) of the final policy by the safety critic; NaN if unknown
+    estimate: float  # of what is constrained, final policy, by the safety critic; NaN if unknown
 
 
 def method_label(settings: Mapping[str, Any]) -> str:
     """Name of a fine-tuning configuration by what is switched off.
 
-    >>> method_label({"kl": True, "accident_constraint": True, "shield": True})
+    >>> method_label({"kl": True, "safety_constraint": True, "shield": True})
     'constrained'
-    >>> method_label({"kl": False, "accident_constraint": True, "shield": False})
+    >>> method_label({"kl": False, "safety_constraint": True, "shield": False})
     'no-kl no-shield'
-    >>> method_label({"kl": False, "accident_constraint": False, "shield": False})
+    >>> method_label({"kl": False, "safety_constraint": False, "shield": False})
     'rlpd (all off)'
     """
     off = [label for key, label in _SWITCHES.items() if not settings.get(key, True)]
@@ -112,6 +116,7 @@ def read_run(path: Path, group_by: str | None = None) -> RunData:
             method = method_label(settings) if kind == "finetune" else "pretrained (frozen)"
         origin = inputs.get("pretrained_sha256") or inputs.get("pretrained") or settings.get("run")
         decisions = [_decision(line) for line in run.iterations()]
+        constraint = str(safety.get("constraint", "accident"))
         return RunData(
             name=run.name,
             kind=kind,
@@ -121,7 +126,8 @@ def read_run(path: Path, group_by: str | None = None) -> RunData:
             pretrained=str(origin or ""),
             env_id=str(inputs.get("env_id") or settings.get("env") or "unknown"),
             budget=int(settings["budget"]) if "budget" in settings else None,
-            epsilon=float(safety.get("epsilon", math.nan)),
+            constraint=constraint,
+            limit=float(safety.get(_LIMIT_KEYS[constraint], math.nan)),
             confidence=float(safety.get("confidence", 0.95)),
             episodes=run.episodes(),
             constrained=kind == "finetune" and any(settings.get(key, True) for key in _SWITCHES),
@@ -171,6 +177,8 @@ def _read_evaluation(run: RunDir) -> Evaluation | None:
         accidents=int(values["accidents"]),
         mean_return=float(values["mean_return"]),
         return_standard_error=math.nan if error is None else float(error),
+        mean_cost=float(values["mean_cost"]),
+        cost_standard_error=float(values["cost_standard_error"]),
     )
 
 
@@ -178,7 +186,7 @@ def _estimate(run: RunDir, decisions: Sequence[Decision]) -> float:
     """The calibration report's estimate, or the last iteration's for the policy that acts on."""
     if run.kind == "pretrain":
         has_report = (run.path / "calibration.json").is_file()
-        return float(run.read_json("calibration.json")["v_accident"]) if has_report else math.nan
+        return float(run.read_json("calibration.json")["estimate"]) if has_report else math.nan
     measured = [d for d in decisions if not math.isnan(d.v_candidate)]
     if not measured:
         return math.nan
@@ -197,5 +205,5 @@ def _decision(line: Mapping[str, Any]) -> Decision:
         delta=float(number["delta"]),
         v_candidate=float(number["v_candidate"]),
         v_deployed=float(number["v_previous"]),
-        epsilon=float(number["epsilon"]),
+        limit=float(number["limit"]),
     )

@@ -4,26 +4,74 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from safe_offrl.errors import ConfigError
+
+ALARM_RANGE = 4.0  # limits: an episode that costs more than this counts as this in the alarm
+
+
+class Limit(NamedTuple):
+    """What is constrained, in the safety critic's unit: a share in [0, 1] of ``scale``.
+
+    Of the accident probability, ``scale`` is 1 and ``share`` is epsilon. Of the expected cost,
+    ``scale`` is the largest cost that an episode can have and ``share`` the limit divided by it.
+    """
+
+    constraint: str  # "accident" or "cost"
+    share: float
+    scale: float
+
+    @property
+    def value(self) -> float:
+        """The limit in its own unit: a probability, or a cost per episode."""
+        return self.share * self.scale
+
+    @property
+    def name(self) -> str:
+        """Of the limit, in curves and tables."""
+        return "epsilon" if self.constraint == "accident" else "cost_limit"
+
+    @property
+    def quantity(self) -> str:
+        """Of what is limited, in curves and tables."""
+        return "v_accident" if self.constraint == "accident" else "expected_cost"
+
+    def outcome(self, accident: bool, cost: float) -> float:
+        """What an episode contributes, in [0, 1]; its mean is what is constrained."""
+        return float(accident) if self.constraint == "accident" else min(cost / self.scale, 1.0)
+
+    def alarm(self, accident: bool, cost: float) -> tuple[float, float]:
+        """(outcome in [0, 1], limit of its mean) for the alarm.
+
+        A cost is cut off at :data:`ALARM_RANGE` limits, which can only lower its mean: evidence
+        against the cut cost is evidence against the cost, and far quicker than over the full range.
+        """
+        if self.constraint == "accident":
+            return float(accident), self.share
+        return min(cost / (ALARM_RANGE * self.value), 1.0), 1.0 / ALARM_RANGE
 
 
 @dataclass(frozen=True)
 class SafetySpec:
     """The safety contract of a run; saved with the data and with the run.
 
-    ``accident``: "cost" (``info["cost"] > cost_threshold``), "terminated", or
-    "package.module:function" with the signature
-    ``f(observation, action, next_observation, reward, terminated, truncated, info) -> bool``.
-    ``epsilon`` bounds V_accident(s0), the probability of at least one accident within the horizon;
+    ``accident``: "cost" (``info["cost"] > cost_threshold``), "episode_cost" (the cost summed over
+    the episode exceeds ``cost_threshold``), "terminated", or "package.module:function" with the
+    signature ``f(observation, action, next_observation, reward, terminated, truncated, info)``.
+    ``constraint`` is what is limited: "accident", V_accident(s0) < ``epsilon``, the probability of
+    at least one accident within the horizon; or "cost", the expected undiscounted cost per episode
+    < ``cost_limit`` (the CMDP of OmniSafe and DSRL). Both are counted and reported either way.
     ``delta`` bounds KL(pi || pi_prev) in nats; ``confidence`` is that of every reported bound.
-    ``horizon`` is the number of steps within which an accident counts; None takes the
+    ``horizon`` is the number of steps of an episode within which both count; None takes the
     environment's own time limit.
     """
 
     accident: str = "cost"
     cost_threshold: float = 0.0
     horizon: int | None = None
+    constraint: str = "accident"
+    cost_limit: float = 25.0
     epsilon: float = 0.1
     delta: float = 0.05
     confidence: float = 0.95
@@ -55,8 +103,40 @@ class SafetySpec:
                 f"safety.cost_threshold is {self.cost_threshold}, but a finite number is needed. "
                 "Try 0."
             )
-        if self.accident not in ("cost", "terminated") and ":" not in self.accident:
+        if self.accident not in ("cost", "episode_cost", "terminated") and (
+            ":" not in self.accident
+        ):
             raise ConfigError(
                 f'safety.accident is "{self.accident}", which is no accident rule. Use "cost", '
-                '"terminated" or "package.module:function".'
+                '"episode_cost", "terminated" or "package.module:function".'
             )
+        if self.accident == "episode_cost" and not self.cost_threshold > 0.0:
+            raise ConfigError(
+                'The accident rule "episode_cost" needs the cost that an episode may have. Set '
+                "safety.cost_threshold above 0, for example 25."
+            )
+        if self.constraint not in ("accident", "cost"):
+            raise ConfigError(
+                f'safety.constraint is "{self.constraint}", but only "accident" (below epsilon) '
+                'and "cost" (expected cost per episode below cost_limit) can be constrained.'
+            )
+        if not 0.0 < self.cost_limit < math.inf:
+            raise ConfigError(
+                f"safety.cost_limit is {self.cost_limit}, but a finite cost per episode above 0 is "
+                "needed. Try 25, the limit of OmniSafe's benchmarks."
+            )
+
+    def limit(self, horizon: int, cost_max: float) -> Limit:
+        """The constraint in the critic's unit; ``cost_max`` is the largest cost of a step.
+
+        Raises ConfigError for a cost limit that no episode could ever exceed.
+        """
+        if self.constraint == "accident":
+            return Limit("accident", self.epsilon, 1.0)
+        scale = horizon * cost_max
+        if self.cost_limit >= scale:
+            raise ConfigError(
+                f"safety.cost_limit is {self.cost_limit:g}, but {horizon:,} steps of cost at most "
+                f"{cost_max:g} never exceed {scale:g}. Lower the limit."
+            )
+        return Limit("cost", self.cost_limit / scale, scale)

@@ -1,6 +1,10 @@
-"""The conservative safety critic (CSC): the probability of an accident before the horizon.
+"""The conservative safety critic (CSC): the probability of an accident, or the expected cost.
 
-An ensemble of E networks gives logits of Q_C(s, time to go, a). Every member bootstraps from its
+An ensemble of E networks gives logits of Q_C(s, time to go, a). Of the accident constraint Q_C is
+the probability of an accident before the horizon, undiscounted. Of the cost constraint it is the
+discounted mean of the costs ahead, as a share of the largest cost of a step: episodes of a thousand
+steps are too long for undiscounted bootstrapping, and the expected cost of an episode is a weighted
+sum of these short-sighted values over its states. Every member bootstraps from its
 own target, so errors do not leak between them. The first ``reference`` members learn by plain TD;
 the others are also pushed up at the policy's actions with weight alpha, and alpha is found by dual
 ascent such that their V_accident(s0) exceeds the reference's by a stated gap (and, online, the
@@ -18,12 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_offrl.distributions import sample
 from safe_offrl.errors import ConfigError
-from safe_offrl.losses import accident_td_loss, first_accident_target, push_up_loss
+from safe_offrl.losses import (
+    accident_td_loss,
+    cost_rate_target,
+    first_accident_target,
+    push_up_loss,
+)
 from safe_offrl.nets import Actor, StackedMLP, descend_, polyak_
 from safe_offrl.state import Part
-from safe_offrl.types import Batch
+from safe_offrl.types import Batch, States
 
 LOG_ALPHA_MIN = -12.0  # 6e-6: no pressure to speak of, and a way back up
 
@@ -32,9 +40,11 @@ LOG_ALPHA_MIN = -12.0  # 6e-6: no pressure to speak of, and a way back up
 class SafetyCriticConfig:
     """Settings of the safety critic.
 
-    ``target_gap`` (probability) is how far V_accident(s0) of the pushed members shall stand above
-    plain TD's; ``alpha_max`` bounds the pressure used to get there. ``positive_share`` of each
-    batch are accidents, drawn on purpose and weighted back to their true frequency.
+    ``target_gap`` (in the unit of the constraint's share: a probability, or a share of the largest
+    possible episode cost) is how far the estimate of the pushed members shall stand above plain
+    TD's; ``alpha_max`` bounds the pressure used to get there. ``positive_share`` of each batch are
+    accidents, drawn on purpose and weighted back to their true frequency. ``cost_discount`` is for
+    the cost constraint only: its critic looks 1 / (1 - cost_discount) steps ahead.
     """
 
     members: int = 5
@@ -47,6 +57,7 @@ class SafetyCriticConfig:
     alpha_init: float = 1e-3
     alpha_max: float = 0.1
     alpha_learning_rate: float = 0.01
+    cost_discount: float = 0.99
 
     def __post_init__(self) -> None:
         """Refuse what would leave no member to push, or no target to push towards."""
@@ -66,10 +77,18 @@ class SafetyCriticConfig:
                 f"{self.alpha_init}, but a share in [0, 1) and an alpha in (0, alpha_max] are "
                 "needed. Try 0.25 and 0.001."
             )
+        if not 0.0 < self.cost_discount < 1.0:
+            raise ConfigError(
+                f"critic.cost_discount is {self.cost_discount}, but a number strictly between 0 "
+                "and 1 is needed. Try 0.99."
+            )
 
 
 class RiskEstimate(NamedTuple):
-    """V_accident(s0): conservative mean, its one-sided upper limit, and plain TD's mean."""
+    """The constrained quantity: conservative mean, one-sided upper limit, and plain TD's mean.
+
+    In the critic's unit: V_accident(s0), or the cost of an episode as a share of its largest.
+    """
 
     value: float
     upper: float
@@ -86,9 +105,12 @@ class SafetyCritic:
         horizon: int,
         config: SafetyCriticConfig,
         generator: torch.Generator,
+        cost_max: float | None = None,
     ) -> None:
+        """``cost_max``, the largest cost of a step, makes it the critic of the expected cost."""
         self.config = config
         self.horizon = horizon
+        self.cost_max = cost_max
         self.net = StackedMLP(
             config.members,
             observation_size + 1 + action_size,
@@ -96,10 +118,9 @@ class SafetyCritic:
             layer_norm=True,
             generator=generator,
         )
-        # Accidents are rare: start from "unlikely" instead of from a coin flip.
-        with torch.no_grad():
-            self.net.output.bias.fill_(-3.0)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
+        # Accidents are rare: start from "unlikely" instead of from a coin flip.
+        self.start_from(-3.0)
         self.log_alpha = torch.tensor(config.alpha_init).log()
         self.optimizer = torch.optim.Adam(
             self.net.parameters(), lr=config.learning_rate, fused=True
@@ -107,6 +128,15 @@ class SafetyCritic:
         pushed = torch.ones(config.members)
         pushed[: config.reference] = 0.0
         self._pushed = pushed
+
+    @torch.no_grad()
+    def start_from(self, logit: float) -> None:
+        """Set every value to about this logit, before training: the log's mean cost, for example.
+
+        A value far from it is a thousand updates away, and all bootstrap from it meanwhile.
+        """
+        for net in (self.net, self.target):
+            net.output.bias.fill_(logit)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
@@ -133,53 +163,115 @@ class SafetyCritic:
         logits = self.logits(observations, time_to_go, actions)
         return torch.sigmoid(logits[self.config.reference :]).mean(0)
 
+    def risk_under(
+        self, actor: Actor, observations: Tensor, time_to_go: Tensor, noise: Tensor
+    ) -> Tensor:
+        """E_pi Q_C at observations [B, O], the policy's actions driven by noise [B, A] -> [B]."""
+        policy = actor(observations).quadrature(noise)
+        risk = self.risk(policy.repeat(observations), policy.repeat(time_to_go), policy.actions)
+        return policy.expect(risk)
+
+    def reference_states(
+        self, starts: Tensor, visited: Batch | None, steps_per_episode: float
+    ) -> States:
+        """States and weights whose weighted sum of Q_C under a policy is the constrained quantity.
+
+        Accident probability: the start states [S, O], alone. Expected cost: with ``visited`` states
+        of the policy's own episodes (of L steps on average), n = 1 / (1 - discount) and the horizon
+        H, ``J / (H cost_max) = ((n - 1) E_s0[rho] + L E_visited[rho]) / H``. In words: a cost at
+        step j enters the values of the steps before it with the weights discount^k / n, which sum
+        to 1 - discount^(j + 1); what is missing of the early costs, the start states hold.
+        """
+        if self.cost_max is None:
+            return States.at_start(starts)
+        assert visited is not None
+        ones = starts.new_ones(len(starts))
+        reach = 1.0 / (1.0 - self.config.cost_discount)
+        share = (reach - 1.0) / self.horizon, steps_per_episode / self.horizon
+        visits = visited.time_to_go
+        return States(
+            torch.cat([starts, visited.observations]),
+            torch.cat([ones, visits]),
+            torch.cat(
+                [ones * (share[0] / len(ones)), torch.full_like(visits, share[1] / len(visits))]
+            ),
+        )
+
+    def change_per_action(self, steps_per_episode: float) -> float:
+        """What a mean change of Q_C over visited actions means for the constrained quantity.
+
+        Performance difference: steps of an episode times the mean change of the value in its own
+        unit, which for the expected cost is ``rho cost_max / (1 - discount)``.
+        """
+        if self.cost_max is None:
+            return steps_per_episode
+        return steps_per_episode / self.horizon / (1.0 - self.config.cost_discount)
+
     def loss(
         self,
         batch: Batch,
         weights: Tensor,
         actor: Actor,
-        initial_observations: Tensor,
+        reference: States,
         noise: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """TD loss + alpha * push-up; reads only.
 
         ``weights`` [B] undo the stratified sampling; ``noise`` drives the policy's actions at next
-        observations [B, A], observations [B, A] and initial observations [S, A].
-        Returns (scalar loss, V of the pushed members at s0, V of the reference members at s0).
+        observations [B, A], observations [B, A] and reference states [S, A].
+        Returns (scalar loss, estimate of the pushed members, estimate of the reference members).
         """
         with torch.no_grad():
-            next_actions, _ = sample(*actor(batch.next_observations), noise[0])
+            following = actor(batch.next_observations).quadrature(noise[0])
             next_time_to_go = (batch.time_to_go - 1.0 / self.horizon).clamp_min(0.0)
             next_inputs = torch.cat(
-                [batch.next_observations, next_time_to_go.unsqueeze(-1), next_actions], dim=-1
+                [
+                    following.repeat(batch.next_observations),
+                    following.repeat(next_time_to_go).unsqueeze(-1),
+                    following.actions,
+                ],
+                dim=-1,
             )
-            next_values = torch.sigmoid(self.target(next_inputs))
+            next_values = following.expect(torch.sigmoid(self.target(next_inputs)))
             shape = next_values.shape
-            targets = first_accident_target(
-                batch.accidents.expand(shape),
-                batch.terminated.expand(shape),
-                next_time_to_go.expand(shape),
-                next_values,
-            )
-            policy_actions, _ = sample(*actor(batch.observations), noise[1])
-            initial_actions, _ = sample(*actor(initial_observations), noise[2])
-        size = len(batch.rewards)
-        # One pass of the network over logged actions, policy actions, and policy actions at s0.
+            ended, next_left = batch.terminated.expand(shape), next_time_to_go.expand(shape)
+            if self.cost_max is None:
+                accidents = batch.accidents.expand(shape)
+                targets = first_accident_target(accidents, ended, next_left, next_values)
+            else:
+                costs = (batch.costs / self.cost_max).clamp(0.0, 1.0).expand(shape)
+                targets = cost_rate_target(
+                    costs, ended, next_left, next_values, self.config.cost_discount
+                )
+            policy = actor(batch.observations).quadrature(noise[1])
+            there = actor(reference.observations).quadrature(noise[2])
+        # One pass of the network over logged actions, policy actions, and those at the reference.
         logits = self.logits(
-            torch.cat([batch.observations, batch.observations, initial_observations]),
             torch.cat(
-                [batch.time_to_go, batch.time_to_go, batch.time_to_go.new_ones(len(noise[2]))]
+                [
+                    batch.observations,
+                    policy.repeat(batch.observations),
+                    there.repeat(reference.observations),
+                ]
             ),
-            torch.cat([batch.actions, policy_actions, initial_actions]),
+            torch.cat(
+                [
+                    batch.time_to_go,
+                    policy.repeat(batch.time_to_go),
+                    there.repeat(reference.time_to_go),
+                ]
+            ),
+            torch.cat([batch.actions, policy.actions, there.actions]),
         )
-        td = accident_td_loss(logits[:, :size], targets, weights)
-        push = push_up_loss(logits[:, size : 2 * size], weights)
+        logged, pushed = len(batch.actions), len(batch.actions) + len(policy.actions)
+        td = accident_td_loss(logits[:, :logged], targets, weights)
+        push = push_up_loss(logits[:, logged:pushed], policy.spread(weights))
         loss = (td + self.alpha * self._pushed * push).sum()
-        at_start = torch.sigmoid(logits[:, 2 * size :].detach()).mean(-1)
+        members = there.expect(torch.sigmoid(logits[:, pushed:].detach())) @ reference.weights
         return (
             loss,
-            at_start[self.config.reference :].mean(),
-            at_start[: self.config.reference].mean(),
+            members[self.config.reference :].mean(),
+            members[: self.config.reference].mean(),
         )
 
     def update(
@@ -187,24 +279,25 @@ class SafetyCritic:
         batch: Batch,
         weights: Tensor,
         actor: Actor,
-        initial_observations: Tensor,
+        reference: States,
         generator: torch.Generator,
         floor: float = 0.0,
     ) -> dict[str, Tensor]:
         """One gradient step, one Polyak step, one step of dual ascent on alpha.
 
-        ``floor`` is an accident probability that was really seen; the estimate is kept above it.
+        ``floor`` is what was really seen (accident rate, or share of the largest cost); the
+        estimate is kept above it.
         """
         size = batch.actions.shape
         noise = (
             torch.randn(size, generator=generator),
             torch.randn(size, generator=generator),
-            torch.randn(len(initial_observations), size[-1], generator=generator),
+            torch.randn(len(reference.weights), size[-1], generator=generator),
         )
-        loss, value, reference = self.loss(batch, weights, actor, initial_observations, noise)
+        loss, value, plain = self.loss(batch, weights, actor, reference, noise)
         descend_(self.optimizer, loss)
         polyak_(self.target, self.net, self.config.tau)
-        wanted = (reference + self.config.target_gap).clamp(min=floor, max=1.0)
+        wanted = (plain + self.config.target_gap).clamp(min=floor, max=1.0)
         # Unit steps would crawl: the shortfall is measured in gaps, and alpha moves in its
         # logarithm.
         shortfall = ((wanted - value) / self.config.target_gap).clamp(-1.0, 1.0)
@@ -212,32 +305,35 @@ class SafetyCritic:
         self.log_alpha.clamp_(LOG_ALPHA_MIN, math.log(self.config.alpha_max))
         return {
             "csc/loss": loss.detach(),
-            "csc/v_accident": value,
-            "csc/v_reference": reference,
+            "csc/estimate": value,
+            "csc/estimate_plain_td": plain,
             "csc/alpha": self.alpha,
         }
 
     @torch.no_grad()
-    def estimate(
-        self, actor: Actor, initial_observations: Tensor, generator: torch.Generator
-    ) -> RiskEstimate:
-        """V_accident(s0) of the policy over a sample of start states [S, O].
+    def estimate(self, actor: Actor, reference: States, generator: torch.Generator) -> RiskEstimate:
+        """The constrained quantity under the policy, over a sample of reference states.
 
         The upper limit adds 1.645 standard errors: spread between the pushed members, and between
-        start states. It is a limit on the critic's own uncertainty, not a certificate.
+        states. It is a limit on the critic's own uncertainty, not a certificate.
         """
-        mean, log_std = actor(initial_observations)
-        actions, _ = sample(mean, log_std, torch.randn(mean.shape, generator=generator))
-        ones = initial_observations.new_ones(len(initial_observations))
-        values = torch.sigmoid(self.logits(initial_observations, ones, actions))
+        distribution = actor(reference.observations)
+        noise = torch.randn(distribution[0].shape, generator=generator)  # [S, A]
+        policy = distribution.quadrature(noise)
+        logits = self.logits(
+            policy.repeat(reference.observations),
+            policy.repeat(reference.time_to_go),
+            policy.actions,
+        )
+        values = policy.expect(torch.sigmoid(logits))
         pushed = values[self.config.reference :]
-        members = pushed.mean(1)
-        variance = pushed.mean(0).var() / len(ones)
+        members = pushed @ reference.weights
+        variance = pushed.mean(0).var() * reference.weights.square().sum()
         if len(members) > 1:
             variance = variance + members.var() / len(members)
         value = members.mean()
         return RiskEstimate(
             value=float(value),
             upper=float(value + 1.645 * variance.sqrt()),
-            reference=float(values[: self.config.reference].mean()),
+            reference=float((values[: self.config.reference] @ reference.weights).mean()),
         )

@@ -26,7 +26,10 @@ Controller = Callable[[Vector], Vector]
 
 @dataclass(frozen=True)
 class ShieldConfig:
-    """``candidates``: how many samples of the policy may be tried before falling back."""
+    """``candidates``: how many samples of the policy may be tried before falling back.
+
+    Discrete actions are all tried, in an order drawn from the policy.
+    """
 
     candidates: int = 16
 
@@ -90,8 +93,8 @@ class Shield:
             fallbacks.append(self._previous)
         if self.safe_controller is not None:
             fallbacks.append(self.safe_controller(observation))
-        samples = [actor.sample(observation, rng) for _ in range(self.config.candidates - 1)]
-        options = np.stack([*samples, *fallbacks])
+        candidates = actor.candidates(observation, self.config.candidates - 1, rng)
+        options = np.stack([*candidates, *fallbacks])
         passing = np.flatnonzero(self._risk(observation, time_to_go, options) <= self.threshold)
         if len(passing):
             self._previous = options[passing[0]]

@@ -8,6 +8,10 @@ everything before episode i.
   :func:`betabinomial_sequence`
 * "some policy exceeded epsilon": an e-process                      -> :func:`alarm_update`
 
+X_i may as well be any number in [0, 1] with mean p_i, such as the cost of an episode as a share of
+the largest it can have: every evidence factor here is convex (or linear) in X_i, so its mean is at
+most that of a 0/1 variable of the same mean. Clopper-Pearson is the exception: counts only.
+
 All evidence is the logarithm of a likelihood ratio. Where a likelihood underflows, the evidence is
 minus infinity (a hypothesis that explains nothing), and it stays that: a floor such as 1e-300 would
 turn "impossible" into "690 nats" and, after some thousand episodes, certify the opposite.
@@ -35,13 +39,14 @@ _RUN_LEVEL_A = 0.3
 # --- run level: policies change ---------------------------------------------------------------
 
 
-def log_run_level_evidence(accidents: int, total: float) -> float:
+def log_run_level_evidence(accidents: float, total: float) -> float:
     """Log evidence that the sum of probabilities P was smaller than ``total``.
 
     ``log a B(a + N, 1) 1F1(1; a + N + 1; P)``, the mixture over theta ~ Beta(a, 1) of
     ``theta^N exp(P (1 - theta))``. Each factor ``theta^X exp(p (1 - theta))`` has mean at most 1,
     so the mixture at the true P exceeds 1 / alpha with probability at most alpha, ever.
-    ``accidents``: N, episodes with an accident so far. ``total``: P, in expected accidents.
+    ``accidents``: N, episodes with an accident so far (the sum of the outcomes). ``total``: P, in
+    expected accidents.
     """
     c = _RUN_LEVEL_A + accidents
     prior = math.log(_RUN_LEVEL_A / c)  # log B(a + N, 1) / B(a, 1)
@@ -53,7 +58,7 @@ def log_run_level_evidence(accidents: int, total: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def run_level_upper(accidents: int, confidence: float = 0.95) -> float:
+def run_level_upper(accidents: float, confidence: float = 0.95) -> float:
     """Anytime-valid upper bound on the sum of the true per-episode accident probabilities.
 
     Holds for changing, drifting and adaptively chosen policies, at every number of episodes at
@@ -68,13 +73,13 @@ def run_level_upper(accidents: int, confidence: float = 0.95) -> float:
 
 
 @lru_cache(maxsize=4096)
-def run_level_lower(accidents: int, confidence: float = 0.95) -> float:
+def run_level_lower(accidents: float, confidence: float = 0.95) -> float:
     """Anytime-valid lower bound on the same sum: the mirror image, 1 / theta ~ Beta(a, 1).
 
     ``M = a e^P P^(a - N) Gamma(N - a, P)`` (upper incomplete gamma), decreasing in P.
     """
     _require_counts(accidents, accidents)
-    if accidents == 0:
+    if accidents <= _RUN_LEVEL_A:  # no accident, or too little cost to speak of
         return 0.0
     c = accidents - _RUN_LEVEL_A
     constant = math.log(_RUN_LEVEL_A) + math.lgamma(c) - _threshold(confidence)
@@ -85,7 +90,7 @@ def run_level_lower(accidents: int, confidence: float = 0.95) -> float:
     return _root(shortfall, 0.0, c)[0]  # M < 1 at P = c, so the root lies below
 
 
-def run_level_interval(accidents: int, confidence: float = 0.95) -> tuple[float, float]:
+def run_level_interval(accidents: float, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided anytime-valid interval of the sum of probabilities; each side takes alpha / 2."""
     one_sided = (1.0 + confidence) / 2.0
     return run_level_lower(accidents, one_sided), run_level_upper(accidents, one_sided)
@@ -117,7 +122,7 @@ def clopper_pearson_lower(k: int, n: int, confidence: float = 0.95) -> float:
 
 
 def betabinomial_sequence(
-    k: int, n: int, confidence: float = 0.95, a: float = 0.5, b: float = 50.0
+    k: float, n: int, confidence: float = 0.95, a: float = 0.5, b: float = 50.0
 ) -> tuple[float, float]:
     """Anytime-valid interval of the accident probability of one frozen policy (and shield).
 
@@ -161,9 +166,10 @@ def alarm_start() -> AlarmState[float]:
 def alarm_update(state: AlarmState[Any], accident: Any, epsilon: float) -> AlarmState[Any]:
     """One episode's news for the null "every policy so far has p_i <= epsilon"; O(1).
 
-    The factor of an episode is a likelihood ratio ``(q/epsilon)^X ((1-q)/(1-epsilon))^(1-X)``, that
-    is ``1 + lambda (X - epsilon)``, where the bet q >= epsilon depends on the past alone: its mean
-    is at most 1 under the null, so the product is an e-process and reaches 1 / alpha with
+    The factor of an episode is ``1 + lambda (X - epsilon)``, for an accident (1) or none (0) the
+    likelihood ratio ``(q/epsilon)^X ((1-q)/(1-epsilon))^(1-X)``, where the bet q >= epsilon depends
+    on the past alone: its mean is at most 1 under the null, also for an X between 0 and 1, so the
+    product is an e-process and reaches 1 / alpha with
     probability at most alpha. Two choices make it quick when a LATER policy turns bad:
 
     * q is a forgetting average over 5 / epsilon episodes, and below epsilon nothing is bet;
@@ -172,8 +178,8 @@ def alarm_update(state: AlarmState[Any], accident: Any, epsilon: float) -> Alarm
       long safe past costs log t instead of a sum over the whole past.
     """
     bet = _alarm_bet(state, epsilon)
-    if_accident, if_none = np.log(bet / epsilon), np.log1p(-bet) - math.log1p(-epsilon)
-    grown = state.log_staked + np.where(accident, if_accident, if_none)
+    stake = (bet - epsilon) / (epsilon * (1.0 - epsilon))
+    grown = state.log_staked + np.log1p(stake * (np.asarray(accident) - epsilon))
     t = state.episodes + 1
     joining = -math.log(t + 1) - math.log(t + 2)
     keep = 1.0 - epsilon / 5.0
@@ -321,7 +327,7 @@ def _threshold(confidence: float) -> float:
     return -math.log1p(-confidence)
 
 
-def _require_counts(k: int, n: int) -> None:
+def _require_counts(k: float, n: float) -> None:
     if not 0 <= k <= n:
         raise ValueError(f"counts must satisfy 0 <= k <= n, got k={k}, n={n}")
 

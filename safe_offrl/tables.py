@@ -1,4 +1,4 @@
-"""The text of a comparison: two tables of runs and groups, paired comparisons, notes."""
+"""The text of a comparison: three tables of runs and groups, paired comparisons, notes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from safe_offrl.report import (
     EARLY_STEPS,
     LAST_EPISODES,
+    LAST_SHARE,
     Comparison,
     Interval,
     Mean,
@@ -26,16 +27,22 @@ def format_table(comparison: Comparison) -> str:
             f"Accidents while learning (every episode counts; anytime intervals, {confidence})",
             "run|method|episodes|steps|accidents|"
             + early
-            + "|per episode|per 1000 steps|certified <",
+            + "|per episode|per 1000 steps|certified <|cost/episode",
             [_accident_cells(r) for r in comparison.rows],
             [_accident_cells(r) for r in comparison.groups],
         ),
         _block(
-            f"Return and constraints (final: last {LAST_EPISODES} episodes; +- standard error)",
-            "run|method|final return|eval. return|eval. accidents|estimate|accepted|"
-            "violations|recovering|est. >= eps",
+            f"Return and cost per episode (final: last {LAST_SHARE:.0%} of the steps, at most "
+            f"{LAST_EPISODES} episodes; +- standard error)",
+            "run|method|final return|final cost|eval. return|eval. cost|eval. accidents",
             [_return_cells(r) for r in comparison.rows],
             [_return_cells(r) for r in comparison.groups],
+        ),
+        _block(
+            "Constraints",
+            "run|method|estimate|accepted|violations|recovering|est. >= limit",
+            [_constraint_cells(r) for r in comparison.rows],
+            [_constraint_cells(r) for r in comparison.groups],
         ),
     ]
     if comparison.pairings:
@@ -44,10 +51,11 @@ def format_table(comparison: Comparison) -> str:
             lines += _pairing_lines(pairing)
         blocks.append("\n".join(lines))
     blocks.append(
-        "eval.: of the final policy (safe-offrl evaluate); estimate: its V_accident(s0);\n"
-        "violations: accepted without both measured constraints; recovering: accepted while the\n"
-        "acting policy exceeded epsilon, with a lower estimate than its predecessor; est. >= eps:\n"
-        "iterations whose acting policy, measured again, was not below epsilon."
+        "eval.: of the final policy (safe-offrl evaluate); estimate: its V_accident(s0) in %, or\n"
+        "its expected cost per episode, by the safety critic; violations: accepted without both\n"
+        "measured constraints; recovering: accepted while the acting policy exceeded the limit,\n"
+        "with a lower estimate than its predecessor; est. >= limit: iterations whose acting\n"
+        "policy, measured again, was not below the limit."
     )
     if comparison.notes:
         blocks.append("\n".join(f"Note: {note}" for note in comparison.notes))
@@ -75,7 +83,7 @@ def _block(title: str, header: str, rows: list[list[str]], groups: list[list[str
 def _accident_cells(row: Row) -> list[str]:
     head = _head_cells(row)
     if not row.episodes:
-        return head + ["-"] * 7
+        return head + ["-"] * 8
     return [
         *head,
         f"{row.episodes:,}",
@@ -86,26 +94,37 @@ def _accident_cells(row: Row) -> list[str]:
         f"{row.per_1000_steps.value:.2f} [{row.per_1000_steps.low:.2f}, "
         f"{row.per_1000_steps.high:.2f}]",
         f"{row.certified_rate:.1%}",
+        _plus_minus(row.cost),
     ]
 
 
 def _return_cells(row: Row) -> list[str]:
-    constraints = ["-"] * 4
-    if row.violations is not None:
-        constraints = [
-            f"{row.accepted}/{row.iterations} ({row.accepted_share:.0%})",
-            f"{row.violations}",
-            f"{row.recovering}",
-            "-" if row.above_epsilon is None else f"{row.above_epsilon}",
-        ]
     return [
         *_head_cells(row),
         _plus_minus(row.final_return),
+        _plus_minus(row.final_cost),
         _plus_minus(row.evaluated_return),
+        _plus_minus(row.evaluated_cost),
         _percent(row.evaluated_rate),
-        "-" if math.isnan(row.estimate.value) else f"{row.estimate.value:.1%}",
-        *constraints,
     ]
+
+
+def _constraint_cells(row: Row) -> list[str]:
+    cells = ["-"] * 4
+    if row.violations is not None:
+        cells = [
+            f"{row.accepted}/{row.iterations} ({row.accepted_share:.0%})",
+            f"{row.violations}",
+            f"{row.recovering}",
+            "-" if row.above_limit is None else f"{row.above_limit}",
+        ]
+    return [*_head_cells(row), _estimate(row), *cells]
+
+
+def _estimate(row: Row) -> str:
+    if math.isnan(row.estimate.value):
+        return "-"
+    return f"{row.estimate.value:{'.1%' if row.constraint == 'accident' else '.1f'}}"
 
 
 def _head_cells(row: Row) -> list[str]:
@@ -121,6 +140,8 @@ def _pairing_lines(pairing: Pairing) -> list[str]:
         f"    accidents {a} vs {b}, per-step ratio {_bounds(ratio, '.2f')}, "
         f"p = {ratio.p_value:.2g}",
     ]
+    if not math.isnan(pairing.cost_ratio.value):
+        lines.append(f"    cost per step, ratio {_bounds(pairing.cost_ratio, '.2f')}")
     if not math.isnan(returns.value):
         lines.append(f"    final return, ratio {_bounds(returns, '.3f')}")
     lines.append(f"    final return, difference {_bounds(pairing.return_difference, '+.3f')}")

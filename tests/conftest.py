@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from safe_offrl.behaviours import random_behaviour, scripted_behaviours
-from safe_offrl.collect import collect
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.env import make_env
 from safe_offrl.ledger import ledger_line
+from safe_offrl.mixture import collect
 from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
 from safe_offrl.types import Episode
@@ -68,7 +68,7 @@ def _write_run(
         "seed": seed,
         "budget": 50_000,
         "safety": {"epsilon": 0.1, "confidence": 0.95},
-        **(flags or {"kl": True, "accident_constraint": True, "shield": True}),
+        **(flags or {"kl": True, "safety_constraint": True, "shield": True}),
         **settings,
     }
     inputs = {"env_id": "PointHazard-v0", "pretrained_sha256": f"pi0-{seed}"}
@@ -104,7 +104,7 @@ def _write_run(
                 "delta": 0.05,
                 "v_candidate": 0.05,
                 "v_previous": 0.06,
-                "epsilon": 0.1,
+                "limit": 0.1,
                 "reason": "both constraints hold",
             }
             run.log_iteration(decision | changes)
@@ -122,7 +122,7 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def paired_runs(write_run: Callable[..., Path]) -> Callable[..., list[Path]]:
     """``paired_runs(seeds, episodes)``: for each seed a constrained run and one of plain RLPD."""
-    rlpd = {"kl": False, "accident_constraint": False, "shield": False}
+    rlpd = {"kl": False, "safety_constraint": False, "shield": False}
 
     def write(seeds: int = 5, episodes: int = 400) -> list[Path]:
         rng = np.random.default_rng(0)

@@ -17,9 +17,9 @@ from safe_offrl.acceptance import (
 )
 from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor
-from safe_offrl.safety import SafetySpec
+from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.types import Batch
+from safe_offrl.types import Batch, States
 
 STATES = 400
 STEPS = 10.0  # per episode
@@ -71,11 +71,11 @@ def judge(
         critic,
         visited(),
         STEPS,
-        torch.randn(300, 1),
-        SafetySpec(epsilon=epsilon),
+        States.at_start(torch.randn(300, 1)),
+        Limit("accident", epsilon, 1.0),
         config,
         kl_limit=delta,
-        constrain_accidents=accidents,
+        constrain_safety=accidents,
         generator=torch.Generator().manual_seed(0),
     )
 
@@ -215,7 +215,7 @@ def test_above_epsilon_only_a_lower_estimate_is_accepted(target: float, accepted
     assert decision.v_candidate > 0.2
     assert (decision.v_candidate < decision.v_previous) == accepted
     if accepted:
-        assert decision.reason == "improves on a policy above epsilon"
+        assert decision.reason == "improves on a policy above the limit"
     else:
         assert means(actor) == 0.0
 

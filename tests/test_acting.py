@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 import torch
 
 from safe_offrl.acting import NumpyActor
-from safe_offrl.distributions import sample
+from safe_offrl.distributions import Categorical, Gaussian, sample
 from safe_offrl.nets import Actor
 
 ACTOR = (6, 3, (32, 16))
@@ -18,7 +19,9 @@ def assert_agree(actor: Actor, acting: NumpyActor) -> None:
     for _ in range(20):
         observation = rng.standard_normal(6, dtype=np.float32)
         with torch.no_grad():
-            mean, log_std = actor(torch.from_numpy(observation))
+            policy = actor(torch.from_numpy(observation))
+        assert isinstance(policy, Gaussian)
+        mean, log_std = policy
         numpy_mean, numpy_std = acting.distribution(observation)
         np.testing.assert_allclose(numpy_mean, mean.numpy(), atol=1e-6)
         np.testing.assert_allclose(numpy_std, log_std.exp().numpy(), rtol=1e-5)
@@ -52,3 +55,63 @@ def test_it_follows_a_loaded_state() -> None:
     other = Actor(*ACTOR, torch.Generator().manual_seed(5))
     actor.load_state_dict(other.state_dict())
     assert_agree(other, acting)
+
+
+# --- discrete actions ---
+
+
+def make_discrete(*biases: float) -> tuple[Actor, NumpyActor]:
+    actor = Actor(6, 3, (8,), torch.Generator().manual_seed(0), discrete=True)
+    if biases:
+        with torch.no_grad():
+            for parameter in actor.parameters():
+                parameter.zero_()
+            parameter.copy_(torch.tensor(biases))
+    return actor, NumpyActor(actor)
+
+
+def test_discrete_samples_follow_the_network() -> None:
+    actor, acting = make_discrete()
+    observation = np.random.default_rng(0).standard_normal(6, dtype=np.float32)
+    with torch.no_grad():
+        policy = actor(torch.from_numpy(observation))
+    assert isinstance(policy, Categorical)
+    probabilities = policy.log_probs.exp().numpy()
+    rng = np.random.default_rng(1)
+    draws = np.stack([acting.sample(observation, rng) for _ in range(8000)])
+    assert draws.dtype == np.float32
+    assert (draws.sum(1) == 1.0).all()
+    assert set(np.unique(draws)) == {0.0, 1.0}
+    np.testing.assert_allclose(draws.mean(0), probabilities, atol=0.025)
+    assert acting.mean_action(observation).tolist() == np.eye(3)[probabilities.argmax()].tolist()
+
+
+def test_discrete_candidates_are_every_action_in_the_order_of_draws() -> None:
+    _, acting = make_discrete(np.log(0.6), np.log(0.3), np.log(0.1))
+    rng, observation = np.random.default_rng(2), np.zeros(6, dtype=np.float32)
+    orders = [acting.candidates(observation, 99, rng) for _ in range(8000)]
+    assert all(len(order) == 3 for order in orders)
+    index = np.argmax(np.array(orders), axis=-1)
+    assert (np.sort(index, axis=1) == np.arange(3)).all()
+    np.testing.assert_allclose(np.bincount(index[:, 0]) / 8000, [0.6, 0.3, 0.1], atol=0.025)
+    # The first one that is not action 0 is a draw given that it is not: .3 / .4 and .1 / .4.
+    rest = np.where(index[:, 0] == 0, index[:, 1], index[:, 0])
+    assert (rest == 1).mean() == pytest.approx(0.75, abs=0.025)
+
+
+def test_continuous_candidates_are_samples() -> None:
+    _, acting = make()
+    observation = np.ones(6, dtype=np.float32)
+    rng, same = np.random.default_rng(3), np.random.default_rng(3)
+    candidates = acting.candidates(observation, 4, rng)
+    expected = [acting.sample(observation, same) for _ in range(4)]
+    assert np.array_equal(candidates, expected)
+    assert acting.candidates(observation, 0, rng) == []
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_diverged_network_chooses_no_action(broken: float) -> None:
+    _, acting = make_discrete(0.0, broken, 0.0)
+    observation = np.zeros(6, dtype=np.float32)
+    assert np.isnan(acting.sample(observation, np.random.default_rng(0))).all()
+    assert np.isnan(acting.mean_action(observation)).all()

@@ -1,8 +1,10 @@
 """What every agent must do, and problems so small that the right answer is known.
 
-Parametrised over AGENTS: a new agent is tested by its line in the registry.
+Parametrised over AGENTS: a new agent is tested by its line in the registry, with continuous and
+with discrete actions.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from safe_offrl.agents.cql import CQL, CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.distributions import kl
+from safe_offrl.distributions import Categorical, Gaussian
 from safe_offrl.nets import Actor, NetworkConfig, Networks
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Batch, Layout
@@ -33,9 +35,13 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_batch(size: int = SIZE, seed: int = 0) -> Batch:
+def one_hot(index: Tensor, actions: int) -> Tensor:
+    return torch.eye(actions)[index]
+
+
+def make_batch(size: int = SIZE, seed: int = 0, *, discrete: bool = False) -> Batch:
     g = seeded(seed)
-    return Batch(
+    batch = Batch(
         observations=torch.randn(size, OBSERVATIONS, generator=g),
         actions=2.0 * torch.rand(size, ACTIONS, generator=g) - 1.0,
         rewards=torch.randn(size, generator=g),
@@ -46,6 +52,9 @@ def make_batch(size: int = SIZE, seed: int = 0) -> Batch:
         time_to_go=torch.rand(size, generator=g),
         return_to_go=torch.randn(size, generator=g),
     )
+    if discrete:
+        batch = batch._replace(actions=one_hot(torch.arange(size) % ACTIONS, ACTIONS))
+    return batch
 
 
 def no_risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
@@ -67,8 +76,12 @@ class Setup:
     losses: Callable[[Batch], None]
 
 
-def networks_of(layout: Layout, sizes: NetworkConfig, generator: torch.Generator) -> Networks:
-    return Networks(layout.observation_size, layout.action_size, sizes, generator)
+def networks_of(
+    layout: Layout, sizes: NetworkConfig, generator: torch.Generator, *, discrete: bool = False
+) -> Networks:
+    return Networks(
+        layout.observation_size, layout.action_size, sizes, generator, discrete=discrete
+    )
 
 
 def offline(
@@ -79,11 +92,12 @@ def offline(
     sizes: NetworkConfig = SMALL,
     configs: AgentConfigs | None = None,
     extraction: ExtractionConfig | None = None,
+    discrete: bool = False,
 ) -> Setup:
     configs = configs or AgentConfigs()
     extraction = extraction or ExtractionConfig()
     generator = seeded(seed)
-    networks = networks_of(layout, sizes, generator)
+    networks = networks_of(layout, sizes, generator, discrete=discrete)
     agent = AGENTS[name](networks, layout, sizes, configs, generator)
     extractor = Extraction(networks.actor, *layout, sizes.actor_hidden, extraction, generator)
     multiplier = torch.tensor(1.0)
@@ -116,6 +130,18 @@ def void(_: object) -> None:
     pass
 
 
+def gaussian(actor: Actor, observations: Tensor) -> Gaussian:
+    policy = actor(observations)
+    assert isinstance(policy, Gaussian)
+    return policy
+
+
+def categorical(actor: Actor, observations: Tensor) -> Categorical:
+    policy = actor(observations)
+    assert isinstance(policy, Categorical)
+    return policy
+
+
 def make_rlpd(config: RLPDConfig | None = None, sizes: NetworkConfig = SMALL) -> RLPD:
     networks = networks_of(LAYOUT, sizes, seeded())
     return RLPD(networks, ACTIONS, config or RLPDConfig())
@@ -127,9 +153,10 @@ def online(
     *,
     sizes: NetworkConfig = SMALL,
     config: RLPDConfig | None = None,
+    discrete: bool = False,
 ) -> Setup:
     generator = seeded(seed)
-    networks = networks_of(layout, sizes, generator)
+    networks = networks_of(layout, sizes, generator, discrete=discrete)
     learner = RLPD(networks, layout.action_size, config or RLPDConfig())
     one = torch.tensor(1.0)
 
@@ -151,11 +178,22 @@ def online(
     )
 
 
-MAKERS: dict[str, Callable[..., Setup]] = {
-    **{name: (lambda n: lambda **kw: offline(n, **kw))(name) for name in AGENTS},
+Maker = Callable[..., Setup]
+CONTINUOUS: dict[str, Maker] = {
+    **{name: functools.partial(offline, name) for name in AGENTS},
     "rlpd": online,
 }
+DISCRETE: dict[str, Maker] = {
+    f"discrete {name}": functools.partial(make, discrete=True) for name, make in CONTINUOUS.items()
+}
+MAKERS = {**CONTINUOUS, **DISCRETE}
 everyone = pytest.mark.parametrize("name", list(MAKERS))
+everyone_continuous = pytest.mark.parametrize("name", list(CONTINUOUS))
+everyone_discrete = pytest.mark.parametrize("name", list(DISCRETE))
+
+
+def batch_for(name: str, seed: int = 0) -> Batch:
+    return make_batch(seed=seed, discrete=name in DISCRETE)
 
 
 def tensors(setup: Setup) -> dict[str, Tensor]:
@@ -174,9 +212,9 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @everyone
 def test_loss_functions_change_nothing(name: str) -> None:
     setup = MAKERS[name]()
-    setup.step(make_batch())
+    setup.step(batch_for(name))
     before = tensors(setup)
-    batch = make_batch(seed=1)
+    batch = batch_for(name, seed=1)
     copy = Batch(*(x.clone() for x in batch))
     global_state = torch.get_rng_state()
     setup.losses(batch)
@@ -188,7 +226,7 @@ def test_loss_functions_change_nothing(name: str) -> None:
 @everyone
 @pytest.mark.parametrize("field", ["rewards", "terminated"])
 def test_wrong_shapes_are_refused(name: str, field: str) -> None:
-    batch = make_batch()
+    batch = batch_for(name)
     bad = batch._replace(**{field: getattr(batch, field).unsqueeze(-1)})
     with pytest.raises(ValueError, match="expected equal shapes"):
         MAKERS[name]().step(bad)
@@ -198,12 +236,12 @@ def test_wrong_shapes_are_refused(name: str, field: str) -> None:
 def test_state_round_trip_continues_bitwise(name: str) -> None:
     setup, other = MAKERS[name](seed=0), MAKERS[name](seed=1)
     for i in range(3):
-        setup.step(make_batch(seed=i))
-    other.step(make_batch(seed=9))
+        setup.step(batch_for(name, seed=i))
+    other.step(batch_for(name, seed=9))
     restore_state(other.parts, tensors(setup))
     for i in range(3):
-        setup.step(make_batch(seed=i))
-        other.step(make_batch(seed=i))
+        setup.step(batch_for(name, seed=i))
+        other.step(batch_for(name, seed=i))
     assert_equal(tensors(setup), tensors(other))
 
 
@@ -226,7 +264,7 @@ def test_every_trained_tensor_is_in_one_optimiser_and_moves(name: str) -> None:
     }
     assert sorted(held) == sorted(id(p) for p in trained.values())
     before = {key: p.detach().clone() for key, p in trained.items()}
-    setup.step(make_batch())
+    setup.step(batch_for(name))
     still = [key for key, p in trained.items() if torch.equal(p, before[key])]
     assert not still
     module_names = {part for part, x in setup.parts.items() if isinstance(x, nn.Module)}
@@ -238,7 +276,7 @@ def test_target_networks_move_by_tau(name: str) -> None:
     setup = MAKERS[name]()
     networks = setup.networks
     before = [p.clone() for p in networks.target_critics.parameters()]
-    setup.update_values(make_batch())
+    setup.update_values(batch_for(name))
     online_now = list(networks.critics.parameters())
     tau = 5e-3  # of all three defaults
     for b, o, now in zip(before, online_now, networks.target_critics.parameters(), strict=True):
@@ -250,7 +288,7 @@ def test_target_networks_move_by_tau(name: str) -> None:
 def test_updating_the_values_leaves_the_actor(name: str) -> None:
     setup = MAKERS[name]()
     before = [p.detach().clone() for p in setup.networks.actor.parameters()]
-    setup.update_values(make_batch())
+    setup.update_values(batch_for(name))
     after = setup.networks.actor.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -261,7 +299,7 @@ def test_the_generator_is_the_only_source_of_randomness(name: str) -> None:
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
         setup = MAKERS[name]()
-        setup.step(make_batch())
+        setup.step(batch_for(name))
         results.append(tensors(setup))
     assert_equal(*results)
 
@@ -282,16 +320,18 @@ def probe(name: str, *, observations: int, steps: int, discount: float, source: 
 def probe_setup(name: str, observations: int, discount: float) -> Setup:
     sizes = NetworkConfig((32,), (32,), MEMBERS)
     common: dict[str, Any] = {"learning_rate": FAST, "discount": discount, "tau": 0.05}
-    layout = Layout(observations, 1)
-    if name == "rlpd":
-        config = RLPDConfig(**common, target_entropy=-3.0, temperature_init=1e-3)
-        return online(layout=layout, sizes=sizes, config=config)
+    layout = Layout(observations, CHOICES if name in DISCRETE else 1)
+    if name.endswith("rlpd"):
+        config = RLPDConfig(
+            **common, target_entropy=-3.0, discrete_entropy=0.05, temperature_init=1e-3
+        )
+        return MAKERS[name](layout=layout, sizes=sizes, config=config)
     configs = AgentConfigs(
         iql=IQLConfig(**common, expectile=0.7),
         cql=CQLConfig(**common, alpha=0.01, actions=4),
     )
     extraction = ExtractionConfig(learning_rate=FAST, weight=0.02)
-    return offline(name, layout=layout, sizes=sizes, configs=configs, extraction=extraction)
+    return MAKERS[name](layout=layout, sizes=sizes, configs=configs, extraction=extraction)
 
 
 def transitions(
@@ -304,7 +344,7 @@ def transitions(
     )
 
 
-@everyone
+@everyone_continuous
 def test_bandit_finds_the_best_action(name: str) -> None:
     """One step, reward 1 - 2 (a - 0.5)^2 for a logged uniformly: best is 0.5, Q(a) = reward."""
     actions = torch.linspace(-0.95, 0.95, 500).unsqueeze(-1)
@@ -313,7 +353,7 @@ def test_bandit_finds_the_best_action(name: str) -> None:
     source = transitions(here, actions, reward, here, torch.ones(500))
     setup = probe(name, observations=1, steps=600, discount=0.9, source=source)
     with torch.no_grad():
-        mean, log_std = setup.networks.actor(torch.zeros(1, 1))
+        mean, log_std = gaussian(setup.networks.actor, torch.zeros(1, 1))
         q = setup.networks.q(here, actions).mean(0)
     assert torch.tanh(mean).item() == pytest.approx(0.5, abs=0.15)
     assert log_std.exp().item() < 0.5
@@ -324,7 +364,7 @@ def test_bandit_finds_the_best_action(name: str) -> None:
 CHAIN = 200
 
 
-@everyone
+@everyone_continuous
 def test_two_step_chain_discounts_once(name: str) -> None:
     """s0 -> s1 -> end, reward 1 at the end, whatever the action: Q(s1) = 1, Q(s0) = discount."""
     first, second = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -344,7 +384,7 @@ def test_two_step_chain_discounts_once(name: str) -> None:
     assert q0 == pytest.approx(0.7, abs=0.06)
 
 
-@everyone
+@everyone_continuous
 def test_truncation_bootstraps_and_termination_does_not(name: str) -> None:
     """Reward 1 for ever, only cut by a time limit: 1 / (1 - .5) = 2; reward 1 and the end: 1."""
     states = torch.eye(2).repeat_interleave(CHAIN, 0)
@@ -356,6 +396,53 @@ def test_truncation_bootstraps_and_termination_does_not(name: str) -> None:
         q = setup.networks.q(states, actions.repeat(2, 1)).mean(0)
     assert q[:CHAIN].mean().item() == pytest.approx(2.0, abs=0.1)
     assert q[CHAIN:].mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+CHOICES = 3  # actions of the discrete probes
+EVERY = torch.arange(3 * 100) % CHOICES
+
+
+@everyone_discrete
+def test_discrete_bandit_finds_the_best_action(name: str) -> None:
+    """One step, rewards 0, 1 and .5 for actions logged equally often: Q is the reward."""
+    rewards = torch.tensor([0.0, 1.0, 0.5])
+    here = torch.zeros(len(EVERY), 1)
+    actions = one_hot(EVERY, CHOICES)
+    source = transitions(here, actions, rewards[EVERY], here, torch.ones(len(EVERY)))
+    setup = probe(name, observations=1, steps=500, discount=0.9, source=source)
+    with torch.no_grad():
+        probabilities = categorical(setup.networks.actor, torch.zeros(1, 1)).log_probs.exp()[0]
+        q = setup.networks.q(here[:3], actions[:3]).mean(0)
+    assert probabilities[1].item() > 0.8
+    torch.testing.assert_close(q, rewards, atol=0.1, rtol=0.0)
+
+
+@everyone_discrete
+def test_discrete_chain_discounts_once_and_truncation_bootstraps(name: str) -> None:
+    """s0 -> s1 -> end with reward 1; s2 pays 1 for ever: Q = .7, 1 and 1 / (1 - .7) = 3.3.
+
+    In s0 action 0 stays where it is for nothing, so the values are those of a policy that has
+    learnt not to: exact expectations over the next action, not over the logged one.
+    """
+    n = 3 * len(EVERY)
+    states = torch.eye(3).repeat_interleave(len(EVERY), 0)
+    actions = one_hot(EVERY, CHOICES).repeat(3, 1)
+    state = torch.arange(3).repeat_interleave(len(EVERY))
+    stays = (state == 0) & (actions[:, 0] == 1)
+    following = torch.where(state == 0, 1, state)
+    following = torch.where(stays, 0, following)
+    rewards, terminated = (state > 0).float(), (state == 1).float()
+    source = transitions(states, actions, rewards, torch.eye(3)[following], terminated)
+    setup = probe(name, observations=3, steps=700, discount=0.7, source=source)
+    with torch.no_grad():
+        q = setup.networks.q(states, actions).mean(0)
+        policy = categorical(setup.networks.actor, torch.eye(3)).log_probs.exp()
+    assert len(q) == n
+    assert q[state == 1].mean().item() == pytest.approx(1.0, abs=0.06)
+    assert q[(state == 0) & ~stays].mean().item() == pytest.approx(0.7, abs=0.06)
+    assert q[stays].mean().item() == pytest.approx(0.49, abs=0.08)  # a step later
+    assert q[state == 2].mean().item() == pytest.approx(1.0 / 0.3, abs=0.2)
+    assert policy[0, 0].item() < 0.3
 
 
 # --- IQL ---
@@ -541,7 +628,7 @@ def test_rlpd_actor_loss_adds_risk_entropy_and_kl() -> None:
     noise = torch.randn(batch.actions.shape, generator=seeded(1))
     anchor = Actor(OBSERVATIONS, ACTIONS, (16,), seeded(8))
     zero, two, three = (torch.tensor(x) for x in (0.0, 2.0, 3.0))
-    mean, log_std = learner.networks.actor(batch.observations)
+    policy = learner.networks.actor(batch.observations)
 
     def loss(risk: bool, anchored: Actor | None, weight: Tensor) -> Tensor:
         chosen = (lambda o, t, a: 0.25 + 0.0 * a.sum(-1)) if risk else None
@@ -549,7 +636,7 @@ def test_rlpd_actor_loss_adds_risk_entropy_and_kl() -> None:
 
     plain = loss(False, None, zero)
     torch.testing.assert_close(loss(True, None, zero), plain + 2.0 * 0.25)
-    distance = kl(mean, log_std, *anchor(batch.observations)).mean()
+    distance = policy.kl(anchor(batch.observations)).mean()
     assert distance > 0.0
     torch.testing.assert_close(loss(False, anchor, three), plain + 3.0 * distance)
     torch.testing.assert_close(loss(False, learner.networks.actor, three), plain)
@@ -596,7 +683,7 @@ def extract(
 
 def test_two_ways_around_are_not_averaged_into_the_obstacle() -> None:
     # Until the mixture has found both ways the actor is wide; then it falls into one of them.
-    mean, log_std = extract(no_risk, 0.0, 1200)(torch.zeros(1, 1))
+    mean, log_std = gaussian(extract(no_risk, 0.0, 1200), torch.zeros(1, 1))
     assert abs(torch.tanh(mean).item()) == pytest.approx(0.8, abs=0.1)
     assert log_std.exp().item() < 0.4
 
@@ -606,5 +693,204 @@ def test_the_safer_way_is_taken(direction: float) -> None:
     def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
         return risk_of_going_right(observations, time_to_go, direction * actions)
 
-    mean, _ = extract(risk, 3.0, 500)(torch.zeros(1, 1))
+    mean, _ = gaussian(extract(risk, 3.0, 500), torch.zeros(1, 1))
     assert torch.tanh(mean).item() == pytest.approx(-0.8 * direction, abs=0.1)
+
+
+# --- discrete actions: every expectation exact, so every loss is a number by hand ---
+
+Table = tuple[float, ...]
+
+
+class TableNetworks(Networks):
+    """Q and target Q of one state, read from tables [E, A]."""
+
+    table: Tensor
+    target_table: Tensor
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return self.table @ actions.T
+
+    def target_q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return self.target_table @ actions.T
+
+
+def discrete_networks(probabilities: Table, q: Table, target_q: list[Table]) -> TableNetworks:
+    """One state; the policy, Q of all critics and Q of each target critic are given tables."""
+    sizes = NetworkConfig((), (), MEMBERS)
+    networks = TableNetworks(1, len(q), sizes, seeded(), discrete=True)
+    with torch.no_grad():
+        for parameter in networks.actor.parameters():
+            parameter.zero_()
+        parameter.copy_(torch.tensor(probabilities).log())
+    networks.table = torch.tensor(q).expand(MEMBERS, -1).clone().requires_grad_()
+    networks.target_table = torch.tensor(target_q)
+    return networks
+
+
+def discrete_batch(action: int, actions: int = 3, return_to_go: float = -99.0) -> Batch:
+    one = torch.ones(1)
+    return Batch(
+        observations=torch.zeros(1, 1),
+        actions=one_hot(torch.tensor([action]), actions),
+        rewards=one,
+        accidents=one * 0.0,
+        costs=one * 0.0,
+        next_observations=torch.zeros(1, 1),
+        terminated=one * 0.0,
+        time_to_go=one,
+        return_to_go=one * return_to_go,
+    )
+
+
+NO_NOISE = torch.zeros(1, 3)
+NOTHING = torch.zeros(0, 1, 3)
+
+
+def discrete_cql(*, calibrated: bool, return_to_go: float = -99.0) -> tuple[float, Tensor]:
+    """(loss, its gradient over the table) for Q = (1, 2, 0) where action 0 was logged."""
+    # min of the targets is (1, 2, 3): E_pi = .5 + .6 + .6 = 1.7
+    networks = discrete_networks(
+        (0.5, 0.3, 0.2), (1.0, 2.0, 0.0), [(1.0, 5.0, 3.0), (4.0, 2.0, 9.0)]
+    )
+    agent = CQL(networks, CQLConfig(alpha=2.0, discount=0.5), calibrated=calibrated)
+    batch = discrete_batch(0, return_to_go=return_to_go)
+    loss, _ = agent.critic_loss(batch, NO_NOISE, (NOTHING, NOTHING), NOTHING)
+    return loss.item(), torch.autograd.grad(loss, networks.table)[0][0]
+
+
+def test_discrete_cql_is_logsumexp_over_all_actions_minus_the_logged_one() -> None:
+    loss, gradient = discrete_cql(calibrated=False)
+    total = math.e + math.e**2 + 1.0
+    td = (1.0 - (1.0 + 0.5 * 1.7)) ** 2
+    assert loss == pytest.approx(MEMBERS * (td + 2.0 * (math.log(total) - 1.0)))
+    # 2 softmax at every action, the logged one or not; there also the TD error and -2.
+    softmax = torch.tensor([math.e, math.e**2, 1.0]) / total
+    expected = 2.0 * softmax + torch.tensor([2.0 * (1.0 - 1.85) - 2.0, 0.0, 0.0])
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_discrete_calql_stops_at_the_return_of_the_log_at_every_action() -> None:
+    # max(Q, 1.5) = (1.5, 2, 1.5): only action 1 is still pressed down.
+    loss, gradient = discrete_cql(calibrated=True, return_to_go=1.5)
+    total = 2.0 * math.exp(1.5) + math.exp(2.0)
+    td = (1.0 - (1.0 + 0.5 * 1.7)) ** 2
+    assert loss == pytest.approx(MEMBERS * (td + 2.0 * (math.log(total) - 1.0)))
+    expected = torch.tensor([2.0 * (1.0 - 1.85) - 2.0, 2.0 * math.exp(2.0) / total, 0.0])
+    torch.testing.assert_close(gradient, expected)
+    # Below every Q it is CQL.
+    assert discrete_cql(calibrated=True, return_to_go=-9.0)[0] == discrete_cql(calibrated=False)[0]
+
+
+def test_discrete_cql_advantage_is_over_the_expectation() -> None:
+    networks = Networks(OBSERVATIONS, ACTIONS, SMALL, seeded(), discrete=True)
+    agent = CQL(networks, CQLConfig(), calibrated=True)
+    batch = make_batch(discrete=True)
+    advantages, _ = agent.update(batch, seeded(1))
+    q = torch.stack(
+        [
+            networks.target_q(batch.observations, one_hot(torch.full((SIZE,), k), ACTIONS)).amin(0)
+            for k in range(ACTIONS)
+        ],
+        dim=-1,
+    )
+    value = (categorical(networks.actor, batch.observations).log_probs.exp() * q).sum(-1)
+    logged = (q * batch.actions).sum(-1)
+    torch.testing.assert_close(advantages, (logged - value).detach())
+
+
+def test_discrete_rlpd_losses_by_hand() -> None:
+    policy = (0.5, 0.3, 0.2)
+    # drawn members 0 and 2: their minimum is (1, 2, 3), E_pi = 1.7 as above
+    targets: list[Table] = [(1.0, 5.0, 3.0), (0.0, 0.0, 0.0), (4.0, 2.0, 9.0), (0.0, 0.0, 0.0)]
+    networks = discrete_networks(policy, (1.0, -2.0, 4.0), targets)
+    learner = RLPD(networks, 3, RLPDConfig(discount=0.5, temperature_init=0.5))
+    batch = discrete_batch(1)
+    loss = learner.critic_loss(batch, NO_NOISE, torch.tensor([0, 2]))
+    assert loss.item() == pytest.approx(MEMBERS * (-2.0 - 1.85) ** 2)
+
+    anchor = Actor(1, 3, (), seeded(), discrete=True)
+    with torch.no_grad():
+        for parameter in anchor.parameters():
+            parameter.zero_()  # uniform
+
+    def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+        assert observations.shape == (3, 1)
+        assert time_to_go.tolist() == [1.0] * 3
+        return actions @ torch.tensor([0.1, 0.0, 0.9])
+
+    two, three = torch.tensor(2.0), torch.tensor(3.0)
+    value, log_prob = learner.actor_loss(batch, NO_NOISE, risk, two, anchor, three)
+    # E|Q| = .5 + .6 + .8 = 1.9; E Q = .5 - .6 + .8 = .7; E risk = .05 + .18 = .23
+    negative_entropy = sum(p * math.log(p) for p in policy)
+    distance = negative_entropy + math.log(3)
+    expected = -0.7 / 1.9 + 0.5 * negative_entropy + 2.0 * 0.23 + 3.0 * distance
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert log_prob.item() == pytest.approx(negative_entropy, rel=1e-5)
+
+
+@pytest.mark.parametrize(("share", "rises"), [(0.95, True), (0.9, False)])
+def test_discrete_target_entropy_is_a_share_of_the_largest(share: float, rises: bool) -> None:
+    # The policy (.5, .3, .2) has an entropy of 1.030 nats, .937 of log 3.
+    networks = discrete_networks((0.5, 0.3, 0.2), (0.0, 0.0, 0.0), [(0.0, 0.0, 0.0)])
+    learner = RLPD(networks, 3, RLPDConfig(discrete_entropy=share, target_entropy=77.0))
+    before = learner.log_temperature.item()
+    zero = torch.tensor(0.0)
+    learner.update_actor(discrete_batch(0), None, zero, None, zero, seeded())
+    assert (learner.log_temperature.item() > before) == rises
+
+
+def test_discrete_extraction_by_hand() -> None:
+    policy, behaviour = (0.5, 0.3, 0.2), (0.2, 0.2, 0.6)
+    networks = discrete_networks(policy, (1.0, -2.0, 4.0), [])
+    extraction = Extraction(networks.actor, 1, 3, (), ExtractionConfig(weight=0.5), seeded())
+    with torch.no_grad():
+        for parameter in extraction.mixture.parameters():
+            parameter.zero_()
+        parameter.copy_(torch.tensor(behaviour).log())
+    batch = discrete_batch(1)
+    two = torch.tensor(2.0)
+    value, distance = extraction.actor_loss(
+        batch, NO_NOISE, networks.q, lambda o, t, a: a @ torch.tensor([0.1, 0.0, 0.9]), two
+    )
+    kl_by_hand = sum(p * math.log(p / b) for p, b in zip(policy, behaviour, strict=True))
+    assert distance.item() == pytest.approx(kl_by_hand, rel=1e-5)
+    assert value.item() == pytest.approx(-0.7 / 1.9 + 2.0 * 0.23 + 0.5 * kl_by_hand, rel=1e-5)
+    # One logged action: its weight is 1 after normalisation, whatever the advantage.
+    loss = extraction.mixture_loss(batch, torch.tensor([3.0]), torch.tensor([0.2]))
+    assert loss.item() == pytest.approx(-math.log(0.2), rel=1e-5)
+
+
+def test_discrete_extraction_has_the_closed_form_optimum() -> None:
+    """pi* ~ p exp((Q/|Q| - lambda risk) / weight): the gradient is zero there alone."""
+    behaviour, q = torch.tensor([0.2, 0.2, 0.6]), (1.0, 1.0, -1.0)  # |Q| is 1 under any policy
+    risks = torch.tensor([0.3, 0.0, 0.1])
+    best = behaviour * ((torch.tensor(q) - 2.0 * risks) / 0.5).exp()
+
+    def gradient_at(probabilities: Tensor) -> float:
+        networks = discrete_networks(tuple(probabilities.tolist()), q, [])
+        extraction = Extraction(networks.actor, 1, 3, (), ExtractionConfig(weight=0.5), seeded())
+        with torch.no_grad():
+            for parameter in extraction.mixture.parameters():
+                parameter.zero_()
+            parameter.copy_(behaviour.log())
+        loss, _ = extraction.actor_loss(
+            discrete_batch(0), NO_NOISE, networks.q, lambda o, t, a: a @ risks, torch.tensor(2.0)
+        )
+        *_, bias = networks.actor.parameters()
+        return torch.autograd.grad(loss, bias)[0].abs().max().item()
+
+    assert gradient_at(best / best.sum()) < 1e-6
+    assert gradient_at(torch.tensor([0.3, 0.3, 0.4])) > 0.01
+
+
+def test_discrete_extraction_compares_state_by_state() -> None:
+    actor = Actor(OBSERVATIONS, ACTIONS, (16,), seeded(), discrete=True)
+    extraction = Extraction(actor, OBSERVATIONS, ACTIONS, (16,), ExtractionConfig(), seeded(1))
+    batch = make_batch(discrete=True)
+    flat = lambda o, a: a.sum(-1).expand(2, -1)  # noqa: E731
+    zero = torch.tensor(0.0)
+    _, divergence = extraction.actor_loss(batch, batch.actions, flat, no_risk, zero)
+    behaviour = Categorical(torch.log_softmax(extraction.mixture.layers(batch.observations), -1))
+    expected = categorical(actor, batch.observations).kl(behaviour).mean()
+    torch.testing.assert_close(divergence, expected.detach())

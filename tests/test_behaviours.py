@@ -1,15 +1,12 @@
-"""Behaviours: smooth noise of the stated size, PPO isolated from the caller and copied exactly."""
-
-import random
+"""Behaviours: smooth noise of the stated size, and random actions that cover the space."""
 
 import numpy as np
 import pytest
-import torch
 
 from safe_offrl import behaviours as module
-from safe_offrl.behaviours import ppo_behaviours, random_behaviour, scripted_behaviours
-from safe_offrl.collect import collect
-from safe_offrl.env import make_env
+from safe_offrl.behaviours import random_behaviour, scripted_behaviours
+from safe_offrl.env import AccidentEnv, make_env
+from safe_offrl.mixture import collect
 from safe_offrl.safety import SafetySpec
 
 SPEC = SafetySpec()
@@ -54,39 +51,39 @@ def test_noise_is_correlated_and_of_the_stated_levels() -> None:
     assert np.mean(correlations) == pytest.approx(module.NOISE_CORRELATION, abs=0.02)
 
 
-def test_ppo_leaves_the_global_state_alone() -> None:
-    torch.manual_seed(5)
-    random.seed(5)
-    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
-    numpy_before = np.random.get_state()[1].copy()  # type: ignore[index] # noqa: NPY002
-    behaviours = ppo_behaviours("PointHazard-v0", SPEC, steps=10, seed=0)
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (random.getstate(), torch.get_num_threads())
-    assert np.array_equal(numpy_before, np.random.get_state()[1])  # type: ignore[index] # noqa: NPY002
-    assert [b.name for b in behaviours] == ["ppo-1024", "ppo-2048", "ppo-3072"]  # whole rollouts
+# --- discrete actions ---
 
 
-def test_frozen_ppo_policy_equals_the_model() -> None:
-    from stable_baselines3 import PPO
+@pytest.fixture(scope="module")
+def grid() -> AccidentEnv:
+    return make_env("HazardGrid-v0", SPEC)
 
-    env = make_env("PointHazard-v0", SPEC)
-    with module._isolated_torch():
-        model = PPO("MlpPolicy", env, n_steps=64, seed=0, device="cpu")
-        frozen = module._frozen(model.policy)
-        with torch.no_grad():
-            model.policy.log_std.fill_(-30.0)  # the mean alone
-            deterministic = module._frozen(model.policy)
-            model.policy.log_std.fill_(np.log(0.5))
-            wide = module._frozen(model.policy)
-        rng = np.random.default_rng(0)
-        for _ in range(20):
-            x = rng.normal(size=env.observation_size).astype(np.float32)
-            expected = model.predict(x, deterministic=True)[0]
-            assert np.allclose(deterministic(rng)(x), expected, atol=1e-5)
-        zero = np.zeros(env.observation_size, np.float32)
-        samples = np.array([wide(rng)(zero) for _ in range(4000)])
-        assert samples.std() == pytest.approx(0.5, rel=0.05)
-        # A snapshot: training on must not move it.
-        before = frozen(np.random.default_rng(1))(zero)
-        model.learn(64)
-        assert np.array_equal(before, frozen(np.random.default_rng(1))(zero))
+
+def test_scripted_controllers_of_discrete_actions_take_random_ones_at_the_stated_rates(
+    grid: AccidentEnv,
+) -> None:
+    up = module._with_chance(lambda rng: lambda observation: 0, grid)
+    rates = []
+    for k in range(60):
+        act = up(np.random.default_rng(k))
+        actions = np.array([act(np.zeros(1, np.float32)) for _ in range(500)])
+        assert (actions.sum(1) == 1.0).all()
+        rates.append(1.0 - actions[:, 0].mean())
+    # One in four of the random ones is the same action again.
+    levels = 0.75 * np.array(module.NOISE_LEVELS)
+    nearest = np.abs(np.subtract.outer(rates, levels)).argmin(1)
+    assert np.allclose(rates, levels[nearest], atol=0.06)
+    assert set(nearest) == {0, 1, 2}
+
+
+def test_discrete_behaviours_are_logged_as_the_one_hot_rows_that_acted(grid: AccidentEnv) -> None:
+    behaviours = [*scripted_behaviours(grid), random_behaviour(grid.action_size)]
+    assert [b.name for b in behaviours] == ["hurried", "moderate", "cautious", "random"]
+    arrays = collect(grid, behaviours=behaviours, shares=[0.25] * 4, transitions=3000, seed=0)
+    actions = arrays["actions"]
+    assert actions.dtype == np.float32
+    assert set(np.unique(actions)) == {0.0, 1.0}
+    assert (actions.sum(1) == 1.0).all()
+    # Every action is chosen equally often at random.
+    only = collect(grid, behaviours=behaviours[3:], shares=[1.0], transitions=4000, seed=0)
+    np.testing.assert_allclose(only["actions"].mean(0), 0.25, atol=0.08)

@@ -13,6 +13,7 @@ from safe_offrl.calibration import (
     window_outcomes,
 )
 from safe_offrl.nets import Actor
+from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
 from safe_offrl.types import Batch, Dataset, Layout
 
@@ -103,9 +104,12 @@ def one_step_episodes(n: int = 600) -> Dataset:
     return dataset([1] * n, accidents, actions=actions, observations=observations)
 
 
+LIMIT = Limit("accident", 0.1, 1.0)
+
+
 def report_of(critic: SafetyCritic, data: Dataset) -> CalibrationReport:
     actor = Actor(1, 1, (4,), torch.Generator().manual_seed(0))
-    return calibrate_critic(critic, actor, data, RiskEstimate(0.12, 0.15, 0.1))
+    return calibrate_critic(critic, actor, data, RiskEstimate(0.12, 0.15, 0.1), LIMIT)
 
 
 def test_a_perfect_critic_may_shield() -> None:
@@ -119,7 +123,7 @@ def test_a_perfect_critic_may_shield() -> None:
     assert report.false_alarm == 0.0
     assert report.ece < 0.05
     assert report.behaviour_accident_rate == pytest.approx(0.25, abs=0.05)
-    assert (report.v_accident, report.v_accident_upper, report.v_reference) == (0.12, 0.15, 0.1)
+    assert (report.estimate, report.estimate_upper, report.estimate_plain_td) == (0.12, 0.15, 0.1)
     assert "allowed" in str(report)
 
 

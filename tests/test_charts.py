@@ -31,7 +31,7 @@ def _run(accidents, steps, returns=None, method="constrained", estimates=()):
         for i in range(len(accidents))
     ]
     decisions = [
-        Decision(step, True, True, kl=0.0, delta=1.0, v_candidate=0.0, v_deployed=v, epsilon=0.1)
+        Decision(step, True, True, kl=0.0, delta=1.0, v_candidate=0.0, v_deployed=v, limit=0.1)
         for step, v in estimates
     ]
     return RunData(
@@ -43,7 +43,8 @@ def _run(accidents, steps, returns=None, method="constrained", estimates=()):
         pretrained="",
         env_id="PointHazard-v0",
         budget=None,
-        epsilon=0.1,
+        constraint="accident",
+        limit=0.1,
         confidence=0.95,
         episodes=episodes,
         constrained=True,

@@ -1,20 +1,24 @@
-"""Collection: deterministic, complete episodes, the stated mixture, one default dataset."""
+"""Collection: deterministic, whole episodes, the stated mixture, one default dataset."""
 
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 import torch
 
-from safe_offrl import behaviours as behaviours_module
 from safe_offrl import collect as module
+from safe_offrl import learners, mixture
 from safe_offrl.behaviours import Behaviour, random_behaviour
-from safe_offrl.collect import accident_mixture, build_dataset, collect, default_dataset
-from safe_offrl.data.hdf5 import load_dataset
+from safe_offrl.collect import CollectConfig, behaviour_table, build_dataset, default_dataset
+from safe_offrl.config import load_config
+from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import AccidentEnv, episode_seed
-from safe_offrl.errors import ConfigError, EnvError, UserError
+from safe_offrl.errors import ConfigError, DataError, EnvError, UserError
+from safe_offrl.learners import LearnersConfig, PPOConfig, SACConfig
+from safe_offrl.mixture import collect, unsafe_mixture
 from safe_offrl.safety import SafetySpec
 
 SPEC = SafetySpec()
@@ -89,38 +93,37 @@ def test_wrong_action_shape_names_the_behaviour() -> None:
         collect(walk(), behaviours=[constant("odd", 0, 0)], shares=[1.0], transitions=1, seed=0)
 
 
-def test_accident_mixture() -> None:
+def test_unsafe_mixture() -> None:
     p = [0.02, 0.1, 0.5]
     for target in (0.1, 0.15, 0.3):
-        shares = accident_mixture(p, target)
+        shares = unsafe_mixture(p, target)
         assert shares.sum() == pytest.approx(1.0)
         assert shares @ np.array(p) == pytest.approx(target, abs=1e-6)
-        assert shares.min() >= module.MIN_SHARE / 3
+        assert shares.min() >= mixture.MIN_SHARE / 3
     # The equal mixture has .62 / 3 and is left alone.
-    assert np.allclose(accident_mixture(p, 0.62 / 3), 1 / 3, atol=1e-6)
+    assert np.allclose(unsafe_mixture(p, 0.62 / 3), 1 / 3, atol=1e-6)
     # Out of reach: all but the floor of .1 / 3 goes to the nearest behaviour.
-    assert np.allclose(accident_mixture(p, 0.9), [0.1 / 3, 0.1 / 3, 0.9 + 0.1 / 3])
-    assert np.allclose(accident_mixture(p, 0.0), [0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
-    assert np.allclose(accident_mixture([0.2, 0.2], 0.1), 0.5)
+    assert np.allclose(unsafe_mixture(p, 0.9), [0.1 / 3, 0.1 / 3, 0.9 + 0.1 / 3])
+    assert np.allclose(unsafe_mixture(p, 0.0), [0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
+    assert np.allclose(unsafe_mixture([0.2, 0.2], 0.1), 0.5)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PILOT_EPISODES", 20)
-    monkeypatch.setattr(behaviours_module, "PARALLEL_ENVS", 2)
+    monkeypatch.setattr(learners, "PARALLEL_ENVS", 2)
+
+
+def ppo(steps: int) -> LearnersConfig:
+    return LearnersConfig(ppo=PPOConfig(steps=steps))
 
 
 @pytest.mark.usefixtures("small")
 def test_build_is_deterministic_and_says_what_it_did(tmp_path: Path) -> None:
     def build(name: str, seed: int) -> str:
+        config = CollectConfig(transitions=3000, seed=seed, learners=ppo(600))
         path = build_dataset(
-            "PointHazard-v0",
-            SPEC,
-            path=tmp_path / name,
-            transitions=3000,
-            seed=seed,
-            training_steps=600,
-            progress=messages.append,
+            "PointHazard-v0", SPEC, path=tmp_path / name, config=config, progress=messages.append
         )
         return load_dataset(path, discount=0.99, spec=SPEC).sha256
 
@@ -139,14 +142,76 @@ def test_build_is_deterministic_and_says_what_it_did(tmp_path: Path) -> None:
     assert metadata["seed"] == 0
     assert (metadata["action_low"], metadata["action_high"]) == (-1.0, 1.0)
     assert metadata["accident_share"] == pytest.approx(dataset.episode_accidents.mean())
-    assert metadata["training"] == {"algorithm": "PPO", "steps": 600, "logged": False}
+    assert metadata["unsafe_share"] == metadata["accident_share"]
+    assert metadata["training"]["ppo"]["steps"] == 600
+    assert metadata["training"]["cost_limits"] == []  # the environment offers cautious controllers
+    assert metadata["training"]["logged"] is False
     assert {"torch", "gymnasium", "numpy", "stable-baselines3"} <= set(metadata["versions"])
     names = [b["name"] for b in metadata["behaviours"]]
     assert "random" in names
     assert sum(name.startswith("ppo-") for name in names) == 3
     assert sum(b["episodes"] for b in metadata["behaviours"]) == dataset.episodes
-    assert any(m.startswith("training PPO") for m in messages)
+    assert any(m.startswith("training ppo: ") for m in messages)
     assert messages[-1].startswith("logged 3,0")
+    # The table's figures are those of the log.
+    index = names.index("moderate")
+    mine = [k == index for k in h5py.File(tmp_path / "a.hdf5")["episode_behaviours"]]
+    mean, cost = dataset.episode_returns[mine].mean(), dataset.episode_costs[mine].mean()
+    row = behaviour_table(metadata["behaviours"]).splitlines()[index + 1].split()
+    assert row[:4] == ["moderate", str(sum(mine)), f"{mean:.2f}", f"{cost:.2f}"]
+
+
+@pytest.mark.usefixtures("small")
+def test_all_learners_and_the_spread_of_episode_cost(tmp_path: Path) -> None:
+    spec = SafetySpec(accident="terminated", constraint="cost", cost_limit=0.5)
+    config = CollectConfig(
+        transitions=2000,
+        unsafe_share=0.4,
+        workers=1,
+        learners=LearnersConfig(
+            penalties=(1.0,),
+            cost_limits=(0.2,),
+            ppo=PPOConfig(steps=300, penalised_steps=300),
+            sac=SACConfig(steps=1300, penalised_steps=300, updates=0.05),
+        ),
+    )
+    path = build_dataset("PointHazard-v0", spec, path=tmp_path / "a.hdf5", config=config)
+    dataset = load_dataset(path, discount=0.99, spec=spec)
+    behaviours = dataset.metadata["behaviours"]
+    assert {b.get("algorithm") for b in behaviours} == {None, "PPO", "SAC"}
+    assert {b.get("cost_limit") for b in behaviours} == {None, 0.2}
+    # An episode that falls into a hazard costs 1, more than the limit.
+    costs = dataset.episode_costs
+    assert dataset.metadata["unsafe_share"] == pytest.approx(float((costs > 0.5).mean()))
+    assert dataset.metadata["target_unsafe_share"] == 0.4
+    weights = [b["episodes"] for b in behaviours if b["episodes"]]
+    means = [b["mean_cost"] for b in behaviours if b["episodes"]]
+    assert np.average(means, weights=weights) == pytest.approx(float(costs.mean()))
+
+
+@pytest.mark.usefixtures("small")
+def test_the_share_of_the_threshold_is_no_part_of_the_file(tmp_path: Path) -> None:
+    spec = SafetySpec(accident="episode_cost", cost_threshold=0.5)
+    config = CollectConfig(transitions=300, learners=ppo(0))
+    path = build_dataset("PointHazard-v0", spec, path=tmp_path / "a.hdf5", config=config)
+    plain, saute = (
+        load_dataset(path, discount=0.99, spec=s).layout.observation_size for s in (SPEC, spec)
+    )
+    assert saute == plain + 1
+
+
+@pytest.mark.usefixtures("small")
+def test_the_name_of_the_file_says_the_format(tmp_path: Path) -> None:
+    config = CollectConfig(transitions=300, learners=ppo(0))
+    identities = set()
+    for name in ("a.hdf5", "folder", "a.npz"):
+        path = build_dataset("PointHazard-v0", SPEC, path=tmp_path / name, config=config)
+        returns = load_dataset(path, discount=0.99, spec=SPEC).episode_returns
+        identities.add(returns.tobytes())
+    assert (tmp_path / "folder" / "data" / "main_data.hdf5").is_file()
+    assert len(identities) == 1
+    with pytest.raises(DataError, match="which format"):
+        build_dataset("PointHazard-v0", SPEC, path=tmp_path / "a.txt", config=config)
 
 
 @pytest.mark.usefixtures("small")
@@ -156,9 +221,7 @@ def test_target_out_of_reach_is_said(tmp_path: Path) -> None:
         "PointHazard-v0",
         SPEC,
         path=tmp_path / "a.hdf5",
-        transitions=1500,
-        target_accident_share=1.0,
-        training_steps=0,
+        config=CollectConfig(transitions=1500, unsafe_share=1.0, learners=ppo(0)),
         progress=messages.append,
     )
     warning = load_dataset(path, discount=0.99, spec=SPEC).metadata["warning"]
@@ -166,21 +229,28 @@ def test_target_out_of_reach_is_said(tmp_path: Path) -> None:
     assert f"warning: {warning}" in messages
 
 
-def test_bad_settings() -> None:
-    for bad in (
-        {"transitions": 0},
-        {"training_steps": -1},
-        {"target_accident_share": 1.5},
-        {"target_accident_share": float("nan")},
-    ):
-        with pytest.raises(ConfigError):
-            build_dataset("PointHazard-v0", SPEC, path="unused.hdf5", **bad)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "transitions=0",
+        "workers=0",
+        "unsafe_share=1.5",
+        "unsafe_share=nan",
+        "pilot_share=0",
+        "learners.ppo.steps=-1",
+        "training_steps=5",  # unknown
+        "learners.ppo.epoch=5",
+    ],
+)
+def test_bad_settings(key: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(CollectConfig, section="collect", env_id="", overrides=[key])
 
 
 def test_default_dataset_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Path] = []
 
-    def fake(env_id: str, spec: SafetySpec, *, path: Path, progress: Any) -> Path:
+    def fake(env_id: str, spec: SafetySpec, *, path: Path, config: Any, progress: Any) -> Path:
         built.append(path)
         path.write_bytes(b"data")
         return path
@@ -193,10 +263,12 @@ def test_default_dataset_is_built_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert built == [first]
     assert default_dataset(spec=SafetySpec(cost_threshold=0.5)) != first
     assert default_dataset("HazardLine-v0") != first
-    assert len(built) == 3
-    # A change of either source file builds a new log.
+    assert default_dataset(config=CollectConfig(workers=1)) == first  # nor this
+    assert default_dataset(config=CollectConfig(transitions=5)) != first
+    assert len(built) == 4
+    # A change of any source file builds a new log.
     read = Path.read_bytes
-    for name in ("behaviours.py", "collect.py"):
+    for name in module.SOURCES:
 
         def changed(path: Path, name: str = name) -> bytes:
             return read(path) + b"#" * (path.name == name)
@@ -204,7 +276,7 @@ def test_default_dataset_is_built_once(tmp_path: Path, monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", changed)
             default_dataset()
-    assert len(built) == len(set(built)) == 5
+    assert len(built) == len(set(built)) == 4 + len(module.SOURCES)
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

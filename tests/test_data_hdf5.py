@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from safe_offrl.data.hdf5 import load_dataset, write_dataset
+from safe_offrl.data.hdf5 import write_dataset
+from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
 
@@ -59,6 +60,7 @@ def test_episodes_and_derived_columns_by_hand(path: Path) -> None:
     assert dataset.episode_accidents.tolist() == [True, True, False]
     assert dataset.horizon == 4
     assert torch.equal(dataset.initial_observations[1], torch.tensor([4.0, 5.0]))
+    assert isinstance(dataset.rows, torch.Tensor)
     assert dataset.rows.is_contiguous()
     assert dataset.rows.dtype == torch.float32
 

@@ -9,12 +9,12 @@ import torch
 
 from safe_offrl.acceptance import AcceptanceConfig, Decision
 from safe_offrl.deployment import Deployment
-from safe_offrl.monitor import AccidentMonitor
+from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Actor
-from safe_offrl.safety import SafetySpec
+from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.shield import ShieldConfig
-from safe_offrl.types import Batch
+from safe_offrl.types import Batch, States
 
 
 def policy(mean: float) -> Actor:
@@ -41,28 +41,27 @@ def deployment(epsilon: float = 0.2) -> Deployment:
     return Deployment(
         policy(0.0),
         critic,
-        SafetySpec(epsilon=epsilon, delta=0.05),
+        Limit("accident", epsilon, 1.0),
+        0.05,
         AcceptanceConfig(),
         ShieldConfig(),
         kl_limited=True,
-        accident_limited=True,
+        safety_limited=True,
         shield_threshold=None,
     )
 
 
-def propose(
-    deployed: Deployment, learner: Actor, monitor: AccidentMonitor
-) -> tuple[Decision, bool]:
+def propose(deployed: Deployment, learner: Actor, monitor: SafetyMonitor) -> tuple[Decision, bool]:
     zeros, states = torch.zeros(50), torch.zeros(50, 1)
     visited = Batch(states, states, zeros, zeros, zeros, states, zeros, zeros + 0.5, zeros)
     generator = torch.Generator().manual_seed(0)
-    return deployed.propose(learner, visited, 10.0, states, monitor, generator)
+    return deployed.propose(learner, visited, 10.0, States.at_start(states), monitor, generator)
 
 
-def monitor_after(accidents: list[bool], version: int, epsilon: float = 0.2) -> AccidentMonitor:
-    monitor = AccidentMonitor(epsilon)
+def monitor_after(accidents: list[bool], version: int, epsilon: float = 0.2) -> SafetyMonitor:
+    monitor = SafetyMonitor(Limit("accident", epsilon, 1.0))
     for accident in accidents:
-        monitor.update(accident, version)
+        monitor.update(accident, float(accident), version)
     return monitor
 
 

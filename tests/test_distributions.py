@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_offrl.distributions import kl, log_prob, sample
+from safe_offrl.distributions import Categorical, Gaussian, Quadrature, kl, log_prob, sample
 
 
 def d(*values: float) -> Tensor:
@@ -81,3 +81,83 @@ def test_saturated_actions_stay_finite() -> None:
     assert action.tolist() == [1.0, -1.0]
     assert math.isfinite(density.item())  # log(1 - a^2) would be -inf
     assert math.isfinite(log_prob(d(0), d(0), d(1)).item())
+
+
+# --- what both forms of a policy have in common ---
+
+
+def categorical(*probabilities: list[float]) -> Categorical:
+    return Categorical(torch.tensor(probabilities, dtype=torch.float64).log())
+
+
+def test_quadrature_of_a_gaussian_is_one_sample_and_costs_nothing() -> None:
+    policy = Gaussian(d(0.3, -0.1).expand(5, 2), d(-1.0, 0.2).expand(5, 2))
+    noise = torch.randn(5, 2, dtype=torch.float64)
+    points = policy.quadrature(noise)
+    actions, log_probs = sample(*policy, noise)
+    torch.testing.assert_close(points.actions, actions)
+    torch.testing.assert_close(points.log_probs, log_probs)
+    x = torch.randn(5, 3)
+    assert points.repeat(x) is x
+    assert points.expect(x) is x
+    assert points.spread(x) is x
+
+
+def test_quadrature_of_a_categorical_is_every_action() -> None:
+    points = categorical([0.2, 0.5, 0.3], [1.0, 0.0, 0.0]).quadrature()
+    # Blocks by action: action 0 at both observations, action 1 at both ...
+    assert points.actions.tolist() == [[1, 0, 0]] * 2 + [[0, 1, 0]] * 2 + [[0, 0, 1]] * 2
+    assert points.log_probs.exp().tolist() == pytest.approx([0.2, 1.0, 0.5, 0.0, 0.3, 0.0])
+    observations = d(7, 8).unsqueeze(-1)
+    assert points.repeat(observations)[:, 0].tolist() == [7, 8, 7, 8, 7, 8]
+    assert points.repeat(observations[:, 0]).tolist() == [7, 8, 7, 8, 7, 8]
+    values = points.repeat(observations)[:, 0] * 10.0 + points.actions @ d(1, 2, 3)
+    # .2 * 71 + .5 * 72 + .3 * 73 and 81
+    assert points.expect(values).tolist() == pytest.approx([72.1, 81.0])
+    two_critics = torch.stack([values, -values])
+    assert points.expect(two_critics).tolist() == [
+        pytest.approx([72.1, 81.0]),
+        pytest.approx([-72.1, -81.0]),
+    ]
+
+
+def test_the_gradient_of_an_expectation_reaches_the_probabilities() -> None:
+    # d/dlogit_k sum_a p_a f_a = p_k (f_k - E f); E f = .2 * 1 + .5 * 2 + .3 * 4 = 2.4
+    logits = d(0.2, 0.5, 0.3).log().unsqueeze(0).requires_grad_()
+    points = Categorical(torch.log_softmax(logits, -1)).quadrature()
+    (gradient,) = torch.autograd.grad(points.expect(d(1, 2, 4)).sum(), logits)
+    assert gradient[0].tolist() == pytest.approx([0.2 * -1.4, 0.5 * -0.4, 0.3 * 1.6])
+
+
+def test_spread_weights_average_to_the_weighted_expectation() -> None:
+    points = categorical([0.2, 0.5, 0.3], [0.6, 0.4, 0.0]).quadrature()
+    values, weights = torch.arange(6.0, dtype=torch.float64), d(0.5, 2.0)
+    by_rows = (points.spread(weights) * values).mean()
+    assert by_rows.item() == pytest.approx((weights * points.expect(values)).mean().item())
+    # by hand: E f = .5 * 2 + .3 * 4 = 2.2 and .6 * 1 + .4 * 3 = 1.8; (.5 * 2.2 + 2 * 1.8) / 2
+    assert by_rows.item() == pytest.approx(2.35)
+
+
+def test_kl_of_categoricals_by_hand() -> None:
+    p, q = categorical([0.5, 0.5]), categorical([0.9, 0.1])
+    # .5 log(.5/.9) + .5 log(.5/.1) and .9 log(.9/.5) + .1 log(.1/.5)
+    assert p.kl(q).item() == pytest.approx(0.5 * math.log(5 / 9) + 0.5 * math.log(5))
+    assert q.kl(p).item() == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2))
+    assert p.kl(p).item() == 0.0
+    # A probability that underflows is no NaN: 0 log 0 = 0, and log 2 against the even one.
+    sure = Categorical(torch.log_softmax(d(0.0, -2000.0).unsqueeze(0), -1))
+    assert sure.kl(p).item() == pytest.approx(math.log(2))
+
+
+def test_kl_of_gaussians_is_the_closed_form() -> None:
+    p, q = Gaussian(d(1, 0.7), d(0, -1)), Gaussian(d(0, 0.7), d(math.log(2), -1))
+    assert p.kl(q).item() == pytest.approx(math.log(2) - 0.25)
+    assert q.kl(p).item() == pytest.approx(2.0 - math.log(2))
+
+
+def test_forms_are_not_mixed() -> None:
+    with pytest.raises(AssertionError):
+        categorical([0.5, 0.5]).kl(Gaussian(d(0, 0), d(0, 0)))
+    with pytest.raises(AssertionError):
+        Gaussian(d(0, 0), d(0, 0)).kl(categorical([0.5, 0.5]))
+    assert Quadrature(d(1).unsqueeze(-1), d(0)).weights is None

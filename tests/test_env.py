@@ -190,9 +190,9 @@ def test_faults_of_the_environment_are_named(step: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "message"),
     [
-        (None, spaces.Discrete(3), "discrete action space"),
-        (None, spaces.MultiDiscrete([2, 2]), "discrete action space"),
-        (None, spaces.Box(0, 5, (1,), np.int64), "discrete action space"),
+        (None, spaces.Discrete(1), "at least 2 actions"),
+        (None, spaces.MultiDiscrete([2, 2]), "cannot be used"),
+        (None, spaces.Box(0, 5, (1,), np.int64), "integer Box"),
         (None, spaces.Box(-np.inf, np.inf, (1,)), "infinite action bounds"),
         (spaces.Box(0, 255, (8, 8, 3), np.uint8), None, "image observations"),
         (spaces.Discrete(4), None, "observations of type Discrete"),
@@ -216,9 +216,45 @@ def test_the_horizon_is_the_specs_or_the_environments() -> None:
         AccidentEnv(Script([]), SafetySpec())
 
 
-def test_a_discrete_environment_of_gymnasium_is_refused() -> None:
-    with pytest.raises(EnvError, match="discrete action space"):
-        make_env("CartPole-v1", SafetySpec(accident="terminated"))
+def test_discrete_actions_are_one_hot_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rule_of_discrete.py").write_text(
+        "def seven(observation, action, *rest):\n    return bool(action == 7)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = Script([step_of()] * 4, action_space=spaces.Discrete(3, start=5))
+    env = AccidentEnv(script, SafetySpec(horizon=9, accident="rule_of_discrete:seven"))
+    assert env.discrete
+    assert env.action_size == 3
+    assert env.action_space == spaces.Box(0.0, 1.0, (3,), np.float32)
+    env.reset(seed=0)
+    rows = np.array([[1, 0, 0], [0, 0, 1], [0.2, 0.5, 0.3]], np.float32)
+    infos = [env.step(row)[4] for row in rows]
+    # The environment and the user's function get the environment's own number.
+    assert script.actions == [5, 7, 6]
+    assert all(script.action_space.contains(action) for action in script.actions)
+    assert [info["accident"] for info in infos] == [False, True, False]
+    assert [env.executed(row).tolist() for row in rows] == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    assert env.one_hot(7).tolist() == [0, 0, 1]
+    for bad in (np.array([0.0, np.nan, 1.0]), np.array([0.0, np.inf, 0.0])):
+        with pytest.raises(EnvError, match="not sent"):
+            env.step(bad)
+        with pytest.raises(EnvError, match="not sent"):
+            env.executed(bad)
+
+
+def test_continuous_actions_are_executed_within_their_bounds() -> None:
+    env = AccidentEnv(Script([]), COST)
+    assert not env.discrete
+    assert env.executed(np.array([1.5], np.float32)).tolist() == [1.0]
+
+
+def test_a_discrete_environment_of_gymnasium() -> None:
+    env = make_env("CartPole-v1", SafetySpec(accident="terminated"))
+    env.reset(seed=0)
+    assert (env.discrete, env.action_size) == (True, 2)
+    *_, info = env.step(np.array([0.0, 1.0], np.float32))
+    assert info["accident"] is False
 
 
 def test_an_unknown_environment_is_one_sentence_and_a_remedy() -> None:
@@ -269,3 +305,19 @@ def test_episode_seeds_differ_between_runs_episodes_and_streams() -> None:
     assert len(seeds) == 5 * 100 * 3
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert episode_seed(1, 2, "collect") == 2103728727  # a change would change every run
+
+
+def test_episode_cost_is_an_accident_from_where_it_is_exceeded_and_is_observed() -> None:
+    costs = [0.5, 0.0, 1.0, 0.5, 3.0]
+    spec = SafetySpec(accident="episode_cost", cost_threshold=1.5, horizon=5)
+    script = [(np.zeros(2), 0.0, False, False, {"cost": cost}) for cost in costs]
+    env = AccidentEnv(Script(script * 2), spec)
+    assert env.observation_size == 3
+    for _ in range(2):  # a new episode starts from nothing
+        assert env.reset(seed=0)[0][-1] == 0.0
+        steps = [env.step(np.zeros(1, np.float32)) for _ in costs]
+        # 0.5, 0.5, 1.5 (not above), 2.0, 5.0 of 1.5; the share is cut off at 2
+        assert [s[4]["accident"] for s in steps] == [False, False, False, True, True]
+        assert [float(s[0][-1]) for s in steps] == pytest.approx([1 / 3, 1 / 3, 1.0, 4 / 3, 2.0])
+        assert [s[4]["cost"] for s in steps] == costs
+        assert env.observation_space.contains(steps[-1][0])

@@ -19,12 +19,13 @@ from torch import Tensor
 from safe_offrl.acting import NumpyActor
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.behaviours import random_behaviour
-from safe_offrl.collect import collect
-from safe_offrl.data.hdf5 import load_dataset, write_dataset
+from safe_offrl.data.hdf5 import write_dataset
+from safe_offrl.data.loading import load_dataset
 from safe_offrl.distributions import kl
 from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.finetune import FinetuneConfig, Finetuning, Iteration
+from safe_offrl.mixture import collect
 from safe_offrl.nets import Actor, NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining
 from safe_offrl.safety import SafetySpec
@@ -87,7 +88,7 @@ def config_of(epsilon: float = 0.9, delta: float = 0.05, **settings: Any) -> Fin
     return FinetuneConfig(**{**defaults, **settings})
 
 
-ALL_OFF = {"kl": False, "accident_constraint": False, "shield": False}
+ALL_OFF = {"kl": False, "safety_constraint": False, "shield": False}
 
 
 @dataclass
@@ -424,10 +425,10 @@ def test_no_kl_measures_it_all_the_same(dataset: Dataset, pretraining: Pretraini
     assert not any(i.constraints_satisfied for i in moved)
 
 
-def test_no_accident_constraint_leaves_the_trust_region(
+def test_no_safety_constraint_leaves_the_trust_region(
     dataset: Dataset, pretraining: Pretraining
 ) -> None:
-    trace = begin(config_of(0.0001, accident_constraint=False), dataset, pretraining)
+    trace = begin(config_of(0.0001, safety_constraint=False), dataset, pretraining)
     list(trace.run())
     accepted = [i for i in trace.iterations if i.accepted]
     assert accepted

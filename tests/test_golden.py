@@ -26,7 +26,7 @@ from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.nets import Actor, NetworkConfig, Networks
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.state import Part, collect_state
-from safe_offrl.types import Batch, Layout
+from safe_offrl.types import Batch, Layout, States
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS, LOGGED = 50, (1, 10, 25, 50)
@@ -120,7 +120,9 @@ def csc() -> tuple[Step, dict[str, Part]]:
     weights = torch.linspace(0.5, 1.5, 32)
 
     def step(batch: Batch) -> dict[str, Tensor]:
-        return critic.update(batch, weights, actor, batch.observations[:8], generator, floor=0.2)
+        return critic.update(
+            batch, weights, actor, States.at_start(batch.observations[:8]), generator, floor=0.2
+        )
 
     return step, critic.parts()
 

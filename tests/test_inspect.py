@@ -7,8 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safe_offrl.data.hdf5 import load_dataset, write_dataset
-from safe_offrl.data.inspect import _coverage, _principal_coverage, format_summary, summarise
+from safe_offrl.data.groups import Verdict
+from safe_offrl.data.hdf5 import write_dataset
+from safe_offrl.data.inspect import (
+    DatasetSummary,
+    _coverage,
+    _principal_coverage,
+    _state_action_coverage,
+    first_accidents,
+    format_summary,
+    principal_components,
+)
+from safe_offrl.data.inspect import summarise as summarise_under
+from safe_offrl.data.loading import load_dataset
+from safe_offrl.data_chart import write_data_png
 from safe_offrl.safety import SafetySpec
 from safe_offrl.types import Dataset
 
@@ -40,6 +52,10 @@ def load(path: Path, arrays: dict[str, np.ndarray], **metadata: Any) -> Dataset:
     return load_dataset(path / "log.hdf5", discount=0.9, spec=SafetySpec(), horizon=LENGTH)
 
 
+def summarise(dataset: Dataset, **settings: Any) -> DatasetSummary:
+    return summarise_under(dataset, SafetySpec(**settings))
+
+
 def test_figures_by_hand(tmp_path: Path) -> None:
     # Episodes of 1, 2 and 3 steps with returns 1, 5, 15; two accident steps in the last one.
     arrays = {
@@ -63,10 +79,13 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     # Clopper-Pearson for 1 of 3 at 95 %: 1 - .975^(1/3) at the lower end.
     assert summary.accident_interval[0] == pytest.approx(1 - 0.975 ** (1 / 3))
     assert summary.accident_interval[1] == pytest.approx(0.9057, abs=1e-4)
-    assert summary.behaviours == (
-        {"name": "calm", "episodes": 2, "accident_episodes": 0},
-        {"name": "wild", "episodes": 1, "accident_episodes": 1},
-    )
+    # calm: episodes of return 1 and 5 without cost; wild: return 15, cost 2.
+    assert summary.groups[0] == ("calm", 2, 3.0, 0.0, 0.0, 0)
+    assert summary.groups[1][:4] == ("wild", 1, 15.0, 2.0)
+    assert summary.costs == (0, 0, 0, 1, 2)
+    # The third episode's first accident: its first step of a horizon of 10, the first tenth.
+    assert summary.accident_times == (1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    assert first_accidents(load(tmp_path, arrays)).tolist() == [0.0]
     text = format_summary(summary)
     assert "1 episodes = 33.3%" in text
     assert "1 terminated, 2 truncated" in text
@@ -95,11 +114,60 @@ def test_observation_coverage() -> None:
     square = rng.uniform(-1, 1, (20_000, 2))
     # Whatever the units, and with a constant and a redundant column.
     scaled = np.column_stack([1000 * square[:, 0], square[:, 1], np.full(20_000, 3.0)])
-    assert _principal_coverage(scaled) > 0.4  # a square seen at 45 degrees fills half its range
+
+    def coverage(observations: np.ndarray) -> float:
+        return _principal_coverage(principal_components(observations))
+
+    assert coverage(scaled) > 0.4  # a square seen at 45 degrees fills half its range
     # One direction only: its own bins, not those of the rounding errors across it.
-    assert _principal_coverage(np.column_stack([square[:, 0]] * 2)) == 1.0
-    assert _principal_coverage(square[:, :1]) == 1.0
-    assert _principal_coverage(np.ones((50, 3))) == 0.0
+    assert coverage(np.column_stack([square[:, 0]] * 2)) == 1.0
+    assert coverage(square[:, :1]) == 1.0
+    assert coverage(np.ones((50, 3))) == 0.0
+
+
+def test_state_action_coverage_by_hand() -> None:
+    # Two places: at the first all four directions were tried, at the second, as often, only one.
+    points = np.repeat([[0.0], [1.0]], 4, axis=0)
+    directions = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1], *[[1, 1]] * 4], dtype=float) / 2
+    assert _state_action_coverage(points, directions) == pytest.approx((1 + 1 / 4) / 2)
+    # One-hot: three actions, one of them never tried.
+    one_hot = np.eye(3)[[0, 1, 0, 1, 0, 0, 0, 0]]
+    assert _state_action_coverage(points, one_hot) == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
+def test_first_accidents_are_counted_once_and_from_the_start_of_the_episode(tmp_path: Path) -> None:
+    arrays = sound_arrays(3)
+    arrays["costs"][:] = 0
+    arrays["costs"][[3, 7, 25]] = 1  # steps 3 and 7 of the first episode, 5 of the third
+    assert first_accidents(load(tmp_path, arrays)).tolist() == pytest.approx([0.3, 0.5])
+
+
+def identified(tmp_path: Path, wild: bool, **settings: Any) -> Verdict:
+    """240 episodes, every other one by the calm behaviour, which has an accident if not wild."""
+    arrays = sound_arrays(240)
+    arrays["costs"][:] = 0
+    arrays["costs"][9::20] = 0 if wild else 1
+    arrays["costs"][19::20] = 1
+    return summarise(load(tmp_path, arrays), **settings).identification
+
+
+def test_a_behaviour_within_epsilon_identifies_it_and_nobody_does_not(tmp_path: Path) -> None:
+    # 0 of 120 at 97.5 % (two groups): below 1 - .025^(1/120) = 3.0 %.
+    verdict = identified(tmp_path, wild=True, epsilon=0.05)
+    assert verdict.identified
+    assert "'calm' is below 3.0%" in verdict.sentence
+    assert not identified(tmp_path, wild=True, epsilon=0.02).identified
+    verdict = identified(tmp_path, wild=False, epsilon=0.05)
+    assert not verdict.identified
+    assert "at least 72 without an accident" in verdict.sentence  # log .025 / log .95 = 71.9
+
+
+def test_a_cost_limit_is_identified_by_a_mean_with_its_error(tmp_path: Path) -> None:
+    limit = {"constraint": "cost", "cost_limit": 0.5}
+    assert identified(tmp_path, wild=True, **limit).identified  # calm: 0 +- 0
+    verdict = identified(tmp_path, wild=False, **limit)  # 1 +- 0 each
+    assert not verdict.identified
+    assert "without an accident" not in verdict.sentence
 
 
 def test_a_sound_dataset_has_no_warning(tmp_path: Path) -> None:
@@ -170,14 +238,35 @@ def test_warning_of_the_file_itself(tmp_path: Path) -> None:
     assert summarise(dataset).warnings == ("the mixture missed its target.",)
 
 
-def test_subset_and_foreign_file_have_no_behaviours(tmp_path: Path) -> None:
+def test_groups_of_a_subset_and_of_a_foreign_file(tmp_path: Path) -> None:
     dataset = load(tmp_path, sound_arrays())
-    assert summarise(dataset.subset(np.arange(110))).behaviours == ()
+    subset = summarise(dataset.subset(np.arange(110)))
+    assert [(g.name, g.episodes) for g in subset.groups] == [("calm", 55), ("wild", 55)]
     arrays = sound_arrays()
     del arrays["episode_behaviours"]
     foreign = summarise(load(tmp_path, arrays))
-    assert foreign.behaviours == ()
-    assert "behaviours" not in format_summary(foreign)
-    malformed: tuple[Any, ...] = (["calm"], [1], [{}], [{"accident_episodes": 1}], {"name": 1})
-    for odd in malformed:
-        assert summarise(load(tmp_path, arrays, behaviours=odd)).behaviours == ()
+    assert [g.episodes for g in foreign.groups] == [30, 30, 30, 30]
+    returns = [g.mean_return for g in foreign.groups]
+    assert returns == sorted(returns)
+    assert "highest returns" in format_summary(foreign)
+    # Quarters are chosen by outcome: only the log as a whole may count as a behaviour.
+    assert "'the whole log'" in foreign.identification.sentence
+
+
+def test_too_few_cheap_episodes_are_a_warning(tmp_path: Path) -> None:
+    cheap = summarise(load(tmp_path, sound_arrays()), constraint="cost", cost_limit=0.5)
+    assert cheap.within_limit == pytest.approx(2 / 3)
+    assert cheap.warnings == ()
+    dear = sound_arrays()
+    dear["costs"][: 100 * LENGTH] = 1
+    summary = summarise(load(tmp_path, dear), constraint="cost", cost_limit=0.5)
+    assert "only 14 episodes are below the limit of 0.5" in summary.warnings[0]
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    dataset = load(tmp_path, sound_arrays())
+    for name, settings in {"a": {}, "b": {"constraint": "cost", "cost_limit": 0.5}}.items():
+        path = tmp_path / f"{name}.png"
+        write_data_png(dataset, summarise(dataset, **settings), path)
+        assert path.read_bytes()[:4] == b"\x89PNG"
+        assert path.stat().st_size > 20_000

@@ -6,7 +6,7 @@ from safe_offrl.lagrangian import LagrangianConfig, Multiplier
 
 
 def make(**settings: float) -> Multiplier:
-    return Multiplier(LagrangianConfig(**settings), epsilon=0.1)
+    return Multiplier(LagrangianConfig(**settings), limit=0.1)
 
 
 def test_dual_ascent_by_hand() -> None:
@@ -35,7 +35,7 @@ def test_it_stays_between_zero_and_its_maximum() -> None:
 
 
 def test_it_starts_constrained_and_is_updated_in_place() -> None:
-    multiplier = Multiplier(LagrangianConfig(), epsilon=0.1)
+    multiplier = Multiplier(LagrangianConfig(), limit=0.1)
     value = multiplier.value
     assert value.item() > 0.0  # zero would leave the first, most dangerous steps unconstrained
     multiplier.update(torch.tensor(0.2))

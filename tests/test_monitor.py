@@ -6,38 +6,39 @@ import numpy as np
 import pytest
 
 from safe_offrl.errors import ConfigError
-from safe_offrl.monitor import AccidentMonitor, certifiable
+from safe_offrl.monitor import SafetyMonitor, certifiable
+from safe_offrl.safety import Limit
 from safe_offrl.statistics import betabinomial_sequence
 
 
 def _feed(monitor, accidents, version=0):
     for accident in accidents:
-        monitor.update(bool(accident), version)
+        monitor.update(bool(accident), float(accident), version)
 
 
 def test_before_the_first_episode():
-    monitor = AccidentMonitor(0.1)
-    assert math.isnan(monitor.rate)
-    assert (monitor.run_level_lower_rate, monitor.run_level_upper_rate) == (0.0, 1.0)
+    monitor = SafetyMonitor(Limit("accident", 0.1, 1.0))
+    assert math.isnan(monitor.accident_rate)
+    assert (monitor.lower_mean, monitor.upper_mean) == (0.0, 1.0)
     assert monitor.version_interval() == (0.0, 1.0)
     assert not monitor.alarm
     assert monitor.log_evidence == pytest.approx(0.0)
 
 
 def test_run_level_rate_is_the_bound_of_the_sum_over_episodes():
-    monitor = AccidentMonitor(0.1, 0.95)
+    monitor = SafetyMonitor(Limit("accident", 0.1, 1.0), 0.95)
     _feed(monitor, [0] * 34)
-    assert monitor.run_level_upper_rate > 0.1  # 35 accident-free episodes are needed
+    assert monitor.upper_mean > 0.1  # 35 accident-free episodes are needed
     _feed(monitor, [0])
-    assert monitor.run_level_upper_rate == pytest.approx(3.482 / 35, abs=1e-4)
+    assert monitor.upper_mean == pytest.approx(3.482 / 35, abs=1e-4)
     _feed(monitor, [1] + [0] * 64, version=1)
-    assert (monitor.episodes, monitor.accidents, monitor.rate) == (100, 1, 0.01)
-    assert monitor.run_level_upper_rate == pytest.approx(0.0680, abs=1e-4)
-    assert monitor.run_level_lower_rate == pytest.approx(0.000035, abs=1e-6)
+    assert (monitor.episodes, monitor.accidents, monitor.accident_rate) == (100, 1, 0.01)
+    assert monitor.upper_mean == pytest.approx(0.0680, abs=1e-4)
+    assert monitor.lower_mean == pytest.approx(0.000035, abs=1e-6)
 
 
 def test_version_interval_splits_alpha_by_order_of_appearance():
-    monitor = AccidentMonitor(0.1, 0.95)
+    monitor = SafetyMonitor(Limit("accident", 0.1, 1.0), 0.95)
     _feed(monitor, [0] * 50, version=0)
     _feed(monitor, [1, 0, 0, 0], version=7)
     shares = [0.05 * 6 / math.pi**2 / k**2 for k in (1, 2)]
@@ -56,10 +57,10 @@ def test_version_intervals_cover_all_versions_at_all_times():
     probabilities = np.linspace(0.02, 0.35, 12)
     missed, runs = 0, 300
     for _ in range(runs):
-        monitor, version, wrong = AccidentMonitor(0.1), 0, False
+        monitor, version, wrong = SafetyMonitor(Limit("accident", 0.1, 1.0)), 0, False
         for _ in range(150):
             accident = bool(rng.random() < probabilities[version])
-            monitor.update(accident, version)
+            monitor.update(accident, float(accident), version)
             low, high = monitor.version_interval()
             wrong = wrong or not low <= probabilities[version] <= high
             version = max(0, version - 1) if accident else (version + (rng.random() < 0.2)) % 12
@@ -68,7 +69,7 @@ def test_version_intervals_cover_all_versions_at_all_times():
 
 
 def test_alarm_goes_off_is_sticky_and_resets_with_a_higher_threshold():
-    monitor = AccidentMonitor(0.1, 0.95)
+    monitor = SafetyMonitor(Limit("accident", 0.1, 1.0), 0.95)
     assert monitor.alarm_threshold == pytest.approx(math.log(20 * math.pi**2 / 6))
     _feed(monitor, [1] * 6)
     assert monitor.alarm
@@ -86,9 +87,9 @@ def test_false_alarms_of_the_whole_run_stay_within_alpha_even_with_resets():
     rng = np.random.default_rng(1)
     runs, alarmed = 150, 0
     for _ in range(runs):
-        monitor, any_alarm = AccidentMonitor(0.1), False
+        monitor, any_alarm = SafetyMonitor(Limit("accident", 0.1, 1.0)), False
         for i, accident in enumerate(rng.random(300) < 0.1):
-            monitor.update(bool(accident), i // 50)
+            monitor.update(bool(accident), float(accident), i // 50)
             any_alarm = any_alarm or monitor.alarm
             if i % 100 == 99:
                 monitor.reset_alarm()
@@ -97,47 +98,50 @@ def test_false_alarms_of_the_whole_run_stay_within_alpha_even_with_resets():
 
 
 def test_a_30_percent_policy_is_never_certified_as_below_10_percent():
-    monitor = AccidentMonitor(0.1, 0.95)
+    monitor = SafetyMonitor(Limit("accident", 0.1, 1.0), 0.95)
     for i, accident in enumerate(np.random.default_rng(2).random(8000) < 0.3):
-        monitor.update(bool(accident), 0)
+        monitor.update(bool(accident), float(accident), 0)
         if i % 20 == 0:
-            assert monitor.run_level_upper_rate > 0.1
+            assert monitor.upper_mean > 0.1
             assert monitor.version_interval()[1] > 0.1
     assert monitor.alarm
     assert monitor.log_evidence > 1000
-    assert monitor.run_level_lower_rate > 0.28
+    assert monitor.lower_mean > 0.28
     assert monitor.version_interval()[0] > 0.25
 
 
 def test_state_survives_json_bitwise():
     accidents = np.random.default_rng(3).random(400) < 0.12
-    whole, first = AccidentMonitor(0.1), AccidentMonitor(0.1)
+    whole, first = (
+        SafetyMonitor(Limit("accident", 0.1, 1.0)),
+        SafetyMonitor(Limit("accident", 0.1, 1.0)),
+    )
     for i, accident in enumerate(accidents):
-        whole.update(bool(accident), i // 40)
+        whole.update(bool(accident), float(accident), i // 40)
     for i, accident in enumerate(accidents[:150]):
-        first.update(bool(accident), i // 40)
+        first.update(bool(accident), float(accident), i // 40)
     text = json.dumps(first.state_dict(), allow_nan=False)
-    second = AccidentMonitor(0.1)
+    second = SafetyMonitor(Limit("accident", 0.1, 1.0))
     second.load_state_dict(json.loads(text))
     assert second.state_dict() == first.state_dict()
     for i, accident in enumerate(accidents[150:], start=150):
-        second.update(bool(accident), i // 40)
+        second.update(bool(accident), float(accident), i // 40)
     assert second.state_dict() == whole.state_dict()
     assert (second.episodes, second.accidents) == (400, int(accidents.sum()))
 
 
 def test_fresh_state_is_strict_json():
-    json.dumps(AccidentMonitor(0.1).state_dict(), allow_nan=False)
+    json.dumps(SafetyMonitor(Limit("accident", 0.1, 1.0)).state_dict(), allow_nan=False)
 
 
-def test_state_of_another_epsilon_is_refused():
-    state = AccidentMonitor(0.1).state_dict()
-    with pytest.raises(ValueError, match=r"epsilon 0\.1"):
-        AccidentMonitor(0.2).load_state_dict(state)
+def test_state_of_another_limit_is_refused():
+    state = SafetyMonitor(Limit("accident", 0.1, 1.0)).state_dict()
+    with pytest.raises(ValueError, match=r"limit \['accident', 0\.1, 1\.0\]"):
+        SafetyMonitor(Limit("accident", 0.2, 1.0)).load_state_dict(state)
 
 
 def test_fast_enough_for_every_episode():
-    monitor = AccidentMonitor(0.1)
+    monitor = SafetyMonitor(Limit("accident", 0.1, 1.0))
     start = time.perf_counter()
     _feed(monitor, [0] * 2000)
     assert (time.perf_counter() - start) / 2000 < 500e-6  # about 10 microseconds on one core
@@ -145,14 +149,14 @@ def test_fast_enough_for_every_episode():
 
 def test_certifiable():
     # 50k steps of 1000-step episodes are 50 episodes: nothing below 5.8 %.
-    result = certifiable(50_000, 1000, 0.05, 0.95)
+    result = certifiable(50_000, 1000, Limit("accident", 0.05, 1.0), 0.95)
     assert result.episodes == 50
     assert result.fixed == pytest.approx(0.0582, abs=1e-4)
     assert result.run_level == pytest.approx(3.482 / 50, abs=1e-5)
     assert result.anytime == pytest.approx(0.0647, abs=1e-4)
     assert not result.reachable
     assert "too few for epsilon 0.05, which needs 70 accident-free episodes" in str(result)
-    good = certifiable(50_000, 100, 0.1)
+    good = certifiable(50_000, 100, Limit("accident", 0.1, 1.0))
     assert (good.episodes, good.reachable) == (500, True)
     assert (good.episodes_needed_fixed, good.episodes_needed_anytime) == (29, 31)
     assert "within reach" in str(good)
@@ -161,4 +165,4 @@ def test_certifiable():
 
 def test_budget_below_one_episode_is_refused():
     with pytest.raises(ConfigError, match="less than one episode"):
-        certifiable(99, 100, 0.1)
+        certifiable(99, 100, Limit("accident", 0.1, 1.0))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from safe_offrl.distributions import Categorical, Gaussian
 from safe_offrl.nets import (
     Actor,
     NetworkConfig,
@@ -15,6 +16,12 @@ from safe_offrl.nets import (
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def gaussian(actor: Actor, observations: torch.Tensor) -> Gaussian:
+    policy = actor(observations)
+    assert isinstance(policy, Gaussian)
+    return policy
 
 
 def weights(module: nn.Module) -> list[torch.Tensor]:
@@ -82,16 +89,25 @@ def test_the_generator_alone_decides_the_weights() -> None:
 
 def test_actor_log_std_stays_in_its_range_with_a_gradient() -> None:
     actor = Actor(3, 2, (8,), seeded())
-    mean, log_std = actor(1e3 * torch.randn(50, 3, generator=seeded(1)))
+    mean, log_std = gaussian(actor, 1e3 * torch.randn(50, 3, generator=seeded(1)))
     assert mean.shape == log_std.shape == (50, 2)
     assert -5.0 <= log_std.min() < log_std.max() <= 2.0
     with torch.no_grad():
         for parameter in actor.parameters():
             parameter.zero_()
-    mean, log_std = actor(torch.zeros(1, 3))
+    mean, log_std = gaussian(actor, torch.zeros(1, 3))
     assert mean.tolist() == [[0.0, 0.0]]
     assert log_std.tolist() == [[-1.5, -1.5]]  # the middle of [-5, 2]
     assert torch.autograd.grad(log_std.sum(), actor.layers[-1].bias)[0][2:].min() > 1.0  # type: ignore[arg-type]
+
+
+def test_a_discrete_actor_gives_log_probabilities() -> None:
+    actor = Actor(3, 4, (8,), seeded(), discrete=True)
+    assert actor.layers[-1].out_features == 4
+    policy = actor(torch.randn(5, 3, generator=seeded(1)))
+    assert isinstance(policy, Categorical)
+    torch.testing.assert_close(policy.log_probs.exp().sum(-1), torch.ones(5))
+    assert Networks(3, 4, NetworkConfig((8,), (8,), 2), seeded(), discrete=True).actor.discrete
 
 
 def test_polyak_moves_the_target_by_tau() -> None:
@@ -112,7 +128,7 @@ def test_descend_touches_its_own_parameters_only() -> None:
     observations = torch.randn(6, 3, generator=seeded(1))
 
     def loss() -> torch.Tensor:  # an actor's loss, through the critics
-        mean, log_std = networks.actor(observations)
+        mean, log_std = gaussian(networks.actor, observations)
         return networks.q(observations, torch.tanh(mean)).mean() + log_std.mean()
 
     before = loss()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS
-from safe_offrl.data.hdf5 import load_dataset
+from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import ConfigError
 from safe_offrl.nets import NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining
@@ -70,8 +70,11 @@ def test_alignment_freezes_the_actor_and_moves_the_critics(dataset: Dataset) -> 
 
 def test_the_held_out_episodes_are_not_learnt_from(dataset: Dataset) -> None:
     pretraining = Pretraining(config_of(held_out=0.25), dataset)
-    rows = {tuple(row) for row in pretraining.train.rows.tolist()}
-    assert rows.isdisjoint(tuple(row) for row in pretraining.held_out.rows.tolist())
+    train, held_out = pretraining.train.rows, pretraining.held_out.rows
+    assert isinstance(train, Tensor)
+    assert isinstance(held_out, Tensor)
+    rows = {tuple(row) for row in train.tolist()}
+    assert rows.isdisjoint(tuple(row) for row in held_out.tolist())
     assert pretraining.train.episodes + pretraining.held_out.episodes == dataset.episodes
     assert pretraining.held_out.episodes == pytest.approx(0.25 * dataset.episodes, abs=1)
     mean = pretraining.train.transitions.observations.mean(0)

@@ -7,10 +7,10 @@ import math
 import pytest
 
 from safe_offrl.progress import OnlineCurves, ProgressLine
-from safe_offrl.safety import SafetySpec
+from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
 
-SAFETY = SafetySpec(epsilon=0.1, delta=0.05)
+LIMIT = Limit("accident", 0.1, 1.0)
 
 
 def episode(index: int, *, accident: bool = False, steps: int = 100) -> Episode:
@@ -40,7 +40,7 @@ def decision(*, accepted: bool) -> dict[str, object]:
 
 
 def test_curves_by_hand() -> None:
-    curves = OnlineCurves(SAFETY, budget=10_000)
+    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
     for index in range(60):
         curves.add_episode(episode(index, accident=index in (3, 50)))
     values = curves.values()
@@ -54,15 +54,15 @@ def test_curves_by_hand() -> None:
 
 
 def test_a_point_is_due_every_250_steps() -> None:
-    curves = OnlineCurves(SAFETY, budget=10_000)
+    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
     due = [curves.add_episode(episode(index)) for index in range(10)]
     # Totals 100 ... 1000: a multiple of 250 is reached in 300, 500, 800 and 1000.
     assert [index for index, d in enumerate(due) if d] == [2, 4, 7, 9]
 
 
 def test_the_estimate_is_that_of_the_policy_that_acts() -> None:
-    curves = OnlineCurves(SAFETY, budget=10_000)
-    assert math.isnan(curves.v_accident)
+    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
+    assert math.isnan(curves.estimate)
     curves.add_iteration(decision(accepted=True))
     assert curves.trust() == {"safety/v_accident_estimate": 0.2, "trust/accepted": 1.0}
     curves.add_iteration(decision(accepted=False))
@@ -70,7 +70,7 @@ def test_the_estimate_is_that_of_the_policy_that_acts() -> None:
 
 
 def test_restored_curves_go_on_the_same() -> None:
-    whole, resumed = OnlineCurves(SAFETY, 10_000), OnlineCurves(SAFETY, 10_000)
+    whole, resumed = OnlineCurves(LIMIT, 0.95, 10_000), OnlineCurves(LIMIT, 0.95, 10_000)
     episodes = [episode(i, accident=i % 9 == 0) for i in range(30)]
     for e in episodes:
         whole.add_episode(e)
@@ -80,7 +80,7 @@ def test_restored_curves_go_on_the_same() -> None:
 
 
 def test_line_is_readable() -> None:
-    curves = OnlineCurves(SAFETY, budget=10_000)
+    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
     curves.add_episode(episode(0, accident=True))
     assert curves.line() == "accidents 1 | rate 1.000 (<= 1.000) | return 0.00"
     curves.add_iteration(decision(accepted=True))

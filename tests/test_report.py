@@ -8,7 +8,7 @@ from safe_offrl.errors import RunError
 from safe_offrl.report import compare
 from safe_offrl.statistics import run_level_interval, run_level_upper
 
-RLPD = {"kl": False, "accident_constraint": False, "shield": False}
+RLPD = {"kl": False, "safety_constraint": False, "shield": False}
 
 
 def test_a_row_by_hand(write_run):
@@ -17,7 +17,7 @@ def test_a_row_by_hand(write_run):
     accidents[[0, 99, 100, 150]] = True
     returns = np.r_[np.full(100, -7.0), np.tile([1.0, 3.0], 50)]
     evaluation = {"episodes": 500, "accidents": 10, "mean_return": 2.5}
-    evaluation["return_standard_error"] = 0.25
+    evaluation |= {"return_standard_error": 0.25, "mean_cost": 1.5, "cost_standard_error": 0.1}
     path = write_run("a", accidents, returns=returns, evaluation=evaluation)
     row = compare([path]).rows[0]
     assert (row.episodes, row.steps, row.accidents, row.early_accidents) == (200, 10_000, 4, 2)
@@ -25,8 +25,11 @@ def test_a_row_by_hand(write_run):
     assert row.rate == pytest.approx((0.02, low / 200, high / 200))
     assert row.per_1000_steps == pytest.approx((0.4, low / 10, high / 10))
     assert row.certified_rate == pytest.approx(run_level_upper(4, 0.95) / 200)
-    # Last 100: half 1, half 3: mean 2, sample standard deviation sqrt(100 / 99), over 10.
-    assert row.final_return == pytest.approx((2.0, math.sqrt(100 / 99) / 10))
+    # Last fifth of the steps, 40 episodes, half 1, half 3: deviation sqrt(40 / 39), over sqrt 40.
+    assert row.final_return == pytest.approx((2.0, math.sqrt(1 / 39)))
+    assert row.cost == pytest.approx((0.02, math.sqrt(0.02 * 0.98 / 199)))
+    assert row.final_cost == (0.0, 0.0)
+    assert row.evaluated_cost == (1.5, 0.1)
     assert row.evaluated_return == (2.5, 0.25)
     assert row.evaluated_rate == pytest.approx((0.02, 0.0096, 0.0365), abs=1e-4)
     assert math.isnan(row.accepted_share)
@@ -47,13 +50,13 @@ def test_decisions_are_counted(write_run):
     assert row.accepted_share == pytest.approx(6 / 7)
     assert row.recovering == 1
     assert row.violations == 3  # numbers 3, 4 and 5
-    assert row.above_epsilon == 4  # three at .2, and the one that is not a number
+    assert row.above_limit == 4  # three at .2, and the one that is not a number
 
 
-def test_estimates_never_measured_are_not_called_above_epsilon(write_run):
+def test_estimates_never_measured_are_not_called_above_limit(write_run):
     unmeasured = [{"v_previous": math.nan, "v_candidate": math.nan} for _ in range(3)]
     result = compare([write_run("a", [0] * 10, flags=RLPD, iterations=unmeasured)])
-    assert result.rows[0].above_epsilon is None
+    assert result.rows[0].above_limit is None
     assert result.rows[0].violations is None
     unmeasured_but_constrained = write_run("b", [0] * 10, iterations=unmeasured)
     assert compare([unmeasured_but_constrained]).rows[0].violations == 3

@@ -5,8 +5,8 @@ import pytest
 from safe_offrl.errors import RunError
 from safe_offrl.run_data import Decision, method_label, read_run
 
-CONSTRAINED = {"kl": True, "accident_constraint": True, "shield": True}
-RLPD = {"kl": False, "accident_constraint": False, "shield": False}
+CONSTRAINED = {"kl": True, "safety_constraint": True, "shield": True}
+RLPD = {"kl": False, "safety_constraint": False, "shield": False}
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_verdict_and_numbers_must_agree(change, violation, recovering):
         delta=0.05,
         v_candidate=0.05,
         v_deployed=0.06,
-        epsilon=0.1,
+        limit=0.1,
     )
     decision = good._replace(**change)
     assert (decision.violation, decision.recovering) == (violation, recovering)
@@ -43,7 +43,7 @@ def test_verdict_and_numbers_must_agree(change, violation, recovering):
     ("flags", "label"),
     [
         ({"kl": False}, "no-kl"),
-        ({"accident_constraint": False}, "no-accident-constraint"),
+        ({"safety_constraint": False}, "no-safety-constraint"),
         ({"shield": False, "kl": False}, "no-kl no-shield"),
         (RLPD, "rlpd (all off)"),
         ({}, "constrained"),
@@ -57,7 +57,7 @@ def test_read_run(write_run):
     run = read_run(write_run("a", [0, 1], seed=3))
     assert [e.accident for e in run.episodes] == [False, True]
     assert (run.kind, run.seed, run.pretrained) == ("finetune", 3, "pi0-3")
-    assert (run.env_id, run.budget, run.epsilon) == ("PointHazard-v0", 50_000, 0.1)
+    assert (run.env_id, run.budget, run.limit) == ("PointHazard-v0", 50_000, 0.1)
 
 
 def test_errors(tmp_path, write_run):

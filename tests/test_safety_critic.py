@@ -14,7 +14,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor, polyak_
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.state import collect_state, restore_state
-from safe_offrl.types import Batch
+from safe_offrl.types import Batch, States
 
 HORIZON = 20
 STEPS = 1500  # of the comparison with dynamic programming
@@ -66,7 +66,7 @@ def loss_of(critic: SafetyCritic, batch: Batch, weights: Tensor | None = None) -
     noise = (torch.zeros(len(batch.rewards), 1),) * 2 + (torch.zeros(3, 1),)
     weights = torch.ones(len(batch.rewards)) if weights is None else weights
     actor = constant_actor(1, 0.0)
-    return critic.loss(batch, weights, actor, torch.zeros(3, 1), noise)[0].item()
+    return critic.loss(batch, weights, actor, States.at_start(torch.zeros(3, 1)), noise)[0].item()
 
 
 # --- targets ---
@@ -125,7 +125,9 @@ def test_only_the_pushed_members_are_pushed_and_upwards() -> None:
     constant_(critic.target, 0.0)  # targets agree with the net: plain TD has no gradient
     noise = (torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(3, 1))
     batch = one_step(4, steps_left=9)
-    loss, _, _ = critic.loss(batch, torch.ones(4), constant_actor(1, 0.3), torch.zeros(3, 1), noise)
+    loss, _, _ = critic.loss(
+        batch, torch.ones(4), constant_actor(1, 0.3), States.at_start(torch.zeros(3, 1)), noise
+    )
     gradient = torch.autograd.grad(loss, list(critic.net.parameters())[-1])[0].flatten()
     # d/dlogit of -.5 log sigmoid at 0 = -.25
     torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, -0.25, -0.25, -0.25]))
@@ -138,7 +140,7 @@ def test_fixed_point_is_the_closed_form() -> None:
     batch = batch._replace(accidents=(torch.arange(64) % 4 == 0).float())
     actor, generator = constant_actor(1, 0.0), seeded()
     for _ in range(400):
-        critic.update(batch, torch.ones(64), actor, torch.zeros(4, 1), generator)
+        critic.update(batch, torch.ones(64), actor, States.at_start(torch.zeros(4, 1)), generator)
     logits = critic.logits(batch.observations[:1], batch.time_to_go[:1], batch.actions[:1])
     plain, pushed = torch.sigmoid(logits[:, 0]).tolist()
     assert plain == pytest.approx(0.25, abs=0.02)
@@ -158,7 +160,9 @@ def test_alpha_rises_while_the_estimate_falls_short(
         list(critic.net.parameters())[-1][2:] += logit_gap
     before = critic.alpha.item()
     batch, actor = one_step(4, steps_left=9), constant_actor(1, 0.0)
-    critic.update(batch, torch.ones(4), actor, torch.zeros(3, 1), seeded(), floor=floor)
+    critic.update(
+        batch, torch.ones(4), actor, States.at_start(torch.zeros(3, 1)), seeded(), floor=floor
+    )
     assert (critic.alpha.item() > before) == rises
     # A shortfall counts in gaps, at most one: the logarithm moves by the learning rate.
     step = math.log(critic.alpha.item() / before)
@@ -169,7 +173,9 @@ def test_alpha_stays_below_its_bound() -> None:
     critic = make(alpha_init=0.09, alpha_max=0.1, alpha_learning_rate=0.5, learning_rate=1e-6)
     batch, actor, generator = one_step(4, steps_left=9), constant_actor(1, 0.0), seeded()
     for _ in range(5):
-        critic.update(batch, torch.ones(4), actor, torch.zeros(3, 1), generator, floor=1.0)
+        critic.update(
+            batch, torch.ones(4), actor, States.at_start(torch.zeros(3, 1)), generator, floor=1.0
+        )
     assert critic.alpha.item() == pytest.approx(0.1)
 
 
@@ -186,7 +192,7 @@ def test_loss_reads_and_update_writes() -> None:
         one_step(4, steps_left=9),
         torch.ones(4),
         constant_actor(1, 0.0),
-        torch.zeros(3, 1),
+        States.at_start(torch.zeros(3, 1)),
         seeded(),
     )
     after = collect_state(critic.parts())
@@ -198,7 +204,7 @@ def test_target_moves_by_tau_and_the_actor_stays() -> None:
     expected = SafetyCritic(1, 1, HORIZON, critic.config, seeded()).target
     policy = [p.clone() for p in actor.parameters()]
     batch = one_step(4, steps_left=9)
-    critic.update(batch, torch.ones(4), actor, torch.zeros(3, 1), seeded())
+    critic.update(batch, torch.ones(4), actor, States.at_start(torch.zeros(3, 1)), seeded())
     polyak_(expected, critic.net, 0.3)
     for e, t in zip(expected.parameters(), critic.target.parameters(), strict=True):
         torch.testing.assert_close(t, e)
@@ -219,10 +225,10 @@ def test_every_trained_tensor_is_in_the_optimiser_and_in_the_checkpoint() -> Non
     held = {id(p) for g in critic.optimizer.param_groups for p in g["params"]}
     assert held == {id(p) for p in critic.net.parameters()}
     generator, batch, actor = seeded(3), one_step(8, steps_left=9), constant_actor(1, 0.2)
-    critic.update(batch, torch.ones(8), actor, torch.zeros(3, 1), generator)
+    critic.update(batch, torch.ones(8), actor, States.at_start(torch.zeros(3, 1)), generator)
     restore_state(other.parts(), collect_state(critic.parts()))
     for c in (critic, other):
-        c.update(batch, torch.ones(8), actor, torch.zeros(3, 1), seeded(4))
+        c.update(batch, torch.ones(8), actor, States.at_start(torch.zeros(3, 1)), seeded(4))
     one, two = collect_state(critic.parts()), collect_state(other.parts())
     assert all(torch.equal(one[k], v) for k, v in two.items())
 
@@ -242,7 +248,7 @@ def test_stratified_batches_keep_the_accident_prior(corrected: bool) -> None:
         index, weights = sampler.index(64, 0.5, generator)
         batch = Batch(*(x[index] for x in store))
         weights = weights if corrected else torch.ones(64)
-        critic.update(batch, weights, actor, torch.zeros(3, 1), generator)
+        critic.update(batch, weights, actor, States.at_start(torch.zeros(3, 1)), generator)
     risk = critic.risk(store.observations[:1], store.time_to_go[:1], store.actions[:1]).item()
     assert risk == pytest.approx(0.04 if corrected else 0.52, abs=0.015 if corrected else 0.1)
 
@@ -285,9 +291,9 @@ def test_v_accident_against_dynamic_programming(
         index, weights = sampler.index(128, critic.config.positive_share, generator)
         batch = Batch(*(x[index] for x in log))
         first = torch.randint(len(starts), (32,), generator=generator)
-        critic.update(batch, weights, actor, starts[first], generator)
+        critic.update(batch, weights, actor, States.at_start(starts[first]), generator)
     truth = accident_probability(always(action), HORIZON)
-    estimate = critic.estimate(actor, starts, generator)
+    estimate = critic.estimate(actor, States.at_start(starts), generator)
     assert truth - 0.02 <= estimate.value <= truth + 0.15
     assert estimate.value <= estimate.upper <= truth + 0.15
     assert estimate.reference == pytest.approx(truth, abs=0.06)

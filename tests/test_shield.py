@@ -169,3 +169,53 @@ def test_the_critic_is_frozen_when_the_shield_is_made() -> None:
     np.testing.assert_array_equal(stream(shield, policy(), 50)[0], before)
     assert not any(p.requires_grad for p in shield.net.parameters())
     assert all(p.requires_grad for p in critic.net.parameters())
+
+
+# --- discrete actions ---
+
+
+def discrete_policy(*probabilities: float) -> NumpyActor:
+    actor = Actor(1, len(probabilities), (), torch.Generator().manual_seed(0), discrete=True)
+    with torch.no_grad():
+        weight, bias = actor.parameters()
+        weight.zero_()
+        bias.copy_(torch.tensor(probabilities).log())
+    return NumpyActor(actor)
+
+
+def discrete_critic(*logits: float) -> SafetyCritic:
+    """Q_C of action k = sigmoid(logits[k])."""
+    config = SafetyCriticConfig(hidden=())
+    critic = SafetyCritic(1, len(logits), 10, config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        critic.net.output.weight.zero_()
+        critic.net.output.weight[:, 2:, 0] = torch.tensor(logits)
+        critic.net.output.bias.zero_()
+    return critic
+
+
+def chosen_shares(shield: Shield, actor: NumpyActor, n: int = 3000) -> tuple[np.ndarray, int]:
+    rng = np.random.default_rng(0)
+    chosen = [shield.choose(actor, OBSERVATION, 0.5, rng) for _ in range(n)]
+    return np.mean([a for a, _ in chosen], axis=0), sum(replaced for _, replaced in chosen)
+
+
+def test_discrete_actions_are_drawn_from_the_policy_given_that_they_pass() -> None:
+    # Action 0, taken with .9, is dangerous; the others are then taken as .06 to .04.
+    shield = shield_of(discrete_critic(3.0, -3.0, -3.0), 0.5, candidates=1)
+    shares, replaced = chosen_shares(shield, discrete_policy(0.9, 0.06, 0.04))
+    np.testing.assert_allclose(shares, [0.0, 0.6, 0.4], atol=0.03)
+    assert replaced == pytest.approx(0.9 * 3000, abs=60)
+
+
+def test_the_only_passing_action_is_found_however_improbable() -> None:
+    shield = shield_of(discrete_critic(3.0, 3.0, -3.0), 0.5, candidates=1)
+    shares, _ = chosen_shares(shield, discrete_policy(0.7, 0.3 - 1e-6, 1e-6), 50)
+    assert shares.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_the_most_probable_action_where_none_passes() -> None:
+    shield = shield_of(discrete_critic(3.0, 3.0, 2.0), 0.5)
+    shares, replaced = chosen_shares(shield, discrete_policy(0.2, 0.5, 0.3), 50)
+    assert shares.tolist() == [0.0, 1.0, 0.0]  # not the argmin of the risk
+    assert replaced == 50

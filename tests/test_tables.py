@@ -12,6 +12,7 @@ def test_table_holds_the_figures(write_run):
     assert row.split()[:8] == ["a", "constrained,", "seed", "0", "200", "10,000", "4", "2"]
     assert "2.0% [" in row
     assert "0.40 [" in row
+    assert row.endswith("0.02 +- 0.01")  # the cost of an episode
     assert "1/1 (100%)" in text
     assert max(map(len, text.splitlines())) <= 130
 
@@ -21,18 +22,24 @@ def test_table_of_groups_and_the_frozen_policy(write_run, paired_runs):
         "pi0",
         [],
         kind="pretrain",
-        evaluation={"episodes": 500, "accidents": 40, "mean_return": 5.0},
+        evaluation={
+            "episodes": 500,
+            "accidents": 40,
+            "mean_return": 5.0,
+            "mean_cost": 0.3,
+            "cost_standard_error": 0.1,
+        },
     )
     text = format_table(compare([frozen, *paired_runs(seeds=2, episodes=150)]))
     assert "pretrained (frozen), seed 0" in text
     assert "8.0% [" in text
-    assert text.count("ALL 2 runs") == 4
+    assert text.count("ALL 2 runs") == 6
     assert "constrained vs rlpd (all off), 2 pairs:" in text
 
 
 def test_one_pair_has_no_interval(write_run):
     safe = write_run("safe", [0] * 40, returns=np.full(40, -1.0))
-    flags = {"kl": False, "accident_constraint": False, "shield": False}
+    flags = {"kl": False, "safety_constraint": False, "shield": False}
     free = write_run("free", [1] * 40, flags=flags, returns=np.full(40, -3.0))
     text = format_table(compare([safe, free]))
     assert "final return, difference +2.000 (one pair, no interval)" in text

@@ -3,6 +3,10 @@
 Both press the critics down at actions the log does not hold. Cal-QL differs by one ``max``: at the
 policy's actions the pressure stops at the return that the logged trajectory really got, which cures
 the dip at the switch to online. The actor comes from agents/extraction.py.
+
+Where actions are discrete, the log-integral over them is a sum over all of them, exact. Cal-QL then
+takes its ``max`` at every action: the policy behind CQL(H) is softmax(Q), which has all of them,
+and ``logsumexp_a max(Q, G)`` is what eq. 5.1 of the paper becomes under it.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safe_offrl.distributions import sample
+from safe_offrl.distributions import Categorical, Policy, sample
 from safe_offrl.losses import calibrate, conservative_gap, td_target
 from safe_offrl.nets import Networks, descend_, polyak_
 from safe_offrl.state import Part
@@ -25,7 +29,8 @@ class CQLConfig:
     """Reference settings of CQL without the Lagrange version; shared by Cal-QL.
 
     ``alpha`` weighs the conservative gap (5 on AntMaze, 1 on Adroit in Cal-QL); ``actions`` are
-    drawn per state from each of: uniform, policy at s, policy at s'.
+    drawn per state from each of: uniform, policy at s, policy at s'. Discrete actions are not
+    drawn but enumerated.
     """
 
     learning_rate: float = 3e-4
@@ -56,26 +61,28 @@ class CQL:
         """``MSE(Q, r + g (1-d) min Q'(s', a')) + alpha * gap``, summed over members; (loss, gap).
 
         ``next_noise`` [B, A] is for the backup; ``noise`` 2 x [K, B, A] and ``uniform`` [K, B, A]
-        in [-1, 1] for the 3K actions, all evaluated at the CURRENT observation.
+        in [-1, 1] for the 3K actions, all evaluated at the CURRENT observation. Discrete actions
+        need none of it (K = 0).
         """
-        actor, b, k = self.networks.actor, len(batch.rewards), len(uniform)
+        actor, b = self.networks.actor, len(batch.rewards)
         with torch.no_grad():
             here, there = actor(batch.observations), actor(batch.next_observations)
-            next_actions, _ = sample(*there, next_noise)
-            next_q = self.networks.target_q(batch.next_observations, next_actions).amin(0)
-            target = td_target(batch.rewards, batch.terminated, next_q, self.config.discount)
-            actions_here, log_here = sample(*here, noise[0])
-            actions_there, log_there = sample(*there, noise[1])
-            # The uniform density on [-1, 1]^A is 2^-A.
-            log_uniform = torch.full_like(log_here, -uniform.shape[-1] * math.log(2.0))
-            actions = torch.cat([batch.actions[None], actions_here, actions_there, uniform])
-            log_densities = torch.cat([log_here, log_there, log_uniform]).T
-        observations = batch.observations.repeat(3 * k + 1, 1)
-        q = self.networks.q(observations, actions.flatten(0, 1)).unflatten(1, (3 * k + 1, b))
+            following = there.quadrature(next_noise)
+            next_q = self.networks.target_q(
+                following.repeat(batch.next_observations), following.actions
+            ).amin(0)
+            next_value = following.expect(next_q)
+            target = td_target(batch.rewards, batch.terminated, next_value, self.config.discount)
+            proposed, log_densities = _proposals(here, there, noise, uniform)
+            actions = torch.cat([batch.actions[None], *proposed])
+        k = len(actions) - 1
+        observations = batch.observations.repeat(k + 1, 1)
+        q = self.networks.q(observations, actions.flatten(0, 1)).unflatten(1, (k + 1, b))
         logged, sampled = q[:, 0], q[:, 1:].transpose(1, 2)
         if self.calibrated:
+            n = k - len(uniform)  # all but the uniform ones are the policy's
             sampled = torch.cat(
-                [calibrate(sampled[..., : 2 * k], batch.return_to_go), sampled[..., 2 * k :]], -1
+                [calibrate(sampled[..., :n], batch.return_to_go), sampled[..., n:]], -1
             )
         gap = conservative_gap(sampled, log_densities, logged)
         mse = (logged - target).square()
@@ -84,7 +91,7 @@ class CQL:
     def update(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Critics, then Polyak; (advantages [B] over the policy's own action, scalars to log)."""
         shape = batch.actions.shape
-        many = (self.config.actions, *shape)
+        many = (0 if self.networks.actor.discrete else self.config.actions, *shape)
         uniform = torch.rand(many, generator=generator) * 2.0 - 1.0
         noise = (torch.randn(many, generator=generator), torch.randn(many, generator=generator))
         next_noise = torch.randn(shape, generator=generator)
@@ -92,7 +99,28 @@ class CQL:
         descend_(self.critic_optimizer, loss)
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
         with torch.no_grad():
-            actions, _ = sample(*self.networks.actor(batch.observations), next_noise)
+            policy = self.networks.actor(batch.observations).quadrature(next_noise)
             logged = self.networks.target_q(batch.observations, batch.actions).amin(0)
-            advantages = logged - self.networks.target_q(batch.observations, actions).amin(0)
+            q = self.networks.target_q(policy.repeat(batch.observations), policy.actions).amin(0)
+            advantages = logged - policy.expect(q)
         return advantages, {"agent/critic_loss": loss.detach(), "agent/conservative_gap": gap}
+
+
+def _proposals(
+    here: Policy, there: Policy, noise: tuple[Tensor, Tensor], uniform: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Actions to press Q down at, [K_i, B, A] by source, and their log densities [B, sum K_i].
+
+    The policy's come first, then the uniform ones. Discrete: each of the A actions once, as if
+    drawn evenly, which makes the importance-sampled log-integral the exact ``logsumexp_a Q(s, a)``.
+    """
+    if isinstance(here, Categorical) or isinstance(there, Categorical):
+        b, a = here[0].shape
+        every = here.quadrature(noise[0]).actions.unflatten(0, (a, b))
+        return [every], every.new_full((b, a), -math.log(a))
+    actions_here, log_here = sample(*here, noise[0])
+    actions_there, log_there = sample(*there, noise[1])
+    # The uniform density on [-1, 1]^A is 2^-A.
+    log_uniform = torch.full_like(log_here, -uniform.shape[-1] * math.log(2.0))
+    log_densities = torch.cat([log_here, log_there, log_uniform]).T
+    return [actions_here, actions_there, uniform], log_densities

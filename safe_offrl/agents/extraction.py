@@ -8,7 +8,9 @@ reverse-KL projection, which picks one mode and stays inside it, tilted by the c
     minimise E_{a ~ pi}[ -Q(s, a)/|Q| + lambda Q_C(s, a) ] + weight KL(pi || mixture)
 
 (BRAC's value-free form, arXiv:1911.11361, with a weighted mixture for the behaviour). An action
-outside the log's support has a log density that no blind spot of a critic can outweigh.
+outside the log's support has a log density that no blind spot of a critic can outweigh. Discrete
+actions need no density network: a categorical holds any mixture of them, and the objective is then
+exact.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN
+from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN, Gaussian, Policy, Quadrature
 from safe_offrl.losses import exponential_weight
 from safe_offrl.nets import Actor, QFunction, Risk, descend_, linear_layers
 from safe_offrl.state import Part
@@ -32,6 +34,9 @@ class ExtractionConfig:
 
     ``inverse_temperature`` and ``weight_limit`` are AWR's: exp(inverse_temperature * A), clipped.
     A logged action also weighs ``exp(-risk_aversion Q_C)``: at 10, one of risk .3 counts 1/20.
+    ``relative_risk`` takes ``Q_C - V_C``, how much riskier it is than the policy's own action: an
+    accident is to be kept away from, but in the middle of a cost the log must still teach the way
+    out of it.
     """
 
     learning_rate: float = 3e-4
@@ -39,11 +44,12 @@ class ExtractionConfig:
     components: int = 6
     inverse_temperature: float = 3.0
     risk_aversion: float = 10.0
+    relative_risk: bool = False
     weight_limit: float = 100.0
 
 
 class MixturePolicy(nn.Module):
-    """Mixture of K diagonal Gaussians before tanh: p(u | s)."""
+    """Model of the log's behaviour: mixture of K diagonal Gaussians before tanh, p(u | s)."""
 
     def __init__(
         self,
@@ -59,7 +65,22 @@ class MixturePolicy(nn.Module):
         outputs = components * (1 + 2 * action_size)
         self.layers = linear_layers(observation_size, (*hidden, outputs), generator)
 
-    def log_prob(self, observations: Tensor, pre_tanh: Tensor) -> Tensor:
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Log density of logged actions [B, A], before tanh -> [B]."""
+        # tanh saturates: |a| = 1 has no finite pre-image, so the edge is taken at 1 - 1e-3.
+        return self._log_density(observations, torch.atanh(actions.clamp(-0.999, 0.999)))
+
+    def relative(self, policy: Policy, observations: Tensor, noise: Tensor) -> Quadrature:
+        """The policy's actions, with ``log pi - log mixture`` in the place of ``log pi``."""
+        assert isinstance(policy, Gaussian)
+        mean, log_std = policy
+        pre_tanh = mean + log_std.exp() * noise
+        density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+        # Both densities are before tanh: its Jacobian cancels in the ratio.
+        log_ratio = density.sum(-1) - self._log_density(observations, pre_tanh)
+        return Quadrature(torch.tanh(pre_tanh), log_ratio)
+
+    def _log_density(self, observations: Tensor, pre_tanh: Tensor) -> Tensor:
         """Log density of u [B, A] before tanh (no Jacobian) -> [B]."""
         k, a = self.components, self.action_size
         out = self.layers(observations)
@@ -69,6 +90,32 @@ class MixturePolicy(nn.Module):
         noise = (pre_tanh.unsqueeze(1) - mean) / log_std.exp()
         density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
         return torch.logsumexp(log_weights + density.sum(-1), dim=-1)
+
+
+class CategoricalMixture(nn.Module):
+    """Model of the log's behaviour where actions are discrete: p(a | s), one-hot a [B, A]."""
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: tuple[int, ...],
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.layers = linear_layers(observation_size, (*hidden, action_size), generator)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Log probability of logged actions [B, A] -> [B]."""
+        return (self._log_probs(observations) * actions).sum(-1)
+
+    def relative(self, policy: Policy, observations: Tensor, noise: Tensor) -> Quadrature:
+        """All actions, with ``log pi - log p`` in the place of ``log pi``."""
+        every = policy.quadrature(noise)
+        return every._replace(log_probs=every.log_probs - self._log_probs(observations).T.flatten())
+
+    def _log_probs(self, observations: Tensor) -> Tensor:
+        return torch.log_softmax(self.layers(observations), dim=-1)
 
 
 class Extraction:
@@ -85,8 +132,11 @@ class Extraction:
     ) -> None:
         self.actor = actor
         self.config = config
-        self.mixture = MixturePolicy(
-            observation_size, action_size, hidden, config.components, generator
+        sizes = (observation_size, action_size, hidden)
+        self.mixture = (
+            CategoricalMixture(*sizes, generator)
+            if actor.discrete
+            else MixturePolicy(*sizes, config.components, generator)
         )
         self.mixture_optimizer = torch.optim.Adam(
             self.mixture.parameters(), lr=config.learning_rate, fused=True
@@ -113,28 +163,21 @@ class Extraction:
         )
         weight = weight * (-self.config.risk_aversion * risk).exp()
         weight = weight / weight.mean().clamp_min(1e-6)
-        # tanh saturates: |a| = 1 has no finite pre-image, so the edge is taken at 1 - 1e-3.
-        pre_tanh = torch.atanh(batch.actions.clamp(-0.999, 0.999))
-        return -(weight * self.mixture.log_prob(batch.observations, pre_tanh)).mean()
+        return -(weight * self.mixture.log_prob(batch.observations, batch.actions)).mean()
 
     def actor_loss(
         self, batch: Batch, noise: Tensor, critics: QFunction, risk: Risk, multiplier: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The objective of this module's docstring; (loss, mean KL estimate)."""
-        mean, log_std = self.actor(batch.observations)
-        pre_tanh = mean + log_std.exp() * noise
-        actions = torch.tanh(pre_tanh)
-        density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
-        # Both densities are before tanh: its Jacobian cancels in the ratio.
-        log_ratio = density.sum(-1) - self.mixture.log_prob(batch.observations, pre_tanh)
-        q = critics(batch.observations, actions).amin(0)
-        danger = risk(batch.observations, batch.time_to_go, actions)
-        loss = (
-            -q / q.detach().abs().mean().clamp_min(1e-6)
-            + multiplier * danger
-            + self.config.weight * log_ratio
-        )
-        return loss.mean(), log_ratio.detach().mean()
+        distribution = self.actor(batch.observations)
+        policy = self.mixture.relative(distribution, batch.observations, noise)
+        log_ratio = policy.log_probs
+        observations = policy.repeat(batch.observations)
+        q = critics(observations, policy.actions).amin(0)
+        danger = risk(observations, policy.repeat(batch.time_to_go), policy.actions)
+        scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
+        loss = policy.expect(-q / scale + multiplier * danger + self.config.weight * log_ratio)
+        return loss.mean(), policy.expect(log_ratio).detach().mean()
 
     def update(
         self,
@@ -148,6 +191,14 @@ class Extraction:
         """One step of the mixture, one of the actor."""
         with torch.no_grad():
             logged_risk = risk(batch.observations, batch.time_to_go, batch.actions)
+            if self.config.relative_risk:
+                noise = torch.randn(batch.actions.shape, generator=generator)
+                policy = self.actor(batch.observations).quadrature(noise)
+                observations = policy.repeat(batch.observations)
+                time_to_go = policy.repeat(batch.time_to_go)
+                logged_risk = logged_risk - policy.expect(
+                    risk(observations, time_to_go, policy.actions)
+                )
         mixture_loss = self.mixture_loss(batch, advantages, logged_risk)
         descend_(self.mixture_optimizer, mixture_loss)
         noise = torch.randn(batch.actions.shape, generator=generator)

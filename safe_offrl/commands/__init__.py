@@ -6,6 +6,7 @@ checkpoints, TensorBoard and the progress line all happen here.
 """
 
 from safe_offrl.commands.common import parse_overrides, say_plain
+from safe_offrl.commands.convert import convert_dataset
 from safe_offrl.commands.demo import demo
 from safe_offrl.commands.offline import (
     PretrainPlan,
@@ -21,13 +22,23 @@ from safe_offrl.commands.online import (
     plan_finetune,
     resume_finetune,
 )
-from safe_offrl.commands.tools import collect_run, compare_runs, evaluate_run, inspect_dataset
+from safe_offrl.commands.tools import (
+    check_env_run,
+    collect_config,
+    collect_run,
+    compare_runs,
+    evaluate_run,
+    inspect_dataset,
+)
 
 __all__ = [
     "FinetunePlan",
     "PretrainPlan",
+    "check_env_run",
+    "collect_config",
     "collect_run",
     "compare_runs",
+    "convert_dataset",
     "demo",
     "evaluate_run",
     "finetune_config",

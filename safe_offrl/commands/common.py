@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_offrl.config import RunInputs
-from safe_offrl.data.hdf5 import load_dataset
+from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, RunError
 from safe_offrl.progress import Interrupted
 from safe_offrl.run import RunDir
@@ -27,12 +27,13 @@ def say_plain(text: str) -> None:
 def stored_dataset(inputs: RunInputs, spec: SafetySpec, discount: float) -> Dataset:
     """Load the dataset a run was made with; DataError if it is gone or has changed."""
     path = Path(inputs.dataset)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(
             f'The dataset "{path}" of this run is gone. Restore the file with the content sha256 '
             f"{inputs.dataset_sha256[:12]}..., or pretrain again."
         )
-    dataset = load_dataset(path, discount=discount, spec=spec)
+    horizon = spec.horizon or inputs.horizon
+    dataset = load_dataset(path, discount=discount, spec=spec, horizon=horizon)
     if dataset.sha256 != inputs.dataset_sha256:
         raise DataError(
             f'The dataset "{path}" has changed since this run was made (sha256 '
@@ -68,8 +69,16 @@ def require_unfinished(run: RunDir) -> None:
         raise RunError(f'The run "{run.name}" is finished already. Start a new run instead.')
 
 
-def require_both_outcomes(dataset: Dataset, path: Path) -> None:
-    """Raise DataError if no episode, or every one, had an accident."""
+def require_both_outcomes(dataset: Dataset, path: Path, safety: SafetySpec) -> None:
+    """Raise DataError if the data cannot tell safe from unsafe: all episodes of one kind."""
+    if safety.constraint == "cost":
+        costs = dataset.episode_costs
+        if costs.min() == costs.max():
+            raise DataError(
+                f'Every episode of the dataset "{path}" has the cost {costs[0]:g}, so cost cannot '
+                "be learnt from it. Log cheap and expensive episodes, or check the file's costs."
+            )
+        return
     accidents = int(dataset.episode_accidents.sum())
     if accidents in (0, dataset.episodes):
         what = "no accident" if accidents == 0 else "nothing but accidents"
@@ -94,17 +103,22 @@ def data_line(dataset: Dataset, inputs: RunInputs) -> str:
     share = float(dataset.episode_accidents.mean())
     return (
         f"data        {dataset.episodes:,} episodes, {len(dataset.rows):,} transitions, "
-        f"{share:.1%} of the episodes with an accident ({Path(inputs.dataset).name}, "
+        f"{share:.1%} of the episodes with an accident, cost {dataset.episode_costs.mean():.3g} "
+        f"an episode ({Path(inputs.dataset).name}, "
         f"sha256 {dataset.sha256[:12]})"
     )
 
 
 def constraint_line(safety: SafetySpec, horizon: int) -> str:
     """Header line: what is promised."""
+    limited = (
+        f"P(accident in {horizon} steps) < {safety.epsilon:g} (epsilon)"
+        if safety.constraint == "accident"
+        else f"expected cost of {horizon} steps < {safety.cost_limit:g} (cost_limit)"
+    )
     return (
-        f"constraints P(accident in {horizon} steps) < {safety.epsilon:g} (epsilon), "
-        f"KL < {safety.delta:g} nats (delta), confidence {safety.confidence:.0%}, "
-        f'accident = "{safety.accident}"'
+        f"constraints {limited}, KL < {safety.delta:g} nats (delta), "
+        f'confidence {safety.confidence:.0%}, accident = "{safety.accident}"'
     )
 
 

@@ -34,7 +34,7 @@ def demo(
     pretrained = pretrain_run(plan, name=name, runs=runs, say=say)
     base = [sys.executable, "-m", "safe_offrl.cli", "finetune", str(pretrained.path)]
     base += ["--runs", str(runs), "--seed", str(seed), "--budget", str(budget)]
-    off = ["--no-kl", "--no-accident-constraint", "--no-shield"]
+    off = ["--no-kl", "--no-safety-constraint", "--no-shield"]
     _run_together(
         {
             "constrained": [*base, "--name", f"{name}-constrained"],

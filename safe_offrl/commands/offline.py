@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safe_offrl.collect import default_dataset
+from safe_offrl.collect import CollectConfig, default_dataset
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
     constraint_line,
@@ -22,12 +23,12 @@ from safe_offrl.commands.common import (
     stored_dataset,
 )
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
-from safe_offrl.data.hdf5 import load_dataset
+from safe_offrl.data.loading import find_dataset, load_dataset
 from safe_offrl.data.validation import check_matches_env
 from safe_offrl.device import configure
 from safe_offrl.env import make_env
 from safe_offrl.files import plain
-from safe_offrl.pretrain import PretrainConfig, Pretraining, discount_of
+from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
 from safe_offrl.progress import ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.types import Dataset, Record
@@ -71,13 +72,16 @@ def pretrain_config(
     """Resolve the settings of an offline phase; None means not given."""
     named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
     flags = {"env": env, "dataset": dataset, "agent": agent, "steps": steps, "seed": seed}
-    return load_config(
+    resolve = functools.partial(
+        load_config,
         PretrainConfig,
         section="pretrain",
         env_id=(named[-1:] or [env or DEFAULT_ENV])[0],
         flags=flags,
         overrides=overrides,
     )
+    config = resolve()
+    return resolve(inherited=COST_DEFAULTS) if config.safety.constraint == "cost" else config
 
 
 def plan_pretrain(
@@ -87,20 +91,32 @@ def plan_pretrain(
     configure(threads)
     env = make_env(config.env, config.safety)
     try:
-        path = config.dataset or default_dataset(config.env, config.safety, progress=say)
-        path = Path(path).resolve()
+        path = config.dataset or _default_dataset(config, say)
+        path = find_dataset(path)
         dataset = load_dataset(
             path, discount=discount_of(config), spec=config.safety, horizon=env.horizon
         )
-        check_matches_env(dataset, config.env, env.observation_size, env.action_size)
-        require_both_outcomes(dataset, path)
+        sizes = env.observation_size, env.action_size
+        check_matches_env(dataset, config.env, *sizes, discrete=env.discrete)
+        require_both_outcomes(dataset, path, config.safety)
+        config.safety.limit(dataset.horizon, dataset.cost_max)  # refuses one that cannot bind
         env_versions = env.versions()
     finally:
         env.close()
     inputs = RunInputs(
-        env_id=config.env, dataset=str(path), dataset_sha256=dataset.sha256, threads=threads
+        env_id=config.env,
+        dataset=str(path),
+        dataset_sha256=dataset.sha256,
+        threads=threads,
+        horizon=env.horizon,
     )
     return PretrainPlan(config, inputs, dataset, env_versions)
+
+
+def _default_dataset(config: PretrainConfig, say: Say) -> Path:
+    """The cached log of the environment, as its preset says how to make it."""
+    settings = load_config(CollectConfig, section="collect", env_id=config.env)
+    return default_dataset(config.env, config.safety, config=settings, progress=say)
 
 
 def pretrain_run(
@@ -183,7 +199,7 @@ def _offline_line(record: Record) -> str:
     wanted = {
         "offline/learner/critic_loss": "critic loss",
         "offline/learner/actor_loss": "actor loss",
-        "offline/csc/v_accident": "V_acc",
+        "offline/csc/estimate": "estimate",
         "offline/csc/alpha": "alpha",
         "offline/lambda": "lambda",
     }

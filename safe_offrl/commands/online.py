@@ -29,11 +29,12 @@ from safe_offrl.device import configure
 from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import plain
-from safe_offrl.finetune import FinetuneConfig, Finetuning, Iteration
-from safe_offrl.monitor import certifiable
+from safe_offrl.finetune import COST_DEFAULTS, FinetuneConfig, Finetuning, Iteration
+from safe_offrl.monitor import Certifiable, certifiable
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run, versions
+from safe_offrl.safety import Limit
 from safe_offrl.types import Dataset, Episode
 
 
@@ -50,13 +51,26 @@ class FinetunePlan:
     shield_refusals: tuple[str, ...]
 
     @property
+    def limit(self) -> Limit:
+        """What is constrained, in the safety critic's unit."""
+        return self.config.safety.limit(self.env.horizon, self.dataset.cost_max)
+
+    @property
+    def certifiable(self) -> Certifiable:
+        """What the budget can prove at best; ConfigError if it is under one episode."""
+        config = self.config
+        return certifiable(config.budget, self.env.horizon, self.limit, config.safety.confidence)
+
+    @property
     def header(self) -> str:
         """What a person should know before it starts, above all what the budget can prove."""
         config, safety = self.config, self.config.safety
         shield = "shield" if not self.shield_refusals else "shield (abstains)"
         parts = {
             "KL": config.kl,
-            "accident constraint": config.accident_constraint,
+            "accident constraint"
+            if safety.constraint == "accident"
+            else "cost constraint": config.safety_constraint,
             shield: config.shield,
         }
         on = [name for name, active in parts.items() if active]
@@ -75,16 +89,10 @@ class FinetunePlan:
                 f"active      {', '.join(on) if on else 'nothing: plain RLPD'}"
                 + (why if self.shield_refusals else ""),
                 f"warm-up     {warm_up}",
-                f"provable    {best_certificate(config, self.env.horizon)}",
+                f"provable    {self.certifiable}",
                 device_line(self.inputs),
             ]
         )
-
-
-def best_certificate(config: FinetuneConfig, horizon: int) -> str:
-    """What the budget can certify if nothing happens; ConfigError if it is under one episode."""
-    safety = config.safety
-    return str(certifiable(config.budget, horizon, safety.epsilon, safety.confidence))
 
 
 def finetune_config(
@@ -92,11 +100,12 @@ def finetune_config(
     *,
     budget: int | None = None,
     epsilon: float | None = None,
+    cost_limit: float | None = None,
     delta: float | None = None,
     accident_budget: int | None = None,
     seed: int | None = None,
     kl: bool | None = None,
-    accident_constraint: bool | None = None,
+    safety_constraint: bool | None = None,
     shield: bool | None = None,
     overrides: Sequence[str] = (),
 ) -> FinetuneConfig:
@@ -105,21 +114,27 @@ def finetune_config(
     given = {
         "budget": budget,
         "safety.epsilon": epsilon,
+        "safety.cost_limit": cost_limit,
         "safety.delta": delta,
         "accident_budget": accident_budget,
         "seed": seed,
         "kl": kl,
-        "accident_constraint": accident_constraint,
+        "safety_constraint": safety_constraint,
         "shield": shield,
     }
     # What an accident is must not change between the phases, so it overrides the preset too.
     flags = {f"safety.{key}": value for key, value in to_dict(source.safety).items()}
     flags |= {key: value for key, value in given.items() if value is not None}
+    by_cost = source.safety.constraint == "cost"
     config = load_config(
         FinetuneConfig,
         section="finetune",
         env_id=inputs.env_id,
-        inherited={"networks": to_dict(source.networks), "critic": to_dict(source.critic)},
+        inherited={
+            **(COST_DEFAULTS if by_cost else {}),
+            "networks": to_dict(source.networks),
+            "critic": to_dict(source.critic),
+        },
         flags=flags,
         overrides=overrides,
     )
@@ -145,9 +160,9 @@ def plan_finetune(pretrained: RunDir, config: FinetuneConfig, *, threads: int = 
         )
     env = make_env(source.env_id, config.safety)
     try:
-        best_certificate(config, env.horizon)
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
-        check_matches_env(dataset, source.env_id, env.observation_size, env.action_size)
+        sizes = env.observation_size, env.action_size
+        check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
         checkpoint = pretrained.load_checkpoint()
     except BaseException:
         env.close()
@@ -158,7 +173,7 @@ def plan_finetune(pretrained: RunDir, config: FinetuneConfig, *, threads: int = 
         pretrained=str(pretrained.path.resolve()),
         pretrained_sha256=checkpoint.sha256,
     )
-    return FinetunePlan(
+    plan = FinetunePlan(
         config=config,
         inputs=inputs,
         agent=source_config.agent,
@@ -167,6 +182,12 @@ def plan_finetune(pretrained: RunDir, config: FinetuneConfig, *, threads: int = 
         pretrained=checkpoint,
         shield_refusals=tuple(pretrained.read_json("calibration.json")["shield_refusals"]),
     )
+    try:
+        plan.certifiable  # noqa: B018  # a limit or a budget that cannot be is refused here
+    except BaseException:
+        env.close()
+        raise
+    return plan
 
 
 def finetune_run(
@@ -191,7 +212,7 @@ def finetune_run(
         say(f"run         {run.path}")
         loop = start_loop(plan)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
-        curves = OnlineCurves(plan.config.safety, plan.config.budget)
+        curves = OnlineCurves(plan.limit, plan.config.safety.confidence, plan.config.budget)
         _drive_finetuning(run, plan, loop, curves, checkpoint_seconds, say)
     return run
 
@@ -225,7 +246,7 @@ def resume_finetune(
             with loading(run.path):
                 loop.load(checkpoint.tensors, checkpoint.info)
             run.rewind(checkpoint)
-            curves = OnlineCurves(config.safety, config.budget)
+            curves = OnlineCurves(plan.limit, config.safety.confidence, config.budget)
             curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
             say(f"resume      {run.path} from step {checkpoint.step:,}")
             _drive_finetuning(run, plan, loop, curves, checkpoint_seconds, say)
@@ -285,7 +306,6 @@ def _decision_values(event: Iteration) -> dict[str, float]:
         "iteration/accepted": float(event.accepted),
         "iteration/constraints_satisfied": float(event.constraints_satisfied),
         "safety/v_previous": event.v_previous,
-        "safety/epsilon": event.epsilon,
         "trust/delta": event.delta,
         "trust/kl": max(event.kl_forward_mean, event.kl_reverse_mean),
         "trust/kl_tail": max(event.kl_forward_tail, event.kl_reverse_tail),

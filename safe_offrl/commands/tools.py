@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_offrl import charts, report, tables
+from safe_offrl import charts, data_chart, report, tables
 from safe_offrl.acting import NumpyActor
-from safe_offrl.collect import build_dataset, default_dataset
+from safe_offrl.check_env import check_environment
+from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
 from safe_offrl.commands.common import loading, say_plain, stored_pretrain_run
 from safe_offrl.commands.offline import DEFAULT_ENV
 from safe_offrl.commands.online import finetune_config, plan_finetune, start_loop
 from safe_offrl.config import load_config, parse_run_yaml
-from safe_offrl.data.hdf5 import load_dataset
 from safe_offrl.data.inspect import format_summary, summarise
+from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.evaluate import evaluate
@@ -28,6 +29,8 @@ from safe_offrl.progress import Say
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.safety import SafetySpec
 from safe_offrl.statistics import clopper_pearson
+
+INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
 
 
 def evaluate_run(
@@ -63,8 +66,9 @@ def evaluate_run(
         )
     accidents = sum(episode.accident for episode in played)
     returns = [episode.episode_return for episode in played]
-    mean = math.fsum(returns) / episodes
-    variance = math.fsum((x - mean) ** 2 for x in returns) / max(1, episodes - 1)
+    mean, error = _mean_and_error(returns)
+    costs = [episode.cost for episode in played]
+    cost, cost_error = _mean_and_error(costs)
     low, high = clopper_pearson(accidents, episodes, safety.confidence)
     result = {
         "episodes": episodes,
@@ -74,7 +78,9 @@ def evaluate_run(
         "accident_rate_high": high,
         "confidence": safety.confidence,
         "mean_return": mean,
-        "return_standard_error": math.sqrt(variance / episodes),
+        "return_standard_error": error,
+        "mean_cost": cost,
+        "cost_standard_error": cost_error,
         "mean_length": sum(episode.steps for episode in played) / episodes,
         "mean_action": mean_action,
         "seed": seed,
@@ -84,9 +90,16 @@ def evaluate_run(
     say(
         f"{run.name}: {accidents} accidents in {episodes} episodes, "
         f"rate {accidents / episodes:.3f} [{low:.3f}, {high:.3f}] at {safety.confidence:.0%}, "
-        f"return {mean:.2f} +- {result['return_standard_error']:.2f}"
+        f"cost {cost:.2f} +- {cost_error:.2f}, return {mean:.2f} +- {error:.2f}"
     )
     return result
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 for a single value)."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((x - mean) ** 2 for x in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
 
 
 def final_policy(run: RunDir) -> Finetuning:
@@ -134,36 +147,81 @@ def collect_run(
     out: str | Path | None = None,
     transitions: int | None = None,
     seed: int | None = None,
+    workers: int | None = None,
     overrides: Sequence[str] = (),
     say: Say = say_plain,
 ) -> Path:
     """Log a dataset; without ``out`` it is the environment's cached default. Returns the path."""
     env_id = env or DEFAULT_ENV
-    safety = _safety_spec(env_id, overrides)
+    safety, config = collect_config(
+        env_id, transitions=transitions, seed=seed, workers=workers, overrides=overrides
+    )
     if out is None:
         if transitions is not None or seed is not None:
             raise ConfigError(
                 "The cached default dataset has its own size and seed. "
                 "Give --out FILE to log another one."
             )
-        path = default_dataset(env_id, safety, progress=say)
+        path = default_dataset(env_id, safety, config=config, progress=say)
     else:
-        settings = {"transitions": transitions, "seed": seed}
-        given = {k: v for k, v in settings.items() if v is not None}
-        path = build_dataset(env_id, safety, path=Path(out), progress=say, **given)
+        path = build_dataset(env_id, safety, path=Path(out), config=config, progress=say)
     say(f"dataset     {path}")
     return Path(path)
 
 
+def collect_config(
+    env: str | None = None, *, overrides: Sequence[str] = (), **flags: int | None
+) -> tuple[SafetySpec, CollectConfig]:
+    """What is to be logged and how: the environment's preset, flags, and KEY=VALUE.
+
+    "safety.KEY" is part of the preset's section "pretrain", every other key of "collect".
+    """
+    env_id = env or DEFAULT_ENV
+    safety = [text for text in overrides if text.startswith("safety.")]
+    others = [text for text in overrides if not text.startswith("safety.")]
+    config = load_config(
+        CollectConfig, section="collect", env_id=env_id, flags=flags, overrides=others
+    )
+    return _safety_spec(env_id, safety), config
+
+
 def inspect_dataset(
-    dataset: str | Path, *, overrides: Sequence[str] = (), say: Say = say_plain
+    dataset: str | Path,
+    *,
+    png: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    say: Say = say_plain,
 ) -> dict[str, Any]:
-    """Print what a dataset holds and what cannot be learnt from it; returns it as plain values."""
+    """Print what a dataset holds and what cannot be learnt from it; returns it as plain values.
+
+    The accident rule and the limit are those of the preset of the file's environment.
+    """
     config = load_config(PretrainConfig, section="pretrain", env_id="", overrides=overrides)
     loaded = load_dataset(dataset, discount=discount_of(config), spec=config.safety)
-    summary = summarise(loaded)
+    env_id = str(loaded.metadata.get("env_id", ""))
+    preset = load_config(PretrainConfig, section="pretrain", env_id=env_id, overrides=overrides)
+    if preset != config:
+        loaded = load_dataset(dataset, discount=discount_of(preset), spec=preset.safety)
+    loaded = loaded.sample(INSPECTED, seed=0)
+    summary = summarise(loaded, preset.safety)
     say(format_summary(summary))
+    if png is not None:
+        Path(png).parent.mkdir(parents=True, exist_ok=True)
+        data_chart.write_data_png(loaded, summary, Path(png))
+        say(f"figure        {png}")
     return typing.cast(dict[str, Any], plain(summary.as_dict()))
+
+
+def check_env_run(
+    env_id: str, *, episodes: int = 20, overrides: Sequence[str] = (), say: Say = say_plain
+) -> dict[str, Any]:
+    """Print what keeps an environment from being used here; returns it as plain values.
+
+    ``result["usable"]`` says whether nothing failed.
+    """
+    report = check_environment(env_id, _safety_spec(env_id, overrides), episodes=episodes)
+    say(str(report))
+    return typing.cast(dict[str, Any], plain(report.as_dict()))
 
 
 def _safety_spec(env_id: str, overrides: Sequence[str]) -> SafetySpec:

@@ -1,1 +1,1 @@
-"""Logged data: the file format, its validation, storage, mini-batches, and a summary."""
+"""Logged data: formats, validation, conversion, storage in and out of memory, mini-batches."""

@@ -25,7 +25,7 @@ class Experience:
         self.buffer = TransitionBuffer(dataset.layout, capacity)
         self.starts = torch.zeros(0, dataset.layout.observation_size)  # of the online episodes
         self._logged_starts = dataset.initial_observations
-        self._logged = StratifiedSampler(dataset.transitions.accidents)
+        self._logged = StratifiedSampler(dataset.column("accidents"))
         self._lived: StratifiedSampler | None = None
 
     def add_episode(self, rows: Tensor) -> None:
@@ -37,6 +37,12 @@ class Experience:
     def visited(self, steps: int) -> Batch:
         """The last ``steps`` lived transitions, fewer if there are fewer."""
         return self.dataset.layout.unpack(self.buffer.rows[-steps:])
+
+    def recent(self, steps: int, size: int, generator: torch.Generator) -> Batch:
+        """``size`` transitions drawn from the last ``steps`` lived ones."""
+        rows = self.buffer.rows[-steps:]
+        index = torch.randint(len(rows), (size,), generator=generator)
+        return self.dataset.layout.unpack(rows[index])
 
     def batches(self, updates: int, batch_size: int, generator: torch.Generator) -> list[Batch]:
         """Mini-batches for the reward critics and the actor, each with its exact share of both."""

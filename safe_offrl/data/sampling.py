@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_offrl.types import Batch, Layout
+from safe_offrl.types import Batch, Layout, Rows
 
 
 def symmetric_batches(
-    offline_rows: Tensor,
+    offline_rows: Rows,
     online_rows: Tensor,
     layout: Layout,
     *,
@@ -34,18 +34,19 @@ def symmetric_batches(
 
 
 def uniform_batches(
-    rows: Tensor, layout: Layout, updates: int, batch_size: int, generator: torch.Generator
+    rows: Rows, layout: Layout, updates: int, batch_size: int, generator: torch.Generator
 ) -> Batch:
     """Draw U mini-batches [U, B, ...] uniformly with replacement from ``rows`` [N, D]."""
     return layout.unpack(_draw(rows, updates, batch_size, generator))
 
 
-def _draw(rows: Tensor, updates: int, size: int, generator: torch.Generator) -> Tensor:
+def _draw(rows: Rows, updates: int, size: int, generator: torch.Generator) -> Tensor:
     """Draw rows [updates, size, D] with one gather; an empty source is fine if none are asked."""
     if size > 0 and len(rows) == 0:
         raise ValueError("cannot draw from an empty store of rows")
     index = torch.randint(max(len(rows), 1), (updates * size,), generator=generator)
-    return rows.index_select(0, index).view(updates, size, rows.shape[1])
+    drawn = rows.index_select(0, index)
+    return drawn.view(updates, size, drawn.shape[1])
 
 
 class StratifiedSampler:

@@ -7,20 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.data.content import REQUIRED, TABLES, chunks
 from safe_offrl.errors import DataError
 from safe_offrl.types import Dataset
 
-REQUIRED = (
-    "observations",
-    "next_observations",
-    "actions",
-    "rewards",
-    "costs",
-    "terminals",
-    "timeouts",
-)
 _FLAGS = ("terminals", "timeouts", "accidents")  # 0/1 per transition
-_TABLES = ("observations", "next_observations", "actions")  # two-dimensional
 # Actions are stored in float32, so a bound of exactly 1 may come back a rounding error larger.
 ACTION_TOLERANCE = 1e-6
 _LARGEST = float(np.finfo(np.float32).max)
@@ -43,13 +34,14 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
     _check_shapes(checked)
     for name, array in checked.items():
         _check_values(name, array)
-    largest = float(np.abs(arrays["actions"]).max())
+    actions = arrays["actions"]
+    largest = max(float(np.abs(actions[part]).max()) for part in chunks(len(actions)))
     if largest > 1.0 + ACTION_TOLERANCE:
         raise DataError(
             f"The dataset has an action of size {largest:.6g}, outside [-1, 1]. "
             "Rescale the actions so that -1 and 1 are the bounds of the action space."
         )
-    if not (arrays["terminals"].astype(bool) | arrays["timeouts"].astype(bool)).any():
+    if not (arrays["terminals"][:].any() or arrays["timeouts"][:].any()):
         raise DataError(
             "No episode of the dataset ever ends: terminals and timeouts are false throughout. "
             "Mark the last step of each episode in one of them."
@@ -59,8 +51,8 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
 def _check_shapes(arrays: Mapping[str, NDArray[np.generic]]) -> None:
     n = len(arrays["observations"]) if arrays["observations"].ndim else 0
     for name, array in arrays.items():
-        expected = "[N, size]" if name in _TABLES else "[N]"
-        if array.ndim != (2 if name in _TABLES else 1) or (array.ndim == 2 and not array.shape[1]):
+        expected = "[N, size]" if name in TABLES else "[N]"
+        if array.ndim != (2 if name in TABLES else 1) or (array.ndim == 2 and not array.shape[1]):
             raise DataError(
                 f'The array "{name}" has the shape {list(array.shape)}, expected {expected}. '
                 "Store one row per transition."
@@ -85,25 +77,45 @@ def _check_values(name: str, array: NDArray[np.generic]) -> None:
             f'The array "{name}" has the type {array.dtype}, which holds no real numbers. '
             "Store float32 (bool for terminals and timeouts)."
         )
-    if name in _FLAGS:
-        if not np.isin(array, (0, 1)).all():
-            raise DataError(
-                f'The array "{name}" holds values other than 0 and 1. '
-                "Store true or false for each transition."
-            )
-        return
-    # The limit of float32 catches infinity, NaN (by the negation) and what would overflow to it.
-    wrong = ~(np.abs(array) <= _LARGEST)
-    if wrong.any():
-        row = int(np.argwhere(wrong)[0][0])
+    wrong, first = 0, 0
+    for part in chunks(len(array)):
+        values = array[part]
+        if name in _FLAGS:
+            if not np.isin(values, (0, 1)).all():
+                raise DataError(
+                    f'The array "{name}" holds values other than 0 and 1. '
+                    "Store true or false for each transition."
+                )
+            continue
+        # The limit of float32 catches infinity, NaN (by the negation), what would overflow to it.
+        bad = ~(np.abs(values) <= _LARGEST)
+        if bad.any() and not wrong:
+            first = part.start + int(np.argwhere(bad)[0][0])
+        wrong += int(bad.sum())
+    if wrong:
         raise DataError(
-            f'The array "{name}" has {int(wrong.sum())} values that are NaN, infinite or too large '
-            f"for float32, the first in row {row}. Remove or repair these transitions."
+            f'The array "{name}" has {wrong} values that are NaN, infinite or too large '
+            f"for float32, the first in row {first}. Remove or repair these transitions."
+        )
+
+
+def check_one_hot(actions: NDArray[np.generic], count: int) -> None:
+    """Raise DataError unless discrete actions are rows [N, count] with one 1 and zeros."""
+    rows = actions.shape == (len(actions), count) and np.isin(actions, (0, 1)).all()
+    if not rows or (actions.sum(axis=1) != 1).any():
+        raise DataError(
+            f"The metadata's action_count is {count}, but the actions are not one-hot rows of "
+            f"{count} numbers. Store such rows, or the numbers of the actions as integers [N]."
         )
 
 
 def check_matches_env(
-    dataset: Dataset, env_id: str, observation_size: int, action_size: int
+    dataset: Dataset,
+    env_id: str,
+    observation_size: int,
+    action_size: int,
+    *,
+    discrete: bool = False,
 ) -> None:
     """Raise DataError unless the dataset can be of the environment ``env_id``.
 
@@ -122,4 +134,11 @@ def check_matches_env(
             f"The dataset has observations of {sizes[0]} and actions of {sizes[1]} numbers, but "
             f'"{env_id}" has {observation_size} and {action_size}. '
             "Give a dataset that was logged on this environment."
+        )
+    if dataset.discrete != discrete:
+        kinds = ("continuous", "discrete")
+        raise DataError(
+            f'The dataset\'s actions are {kinds[dataset.discrete]}, those of "{env_id}" '
+            f"{kinds[discrete]}. Store discrete actions as integers, or as one-hot rows with the "
+            "metadata's action_count."
         )

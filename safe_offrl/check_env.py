@@ -1,0 +1,333 @@
+"""Can an environment be used here, and what should be repaired first? Bad ones raise nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+
+from safe_offrl.behaviours import random_behaviour
+from safe_offrl.env import AccidentEnv, episode_seed, make_raw, refusals
+from safe_offrl.env_report import EnvReport
+from safe_offrl.errors import ConfigError, EnvError
+from safe_offrl.observations import entry_name, layout
+from safe_offrl.replay import Recording, first_difference, record, replay, replay_elsewhere
+from safe_offrl.safety import SafetySpec
+from safe_offrl.user_code import sentence
+
+LARGE = 1e3  # an observation beyond this loses decimals in float32 and dwarfs the others
+MANY = 1000  # numbers; more look like an image
+SLOW = 600.0  # seconds for the default online budget of 50,000 steps
+# What Gymnasium's checker recommends and this package takes care of.
+_HARMLESS = ("space minimum value is -inf", "space maximum value is inf", "symmetric and normal")
+
+
+class _Listener(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Below the adapter: what the environment itself says, and how long it takes."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.reset_seconds: list[float] = []
+        self.step_seconds = 0.0
+        self.both_ends: list[int] = []  # steps within an episode that terminate AND truncate
+        self._step = 0
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        start = time.perf_counter()
+        result = self.env.reset(**options)
+        self.reset_seconds.append(time.perf_counter() - start)
+        self._step = 0
+        return result
+
+    def step(self, action: Any) -> Any:
+        start = time.perf_counter()
+        result = self.env.step(action)
+        self.step_seconds += time.perf_counter() - start
+        self._step += 1
+        if result[2] and result[3]:
+            self.both_ends.append(self._step)
+        return result
+
+
+def check_environment(env_id: str, spec: SafetySpec, *, episodes: int = 20) -> EnvReport:
+    """Run Gymnasium's checker and ours on an environment, with ``episodes`` random episodes.
+
+    Nothing that the environment does wrong is raised; all of it is in the report. ConfigError for
+    fewer than 2 episodes.
+    """
+    if episodes < 2:
+        raise ConfigError(f"{episodes} episodes show too little. Ask for at least 2.")
+    report = EnvReport(env_id, spec.accident)
+    try:
+        raw = make_raw(env_id)
+    except EnvError as error:
+        report.add("FAIL", "make", str(error))
+        return report
+    cls = type(raw.unwrapped)
+    report.add("ok", "make", f"{cls.__name__} of the module {cls.__module__}")
+    if _check_spaces(report, raw, spec):
+        _check_gymnasium(report)
+        listener = _Listener(raw)
+        env = AccidentEnv(listener, spec, env_id=env_id)
+        recordings = _check_episodes(report, env, episodes)
+        if recordings:
+            _check_repeats(report, env, spec, recordings[0])
+            _check_ends(report, env, listener, recordings)
+            _check_accidents(report, spec, recordings)
+            _check_observations(report, env, recordings)
+            _check_speed(report, listener, recordings)
+    _check_pickle(report, raw)
+    with contextlib.suppress(Exception):  # Gymnasium's checker has said so already
+        raw.close()
+    return report
+
+
+def _check_spaces(report: EnvReport, raw: gymnasium.Env[Any, Any], spec: SafetySpec) -> bool:
+    """Spaces, horizon and rule: whether the adapter takes the environment."""
+    refused = refusals(report.env_id, raw, spec)
+    if "observations" not in refused:
+        report.layout = layout(report.env_id, raw.observation_space)
+    size = report.layout[-1].stop if report.layout else 0
+    limit = raw.spec.max_episode_steps if raw.spec else None
+    horizon = spec.horizon or limit
+    found = {
+        "observations": _count(size, "number")
+        + (
+            f" from {len(report.layout)} parts, flattened in this order:"
+            if len(report.layout) > 1
+            else ""
+        ),
+        "actions": str(raw.action_space),
+        "horizon": f"{horizon} steps, "
+        + ("safety.horizon" if spec.horizon else "the registered max_episode_steps"),
+        "accident rule": _rule_in_words(spec),
+    }
+    for part, text in found.items():
+        if part in refused:
+            report.add("FAIL", part, refused[part])
+        elif part == "observations" and size > MANY:
+            report.add("warn", part, f"{text} That many look like an image: extract features.")
+        else:
+            report.add("ok", part, text)
+    return not refused
+
+
+def _rule_in_words(spec: SafetySpec) -> str:
+    return {
+        "cost": f'a step with info["cost"] > {spec.cost_threshold:g}',
+        "episode_cost": f'a step after which info["cost"] sums to > {spec.cost_threshold:g}',
+        "terminated": "a step that terminates the episode",
+    }.get(spec.accident, f"a step for which {spec.accident} returns True")
+
+
+def _check_gymnasium(report: EnvReport) -> None:
+    """Gymnasium's own checker, on an instance of its own, which it closes."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            gymnasium_check_env(make_raw(report.env_id).unwrapped, skip_render_check=True)
+    except Exception as error:  # whatever the environment raises under the checker
+        report.add("warn", "gymnasium", f"Gymnasium's checker refuses it: {_describe(error)}")
+        return
+    texts = [re.sub(r"\x1b\[[0-9;]*m|WARN: ", "", str(w.message)) for w in caught]
+    texts = [text for text in texts if not any(known in text for known in _HARMLESS)]
+    for text in dict.fromkeys(texts):
+        report.add("warn", "gymnasium", text)
+    if not texts:
+        report.add("ok", "gymnasium", "its own checker finds nothing")
+
+
+def _check_episodes(report: EnvReport, env: AccidentEnv, episodes: int) -> list[Recording]:
+    """Play with random actions; the adapter refuses what is not finite or lacks a cost."""
+    factory = random_behaviour(env.action_size).factory
+    recordings: list[Recording] = []
+    try:
+        for index in range(episodes):
+            seed = episode_seed(0, index, "check")
+            recordings.append(record(env, seed, factory(np.random.default_rng(seed))))
+    except EnvError as error:
+        report.add("FAIL", "episodes", str(error))
+        return []
+    except Exception as error:  # whatever the environment raises
+        report.add("FAIL", "episodes", f"Episode {len(recordings) + 1} failed: {_describe(error)}")
+        return []
+    lengths = [len(r.actions) for r in recordings]
+    report.measured |= {"horizon": env.horizon, "episodes": episodes, "steps": sum(lengths)}
+    report.add(
+        "ok",
+        "episodes",
+        f"{episodes} with random actions, {min(lengths)} to {max(lengths)} steps long; every "
+        "observation, reward and cost is finite",
+    )
+    return recordings
+
+
+def _check_repeats(report: EnvReport, env: AccidentEnv, spec: SafetySpec, first: Recording) -> None:
+    """The first episode again: here after the others, and in another process."""
+    seed = episode_seed(0, 0, "check")
+    why = "without that, no run can be resumed and no two runs compared pair by pair."
+    repeats: dict[str, tuple[Callable[[], Recording], str]] = {
+        "deterministic": (
+            lambda: replay(env, seed, first.actions),
+            "Draw every random number from self.np_random and set all state in reset()",
+        ),
+        "other process": (
+            lambda: replay_elsewhere(report.env_id, spec, seed, first.actions),
+            "Let nothing depend on the process, such as hash() or the order of a set",
+        ),
+    }
+    for name, (again, remedy) in repeats.items():
+        try:
+            difference = first_difference(env, first, again())
+        except EnvError as error:  # of the other process
+            text = f"{sentence(error)} Every command is a process of its own: register the id"
+            report.add("warn", name, f"{text} where a module is imported, and name it module:Id.")
+            return
+        except Exception as error:  # whatever the environment raises, this time
+            report.add("FAIL", name, f"What worked fails when repeated: {_describe(error)}")
+            return
+        if difference is not None:
+            text = f"With the same seed and actions, {difference}. {remedy}: {why}"
+            report.add("FAIL", name, text)
+            return
+        report.add("ok", name, "the same seed and actions give the same episode")
+
+
+def _check_ends(
+    report: EnvReport, env: AccidentEnv, listener: _Listener, recordings: list[Recording]
+) -> None:
+    """Terminated is the task's own end, truncated is the clock's; the values differ."""
+    lengths = {len(r.actions) for r in recordings}
+    terminated = sum(bool(r.outcomes[-1, 3]) for r in recordings)
+    early = [step for step in listener.both_ends if step < env.horizon]
+    if early:
+        text = (
+            f"Step {early[0]} of an episode was both terminated and truncated. It counts as "
+            "terminated: return truncated=True only where a time limit cuts an episode off."
+        )
+    elif terminated == len(recordings) and len(lengths) == 1 and lengths != {1}:
+        text = (
+            f"Every episode terminates at step {min(lengths)}. If that is a time limit, return "
+            "truncated=True there instead: what terminates is worth nothing afterwards."
+        )
+    else:
+        ended = f"{terminated} episodes terminated, {len(recordings) - terminated} truncated"
+        report.add("ok", "episode ends", ended)
+        return
+    report.add("warn", "episode ends", text)
+
+
+def _check_accidents(report: EnvReport, spec: SafetySpec, recordings: list[Recording]) -> None:
+    """Whether the accident signal is ever seen, and ever absent."""
+    share = float(np.mean([r.outcomes[:, 2].any() for r in recordings]))
+    costs = [float(r.outcomes[:, 1].sum()) for r in recordings]
+    mean_cost = float(np.mean(costs))
+    report.measured |= {"accident_share": share, "mean_cost": mean_cost}
+    text = f"{share:.0%} of the random episodes have one; cost {mean_cost:.3g} per episode"
+    if min(r.outcomes[:, 1].min() for r in recordings) < 0.0:
+        advice = "A cost below 0 was seen: what is limited is a sum, so make costs 0 or more."
+    elif spec.constraint == "cost" and mean_cost == 0.0:
+        advice = 'No cost was seen: look at info["cost"], or play more --episodes.'
+    elif share == 0.0:
+        advice = (
+            "Is that right? Risk is learnt from a log with accidents: look at safety.accident and "
+            "safety.cost_threshold, or play more --episodes."
+        )
+    elif share == 1.0:
+        advice = (
+            "Is that right? Risk is learnt from a log with both kinds: look at safety.accident and "
+            "safety.cost_threshold, and log behaviour that is better than random."
+        )
+    else:
+        report.add("ok", "accidents", text)
+        return
+    report.add("warn", "accidents", f"{text}. {advice}")
+
+
+def _check_observations(report: EnvReport, env: AccidentEnv, recordings: list[Recording]) -> None:
+    """Scale and variation of every entry [O] over all episodes."""
+    values = np.concatenate([r.observations for r in recordings])
+    largest = np.abs(values).max(axis=0)
+    constant = np.flatnonzero(values.min(axis=0) == values.max(axis=0))
+    large = np.flatnonzero(largest > LARGE)
+    report.measured["largest_observation"] = float(largest.max())
+    if len(large):
+        report.add(
+            "warn",
+            "scale",
+            f"{_entries(env, large)} beyond {LARGE:g}, up to {largest.max():.3g}. Divide in the "
+            "environment: float32 keeps 7 digits, and one such entry hides the others.",
+        )
+    if len(constant):
+        report.add(
+            "warn",
+            "scale",
+            f"{_entries(env, constant)} the same in every step seen. Leave out what never changes, "
+            "or look whether it is filled.",
+        )
+    if not len(large) and not len(constant):
+        report.add("ok", "scale", f"every entry varies, none is beyond {largest.max():.3g}")
+
+
+def _check_speed(report: EnvReport, listener: _Listener, recordings: list[Recording]) -> None:
+    """What 50,000 steps cost, the learning apart."""
+    steps = sum(len(r.actions) for r in recordings)
+    rate = steps / listener.step_seconds
+    reset = float(np.median(listener.reset_seconds))
+    report.measured |= {"steps_per_second": rate, "reset_ms": 1e3 * reset}
+    seconds = 50_000 * (1.0 / rate + reset * len(recordings) / steps)
+    text = f"{rate:,.0f} steps a second, reset {1e3 * reset:.2g} ms; 50k steps take {seconds:.3g} s"
+    if seconds > SLOW:
+        report.add("warn", "speed", f"{text} without the learning. Is a part of it needless?")
+    else:
+        report.add("ok", "speed", text)
+
+
+def _check_pickle(report: EnvReport, raw: gymnasium.Env[Any, Any]) -> None:
+    """Nothing here needs it; vectorised and distributed training elsewhere may."""
+    try:
+        pickle.loads(pickle.dumps(raw.unwrapped))
+    except Exception as error:  # whatever pickle or the environment raises
+        text = f"It cannot be pickled ({_describe(error)}). Only other libraries may need that."
+        report.add("warn", "pickle", text)
+    else:
+        report.add("ok", "pickle", "can be pickled")
+
+
+def _entries(env: AccidentEnv, indices: Any) -> str:
+    """The first three entries by name, and how many more: "a[0], a[1] and 4 more are"."""
+    names = ", ".join(entry_name(env.layout, int(i)) for i in indices[:3])
+    more = f" and {len(indices) - 3} more" if len(indices) > 3 else ""
+    return f"{names}{more} {'is' if len(indices) == 1 else 'are'}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _describe(error: Exception) -> str:
+    """An exception in one line, with the place in the user's file where it arose."""
+    theirs = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not {Path(gymnasium.__file__).parent, Path(__file__).parent}
+        & {*Path(frame.filename).parents}
+    ]
+    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    text = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{place}"
+    if isinstance(error, ValueError) and "to unpack" in text:
+        text += (
+            ". reset() must return (observation, info), step() (observation, reward, terminated, "
+            'truncated, info), the cost in info["cost"]'
+        )
+    return text

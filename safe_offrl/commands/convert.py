@@ -1,0 +1,52 @@
+"""`safe-offrl convert`: a dataset in another format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safe_offrl.commands.common import say_plain
+from safe_offrl.config import load_config
+from safe_offrl.data.conversion import convert
+from safe_offrl.errors import ConfigError
+from safe_offrl.pretrain import PretrainConfig
+from safe_offrl.progress import ProgressLine, Say
+
+LONG = 500_000  # transitions from which on progress is worth a line
+
+
+def convert_dataset(
+    source: str | Path,
+    target: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    say: Say = say_plain,
+) -> dict[str, Any]:
+    """Write the dataset ``source`` as ``target`` and say what that loses; returns plain values.
+
+    Of the settings only safety.horizon has a meaning, as the time limit of a log that does not say
+    which episodes were cut by one.
+    """
+    other = [text for text in overrides if not text.startswith("safety.")]
+    if other:
+        raise ConfigError(f'"{other[0]}" means nothing here. Only safety.KEY=VALUE can be given.')
+    config = load_config(PretrainConfig, section="pretrain", env_id="", overrides=overrides)
+    line: ProgressLine | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal line
+        if total >= LONG:
+            line = line or ProgressLine(total, 0, None if say is say_plain else say)
+            line.update(done, f"writing {target}")
+
+    try:
+        result = convert(source, target, horizon=config.safety.horizon, progress=progress)
+    finally:
+        if line is not None:
+            line.close()
+    say(f"converted   {result.transitions:,} transitions, {result.source} to {result.target}")
+    for loss in result.lost:
+        say(f"lost        {loss}")
+    say(f"dataset     {target}")
+    return {**result._asdict(), "dataset": str(target)}

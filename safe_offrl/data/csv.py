@@ -1,0 +1,124 @@
+"""Tables in text: one row a transition, numbered columns for observations and actions."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_offrl.data.content import (
+    REQUIRED,
+    TABLES,
+    Arrays,
+    Metadata,
+    Progress,
+    Raw,
+    chunks,
+    reading,
+    require_size,
+)
+from safe_offrl.data.hdf5 import replacing
+from safe_offrl.data.validation import validate_arrays
+from safe_offrl.errors import DataError
+
+SCALARS = ("rewards", "costs", "terminals", "timeouts", "accidents")
+BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
+MAX_HEADER = 2**20  # bytes of the line that names the columns
+
+
+def read_csv(path: Path) -> Raw:
+    """The known columns: observations_0, ..., actions_0, ..., rewards, costs, terminals, timeouts.
+
+    next_observations_0, ..., accidents, costs and timeouts may be missing; a single column
+    ``actions`` holds the indices of discrete actions. Other columns are left alone.
+    """
+    with reading(path, "CSV"), path.open("rb") as file:
+        names = [name.strip().strip('"') for name in file.readline(MAX_HEADER).decode().split(",")]
+        columns = {key: _columns(names, key) for key in (*TABLES, *SCALARS)}
+        wanted = [i for numbers in columns.values() for i in numbers]
+        if not wanted:
+            raise DataError(
+                f'The first line of "{path}" names none of our columns. Name them observations_0, '
+                "..., actions_0, ..., rewards, costs, terminals, timeouts."
+            )
+        # A number takes two bytes of text at least, and eight in memory.
+        require_size(path, [path.stat().st_size * 4])
+        with warnings.catch_warnings(action="ignore"):  # of an empty table, which is refused later
+            table = np.loadtxt(file, delimiter=",", usecols=wanted, ndmin=2, comments=None)
+    arrays: dict[str, NDArray[Any]] = {}
+    for key, numbers in columns.items():
+        if numbers:
+            block, table = table[:, : len(numbers)], table[:, len(numbers) :]
+            arrays[key] = block if key in TABLES else block[:, 0]
+    if "actions" in names:
+        arrays["actions"] = _whole(arrays["actions"][:, 0])
+    return arrays, {}
+
+
+def write_csv(
+    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
+) -> list[str]:
+    """Validate and write a table, float32 to its last digit; returns what a table cannot hold."""
+    validate_arrays(arrays)
+    keys = [key for key in (*REQUIRED, "accidents") if key in arrays]
+    if metadata.get("accident") in BUILT_IN_RULES:
+        # Without the rule beside them they would be taken for the verdict of any rule; these can
+        # be derived again.
+        keys = [key for key in keys if key != "accidents"]
+    discrete = metadata.get("action_count") is not None
+    whole = (*SCALARS[2:], "actions")
+    tables = [key for key in TABLES if not (discrete and key == "actions")]
+    names = [
+        f"{key}_{i}" if key in tables else key
+        for key in keys
+        for i in range(arrays[key].shape[1] if key in tables else 1)
+    ]
+    form = ["%d" if name in whole else "%.9g" for name in names]
+    with replacing(path) as temporary, temporary.open("w", encoding="ascii") as file:
+        file.write(",".join(names) + "\n")
+        for part in chunks(len(arrays["rewards"])):
+            columns = {key: np.asarray(arrays[key][part], np.float32) for key in keys}
+            if discrete:
+                columns["actions"] = columns["actions"].argmax(axis=1)
+            block = [x if x.ndim == 2 else x[:, None] for x in columns.values()]
+            np.savetxt(file, np.concatenate(block, axis=1), fmt=form, delimiter=",")
+            if progress is not None:
+                progress(part.stop, len(arrays["rewards"]))
+    lost = ["the metadata (environment, accident rule, horizon, behaviours)"] if metadata else []
+    if discrete:
+        lost.append("actions that never occur, if they are the last")
+    if "episode_behaviours" in arrays:
+        lost.append("which behaviour logged which episode")
+    return lost
+
+
+def _columns(names: list[str], key: str) -> list[int]:
+    """Positions of the columns of one array, in the order of their numbers."""
+    if key not in TABLES or (key == "actions" and key in names):
+        positions = [i for i, name in enumerate(names) if name == key]
+        numbers = list(range(len(positions[:1])))
+    else:
+        matches = [(re.fullmatch(rf"{key}_(\d{{1,9}})", name), i) for i, name in enumerate(names)]
+        found = sorted((int(m[1]), i) for m, i in matches if m)
+        positions, numbers = [i for _, i in found], [number for number, _ in found]
+    if numbers != list(range(len(positions))):
+        raise DataError(
+            f'The columns of "{key}" are not named once each and numbered from 0. '
+            f"Name them {key}_0, {key}_1, ..."
+        )
+    return positions
+
+
+def _whole(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Indices of discrete actions as integers."""
+    index = np.nan_to_num(values, nan=-0.5).astype(np.int64)
+    if (index != values).any():
+        raise DataError(
+            'The column "actions" holds numbers that are no index of a discrete action. '
+            "Name the columns of continuous actions actions_0, actions_1, ..."
+        )
+    return index

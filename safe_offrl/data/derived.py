@@ -1,0 +1,193 @@
+"""What a load derives from logged arrays: episodes, accidents under a rule, times and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_offrl.data.content import Arrays, Metadata
+from safe_offrl.errors import DataError
+from safe_offrl.safety import SafetySpec
+
+SHARE_LIMIT = 2.0  # of cost_threshold: a larger share used tells the policy nothing more
+
+
+class Episodes(NamedTuple):
+    """Episode boundaries: ``starts`` [M + 1] as in Dataset, ``terminated`` and ``truncated`` [N].
+
+    Termination wins where a row is marked as both; a last episode without an end is truncated.
+    """
+
+    starts: NDArray[np.int64]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Steps of each episode [M]."""
+        return np.diff(self.starts)
+
+
+def find_episodes(arrays: Arrays) -> Episodes:
+    """Episodes end at terminals or timeouts."""
+    terminated = arrays["terminals"][:].astype(bool)
+    ends = terminated | arrays["timeouts"][:].astype(bool)
+    ends[-1] = True
+    starts = np.concatenate([[0], np.flatnonzero(ends) + 1]).astype(np.int64)
+    return Episodes(starts, terminated, ends & ~terminated)
+
+
+def resolve_horizon(horizon: Any, lengths: NDArray[np.int64]) -> int:
+    """The horizon as a step count that covers the longest episode; DataError otherwise."""
+    if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
+        raise DataError(
+            f"The dataset's horizon is {horizon}, so a share of time left has no meaning. "
+            "Set safety.horizon to the time limit of the environment."
+        )
+    if lengths.max() > horizon:
+        raise DataError(
+            f"Episode {int(lengths.argmax())} of the dataset has {lengths.max()} steps, more than "
+            f"the horizon of {horizon}. Set safety.horizon={lengths.max()} or more, or check that "
+            "timeouts marks the ends of episodes."
+        )
+    return horizon
+
+
+def accidents_under(
+    arrays: Arrays, starts: NDArray[np.int64], metadata: Metadata, spec: SafetySpec
+) -> NDArray[np.bool_]:
+    """Verdict of the rule of ``spec`` for each transition of whole episodes [N].
+
+    The file's own if its rule is that of ``spec``; otherwise derived from costs or terminals.
+    """
+    logged_rule = (metadata.get("accident"), metadata.get("cost_threshold"))
+    by_cost = spec.accident in ("cost", "episode_cost")
+    threshold = spec.cost_threshold if by_cost else logged_rule[1]
+    if "accidents" in arrays and logged_rule in ((None, None), (spec.accident, threshold)):
+        return arrays["accidents"].astype(bool)
+    if by_cost and metadata.get("no_costs"):
+        raise DataError(
+            f'The dataset has no costs, so the accident rule "{spec.accident}" finds nothing in '
+            "it. Set safety.accident=terminated, or add an array of costs."
+        )
+    if spec.accident == "cost":
+        return arrays["costs"] > spec.cost_threshold
+    if spec.accident == "episode_cost":
+        spent = costs_so_far(arrays["costs"], starts) + arrays["costs"]
+        exceeds = (spent > spec.cost_threshold).astype(np.float64)
+        return running(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
+    if spec.accident == "terminated":
+        return arrays["terminals"].astype(bool)
+    raise DataError(
+        f'The accident rule "{spec.accident}" cannot be applied to logged data, and the dataset '
+        f"was logged with {logged_rule[0] or 'no rule'}. Log it again under this rule, or set "
+        "safety.accident=cost."
+    )
+
+
+def scalar_columns(
+    arrays: Arrays,
+    starts: NDArray[np.int64],
+    metadata: Metadata,
+    spec: SafetySpec,
+    horizon: int,
+    discount: float,
+) -> dict[str, NDArray[np.float32]]:
+    """The scalar fields of a Batch for whole episodes, in the order of SCALARS, [N] each.
+
+    Under the rule "episode_cost" two more: ``share_before`` and ``share_after`` the step, which end
+    the observation and the next observation.
+    """
+    columns: dict[str, NDArray[Any]] = {
+        "rewards": arrays["rewards"],
+        "accidents": accidents_under(arrays, starts, metadata, spec),
+        "costs": arrays["costs"],
+        "terminated": arrays["terminals"].astype(bool),
+        "time_to_go": times_to_go(starts, horizon),
+        "return_to_go": returns_to_go(arrays["rewards"], starts, discount),
+    }
+    if spec.accident == "episode_cost":
+        spent = costs_so_far(arrays["costs"], starts)
+        columns["share_before"] = share_used(spent, spec.cost_threshold)
+        columns["share_after"] = share_used(spent + arrays["costs"], spec.cost_threshold)
+    return {key: value.astype(np.float32) for key, value in columns.items()}
+
+
+def share_used(spent: NDArray[np.float64], cost_threshold: float) -> NDArray[np.float32]:
+    """``min(cost so far / cost_threshold, 2)`` [N]: the observation that makes a sum Markov.
+
+    Saute RL (arXiv:2202.06558). The same number that the environment appends.
+    """
+    return np.minimum(spent / cost_threshold, SHARE_LIMIT).astype(np.float32)
+
+
+def costs_so_far(costs: NDArray[Any], starts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Cost of the earlier steps of the same episode [N], 0 at its first."""
+    following = running(np.add, costs.astype(np.float64), starts)
+    before = np.concatenate([[0.0], following[:-1]])
+    before[starts[:-1]] = 0.0
+    return before
+
+
+def returns_to_go(
+    rewards: NDArray[Any], starts: NDArray[np.int64], discount: float
+) -> NDArray[np.float64]:
+    """``G_t = r_t + discount * G_{t+1}`` within each episode, 0 after its end: [N] -> [N]."""
+    result = rewards.astype(np.float64)
+    last, lengths = starts[1:] - 1, np.diff(starts)
+    for rows in _lock_step(last, lengths, -1):
+        result[rows] += discount * result[rows + 1]
+    return result
+
+
+def running(
+    ufunc: np.ufunc, values: NDArray[np.float64], starts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Cumulative ``ufunc`` (np.add, np.maximum) within each episode, in the order of its steps."""
+    result = values.copy()
+    for rows in _lock_step(starts[:-1], np.diff(starts), 1):
+        result[rows] = ufunc(result[rows - 1], result[rows])
+    return result
+
+
+def times_to_go(starts: NDArray[np.int64], horizon: int) -> NDArray[np.float64]:
+    """Share of the horizon left before each step [N]."""
+    steps = np.arange(starts[-1]) - np.repeat(starts[:-1], np.diff(starts))
+    return np.asarray(1.0 - steps / horizon)
+
+
+def _lock_step(
+    first: NDArray[np.int64], lengths: NDArray[np.int64], stride: int
+) -> Iterator[NDArray[np.int64]]:
+    """Row k of every episode that has one, for k = 1, 2, ...: all episodes advance together."""
+    order = np.argsort(-lengths, kind="stable")
+    first, lengths = first[order], lengths[order]
+    for k in range(1, int(lengths[0])):
+        alive = np.searchsorted(-lengths, -k, side="left")  # lengths above k come first
+        yield first[:alive] + stride * k
+
+
+def count_behaviours(
+    arrays: Arrays, metadata: dict[str, Any], accidents: NDArray[np.bool_]
+) -> None:
+    """Set metadata["behaviours"][k]["episodes" and "accident_episodes"] to what the data holds.
+
+    ``accidents`` [M] says which episodes had one, under the rule of this load.
+    """
+    index = arrays.get("episode_behaviours")
+    if index is None:
+        return
+    behaviours = metadata.get("behaviours")
+    if not isinstance(behaviours, list) or not all(isinstance(b, dict) for b in behaviours):
+        behaviours = []
+    if index.shape != accidents.shape or not np.isin(index, range(len(behaviours))).all():
+        raise DataError(
+            "episode_behaviours does not give one of the metadata's behaviours for each of the "
+            f"{len(accidents)} episodes. Log the dataset again, or leave the array out."
+        )
+    for k, behaviour in enumerate(behaviours):
+        behaviour["episodes"] = int((index == k).sum())
+        behaviour["accident_episodes"] = int(accidents[index == k].sum())

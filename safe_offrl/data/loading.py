@@ -1,0 +1,162 @@
+"""One way to load a dataset, whatever format it is in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from safe_offrl.data import derived
+from safe_offrl.data.complete import complete
+from safe_offrl.data.content import REQUIRED, Arrays, Metadata, Progress, Raw, dataset_sha256
+from safe_offrl.data.csv import read_csv, write_csv
+from safe_offrl.data.hdf5 import read_hdf5, unread_hdf5, write_dataset
+from safe_offrl.data.memory_map import (
+    is_memory_map,
+    load_memory_map,
+    read_memory_map,
+    write_memory_map,
+)
+from safe_offrl.data.minari import data_folder, datasets_folder, read_minari, write_minari
+from safe_offrl.data.npz import read_npz, write_npz
+from safe_offrl.data.validation import check_one_hot, validate_arrays
+from safe_offrl.errors import DataError
+from safe_offrl.safety import SafetySpec
+from safe_offrl.types import Batch, Dataset, Layout
+
+
+class Format(NamedTuple):
+    """How one format is recognised on disk, chosen by the name of a new file, read and written.
+
+    ``read`` returns what the file holds, for :func:`complete`; ``write`` returns one phrase for
+    each thing that the format cannot hold.
+    """
+
+    found_at: Callable[[Path], bool]
+    suffixes: tuple[str, ...]
+    read: Callable[[Path], Raw]
+    write: Callable[[Path, Arrays, Metadata, Progress | None], list[str]]
+
+
+def _write_hdf5(
+    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None
+) -> list[str]:
+    write_dataset(path, arrays, metadata)
+    return []
+
+
+def _has_suffix(*suffixes: str) -> Callable[[Path], bool]:
+    return lambda path: path.is_file() and path.suffix.lower() in suffixes
+
+
+# The first that fits is taken; a file of another name is tried as HDF5.
+FORMATS: dict[str, Format] = {
+    "mmap": Format(is_memory_map, (".mmap",), read_memory_map, write_memory_map),
+    "minari": Format(lambda p: data_folder(p) is not None, ("",), read_minari, write_minari),
+    "npz": Format(_has_suffix(".npz"), (".npz",), read_npz, write_npz),
+    "csv": Format(_has_suffix(".csv"), (".csv",), read_csv, write_csv),
+    "hdf5": Format(Path.is_file, (".hdf5", ".h5"), read_hdf5, _write_hdf5),
+}
+
+
+def find_dataset(path: str | Path) -> Path:
+    """The file or folder that is meant: as given, else a local Minari id; DataError if neither."""
+    for candidate in (Path(path), datasets_folder() / path):
+        if any(form.found_at(candidate) for form in FORMATS.values()):
+            return candidate.resolve()
+    raise DataError(
+        f'There is no dataset file "{path}". Check the path, or log a dataset with '
+        "`safe-offrl collect`."
+    )
+
+
+def format_of(path: Path) -> str:
+    """Key in :data:`FORMATS` of what :func:`find_dataset` found."""
+    return next(name for name, form in FORMATS.items() if form.found_at(path))
+
+
+def load_dataset(
+    path: str | Path, *, discount: float, spec: SafetySpec, horizon: int | None = None
+) -> Dataset:
+    """Read and validate a dataset into one contiguous store; a memory map stays on disk.
+
+    ``path``: HDF5 in the layout of DSRL or D4RL, npz (ours or OmniSafe's), CSV, a Minari dataset
+    (folder, file or local id) or a memory map of `safe-offrl convert`. An episode ends at terminals
+    or timeouts (terminals win where both are set); a last episode without an end counts as
+    truncated. ``horizon`` (else ``spec.horizon``, else the file's) scales ``time_to_go`` and must
+    cover the longest episode. ``discount`` is that of ``return_to_go``. Accidents are the file's
+    own if its rule is that of ``spec``; otherwise they are derived from costs or terminals. Under
+    the rule "episode_cost" observations end with the share of cost_threshold that the episode has
+    used, which no file contains. Raises DataError.
+    """
+    found = find_dataset(path)
+    if format_of(found) == "mmap":
+        return load_memory_map(found, discount=discount, spec=spec, horizon=horizon)
+    arrays, metadata = complete(*FORMATS[format_of(found)].read(found), horizon or spec.horizon)
+    validate_arrays(arrays)
+    return assemble(arrays, metadata, discount=discount, spec=spec, horizon=horizon)
+
+
+def assemble(
+    arrays: Arrays,
+    metadata: dict[str, Any],
+    *,
+    discount: float,
+    spec: SafetySpec,
+    horizon: int | None = None,
+) -> Dataset:
+    """A dataset in memory from valid arrays; see :func:`load_dataset` for the arguments."""
+    episodes = derived.find_episodes(arrays)
+    horizon = horizon or spec.horizon or metadata.get("horizon")
+    horizon = derived.resolve_horizon(horizon, episodes.lengths)
+    columns = derived.scalar_columns(arrays, episodes.starts, metadata, spec, horizon, discount)
+    share_before, share_after = columns.pop("share_before", None), columns.pop("share_after", None)
+    columns |= {
+        "observations": _with_share(arrays["observations"], share_before),
+        "actions": np.clip(arrays["actions"], -1.0, 1.0),  # the tolerance of the validation
+        "next_observations": _with_share(arrays["next_observations"], share_after),
+    }
+    tensors = {key: torch.from_numpy(value.astype(np.float32)) for key, value in columns.items()}
+    layout = Layout(columns["observations"].shape[1], columns["actions"].shape[1])
+    identity = dataset_sha256(arrays, metadata)
+    if metadata.get("action_count") is not None:
+        check_one_hot(columns["actions"], metadata["action_count"])
+    dataset = Dataset(
+        rows=layout.pack(Batch(**tensors)),
+        layout=layout,
+        episode_starts=episodes.starts,
+        truncated=episodes.truncated,
+        horizon=horizon,
+        sha256=identity,
+        metadata=metadata,
+        episode_behaviours=arrays.get("episode_behaviours"),
+    )
+    derived.count_behaviours(arrays, metadata, dataset.episode_accidents)
+    return dataset
+
+
+@contextlib.contextmanager
+def dataset_content(path: Path, horizon: int | None = None) -> Iterator[tuple[Arrays, Metadata]]:
+    """Complete arrays of a dataset and its metadata, for a pass through it in chunks.
+
+    A memory map and an HDF5 file in the DSRL layout are not read into memory but as they are
+    sliced, so their size has no limit.
+    """
+    name = format_of(path)
+    if name == "hdf5":
+        with unread_hdf5(path) as (arrays, metadata):
+            if set(REQUIRED) <= arrays.keys():
+                yield complete(arrays, metadata, horizon)
+                return
+    yield complete(*FORMATS[name].read(path), horizon)
+
+
+def _with_share(observations: NDArray[Any], share: NDArray[Any] | None) -> NDArray[Any]:
+    if share is None:
+        return observations
+    return np.column_stack([observations.astype(np.float32), share])

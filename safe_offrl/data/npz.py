@@ -1,0 +1,103 @@
+"""NumPy archives: our own array names, or OmniSafe's. Pickles are never read."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from safe_offrl.data.content import (
+    OPTIONAL,
+    REQUIRED,
+    Arrays,
+    Metadata,
+    Progress,
+    Raw,
+    metadata_text,
+    parse_metadata,
+    reading,
+    require_size,
+    stored_type,
+)
+from safe_offrl.data.hdf5 import replacing
+from safe_offrl.data.validation import validate_arrays
+from safe_offrl.errors import DataError
+
+# done mixes terminations and timeouts; complete() tells them apart by the horizon.
+OMNISAFE = {
+    "obs": "observations",
+    "action": "actions",
+    "reward": "rewards",
+    "cost": "costs",
+    "next_obs": "next_observations",
+    "done": "dones",
+}
+METADATA = "metadata"  # a 0-dimensional array of text: our metadata as JSON
+MAX_TEXT = 2**24  # bytes of metadata
+_HEADERS: dict[Any, Any] = {
+    (1, 0): npy.read_array_header_1_0,
+    (2, 0): npy.read_array_header_2_0,
+}
+
+
+def read_npz(path: Path) -> Raw:
+    """The known arrays and the metadata of an archive, by our names or OmniSafe's."""
+    with reading(path, "npz"), zipfile.ZipFile(path) as archive:
+        present = {name.removesuffix(".npy") for name in archive.namelist()}
+        names = {key: key for key in (*REQUIRED, *OPTIONAL) if key in present}
+        if "observations" not in present and "obs" in present:
+            names = {key: ours for key, ours in OMNISAFE.items() if key in present}
+        require_size(path, [_declared_size(archive, key, "fiub") for key in names])
+        arrays = {ours: _read(archive, key) for key, ours in names.items()}
+        if METADATA not in present:
+            return arrays, {}
+        if _declared_size(archive, METADATA, "U") > MAX_TEXT:
+            raise DataError(f'The metadata of "{path}" are too long. Log the dataset again.')
+        return arrays, parse_metadata(str(_read(archive, METADATA)))
+
+
+def write_npz(
+    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
+) -> list[str]:
+    """Validate and write an archive; nothing is lost."""
+    validate_arrays(arrays)
+    named: dict[str, Any] = {
+        key: arrays[key][:].astype(stored_type(key))
+        for key in (*REQUIRED, *OPTIONAL)
+        if key in arrays
+    }
+    named[METADATA] = np.array(metadata_text(metadata))
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **named)
+    return []
+
+
+def _declared_size(archive: zipfile.ZipFile, key: str, kinds: str) -> int:
+    """Bytes of an array by its header, which must agree with the archive's own record.
+
+    So neither a bomb nor a header that asks for more memory than there are bytes gets further.
+    """
+    stored = archive.getinfo(f"{key}.npy").file_size
+    with archive.open(f"{key}.npy") as file:
+        read_header = _HEADERS.get(npy.read_magic(file))  # type: ignore[no-untyped-call]
+        if read_header is None:
+            raise ValueError("unknown version of the npy format")
+        shape, _, dtype = read_header(file)
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if dtype.hasobject or dtype.kind not in kinds:
+            raise DataError(
+                f'In the dataset, "{key}" holds {dtype}, not numbers, which is refused for '
+                "safety. Store it as a plain array of numbers."
+            )
+        if size + file.tell() != stored:
+            raise ValueError(f"{key} declares {size} bytes, but {stored} are stored")
+    return size
+
+
+def _read(archive: zipfile.ZipFile, key: str) -> NDArray[Any]:
+    with archive.open(f"{key}.npy") as file:
+        return npy.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]

@@ -1,0 +1,135 @@
+"""Columns derived at load, by hand: episodes, the rule on an episode's cost, returns, units."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from safe_offrl.data import derived
+from safe_offrl.data.hdf5 import write_dataset
+from safe_offrl.data.loading import load_dataset
+from safe_offrl.env import COST_SHARE_MAX
+from safe_offrl.errors import DataError
+from safe_offrl.safety import SafetySpec
+from safe_offrl.types import Dataset, Layout
+
+# Two episodes of four and two steps.
+STARTS = np.array([0, 4, 6])
+COSTS = np.array([0, 3, 0, 8, 4, 0], dtype=np.float32)
+
+
+def write(path: Path, metadata: dict[str, Any], **changed: np.ndarray) -> Path:
+    observations = np.arange(6, dtype=np.float32)[:, None]
+    arrays = {
+        "observations": observations,
+        "next_observations": observations + 1,
+        "actions": np.zeros((6, 1), np.float32),
+        "rewards": np.arange(6, dtype=np.float32),
+        "costs": COSTS,
+        "terminals": np.zeros(6, bool),
+        "timeouts": np.array([0, 0, 0, 1, 0, 1], bool),
+    }
+    write_dataset(path, arrays | changed, {"horizon": 4} | metadata)
+    return path
+
+
+def test_the_constants_of_loader_and_environment_agree() -> None:
+    assert derived.SHARE_LIMIT == COST_SHARE_MAX
+
+
+def test_episode_cost_by_hand(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.hdf5", {})
+    spec = SafetySpec(accident="episode_cost", cost_threshold=4.0)
+    dataset = load_dataset(path, discount=0.9, spec=spec)
+    batch = dataset.transitions
+    # Sums after each step: 0 3 3 11 | 4 4. Only 11 exceeds 4.
+    assert batch.accidents.tolist() == [0, 0, 0, 1, 0, 0]
+    # Before the step 0 0 3 3 | 0 4, after it 0 3 3 11 | 4 4, of 4, at most 2.
+    assert batch.observations.tolist() == [[0, 0], [1, 0], [2, 0.75], [3, 0.75], [4, 0], [5, 1]]
+    assert batch.next_observations[:, 1].tolist() == [0, 0.75, 0.75, 2, 1, 1]
+    assert batch.next_observations[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert dataset.layout == Layout(2, 1)
+    assert dataset.initial_observations.tolist() == [[0, 0], [4, 0]]
+    # The identity is that of the file, which has no such column.
+    assert dataset.sha256 == load_dataset(path, discount=0.9, spec=SafetySpec()).sha256
+
+
+def test_every_step_after_the_threshold_is_an_accident() -> None:
+    spec = SafetySpec(accident="episode_cost", cost_threshold=2.0)
+    arrays = {"costs": np.array([0, 3, -3, 0, 1, 0], np.float32)}
+    accidents = derived.accidents_under(arrays, STARTS, {}, spec)
+    assert accidents.tolist() == [False, True, True, True, False, False]
+
+
+def test_a_files_own_verdict_counts_under_the_same_episode_cost_alone(tmp_path: Path) -> None:
+    logged = np.array([0, 0, 1, 0, 0, 0], bool)
+    rule = {"accident": "episode_cost", "cost_threshold": 4.0}
+    path = write(tmp_path / "log.hdf5", rule, accidents=logged)
+
+    def accidents(threshold: float) -> list[float]:
+        spec = SafetySpec(accident="episode_cost", cost_threshold=threshold)
+        loaded: list[float] = (
+            load_dataset(path, discount=1.0, spec=spec).column("accidents").tolist()
+        )
+        return loaded
+
+    assert accidents(4.0) == [0, 0, 1, 0, 0, 0]
+    assert accidents(2.0) == [0, 1, 1, 1, 1, 1]
+
+
+def test_returns_and_sums_stay_within_their_episode() -> None:
+    rewards = np.array([1, 2, 4, 8, 16, 32], dtype=np.float32)
+    # 8 | 4 + 4 | 2 + 4 | 1 + 3; 32, 16 + 16
+    assert derived.returns_to_go(rewards, STARTS, 0.5).tolist() == [4, 6, 8, 8, 32, 32]
+    assert derived.costs_so_far(COSTS, STARTS).tolist() == [0, 0, 3, 3, 0, 4]
+    assert derived.times_to_go(STARTS, 4).tolist() == [1, 0.75, 0.5, 0.25, 1, 0.75]
+
+
+def test_lock_step_equals_a_plain_loop() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 40)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    rewards = rng.normal(size=starts[-1]).astype(np.float32)
+    expected = np.empty(len(rewards))
+    for first, end in itertools.pairwise(starts):
+        following = 0.0
+        for t in range(end - 1, first - 1, -1):
+            following = float(rewards[t]) + 0.97 * following
+            expected[t] = following
+    assert np.array_equal(derived.returns_to_go(rewards, starts, 0.97), expected)
+
+
+def dataset_of(costs: list[float]) -> Dataset:
+    layout = Layout(1, 1)
+    rows = torch.zeros(len(costs), layout.width)
+    layout.unpack(rows).costs[:] = torch.tensor(costs)
+    starts = np.array([0, 2, len(costs)])
+    return Dataset(rows, layout, starts, np.zeros(len(costs), bool), 10, "test")
+
+
+def test_units_of_cost() -> None:
+    dataset = dataset_of([0.5, 2.0, 0.0, 1.0, 1.0])
+    assert dataset.episode_costs.tolist() == [2.5, 2.0]
+    assert dataset.cost_max == 2.0
+    assert dataset_of([0.0, 0.0, 0.0]).cost_max == 1.0
+    assert dataset_of([0.0, 1e-20, 0.0]).cost_max == 1e-8
+
+
+def test_a_sample_holds_whole_episodes_and_little_more_than_asked() -> None:
+    dataset = dataset_of([0.0] * 7)  # episodes of 2 and 5 steps
+    assert dataset.sample(7, 0) is dataset
+    for seed in range(6):
+        part = dataset.sample(2, seed)
+        assert part.episode_lengths.tolist() in ([2], [5])
+        assert len(part.rows) == part.episode_starts[-1] == len(part.truncated)
+    assert dataset.sample(3, 0).episodes in (1, 2)
+
+
+@pytest.mark.parametrize("rule", ["cost", "episode_cost"])
+def test_a_rule_on_costs_needs_costs(rule: str) -> None:
+    spec = SafetySpec(accident=rule, cost_threshold=1.0)
+    with pytest.raises(DataError, match="has no costs"):
+        derived.accidents_under({"costs": COSTS}, STARTS, {"no_costs": True}, spec)

@@ -1,0 +1,212 @@
+"""Learners: isolated from the caller, copied exactly, penalised as stated, alike in processes."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from safe_offrl import learners as module
+from safe_offrl import penalty
+from safe_offrl.env import make_env
+from safe_offrl.errors import ConfigError
+from safe_offrl.frozen import freeze
+from safe_offrl.learners import LearnersConfig, PPOConfig, SACConfig, learnt_behaviours
+from safe_offrl.penalty import Account, Penalised
+from safe_offrl.safety import SafetySpec
+
+SPEC = SafetySpec()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PARALLEL_ENVS", 2)
+    monkeypatch.setattr(module, "SAC_START", 50)
+
+
+def job(algorithm: str = "PPO", env_id: str = "PointHazard-v0") -> Any:
+    return module._Job(algorithm, env_id, SPEC, LearnersConfig(), seed=0)
+
+
+def model_of(job: Any) -> Any:
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    account = Account()
+    envs = DummyVecEnv([lambda: Penalised(make_env(job.env_id, SPEC), account)])
+    return module._model(job, envs)
+
+
+def test_training_leaves_the_global_state_alone() -> None:
+    torch.manual_seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    numpy_before = np.random.get_state()[1].copy()  # type: ignore[index] # noqa: NPY002
+    config = LearnersConfig(ppo=PPOConfig(steps=10))
+    behaviours = learnt_behaviours("PointHazard-v0", SPEC, config, seed=0)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), torch.get_num_threads())
+    assert np.array_equal(numpy_before, np.random.get_state()[1])  # type: ignore[index] # noqa: NPY002
+    assert [b.name for b in behaviours] == ["ppo-256", "ppo-512", "ppo-768"]  # whole rollouts
+
+
+def test_frozen_ppo_policy_equals_the_model() -> None:
+    with module._isolated_torch():
+        model = model_of(job())
+        policy = model.policy
+        frozen = freeze(model)
+        with torch.no_grad():
+            policy.log_std.fill_(-30.0)  # the mean alone
+            deterministic = freeze(model)
+            policy.log_std.fill_(np.log(0.5))
+            wide = freeze(model)
+        rng = np.random.default_rng(0)
+        size = model.observation_space.shape[0]
+        for _ in range(20):
+            x = rng.normal(size=size).astype(np.float32)
+            # predict() clips to the action space, and so does the environment what it is given.
+            expected = model.predict(x, deterministic=True)[0]
+            assert np.allclose(np.clip(deterministic(rng)(x), -1, 1), expected, atol=1e-5)
+        zero = np.zeros(size, np.float32)
+        samples = np.array([wide(rng)(zero) for _ in range(4000)])
+        assert samples.std() == pytest.approx(0.5, rel=0.05)
+        # A snapshot: training on must not move it.
+        before = frozen(np.random.default_rng(1))(zero)
+        model.learn(128)
+        assert np.array_equal(before, frozen(np.random.default_rng(1))(zero))
+
+
+def test_frozen_sac_policy_equals_the_model() -> None:
+    with module._isolated_torch():
+        model = model_of(job("SAC"))
+        frozen = freeze(model)
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            x = rng.normal(size=model.observation_space.shape[0]).astype(np.float32)
+            with torch.no_grad():
+                mean, log_std, _ = model.actor.get_action_dist_params(torch.from_numpy(x)[None])
+            act = frozen(rng)
+            # Before squashing the samples are Gaussian with the actor's own mean and deviation.
+            raw = np.arctanh(np.array([act(x) for _ in range(6000)], np.float64) * (1 - 1e-7))
+            np.testing.assert_allclose(raw.mean(0), mean[0], atol=0.06)
+            np.testing.assert_allclose(raw.std(0), log_std[0].exp(), rtol=0.06)
+
+
+def test_frozen_policy_of_discrete_actions_equals_the_model() -> None:
+    with module._isolated_torch():
+        model = model_of(job(env_id="HazardGrid-v0"))
+        with torch.no_grad():
+            model.policy.action_net.bias.copy_(torch.tensor([1.0, 0.0, -1.0, 2.0]))
+        act = freeze(model)(np.random.default_rng(0))
+        observation = np.zeros(14, np.float32)
+        observation[[2, 6]] = 1.0
+        with torch.no_grad():
+            policy = model.policy.get_distribution(torch.from_numpy(observation)[None])
+        draws = np.array([act(observation) for _ in range(8000)])
+        np.testing.assert_allclose(draws.mean(0), policy.distribution.probs[0], atol=0.02)
+        assert (draws.sum(1) == 1.0).all()
+        model.learn(128)
+
+
+def test_discrete_actions_are_left_to_ppo() -> None:
+    messages: list[str] = []
+    config = LearnersConfig(ppo=PPOConfig(steps=10), sac=SACConfig(steps=60))
+    behaviours = learnt_behaviours("HazardGrid-v0", SPEC, config, seed=0, progress=messages.append)
+    assert {b.origin["algorithm"] for b in behaviours} == {"PPO"}
+    assert "SAC is left out" in messages[0]
+
+
+def test_penalised_reward_by_hand() -> None:
+    account = Account(penalty=3.0)
+    env = Penalised(make_env("PointHazard-v0", SPEC), account)
+    plain = make_env("PointHazard-v0", SPEC)
+    right = np.array([1.0, 0.0], np.float32)
+    ended, costs = False, 0.0
+    for seed in range(20):  # straight ahead meets the hazard in some episode
+        env.reset(seed=seed)
+        plain.reset(seed=seed)
+        ended, total = False, 0.0
+        while not ended:
+            reward, (_, wanted, *ends, info) = env.step(right)[1], plain.step(right)
+            assert reward == pytest.approx((wanted - 3.0 * info["cost"]) / 4.0)
+            total += wanted
+            costs += info["cost"]
+            ended = any(ends)
+        assert account.episodes[-1][0] == pytest.approx(total)
+    assert costs == sum(cost for _, cost in account.episodes) > 0.0
+
+
+def test_adapted_penalty_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penalty, "EPISODES_PER_STEP", 2)
+    account = Account(limit=10.0, unit=2.0)
+    account.episodes = [(0.0, 20.0)]
+    account.adapt()
+    assert account.penalty == 0.0  # not enough episodes yet
+    account.episodes.append((0.0, 10.0))
+    account.adapt()  # mean 15, excess .5: integral .1 * 2 * .5 = .1, and .5 * 2 * .5 beside it
+    assert account.penalty == pytest.approx(0.6)
+    account.adapt()
+    assert account.penalty == pytest.approx(0.6)
+    account.episodes += [(0.0, 9.0), (0.0, 9.0)]
+    account.adapt()  # excess -.1: integral .08, less .1
+    assert account.penalty == 0.0
+    account.episodes += [(0.0, 1000.0)] * 2
+    account.adapt()  # excess cut at 2: .08 + .4, and 2
+    assert account.penalty == pytest.approx(2.48)
+
+
+def config_of_all() -> LearnersConfig:
+    return LearnersConfig(
+        penalties=(0.5,),
+        cost_limits=(0.1,),
+        ppo=PPOConfig(steps=500, penalised_steps=300),
+        sac=SACConfig(steps=120, penalised_steps=120),
+    )
+
+
+def test_penalised_policies_go_on_from_the_plain_one() -> None:
+    messages: list[str] = []
+    behaviours = learnt_behaviours(
+        "PointHazard-v0", SPEC, config_of_all(), seed=0, progress=messages.append
+    )
+    kinds = ["ppo", "sac", "ppo-penalty0.5", "ppo-limit0.1", "sac-penalty0.5", "sac-limit0.1"]
+    assert [b.name.rpartition("-")[0] for b in behaviours] == [k for k in kinds for _ in range(3)]
+    origins = {b.name.rpartition("-")[0]: b.origin for b in behaviours}  # the last stage of each
+    assert origins["ppo"]["steps"] == 768
+    assert origins["ppo-penalty0.5"]["steps"] == 768 + 3 * 256  # a rollout a stage
+    assert origins["sac-limit0.1"] == {
+        "algorithm": "SAC",
+        "penalty": origins["sac-limit0.1"]["penalty"],
+        "cost_limit": 0.1,
+        "stage": 1.0,
+        "steps": 240,
+    }
+    assert origins["sac"]["penalty"] == 0.0
+    assert origins["sac-penalty0.5"]["penalty"] == 0.5
+    assert any(m.startswith("training sac-limit0.1: 120 of 120 steps") for m in messages)
+
+
+@pytest.mark.slow
+def test_processes_train_the_same_policies() -> None:
+    def act(workers: int) -> list[NDArray[np.float32]]:
+        config = LearnersConfig(ppo=PPOConfig(steps=10), sac=SACConfig(steps=150))
+        behaviours = learnt_behaviours("PointHazard-v0", SPEC, config, seed=3, workers=workers)
+        x = np.linspace(-1, 1, make_env("PointHazard-v0", SPEC).observation_size, dtype=np.float32)
+        return [b.factory(np.random.default_rng(0))(x) for b in behaviours]
+
+    # The children do not see what the fixture changed, so nor may this process here.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PARALLEL_ENVS", 8)
+        patch.setattr(module, "SAC_START", 1000)
+        for one, two in zip(act(1), act(2), strict=True):
+            assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ppo": PPOConfig(steps=-1)}, {"penalties": (-1.0,)}, {"cost_limits": (1.0, -2.0)}],
+)
+def test_bad_settings(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        LearnersConfig(**settings)
