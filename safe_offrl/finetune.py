@@ -135,8 +135,13 @@ class Iteration(NamedTuple):
     metrics: dict[str, float]
 
 
-# What the cost constraint has for defaults, see pretrain.COST_DEFAULTS.
-COST_DEFAULTS: dict[str, Any] = {"lagrangian": {"maximum": 300.0, "learning_rate": 0.03}}
+# What the cost constraint has for defaults, see pretrain.COST_DEFAULTS. Offline a slow target keeps
+# the critic close to what the log's own behaviours cost, which no blind spot can talk down; online
+# it is checked against every episode, and a slow target would only delay what they say.
+COST_DEFAULTS: dict[str, Any] = {
+    "critic": {"tau": 0.05},
+    "lagrangian": {"maximum": 300.0, "learning_rate": 0.03, "aim": 0.8},
+}
 
 REFERENCE_STATES = 32  # start (and visited) states per update of the safety critic
 ESTIMATE_STATES = 1000  # states behind one estimate of what is constrained

@@ -14,6 +14,8 @@ from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.behaviours import random_behaviour
 from safe_offrl.calibration import window_cost
 from safe_offrl.commands.offline import pretrain_config
+from safe_offrl.commands.online import finetune_config
+from safe_offrl.config import RunInputs, run_yaml
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import make_env
@@ -24,6 +26,7 @@ from safe_offrl.mixture import collect
 from safe_offrl.monitor import SafetyMonitor, certifiable
 from safe_offrl.nets import Actor, NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining
+from safe_offrl.run import RunDir
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.types import Batch, Dataset, Episode, Layout
@@ -338,6 +341,17 @@ def test_the_cost_constraint_has_defaults_of_its_own_beneath_what_is_given() -> 
         env="HazardLine-v0", overrides=["safety.constraint=cost", "lagrangian.init=7"]
     )
     assert (given.lagrangian.init, given.lagrangian.maximum) == (7.0, 300.0)
+
+
+def test_fine_tuning_follows_the_episodes_faster_than_the_log(
+    data: Dataset, pretraining: Pretraining, tmp_path: Path
+) -> None:
+    inputs = RunInputs("HazardLine-v0", "log.hdf5", data.sha256)
+    text = run_yaml(inputs, "pretrain", pretraining.config)
+    with RunDir.create(tmp_path, kind="pretrain", config_text=text, name="p") as run:
+        config = finetune_config(run)
+    assert (config.critic.tau, config.lagrangian.maximum) == (0.05, 300.0)
+    assert config.critic.cost_discount == CRITIC.cost_discount  # the rest is the pretrain run's
 
 
 def test_relative_risk_leaves_what_every_action_shares_out_of_the_weights() -> None:

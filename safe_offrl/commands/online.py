@@ -125,15 +125,15 @@ def finetune_config(
     # What an accident is must not change between the phases, so it overrides the preset too.
     flags = {f"safety.{key}": value for key, value in to_dict(source.safety).items()}
     flags |= {key: value for key, value in given.items() if value is not None}
-    by_cost = source.safety.constraint == "cost"
+    defaults = COST_DEFAULTS if source.safety.constraint == "cost" else {}
     config = load_config(
         FinetuneConfig,
         section="finetune",
         env_id=inputs.env_id,
         inherited={
-            **(COST_DEFAULTS if by_cost else {}),
+            **defaults,
             "networks": to_dict(source.networks),
-            "critic": to_dict(source.critic),
+            "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
         },
         flags=flags,
         overrides=overrides,
