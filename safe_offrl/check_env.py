@@ -238,12 +238,12 @@ def _check_accidents(report: EnvReport, spec: SafetySpec, recordings: list[Recor
         advice = "A cost below 0 was seen: what is limited is a sum, so make costs 0 or more."
     elif spec.constraint == "cost" and mean_cost == 0.0:
         advice = 'No cost was seen: look at info["cost"], or play more --episodes.'
-    elif share == 0.0:
+    elif share == 0.0 and spec.constraint == "accident":
         advice = (
             "Is that right? Risk is learnt from a log with accidents: look at safety.accident and "
             "safety.cost_threshold, or play more --episodes."
         )
-    elif share == 1.0:
+    elif share == 1.0 and spec.constraint == "accident":
         advice = (
             "Is that right? Risk is learnt from a log with both kinds: look at safety.accident and "
             "safety.cost_threshold, and log behaviour that is better than random."

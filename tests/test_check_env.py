@@ -189,3 +189,11 @@ def test_the_command_refuses_what_is_no_setting(
     code, _, err = command(monkeypatch, capsys, "PointHazard-v0", "safety.horizn=9")
     assert code == 2
     assert 'Did you mean "safety.horizon"' in err
+
+
+def test_an_accident_in_every_episode_is_what_a_cost_limit_is_for() -> None:
+    safety = SafetySpec(constraint="cost", cost_limit=1.0)
+    report = check_environment("bad_environments:AlwaysAnAccident-v0", safety, episodes=4)
+    assert "accidents" not in findings(report, "warn")
+    never = check_environment("bad_environments:NeverAnAccident-v0", safety, episodes=4)
+    assert "No cost was seen" in findings(never, "warn")["accidents"]
