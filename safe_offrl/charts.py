@@ -56,7 +56,7 @@ def draw(runs: Sequence[RunData], path: Path) -> None:
     colours = dict(zip(groups, itertools.cycle(COLOURS), strict=False))
 
     by_cost = any(run.constraint == "cost" for run in runs)
-    window = _COST_WINDOW if by_cost else _LONG_WINDOW
+    window, short = (_COST_WINDOW,) * 2 if by_cost else (_LONG_WINDOW, _WINDOW)
 
     figure = Figure(figsize=(12.5, 8.4), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
@@ -67,7 +67,7 @@ def draw(runs: Sequence[RunData], path: Path) -> None:
             _draw_smoothed(rate, members, colours[method], _COST_WINDOW, lambda e: e.cost)
         else:
             _draw_rate(rate, members, colours[method])
-        _draw_smoothed(returns, members, colours[method], _WINDOW, lambda e: e.episode_return)
+        _draw_smoothed(returns, members, colours[method], short, lambda e: e.episode_return)
         _draw_estimate(estimate, members, colours[method], window)
 
     finish(accidents, "Accidents so far", "episodes with an accident, each run")
@@ -79,7 +79,7 @@ def draw(runs: Sequence[RunData], path: Path) -> None:
         title = f"Accident rate so far, anytime {confidence} band"
         finish(rate, title, "accidents per episode")
         quantity = "accident probability per episode"
-    finish(returns, f"Return, mean of {_WINDOW} episodes", "return (thin: runs, thick: mean)")
+    finish(returns, f"Return, mean of {short} episodes", "return (thin: runs, thick: mean)")
     finish(estimate, "Estimate against reality", quantity)
     last = max(run.episodes[-1].total_steps for run in runs)
     for axis in (accidents, rate, returns, estimate):
