@@ -161,7 +161,10 @@ def test_it_works_after_the_original_failed_to_import() -> None:
 # --- every id ---
 
 
-def twenty_steps(env_id: str) -> None:
+@needs_it
+@pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning")  # Gymnasium, of v0
+@pytest.mark.parametrize("env_id", sorted(SAFETY_GYM))
+def test_every_id_makes_resets_and_runs(env_id: str) -> None:
     env = make(env_id)
     env.action_space.seed(0)
     observation, info = env.reset(seed=0)
@@ -178,20 +181,6 @@ def twenty_steps(env_id: str) -> None:
             assert "Ant" in env_id or "Velocity" in env_id
             env.reset()
     env.close()
-
-
-@needs_it
-@pytest.mark.parametrize("env_id", FAMILIES)
-def test_a_family_makes_resets_and_runs(env_id: str) -> None:
-    twenty_steps(env_id)
-
-
-@needs_it
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning")  # Gymnasium, of v0
-@pytest.mark.parametrize("env_id", sorted(SAFETY_GYM))
-def test_every_id_makes_resets_and_runs(env_id: str) -> None:
-    twenty_steps(env_id)
 
 
 @needs_it
@@ -315,7 +304,6 @@ def test_costs_of_300_steps_are_the_originals() -> None:
 
 
 @needs_it
-@pytest.mark.slow
 def test_costs_of_300_steps_are_the_originals_for_every_recorded_id() -> None:
     """At most 65 of 900 steps flip, as when the original's own state is nudged by 1e-14.
 
