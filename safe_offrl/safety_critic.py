@@ -267,7 +267,7 @@ class SafetyCritic:
         td = accident_td_loss(logits[:, :logged], targets, weights)
         push = push_up_loss(logits[:, logged:pushed], policy.spread(weights))
         loss = (td + self.alpha * self._pushed * push).sum()
-        members = there.expect(torch.sigmoid(logits[:, pushed:].detach())) @ reference.weights
+        members = reference.total(there.expect(torch.sigmoid(logits[:, pushed:].detach())))
         return (
             loss,
             members[self.config.reference :].mean(),
@@ -292,7 +292,7 @@ class SafetyCritic:
         noise = (
             torch.randn(size, generator=generator),
             torch.randn(size, generator=generator),
-            torch.randn(len(reference.weights), size[-1], generator=generator),
+            torch.randn(len(reference.observations), size[-1], generator=generator),
         )
         loss, value, plain = self.loss(batch, weights, actor, reference, noise)
         descend_(self.optimizer, loss)
@@ -327,13 +327,13 @@ class SafetyCritic:
         )
         values = policy.expect(torch.sigmoid(logits))
         pushed = values[self.config.reference :]
-        members = pushed @ reference.weights
-        variance = pushed.mean(0).var() * reference.weights.square().sum()
+        members = reference.total(pushed)
+        variance = pushed.mean(0).var() * reference.squared_weights
         if len(members) > 1:
             variance = variance + members.var() / len(members)
         value = members.mean()
         return RiskEstimate(
             value=float(value),
             upper=float(value + 1.645 * variance.sqrt()),
-            reference=float((values[: self.config.reference] @ reference.weights).mean()),
+            reference=float(reference.total(values[: self.config.reference]).mean()),
         )

@@ -81,13 +81,21 @@ class States(NamedTuple):
 
     observations: Tensor  # [S, O]
     time_to_go: Tensor  # [S]
-    weights: Tensor  # [S]
+    weights: Tensor | None = None  # [S]; None is a plain mean
 
     @classmethod
     def at_start(cls, observations: Tensor) -> States:
-        """Start states [S, O] with the whole horizon ahead and equal weights: a mean."""
-        ones = observations.new_ones(len(observations))
-        return cls(observations, ones, ones / len(ones))
+        """Start states [S, O] with the whole horizon ahead."""
+        return cls(observations, observations.new_ones(len(observations)))
+
+    def total(self, values: Tensor) -> Tensor:
+        """The estimate from values of the states, [..., S] -> [...]."""
+        return values.mean(-1) if self.weights is None else values @ self.weights
+
+    @property
+    def squared_weights(self) -> float | Tensor:
+        """Sum of the squared weights: the estimate's variance for values of variance 1."""
+        return 1.0 / len(self.time_to_go) if self.weights is None else self.weights.square().sum()
 
 
 class Normalizer(NamedTuple):

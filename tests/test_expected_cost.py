@@ -85,7 +85,7 @@ def test_reference_states_give_the_cost_of_an_episode_exactly(length: int) -> No
     visited = Batch(column, column, zeros, zeros, zeros, column, zeros, zeros, zeros)
     states = critic_of().reference_states(column[:1], visited, float(length))
     at = t(*values)[states.observations[:, 0].long()]
-    assert float(at @ states.weights) * HORIZON * 2.0 == pytest.approx(costs.sum(), rel=1e-5)
+    assert float(states.total(at)) * HORIZON * 2.0 == pytest.approx(costs.sum(), rel=1e-5)
 
 
 def loop_batch(cost: float, size: int = 64) -> Batch:
