@@ -338,9 +338,11 @@ def test_the_cost_constraint_has_defaults_of_its_own_beneath_what_is_given() -> 
     assert (plain.lagrangian.init, plain.extraction.relative_risk) == (3.0, False)
     assert (by_cost.lagrangian.init, by_cost.extraction.relative_risk) == (100.0, True)
     given = pretrain_config(
-        env="HazardLine-v0", overrides=["safety.constraint=cost", "lagrangian.init=7"]
+        env="HazardLine-v0", overrides=["safety.constraint=cost", "lagrangian.init=70"]
     )
-    assert (given.lagrangian.init, given.lagrangian.maximum) == (7.0, 300.0)
+    assert (given.lagrangian.init, given.lagrangian.maximum) == (70.0, 300.0)
+    with pytest.raises(ConfigError, match="lagrangian.init 70"):
+        pretrain_config(env="HazardLine-v0", overrides=["lagrangian.init=70"])
 
 
 def test_fine_tuning_follows_the_episodes_faster_than_the_log(

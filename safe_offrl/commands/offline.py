@@ -80,8 +80,8 @@ def pretrain_config(
         flags=flags,
         overrides=overrides,
     )
-    config = resolve()
-    return resolve(inherited=COST_DEFAULTS) if config.safety.constraint == "cost" else config
+    by_cost = resolve(inherited=COST_DEFAULTS)
+    return by_cost if by_cost.safety.constraint == "cost" else resolve()
 
 
 def plan_pretrain(
