@@ -341,7 +341,7 @@ def test_the_cost_constraint_has_defaults_of_its_own_beneath_what_is_given() -> 
         env="HazardLine-v0", overrides=["safety.constraint=cost", "lagrangian.init=70"]
     )
     assert (given.lagrangian.init, given.lagrangian.maximum) == (70.0, 300.0)
-    with pytest.raises(ConfigError, match="lagrangian.init 70"):
+    with pytest.raises(ConfigError, match=r"lagrangian\.init 70"):
         pretrain_config(env="HazardLine-v0", overrides=["lagrangian.init=70"])
 
 
