@@ -139,3 +139,10 @@ def parse_overrides(arguments: Iterable[str]) -> list[str]:
         if "=" not in text:
             raise ConfigError(f'"{text}" is neither an option nor key=value. See --help.')
     return found
+
+
+def require_safety_keys(overrides: Iterable[str]) -> None:
+    """Raise ConfigError for key=value arguments other than those of the safety specification."""
+    other = [text for text in overrides if not text.startswith("safety.")]
+    if other:
+        raise ConfigError(f'"{other[0]}" means nothing here. Only safety.KEY=VALUE can be given.')

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.common import require_safety_keys, say_plain
 from safe_offrl.config import load_config
 from safe_offrl.data.conversion import convert
-from safe_offrl.errors import ConfigError
 from safe_offrl.pretrain import PretrainConfig
 from safe_offrl.progress import ProgressLine, Say
 
@@ -28,9 +27,7 @@ def convert_dataset(
     Of the settings only safety.horizon has a meaning, as the time limit of a log that does not say
     which episodes were cut by one.
     """
-    other = [text for text in overrides if not text.startswith("safety.")]
-    if other:
-        raise ConfigError(f'"{other[0]}" means nothing here. Only safety.KEY=VALUE can be given.')
+    require_safety_keys(overrides)
     config = load_config(PretrainConfig, section="pretrain", env_id="", overrides=overrides)
     line: ProgressLine | None = None
 

@@ -49,17 +49,8 @@ class FinetunePlan:
     dataset: Dataset
     pretrained: Checkpoint
     shield_refusals: tuple[str, ...]
-
-    @property
-    def limit(self) -> Limit:
-        """What is constrained, in the safety critic's unit."""
-        return self.config.safety.limit(self.env.horizon, self.dataset.cost_max)
-
-    @property
-    def certifiable(self) -> Certifiable:
-        """What the budget can prove at best; ConfigError if it is under one episode."""
-        config = self.config
-        return certifiable(config.budget, self.env.horizon, self.limit, config.safety.confidence)
+    limit: Limit  # what is constrained, in the safety critic's unit
+    certifiable: Certifiable  # what the budget can prove at best
 
     @property
     def header(self) -> str:
@@ -163,31 +154,28 @@ def plan_finetune(pretrained: RunDir, config: FinetuneConfig, *, threads: int = 
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
+        limit = config.safety.limit(env.horizon, dataset.cost_max)
         checkpoint = pretrained.load_checkpoint()
+        inputs = dataclasses.replace(
+            source,
+            threads=threads,
+            pretrained=str(pretrained.path.resolve()),
+            pretrained_sha256=checkpoint.sha256,
+        )
+        return FinetunePlan(
+            config=config,
+            inputs=inputs,
+            agent=source_config.agent,
+            env=env,
+            dataset=dataset,
+            pretrained=checkpoint,
+            shield_refusals=tuple(pretrained.read_json("calibration.json")["shield_refusals"]),
+            limit=limit,
+            certifiable=certifiable(config.budget, env.horizon, limit, config.safety.confidence),
+        )
     except BaseException:
         env.close()
         raise
-    inputs = dataclasses.replace(
-        source,
-        threads=threads,
-        pretrained=str(pretrained.path.resolve()),
-        pretrained_sha256=checkpoint.sha256,
-    )
-    plan = FinetunePlan(
-        config=config,
-        inputs=inputs,
-        agent=source_config.agent,
-        env=env,
-        dataset=dataset,
-        pretrained=checkpoint,
-        shield_refusals=tuple(pretrained.read_json("calibration.json")["shield_refusals"]),
-    )
-    try:
-        plan.certifiable  # noqa: B018  # a limit or a budget that cannot be is refused here
-    except BaseException:
-        env.close()
-        raise
-    return plan
 
 
 def finetune_run(

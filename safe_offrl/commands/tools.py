@@ -13,7 +13,7 @@ from safe_offrl import charts, data_chart, report, tables
 from safe_offrl.acting import NumpyActor
 from safe_offrl.check_env import check_environment
 from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
-from safe_offrl.commands.common import loading, say_plain, stored_pretrain_run
+from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
 from safe_offrl.commands.offline import DEFAULT_ENV
 from safe_offrl.commands.online import finetune_config, plan_finetune, start_loop
 from safe_offrl.config import load_config, parse_run_yaml
@@ -226,8 +226,6 @@ def check_env_run(
 
 def _safety_spec(env_id: str, overrides: Sequence[str]) -> SafetySpec:
     """The accident rule for an environment: its preset, and "safety.key=value"."""
-    other = [text for text in overrides if not text.startswith("safety.")]
-    if other:
-        raise ConfigError(f'"{other[0]}" means nothing here. Only safety.KEY=VALUE can be given.')
+    require_safety_keys(overrides)
     config = load_config(PretrainConfig, section="pretrain", env_id=env_id, overrides=overrides)
     return config.safety
