@@ -75,6 +75,13 @@ class SafetyMonitor:
         return self.cost / self.episodes if self.episodes else math.nan
 
     @property
+    def accident_rate_bounds(self) -> tuple[float, float]:
+        """Lower and upper bound of the mean true accident probability, whatever is limited."""
+        low = run_level_lower(self.accidents, self.confidence) / max(1, self.episodes)
+        high = run_level_upper(self.accidents, self.confidence) / max(1, self.episodes)
+        return low, min(1.0, high)
+
+    @property
     def upper_mean(self) -> float:
         """Upper bound of the mean true expectation of all episodes so far, at most 1."""
         if not self.episodes:

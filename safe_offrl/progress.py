@@ -154,14 +154,19 @@ class OnlineCurves:
     def values(self) -> dict[str, float]:
         """One point of every curve that moves with the episodes."""
         monitor, scale = self._monitor, self._limit.scale
-        bounds = {"lower": monitor.lower_mean * scale, "upper": monitor.upper_mean * scale}
-        limited = "accident_rate" if self._limit.constraint == "accident" else "cost_mean"
+        low, high = monitor.accident_rate_bounds
+        cost_bounds = {
+            "safety/cost_mean_lower": monitor.lower_mean * scale,
+            "safety/cost_mean_upper": monitor.upper_mean * scale,
+        }
         return {
             "safety/accident_rate": monitor.accident_rate,
+            "safety/accident_rate_lower": low,
+            "safety/accident_rate_upper": high,
             "safety/accidents_total": float(monitor.accidents),
             "safety/cost_mean": monitor.cost_mean,
             "safety/cost_recent": self.recent_cost,
-            **{f"safety/{limited}_{side}": value for side, value in bounds.items()},
+            **(cost_bounds if self._limit.constraint == "cost" else {}),
             f"safety/{self._limit.name}": self._limit.value,
             "safety/alarm_log_evidence": monitor.log_evidence,
             "online/return": self.recent_return,

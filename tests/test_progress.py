@@ -53,6 +53,20 @@ def test_curves_by_hand() -> None:
     assert values["budget/spent"] == pytest.approx(0.6)
 
 
+def test_the_accident_rate_has_its_bounds_whatever_is_limited() -> None:
+    by_cost = OnlineCurves(Limit("cost", 0.025, 1000.0), 0.95, budget=10_000)
+    by_accident = OnlineCurves(LIMIT, 0.95, budget=10_000)
+    for index in range(60):
+        for curves in (by_cost, by_accident):
+            curves.add_episode(episode(index, accident=index in (3, 50)))
+    cost, accident = by_cost.values(), by_accident.values()
+    for tag in ("accident_rate", "accident_rate_lower", "accident_rate_upper"):
+        assert cost[f"safety/{tag}"] == accident[f"safety/{tag}"]
+    assert cost["safety/cost_mean_lower"] <= cost["safety/cost_mean"]
+    assert cost["safety/cost_mean"] < cost["safety/cost_mean_upper"]
+    assert (cost["safety/cost_limit"], accident["safety/epsilon"]) == (25.0, 0.1)
+
+
 def test_a_point_is_due_every_250_steps() -> None:
     curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
     due = [curves.add_episode(episode(index)) for index in range(10)]
