@@ -139,7 +139,7 @@ class Iteration(NamedTuple):
 # the critic close to what the log's own behaviours cost, which no blind spot can talk down; online
 # it is checked against every episode, and a slow target would only delay what they say.
 COST_DEFAULTS: dict[str, Any] = {
-    "critic": {"tau": 0.05},
+    "critic": {"tau": 0.05, "weight_decay": 0.1},
     "lagrangian": {"maximum": 300.0, "learning_rate": 0.03, "aim": 0.8},
 }
 
@@ -293,8 +293,12 @@ class Finetuning:
         # The safety critic learns the value of the policy that ACTS: it is judged by its episodes,
         # and the learner asks it what a change of one action would do (CPO's advantage).
         if not config.unconstrained:
-            risky, weights = experience.stratified_batch(
-                config.batch_size, config.critic.positive_share, generator
+            risky, weights, spans = experience.stratified_batch(
+                config.batch_size,
+                config.critic.positive_share,
+                generator,
+                steps=self.critic.steps,
+                discount=config.critic.cost_discount,
             )
             metrics |= self.critic.update(
                 risky,
@@ -303,6 +307,7 @@ class Finetuning:
                 self._reference(REFERENCE_STATES),
                 generator,
                 floor=sum(self.recent) / len(self.recent),
+                spans=spans,
             )
             if config.safety_constraint and not critics_only:
                 self.multiplier.update(metrics["csc/estimate"])

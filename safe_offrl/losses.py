@@ -48,18 +48,23 @@ def cost_rate_target(
     terminated: Tensor,
     next_time_to_go: Tensor,
     next_values: Tensor,
+    steps: Tensor,
     discount: float,
 ) -> Tensor:
-    """Bellman target for the discounted share of the largest cost from here to the horizon.
+    """n-step Bellman target for the discounted share of the largest cost, up to the horizon.
 
-    ``(1 - discount) c + discount (1 - terminated) 1[steps left] rho(s')``, c in [0, 1] in units of
-    the largest cost of a step: a weighted mean of the costs ahead, so values stay in [0, 1]; over
-    the states of an episode they sum to its cost but for the first 1 / (1 - discount) steps, see
+    ``(1 - discount) sum_k<n discount^k c_k + discount^n (1 - terminated) 1[steps left] rho(s_n)``:
+    ``costs`` are the discounted sums of the n = ``steps`` costs on the way to s_n, in units of the
+    largest cost of a step. A weighted mean of the costs ahead, so values stay in [0, 1] (costs
+    beyond the largest are cut off); over the states of an episode they sum to its cost but for the
+    first 1 / (1 - discount) steps, see
     :meth:`safe_offrl.safety_critic.SafetyCritic.reference_states`. Shapes: [..., B] -> [..., B].
     """
-    _require_same_shape(costs, terminated, next_time_to_go, next_values)
+    _require_same_shape(costs, terminated, next_time_to_go, next_values, steps)
     steps_left = (next_time_to_go > 1e-6).to(next_values.dtype)
-    return (1.0 - discount) * costs + discount * (1.0 - terminated) * steps_left * next_values
+    bootstrap = discount**steps
+    seen = torch.minimum((1.0 - discount) * costs.clamp_min(0.0), 1.0 - bootstrap)
+    return seen + bootstrap * (1.0 - terminated) * steps_left * next_values
 
 
 def expectile_loss(difference: Tensor, expectile: float) -> Tensor:

@@ -17,7 +17,8 @@ from safe_offrl.agents import AGENTS, AgentConfigs
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.calibration import CalibrationReport, calibrate_critic
-from safe_offrl.data.sampling import StratifiedSampler, uniform_batches
+from safe_offrl.data.experience import risk_sampler_of
+from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig, Multiplier
 from safe_offrl.nets import NetworkConfig, Networks
@@ -77,7 +78,7 @@ HELD_OUT_ROWS = 200_000  # transitions, about, that the critic is judged on: the
 # where it changes an accident's probability by a tenth, so lambda must be larger; and where cost
 # has to be left behind rather than kept away from, only relative risk can teach the way out.
 COST_DEFAULTS: dict[str, Any] = {
-    "critic": {"target_gap": 0.005},
+    "critic": {"target_gap": 0.005, "weight_decay": 0.1},
     "lagrangian": {"init": 100.0, "maximum": 300.0},
     "extraction": {"relative_risk": True, "risk_aversion": 100.0},
 }
@@ -137,7 +138,7 @@ class Pretraining:
         self.multiplier = Multiplier(config.lagrangian, self.limit.share)
         self.step = 0
         self.report: CalibrationReport | None = None
-        self._stratified = StratifiedSampler(self.train.column("accidents"))
+        self._risky = risk_sampler_of(self.train)
         self._starts = self.train.initial_observations
         self._steps_per_episode = float(self.train.episode_lengths.mean())
 
@@ -176,15 +177,20 @@ class Pretraining:
                 self.multiplier.value,
                 generator,
             )
-        index, weights = self._stratified.index(
-            config.batch_size, config.critic.positive_share, generator
+        risky, weights, spans = self._risky.draw(
+            config.batch_size,
+            config.critic.positive_share,
+            generator,
+            steps=self.critic.steps,
+            discount=config.critic.cost_discount,
         )
-        risky = self.train.layout.unpack(self.train.rows[index])
         starts = self._starts[
             torch.randint(len(self._starts), (START_STATES,), generator=generator)
         ]
         reference = self.critic.reference_states(starts, batch, self._steps_per_episode)
-        metrics |= self.critic.update(risky, weights, self.networks.actor, reference, generator)
+        metrics |= self.critic.update(
+            risky, weights, self.networks.actor, reference, generator, spans=spans
+        )
         # On the log's states the expected cost stays near the log's own whatever the policy does:
         # dual ascent on it would only wind lambda up. Online the states are the policy's.
         if not aligning and self.limit.constraint == "accident":

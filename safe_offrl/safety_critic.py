@@ -43,14 +43,18 @@ class SafetyCriticConfig:
     ``target_gap`` (in the unit of the constraint's share: a probability, or a share of the largest
     possible episode cost) is how far the estimate of the pushed members shall stand above plain
     TD's; ``alpha_max`` bounds the pressure used to get there. ``positive_share`` of each batch are
-    accidents, drawn on purpose and weighted back to their true frequency. ``cost_discount`` is for
-    the cost constraint only: its critic looks 1 / (1 - cost_discount) steps ahead.
+    accidents, drawn on purpose and weighted back to their true frequency. For the cost constraint
+    only: its critic looks 1 / (1 - ``cost_discount``) steps ahead and learns from
+    ``cost_steps``-step returns. Where what matters is seen in few of many inputs (a lidar, on a new
+    layout in every episode) one-step targets let it learn the layouts of the log by heart;
+    ``weight_decay`` (decoupled, AdamW, arXiv:1711.05101) is against the same.
     """
 
     members: int = 5
     reference: int = 2
     hidden: tuple[int, ...] = (256, 256)
     learning_rate: float = 3e-4
+    weight_decay: float = 0.0
     tau: float = 0.01
     positive_share: float = 0.125
     target_gap: float = 0.02
@@ -58,6 +62,7 @@ class SafetyCriticConfig:
     alpha_max: float = 0.1
     alpha_learning_rate: float = 0.01
     cost_discount: float = 0.99
+    cost_steps: int = 20
 
     def __post_init__(self) -> None:
         """Refuse what would leave no member to push, or no target to push towards."""
@@ -81,6 +86,11 @@ class SafetyCriticConfig:
             raise ConfigError(
                 f"critic.cost_discount is {self.cost_discount}, but a number strictly between 0 "
                 "and 1 is needed. Try 0.99."
+            )
+        if self.cost_steps < 1 or self.weight_decay < 0.0:
+            raise ConfigError(
+                f"critic.cost_steps is {self.cost_steps} and critic.weight_decay "
+                f"{self.weight_decay}, but at least 1 and at least 0 are needed. Try 20 and 0.1."
             )
 
 
@@ -122,8 +132,11 @@ class SafetyCritic:
         # Accidents are rare: start from "unlikely" instead of from a coin flip.
         self.start_from(-3.0)
         self.log_alpha = torch.tensor(config.alpha_init).log()
-        self.optimizer = torch.optim.Adam(
-            self.net.parameters(), lr=config.learning_rate, fused=True
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         pushed = torch.ones(config.members)
         pushed[: config.reference] = 0.0
@@ -146,6 +159,11 @@ class SafetyCritic:
             "safety_optimizer": self.optimizer,
             "safety_log_alpha": self.log_alpha,
         }
+
+    @property
+    def steps(self) -> int:
+        """Steps a transition that it learns from shall span."""
+        return 1 if self.cost_max is None else self.config.cost_steps
 
     @property
     def alpha(self) -> Tensor:
@@ -214,16 +232,20 @@ class SafetyCritic:
         actor: Actor,
         reference: States,
         noise: tuple[Tensor, Tensor, Tensor],
+        spans: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """TD loss + alpha * push-up; reads only.
 
         ``weights`` [B] undo the stratified sampling; ``noise`` drives the policy's actions at next
-        observations [B, A], observations [B, A] and reference states [S, A].
+        observations [B, A], observations [B, A] and reference states [S, A]; ``spans`` [B] are the
+        steps between the two observations, 1 if None.
         Returns (scalar loss, estimate of the pushed members, estimate of the reference members).
         """
+        if spans is None:
+            spans = torch.ones_like(batch.time_to_go)
         with torch.no_grad():
             following = actor(batch.next_observations).quadrature(noise[0])
-            next_time_to_go = (batch.time_to_go - 1.0 / self.horizon).clamp_min(0.0)
+            next_time_to_go = (batch.time_to_go - spans / self.horizon).clamp_min(0.0)
             next_inputs = torch.cat(
                 [
                     following.repeat(batch.next_observations),
@@ -239,9 +261,10 @@ class SafetyCritic:
                 accidents = batch.accidents.expand(shape)
                 targets = first_accident_target(accidents, ended, next_left, next_values)
             else:
-                costs = (batch.costs / self.cost_max).clamp(0.0, 1.0).expand(shape)
+                costs = (batch.costs / self.cost_max).expand(shape)
+                discount = self.config.cost_discount
                 targets = cost_rate_target(
-                    costs, ended, next_left, next_values, self.config.cost_discount
+                    costs, ended, next_left, next_values, spans.expand(shape), discount
                 )
             policy = actor(batch.observations).quadrature(noise[1])
             there = actor(reference.observations).quadrature(noise[2])
@@ -282,11 +305,12 @@ class SafetyCritic:
         reference: States,
         generator: torch.Generator,
         floor: float = 0.0,
+        spans: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One gradient step, one Polyak step, one step of dual ascent on alpha.
 
         ``floor`` is what was really seen (accident rate, or share of the largest cost); the
-        estimate is kept above it.
+        estimate is kept above it. ``spans`` are :meth:`loss`'s.
         """
         size = batch.actions.shape
         noise = (
@@ -294,7 +318,7 @@ class SafetyCritic:
             torch.randn(size, generator=generator),
             torch.randn(len(reference.observations), size[-1], generator=generator),
         )
-        loss, value, plain = self.loss(batch, weights, actor, reference, noise)
+        loss, value, plain = self.loss(batch, weights, actor, reference, noise, spans)
         descend_(self.optimizer, loss)
         polyak_(self.target, self.net, self.config.tau)
         wanted = (plain + self.config.target_gap).clamp(min=floor, max=1.0)

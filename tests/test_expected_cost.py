@@ -60,17 +60,20 @@ def policy() -> Actor:
 
 
 def test_cost_rate_target_by_hand() -> None:
-    #         cost  terminated left  rho(s')  .1 c + .9 rho(s')
+    #         costs  terminated left  rho(s_n)  n   .1 costs + .9^n rho(s_n)
     cases = [
-        (0.0, 0, 0.5, 0.3, 0.27),
-        (1.0, 0, 0.5, 0.3, 0.37),  # a cost does not end anything
-        (0.5, 0, 0.5, 0.0, 0.05),
-        (1.0, 1, 0.5, 0.3, 0.10),  # nothing follows a termination
-        (1.0, 0, 0.0, 0.3, 0.10),  # ... nor the horizon
+        (0.0, 0, 0.5, 0.3, 1, 0.27),
+        (1.0, 0, 0.5, 0.3, 1, 0.37),  # a cost does not end anything
+        (0.5, 0, 0.5, 0.0, 1, 0.05),
+        (1.0, 1, 0.5, 0.3, 1, 0.10),  # nothing follows a termination
+        (1.0, 0, 0.0, 0.3, 1, 0.10),  # ... nor the horizon
+        (1.9, 0, 0.5, 0.3, 2, 0.433),  # 1 + .9 * 1, then .81 * .3
+        (7.0, 0, 0.5, 1.0, 2, 1.00),  # more than the largest cost of a step is cut off
+        (-1.0, 0, 0.5, 0.0, 1, 0.00),
     ]
     columns = [t(*column) for column in zip(*cases, strict=True)]
-    costs, terminated, left, following, expected = columns
-    target = cost_rate_target(costs, terminated, left, following, 0.9)
+    costs, terminated, left, following, steps, expected = columns
+    target = cost_rate_target(costs, terminated, left, following, steps, 0.9)
     assert target.tolist() == pytest.approx(expected.tolist())
 
 
@@ -95,19 +98,23 @@ def loop_batch(cost: float, size: int = 64) -> Batch:
     return Batch(column, column, zeros, hit, hit, column, zeros, zeros + 0.9, zeros)
 
 
-def test_fixed_point_is_the_mean_cost_and_the_pushed_members_stand_above() -> None:
+@pytest.mark.parametrize("steps", [1, 3])
+def test_fixed_point_is_the_mean_cost_and_the_pushed_members_stand_above(steps: int) -> None:
     # E c = .25 of at most 2: rho = .125 for plain TD; with the push (y + a) / (1 + a), solved for
-    # the fixed point of y = .1 * .125 + .9 rho: rho = (.0125 + a) / (.1 + a).
+    # the fixed point of y = d .125 + (1 - d) rho: rho = (.125 d + a) / (d + a), d = 1 - .9^n.
     critic, batch, actor = critic_of(horizon=10_000), loop_batch(0.25), policy()
+    d = 1.0 - 0.9**steps
+    batch = batch._replace(costs=batch.costs * d / 0.1)  # the same cost at every step of a span
+    spans = torch.full((64,), float(steps))
     generator = torch.Generator().manual_seed(0)
     states = critic.reference_states(torch.zeros(4, 1), batch, 20.0)
     for _ in range(800):
         critic.log_alpha.fill_(math.log(0.01))
-        critic.update(batch, torch.ones(64), actor, states, generator)
+        critic.update(batch, torch.ones(64), actor, states, generator, spans=spans)
     logits = critic.logits(batch.observations[:1], batch.time_to_go[:1], batch.actions[:1])
     plain, *pushed = torch.sigmoid(logits[:, 0]).tolist()
     assert plain == pytest.approx(0.125, abs=0.02)
-    assert np.mean(pushed) == pytest.approx((0.0125 + 0.01) / (0.1 + 0.01), abs=0.03)
+    assert np.mean(pushed) == pytest.approx((0.125 * d + 0.01) / (d + 0.01), abs=0.03)
 
 
 def test_change_per_action_is_the_performance_difference() -> None:

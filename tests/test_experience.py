@@ -40,7 +40,7 @@ def test_every_batch_has_its_exact_share(share: float) -> None:
     data.add_episode(rows(10, 1.0))
     batches = data.batches(3, 16, torch.Generator().manual_seed(0))
     assert [int((b.rewards < 0).sum()) for b in batches] == [round(16 * share)] * 3
-    risky, weights = data.stratified_batch(16, 0.25, torch.Generator().manual_seed(0))
+    risky, weights, _ = data.stratified_batch(16, 0.25, torch.Generator().manual_seed(0))
     assert int((risky.rewards < 0).sum()) == round(16 * share)
     assert weights.shape == (16,)
 
@@ -48,7 +48,7 @@ def test_every_batch_has_its_exact_share(share: float) -> None:
 def test_the_weights_undo_the_extra_accidents_of_each_source() -> None:
     data = experience()
     data.add_episode(rows(10, 1.0, accidents=1))
-    drawn, weights = data.stratified_batch(20_000, 0.25, torch.Generator().manual_seed(0))
+    drawn, weights, _ = data.stratified_batch(20_000, 0.25, torch.Generator().manual_seed(0))
     # 2 of 40 logged and 1 of 10 lived transitions, in halves: .5 * .05 + .5 * .1
     assert float(drawn.accidents.mean()) > 0.2
     assert float((weights * drawn.accidents).mean()) == pytest.approx(0.075, rel=0.05)
@@ -69,6 +69,17 @@ def test_visited_are_the_last_steps() -> None:
     data.add_episode(rows(3, 2.0))
     assert data.visited(4).rewards.tolist() == [1.0, 2.0, 2.0, 2.0]
     assert len(data.visited(99).rewards) == 6
+
+
+def test_n_step_costs_stay_inside_each_lived_episode() -> None:
+    data = experience(share=0.0)
+    for cost, steps in ((1.0, 4), (100.0, 3)):
+        episode = rows(steps, 0.0)
+        LAYOUT.unpack(episode).costs.fill_(cost)
+        LAYOUT.unpack(episode).time_to_go[:] = 1.0 - torch.arange(steps) / 20
+        data.add_episode(episode)
+    drawn = data.stratified_batch(100, 0.0, torch.Generator().manual_seed(0), steps=3)
+    assert set(drawn[0].costs.tolist()) == {3.0, 2.0, 1.0, 300.0, 200.0, 100.0}
 
 
 def test_nothing_can_be_drawn_before_the_first_episode() -> None:

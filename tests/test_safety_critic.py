@@ -307,6 +307,8 @@ def test_v_accident_against_dynamic_programming(
         ({"target_gap": 0.0}, "target_gap"),
         ({"target_gap": math.nan}, "target_gap"),
         ({"positive_share": 1.0}, "positive_share"),
+        ({"cost_steps": 0}, "cost_steps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
         ({"alpha_init": 0.0}, "alpha_init"),
     ],
 )

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from safe_offrl.data.sampling import StratifiedSampler, symmetric_batches, uniform_batches
+from safe_offrl.data.sampling import (
+    RiskSampler,
+    StratifiedSampler,
+    symmetric_batches,
+    uniform_batches,
+)
 from safe_offrl.types import Layout
 
 LAYOUT = Layout(observation_size=3, action_size=2)
@@ -135,3 +140,47 @@ def test_stratified_refuses_what_cannot_be_corrected() -> None:
             sampler.index(3, share, generator())
     with pytest.raises(ValueError, match="expected"):
         StratifiedSampler(torch.zeros(0))
+
+
+def risky() -> tuple[RiskSampler, torch.Tensor]:
+    """Episodes of 3 and 2 steps with the costs 1, 2, 4 and 8, 16; the second ends for good.
+
+    Row i has observation i and next observation 100 + i.
+    """
+    rows = torch.zeros(5, LAYOUT.width)
+    batch = LAYOUT.unpack(rows)
+    batch.observations[:] = torch.arange(5.0).unsqueeze(1)
+    batch.next_observations[:] = 100.0 + torch.arange(5.0).unsqueeze(1)
+    batch.costs[:] = 2.0 ** torch.arange(5.0)
+    batch.accidents[4] = batch.terminated[4] = 1.0
+    starts = torch.tensor([0, 3, 5])
+    return RiskSampler(rows, LAYOUT, starts, batch.accidents, batch.costs), rows
+
+
+def test_n_step_transitions_by_hand() -> None:
+    sampler, _ = risky()
+    batch, _, spans = sampler.draw(200, 0.25, generator(), steps=2, discount=0.5)
+    at = batch.observations[:, 0].long()
+    assert set(at.tolist()) == set(range(5))
+    # 1 + 2/2, 2 + 4/2, 4; 8 + 16/2, 16: no sum goes past the end of its episode.
+    assert torch.equal(batch.costs, torch.tensor([2.0, 4.0, 4.0, 16.0, 16.0])[at])
+    assert torch.equal(spans, torch.tensor([2.0, 2.0, 1.0, 2.0, 1.0])[at])
+    following = torch.tensor([101.0, 102.0, 102.0, 104.0, 104.0])[at]
+    assert torch.equal(batch.next_observations[:, 0], following)
+    assert torch.equal(batch.terminated, (at >= 3).float())
+
+
+def test_n_steps_beyond_every_episode_are_the_whole_rest() -> None:
+    batch, _, spans = risky()[0].draw(200, 0.0, generator(), steps=50, discount=1.0)
+    at = batch.observations[:, 0].long()
+    assert torch.equal(batch.costs, torch.tensor([7.0, 6.0, 4.0, 24.0, 16.0])[at])
+    assert torch.equal(spans, torch.tensor([3.0, 2.0, 1.0, 2.0, 1.0])[at])
+
+
+def test_one_step_is_the_stored_transition_with_its_weight() -> None:
+    sampler, rows = risky()
+    batch, weights, spans = sampler.draw(60, 0.5, generator(3))
+    index, expected = StratifiedSampler(LAYOUT.unpack(rows).accidents).index(60, 0.5, generator(3))
+    assert torch.equal(LAYOUT.pack(batch), rows[index])
+    assert torch.equal(weights, expected)
+    assert torch.equal(spans, torch.ones(60))

@@ -7,9 +7,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from safe_offrl.data.sampling import StratifiedSampler, symmetric_batches
+from safe_offrl.data.sampling import RiskSampler, symmetric_batches
 from safe_offrl.data.storage import TransitionBuffer
 from safe_offrl.types import Batch, Dataset
+
+
+def risk_sampler_of(dataset: Dataset) -> RiskSampler:
+    """The safety critic's draws from the log."""
+    return RiskSampler(
+        dataset.rows,
+        dataset.layout,
+        torch.from_numpy(dataset.episode_starts),
+        dataset.column("accidents"),
+        dataset.column("costs"),
+    )
 
 
 class Experience:
@@ -25,14 +36,14 @@ class Experience:
         self.buffer = TransitionBuffer(dataset.layout, capacity)
         self.starts = torch.zeros(0, dataset.layout.observation_size)  # of the online episodes
         self._logged_starts = dataset.initial_observations
-        self._logged = StratifiedSampler(dataset.column("accidents"))
-        self._lived: StratifiedSampler | None = None
+        self._logged = risk_sampler_of(dataset)
+        self._lived: RiskSampler | None = None
 
     def add_episode(self, rows: Tensor) -> None:
         """Append the rows [n, D] of one complete episode."""
         self.buffer.append(rows)
         self.starts = torch.cat([self.starts, rows[:1, : self.dataset.layout.observation_size]])
-        self._lived = StratifiedSampler(self.visited(self.buffer.size).accidents)
+        self._lived = self._lived_sampler()
 
     def visited(self, steps: int) -> Batch:
         """The last ``steps`` lived transitions, fewer if there are fewer."""
@@ -58,19 +69,28 @@ class Experience:
         return [Batch(*(field[u] for field in drawn)) for u in range(updates)]
 
     def stratified_batch(
-        self, batch_size: int, positive_share: float, generator: torch.Generator
-    ) -> tuple[Batch, Tensor]:
-        """A batch for the safety critic [B, ...] and the weights [B] that undo its extra accidents.
+        self,
+        batch_size: int,
+        positive_share: float,
+        generator: torch.Generator,
+        *,
+        steps: int = 1,
+        discount: float = 1.0,
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """A batch for the safety critic, see RiskSampler.draw: (transitions, weights, spans).
 
         Each source is stratified by itself, so a weighted mean is that of a symmetric batch.
         """
         if self._lived is None:
             raise ValueError("no episode has been added yet")
         n = round(batch_size * self.offline_share)
-        logged, logged_weights = self._logged.index(n, positive_share, generator)
-        lived, lived_weights = self._lived.index(batch_size - n, positive_share, generator)
-        rows = torch.cat([self.dataset.rows[logged], self.buffer.rows[lived]])
-        return self.dataset.layout.unpack(rows), torch.cat([logged_weights, lived_weights])
+        parts = [
+            source.draw(size, positive_share, generator, steps=steps, discount=discount)
+            for source, size in ((self._logged, n), (self._lived, batch_size - n))
+        ]
+        batches, weights, spans = zip(*parts, strict=True)
+        joined = Batch(*(torch.cat(fields) for fields in zip(*batches, strict=True)))
+        return joined, torch.cat(weights), torch.cat(spans)
 
     def start_states(self, n: int, generator: torch.Generator) -> Tensor:
         """Start states [n, O], half of the log and half of the online episodes."""
@@ -87,4 +107,14 @@ class Experience:
         self.buffer.load_state_dict(state)
         self.starts = state["starts"].clone()
         if self.buffer.size:
-            self._lived = StratifiedSampler(self.visited(self.buffer.size).accidents)
+            self._lived = self._lived_sampler()
+
+    def _lived_sampler(self) -> RiskSampler:
+        """Of all rows in the buffer, which holds every episode of a run: an episode begins where
+        the time to go rises.
+        """
+        rows, layout = self.buffer.rows, self.dataset.layout
+        lived = layout.unpack(rows)
+        rises = (lived.time_to_go.diff() > 0.0).nonzero().squeeze(1) + 1
+        starts = torch.cat([torch.tensor([0]), rises, torch.tensor([len(rows)])])
+        return RiskSampler(rows, layout, starts, lived.accidents, lived.costs)

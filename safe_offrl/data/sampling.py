@@ -49,6 +49,52 @@ def _draw(rows: Rows, updates: int, size: int, generator: torch.Generator) -> Te
     return drawn.view(updates, size, drawn.shape[1])
 
 
+class RiskSampler:
+    """Batches for the safety critic from one source of whole episodes: stratified, n-step."""
+
+    def __init__(
+        self, rows: Rows, layout: Layout, starts: Tensor, accidents: Tensor, costs: Tensor
+    ) -> None:
+        """``rows`` [N, D], first rows of the M episodes and N [M + 1], and two of their columns."""
+        self._rows = rows
+        self._layout = layout
+        self._starts = starts
+        self._costs = costs
+        self._stratified = StratifiedSampler(accidents)
+
+    def draw(
+        self,
+        n: int,
+        positive_share: float,
+        generator: torch.Generator,
+        *,
+        steps: int = 1,
+        discount: float = 1.0,
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """Transitions [n, ...], their weights [n] (see StratifiedSampler) and spans [n].
+
+        A transition spans ``steps`` steps, fewer where its episode ends before: ``costs`` are then
+        the discounted sum of theirs, ``next_observations`` and ``terminated`` those of the last.
+        """
+        index, weights = self._stratified.index(n, positive_share, generator)
+        first = self._layout.unpack(self._rows.index_select(0, index))
+        if steps == 1:
+            return first, weights, torch.ones(n)
+        end = self._starts[torch.searchsorted(self._starts, index, right=True)]
+        ahead = torch.arange(steps)
+        at = index.unsqueeze(1) + ahead  # [n, steps]
+        inside = at < end.unsqueeze(1)
+        costs = self._costs[at.clamp_max(len(self._costs) - 1)] * inside
+        spans = inside.sum(1)
+        last = self._layout.unpack(self._rows.index_select(0, index + spans - 1))
+        joined = first._replace(
+            costs=costs @ discount ** ahead.to(costs.dtype),
+            next_observations=last.next_observations,
+            terminated=last.terminated,
+        )
+        return joined, weights, spans.to(costs.dtype)
+
+
 class StratifiedSampler:
     """Draws accidents more often than they occur, and says by how much to weigh each draw.
 
