@@ -92,7 +92,7 @@ TASK_RUNS := runs/safety-gym
 
 safety-gym: setup
 	@mkdir -p docs/results $(TASK_RUNS)
-	for task in $(TASKS); do \
+	set -e; for task in $(TASKS); do \
 		$(RUN) collect --env $$task --out $(TASK_RUNS)/$$task.hdf5; \
 		$(RUN) inspect $(TASK_RUNS)/$$task.hdf5 --png docs/results/$$task-data.png \
 			> docs/results/$$task-data.txt; \
@@ -107,7 +107,7 @@ safety-gym: setup
 		$(RUN) evaluate constrained-$$1 --episodes 50 --runs $$runs; \
 		$(RUN) finetune pretrained-$$1 --budget 50k --seed $$1 $(OFF) --runs $$runs --name rlpd-$$1; \
 		$(RUN) evaluate rlpd-$$1 --episodes 50 --runs $$runs'
-	for task in $(TASKS); do \
+	set -e; for task in $(TASKS); do \
 		$(RUN) compare $(TASK_RUNS)/$$task/* --png docs/results/$$task.png \
 			> docs/results/$$task.txt; \
 		cat docs/results/$$task.txt; \

@@ -140,7 +140,7 @@ class Iteration(NamedTuple):
 # it is checked against every episode, and a slow target would only delay what they say.
 COST_DEFAULTS: dict[str, Any] = {
     "critic": {"tau": 0.05, "weight_decay": 0.1},
-    "lagrangian": {"maximum": 300.0, "learning_rate": 0.03, "aim": 0.8},
+    "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
 }
 
 REFERENCE_STATES = 32  # start (and visited) states per update of the safety critic

@@ -28,7 +28,8 @@ class LagrangianConfig:
         if not (0.0 < self.aim <= 1.0 and 0.0 <= self.init <= self.maximum):
             raise ConfigError(
                 f"lagrangian.aim is {self.aim} and lagrangian.init {self.init}, but aim must be in "
-                "(0, 1] and init in [0, maximum]. Try aim 0.5, init 3."
+                f"(0, 1] and init between 0 and lagrangian.maximum, {self.maximum}. Try aim 0.5, "
+                "init 3, maximum 20."
             )
 
 
