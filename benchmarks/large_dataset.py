@@ -24,10 +24,10 @@ import h5py
 import numpy as np
 import torch
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset
 
 OBSERVATION_SIZE, ACTION_SIZE, HORIZON = 17, 6, 1000
 CHUNK = 250_000

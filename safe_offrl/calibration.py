@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic
 from safe_offrl.statistics import clopper_pearson
-from safe_offrl.types import Dataset
 
 Floats = NDArray[np.float32]
 

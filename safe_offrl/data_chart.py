@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from safe_offrl.charts import COLOURS, finish
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.inspect import TIME_BINS, DatasetSummary, first_accidents, principal_components
-from safe_offrl.types import Dataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

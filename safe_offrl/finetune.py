@@ -18,6 +18,7 @@ from torch import Tensor
 from safe_offrl.acceptance import AcceptanceConfig, Decision
 from safe_offrl.acting import NumpyActor
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.experience import Experience
 from safe_offrl.deployment import Deployment
 from safe_offrl.env import AccidentEnv, episode_seed
@@ -30,7 +31,7 @@ from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.shield import ShieldConfig
 from safe_offrl.state import Part, collect_state, restore_state
-from safe_offrl.types import Dataset, Episode, Normalizer, States
+from safe_offrl.types import Episode, Normalizer, States
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from safe_offrl.agents import AGENTS, AgentConfigs
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.calibration import CalibrationReport, calibrate_critic
-from safe_offrl.data.experience import risk_sampler_of
-from safe_offrl.data.sampling import uniform_batches
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.sampling import RiskSampler, uniform_batches
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig, Multiplier
 from safe_offrl.nets import NetworkConfig, Networks
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
 from safe_offrl.state import Part, collect_state, restore_state
-from safe_offrl.types import Batch, Dataset, Record
+from safe_offrl.types import Batch, Record
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Pretraining:
         self.multiplier = Multiplier(config.lagrangian, self.limit.share)
         self.step = 0
         self.report: CalibrationReport | None = None
-        self._risky = risk_sampler_of(self.train)
+        self._risky = RiskSampler.of(self.train)
         self._starts = self.train.initial_observations
         self._steps_per_episode = float(self.train.episode_lengths.mean())
 

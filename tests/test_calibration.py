@@ -12,10 +12,11 @@ from safe_offrl.calibration import (
     calibrate_critic,
     window_outcomes,
 )
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
-from safe_offrl.types import Batch, Dataset, Layout
+from safe_offrl.types import Batch, Layout
 
 
 def floats(*values: float) -> NDArray[np.float32]:

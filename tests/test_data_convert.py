@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from safe_offrl.cli import app
 from safe_offrl.commands import convert_dataset
 from safe_offrl.data.conversion import convert
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import FORMATS, find_dataset, format_of, load_dataset
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset
 
 NAMES = {"hdf5": "log.h5", "npz": "log.npz", "csv": "log.csv", "minari": "log", "mmap": "log.mmap"}
 METADATA: dict[str, Any] = {

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from safe_offrl.data import derived
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import COST_SHARE_MAX
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset, Layout
+from safe_offrl.types import Layout
 
 # Two episodes of four and two steps.
 STARTS = np.array([0, 4, 6])

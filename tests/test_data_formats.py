@@ -12,10 +12,10 @@ import pytest
 from safe_offrl.commands.common import stored_dataset
 from safe_offrl.config import RunInputs
 from safe_offrl.data.complete import complete
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset
 
 TERMINATED = SafetySpec(accident="terminated")
 

@@ -13,6 +13,7 @@ import torch
 from safe_offrl.data import memory_map
 from safe_offrl.data.content import dataset_sha256
 from safe_offrl.data.conversion import convert, file_sha256
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.experience import Experience
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
@@ -23,7 +24,7 @@ from safe_offrl.nets import NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCriticConfig
-from safe_offrl.types import Batch, Dataset
+from safe_offrl.types import Batch
 
 HORIZON = 20
 RULES = [
@@ -107,7 +108,7 @@ def test_it_equals_the_dataset_in_memory(spec: SafetySpec, folder: Path) -> None
 def test_it_is_standardised_as_it_is_drawn(
     spec: SafetySpec, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safe_offrl.types.CHUNK_ROWS", 37)
+    monkeypatch.setattr("safe_offrl.data.dataset.CHUNK_ROWS", 37)
     (one, _), (other, _) = (dataset.split(0.2, 0) for dataset in both(folder, spec))
     for mine, theirs in zip(one.normalizer(), other.normalizer(), strict=True):
         assert np.array_equal(mine, theirs)
@@ -290,7 +291,7 @@ def test_all_of_a_huge_map_is_not_copied_by_accident(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, mapped = both(folder)
-    monkeypatch.setattr("safe_offrl.types.IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr("safe_offrl.data.dataset.IN_MEMORY_BYTES", 1000)
     with pytest.raises(DataError, match="Work on a part"):
         _ = mapped.transitions
     assert mapped.cost_max > 0

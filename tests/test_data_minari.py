@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from safe_offrl.data.conversion import convert
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset
 
 BOX = {"type": "Box", "dtype": "float32", "shape": [1], "low": [-2.0], "high": [2.0]}
 DESCRIPTION: dict[str, Any] = {

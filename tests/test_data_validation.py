@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.data.validation import check_matches_env, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset
 
 
 def good_arrays(n: int = 5) -> dict[str, np.ndarray]:

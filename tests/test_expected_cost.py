@@ -16,6 +16,7 @@ from safe_offrl.calibration import window_cost
 from safe_offrl.commands.offline import pretrain_config
 from safe_offrl.commands.online import finetune_config
 from safe_offrl.config import RunInputs, run_yaml
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import make_env
@@ -29,7 +30,7 @@ from safe_offrl.pretrain import PretrainConfig, Pretraining
 from safe_offrl.run import RunDir
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.types import Batch, Dataset, Episode, Layout
+from safe_offrl.types import Batch, Episode, Layout
 
 HORIZON = 20
 NETWORKS = NetworkConfig((16,), (16,), 3)

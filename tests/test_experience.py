@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.experience import Experience
-from safe_offrl.types import Dataset, Layout
+from safe_offrl.types import Layout
 
 LAYOUT = Layout(2, 1)
 

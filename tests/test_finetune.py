@@ -19,6 +19,7 @@ from torch import Tensor
 from safe_offrl.acting import NumpyActor
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.behaviours import random_behaviour
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.distributions import kl
@@ -30,7 +31,7 @@ from safe_offrl.nets import Actor, NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.types import Batch, Dataset, Episode
+from safe_offrl.types import Batch, Episode
 
 ENV = "HazardLine-v0"
 HORIZON = 20

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.groups import Verdict
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.inspect import (
@@ -22,7 +23,6 @@ from safe_offrl.data.inspect import summarise as summarise_under
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.data_chart import write_data_png
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset
 
 LENGTH = 10
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import ConfigError
 from safe_offrl.nets import NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCriticConfig
-from safe_offrl.types import Dataset
 
 
 @pytest.fixture(scope="module")

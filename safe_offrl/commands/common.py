@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from safe_offrl.config import RunInputs
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, RunError
 from safe_offrl.progress import Interrupted
 from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset
 
 CHECKPOINT_SECONDS = 10.0  # of work that a crash may cost; a checkpoint takes well under 0.1 s
 STOP_SECONDS = 5.0  # how long a signal waits for the end of an iteration

@@ -23,6 +23,7 @@ from safe_offrl.commands.common import (
     stored_dataset,
 )
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import find_dataset, load_dataset
 from safe_offrl.data.validation import check_matches_env
 from safe_offrl.device import configure
@@ -31,7 +32,7 @@ from safe_offrl.files import plain
 from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
 from safe_offrl.progress import ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run, versions
-from safe_offrl.types import Dataset, Record
+from safe_offrl.types import Record
 
 DEFAULT_ENV = "PointHazard-v0"
 

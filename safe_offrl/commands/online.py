@@ -24,6 +24,7 @@ from safe_offrl.commands.common import (
     stored_pretrain_run,
 )
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, to_dict
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.validation import check_matches_env
 from safe_offrl.device import configure
 from safe_offrl.env import AccidentEnv, make_env
@@ -35,7 +36,7 @@ from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.safety import Limit
-from safe_offrl.types import Dataset, Episode
+from safe_offrl.types import Episode
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, symmetric_batches
 from safe_offrl.data.storage import TransitionBuffer
-from safe_offrl.types import Batch, Dataset
-
-
-def risk_sampler_of(dataset: Dataset) -> RiskSampler:
-    """The safety critic's draws from the log."""
-    return RiskSampler(
-        dataset.rows,
-        dataset.layout,
-        torch.from_numpy(dataset.episode_starts),
-        dataset.column("accidents"),
-        dataset.column("costs"),
-    )
+from safe_offrl.types import Batch
 
 
 class Experience:
@@ -36,7 +26,7 @@ class Experience:
         self.buffer = TransitionBuffer(dataset.layout, capacity)
         self.starts = torch.zeros(0, dataset.layout.observation_size)  # of the online episodes
         self._logged_starts = dataset.initial_observations
-        self._logged = risk_sampler_of(dataset)
+        self._logged = RiskSampler.of(dataset)
         self._lived: RiskSampler | None = None
 
     def add_episode(self, rows: Tensor) -> None:

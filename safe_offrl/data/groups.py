@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.safety import Limit
 from safe_offrl.statistics import clopper_pearson_upper, episodes_needed
-from safe_offrl.types import Dataset
 
 CONFIDENCE = 0.95
 MIN_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything

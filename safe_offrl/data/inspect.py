@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.groups import Group, Verdict, groups_of, identify
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.statistics import clopper_pearson
-from safe_offrl.types import Dataset
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BINS = 20  # per axis of the coverage histograms, fewer for a small dataset

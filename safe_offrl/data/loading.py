@@ -15,6 +15,7 @@ from safe_offrl.data import derived
 from safe_offrl.data.complete import complete
 from safe_offrl.data.content import REQUIRED, Arrays, Metadata, Progress, Raw, dataset_sha256
 from safe_offrl.data.csv import read_csv, write_csv
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import read_hdf5, unread_hdf5, write_dataset
 from safe_offrl.data.memory_map import (
     is_memory_map,
@@ -27,7 +28,7 @@ from safe_offrl.data.npz import read_npz, write_npz
 from safe_offrl.data.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Batch, Dataset, Layout
+from safe_offrl.types import Batch, Layout
 
 
 class Format(NamedTuple):

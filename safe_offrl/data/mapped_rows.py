@@ -12,7 +12,7 @@ from safe_offrl.types import SCALARS, Layout, Normalizer
 
 
 class MappedRows:
-    """The rows [N, D] of some episodes of a map; implements StoredRows of types.py.
+    """The rows [N, D] of some episodes of a map; implements StoredRows of dataset.py.
 
     ``tables`` [R, 2 O + A] and ``scalars`` [R, 6 or 8] are mapped files. The scalars begin with the
     last six columns of a Layout; the other two, if any, are appended to the observation and to the

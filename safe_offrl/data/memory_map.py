@@ -39,12 +39,13 @@ from safe_offrl.data.content import (
     parse_metadata,
     stored_type,
 )
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.mapped_rows import MappedRows
 from safe_offrl.data.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, write_file
 from safe_offrl.safety import SafetySpec
-from safe_offrl.types import Dataset, Layout
+from safe_offrl.types import Layout
 
 HEADER = "dataset.json"
 ROWS_AT_ONCE = 2**20  # of scalars computed together; whole episodes, so a longer one counts as one

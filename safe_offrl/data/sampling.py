@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_offrl.types import Batch, Layout, Rows
+from safe_offrl.data.dataset import Dataset, Rows
+from safe_offrl.types import Batch, Layout
 
 
 def symmetric_batches(
@@ -61,6 +62,17 @@ class RiskSampler:
         self._starts = starts
         self._costs = costs
         self._stratified = StratifiedSampler(accidents)
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> RiskSampler:
+        """Of a whole dataset."""
+        return cls(
+            dataset.rows,
+            dataset.layout,
+            torch.from_numpy(dataset.episode_starts),
+            dataset.column("accidents"),
+            dataset.column("costs"),
+        )
 
     def draw(
         self,

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.data.content import REQUIRED, TABLES, chunks
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import DataError
-from safe_offrl.types import Dataset
 
 _FLAGS = ("terminals", "timeouts", "accidents")  # 0/1 per transition
 # Actions are stored in float32, so a bound of exactly 1 may come back a rounding error larger.

@@ -1,0 +1,206 @@
+"""Logged episodes: rows of transitions, in memory or mapped, and what they say as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safe_offrl.errors import DataError
+from safe_offrl.types import Batch, Layout, Normalizer
+
+IN_MEMORY_BYTES = 8 * 2**30  # a memory-mapped set larger than this is not copied as a whole
+CHUNK_ROWS = 65_536  # rows read at once where a whole memory-mapped set is passed through
+
+
+class StoredRows(Protocol):
+    """Transitions [N, D] that lie outside of memory: drawn by index, never copied as a whole."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        """Rows [B, D] of an index [B]."""
+        ...
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """The same; ``dim`` is 0, as for a tensor of rows."""
+        ...
+
+    def column(self, name: str) -> Tensor:
+        """A scalar field of :class:`Batch` for all rows [N]."""
+        ...
+
+    def subset(self, episodes: np.ndarray) -> StoredRows:
+        """Only these episodes, in this order; copies no rows."""
+        ...
+
+    def normalised(self, normalizer: Normalizer) -> StoredRows:
+        """With observations standardised as they are drawn; copies no rows."""
+        ...
+
+
+Rows = Tensor | StoredRows
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Logged episodes in one contiguous float32 store, in memory or mapped into it.
+
+    ``rows`` [N, D] holds the transitions, episode after episode; ``episode_starts`` [M + 1] (int64)
+    the first row of each episode and, last, N; ``truncated`` [N] (bool) where a time limit cut it.
+    ``horizon`` is the number of steps within which an accident counts. ``metadata`` is what the
+    file says of itself (environment id, accident rule, behaviours ...); ``sha256`` its identity.
+    ``episode_behaviours`` [M] (int) is who logged each episode, an index into
+    ``metadata["behaviours"]``; None if the file does not say.
+    """
+
+    rows: Rows
+    layout: Layout
+    episode_starts: np.ndarray
+    truncated: np.ndarray
+    horizon: int
+    sha256: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    episode_behaviours: np.ndarray | None = None
+
+    @property
+    def transitions(self) -> Batch:
+        """All transitions [N, ...]: views, or a copy in memory of a memory-mapped set."""
+        if isinstance(self.rows, Tensor):
+            return self.layout.unpack(self.rows)
+        size = len(self.rows) * self.layout.width * 4
+        if size > IN_MEMORY_BYTES:
+            raise DataError(
+                f"The dataset would take {size / 2**30:.0f} GiB in memory, more than the limit of "
+                f"{IN_MEMORY_BYTES / 2**30:.0f} GiB. Work on a part of its episodes."
+            )
+        return self.layout.unpack(self.rows[torch.arange(len(self.rows))])
+
+    def column(self, name: str) -> Tensor:
+        """One scalar field of all transitions [N], without reading the others."""
+        if isinstance(self.rows, Tensor):
+            return getattr(self.transitions, name)
+        return self.rows.column(name)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether actions are one-hot rows: the metadata then says how many, "action_count"."""
+        return self.metadata.get("action_count") is not None
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes M."""
+        return len(self.episode_starts) - 1
+
+    @property
+    def initial_observations(self) -> Tensor:
+        """First observation of every episode [M, O]: the sample of s0 behind V_accident(s0)."""
+        first = torch.from_numpy(self.episode_starts[:-1])
+        return self.layout.unpack(self.rows[first]).observations
+
+    @property
+    def episode_lengths(self) -> np.ndarray:
+        """Steps of each episode [M]."""
+        return np.diff(self.episode_starts)
+
+    @property
+    def episode_accidents(self) -> np.ndarray:
+        """Whether each episode held at least one accident [M], bool."""
+        accidents = self.column("accidents").numpy()
+        return np.maximum.reduceat(accidents, self.episode_starts[:-1]) > 0
+
+    @property
+    def episode_returns(self) -> np.ndarray:
+        """Undiscounted sum of rewards of each episode [M], float64."""
+        rewards = self.column("rewards").numpy().astype(np.float64)
+        return np.add.reduceat(rewards, self.episode_starts[:-1])
+
+    @property
+    def episode_costs(self) -> np.ndarray:
+        """Undiscounted sum of costs of each episode [M], float64."""
+        costs = self.column("costs").numpy().astype(np.float64)
+        return np.add.reduceat(costs, self.episode_starts[:-1])
+
+    @property
+    def cost_max(self) -> float:
+        """Largest cost of a step, at least 1e-8: the unit of costs; 1 if none is above 0."""
+        largest = float(self.column("costs").max())
+        return max(largest, 1e-8) if largest > 0.0 else 1.0
+
+    def subset(self, episodes: np.ndarray) -> Dataset:
+        """Only these episodes (indices into 0..M-1), in the order given; a map stays a map."""
+        spans = [slice(self.episode_starts[e], self.episode_starts[e + 1]) for e in episodes]
+        starts = np.concatenate([[0], np.cumsum([s.stop - s.start for s in spans])])
+        if isinstance(self.rows, Tensor):
+            index = [np.arange(s.start, s.stop, dtype=np.int64) for s in spans]
+            rows: Rows = self.rows[
+                torch.from_numpy(np.concatenate([np.empty(0, np.int64), *index]))
+            ]
+        else:
+            rows = self.rows.subset(np.asarray(episodes))
+        return replace(
+            self,
+            rows=rows,
+            episode_starts=starts.astype(np.int64),
+            truncated=np.concatenate([np.empty(0, bool), *(self.truncated[s] for s in spans)]),
+            episode_behaviours=None
+            if self.episode_behaviours is None
+            else self.episode_behaviours[np.asarray(episodes, dtype=np.int64)],
+        )
+
+    def sample(self, transitions: int, seed: int) -> Dataset:
+        """Whole episodes drawn at random, ``transitions`` steps or a little more; or all of it."""
+        if len(self.rows) <= transitions:
+            return self
+        order = np.random.default_rng(seed).permutation(self.episodes)
+        n = int(np.searchsorted(np.cumsum(self.episode_lengths[order]), transitions)) + 1
+        return self.subset(np.sort(order[:n]))
+
+    def normalizer(self) -> Normalizer:
+        """Mean and standard deviation of the observations; a constant entry keeps its scale."""
+        n = len(self.rows)
+        mean = _total(self._observations()) / n
+        std = np.sqrt(_total(np.square(x - mean) for x in self._observations()) / n)
+        std[std < 1e-6] = 1.0
+        return Normalizer(mean.astype(np.float32), std.astype(np.float32))
+
+    def normalised(self, normalizer: Normalizer) -> Dataset:
+        """With standardised observations: a copy, or of a memory map another view."""
+        if not isinstance(self.rows, Tensor):
+            return replace(self, rows=self.rows.normalised(normalizer))
+        batch = self.transitions
+        rows = self.layout.pack(
+            batch._replace(
+                observations=torch.from_numpy(normalizer(batch.observations.numpy())),
+                next_observations=torch.from_numpy(normalizer(batch.next_observations.numpy())),
+            )
+        )
+        return replace(self, rows=rows)
+
+    def _observations(self) -> Iterator[np.ndarray]:
+        """Observations of all transitions in order, float64 [n, O] each; whole if in memory."""
+        if isinstance(self.rows, Tensor):
+            yield self.transitions.observations.numpy().astype(np.float64)
+            return
+        for start in range(0, len(self.rows), CHUNK_ROWS):
+            index = torch.arange(start, min(start + CHUNK_ROWS, len(self.rows)))
+            rows = self.layout.unpack(self.rows[index])
+            yield rows.observations.numpy().astype(np.float64)
+
+    def split(self, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
+        """Split by whole episodes into (train, held out); the same seed gives the same split."""
+        order = np.random.default_rng(seed).permutation(self.episodes)
+        n = round(held_out * self.episodes)
+        return self.subset(np.sort(order[n:])), self.subset(np.sort(order[:n]))
+
+
+def _total(chunks: Iterator[np.ndarray]) -> np.ndarray:
+    """Sum over the first axis of chunks [n, O], in the order of the rows however they are cut."""
+    total = next(chunks).sum(axis=0)
+    for chunk in chunks:
+        total = np.concatenate([total[None], chunk]).sum(axis=0)
+    return total
