@@ -7,6 +7,7 @@ asking for the next, and may checkpoint at every Iteration: there the state is w
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -284,6 +285,20 @@ class Finetuning:
         starts = self.experience.start_states(size, self.generator)
         return self.critic.reference_states(starts, visited, self.steps / self.episodes)
 
+    def _seen(self) -> float:
+        """What recent episodes show, in the critic's unit: the accident rate, or the cost.
+
+        Of the cost it is the mean less a standard error. One episode that was stuck in a hazard can
+        cost more than the limits of ten; taken at its word it would hold every estimate above the
+        limit, and lambda rising, for as long as it is among the recent ones.
+        """
+        mean = sum(self.recent) / len(self.recent)
+        if self.limit.constraint == "accident":
+            return mean
+        if len(self.recent) < 2:
+            return 0.0
+        return max(mean - statistics.stdev(self.recent) / math.sqrt(len(self.recent)), 0.0)
+
     def _update(self, *, critics_only: bool) -> dict[str, Tensor]:
         """UTD critic updates, one of the safety critic, one of the actor and the multiplier."""
         config, generator, experience = self.config, self.generator, self.experience
@@ -307,7 +322,7 @@ class Finetuning:
                 self.deployment.actor,
                 self._reference(REFERENCE_STATES),
                 generator,
-                floor=sum(self.recent) / len(self.recent),
+                floor=self._seen(),
                 spans=spans,
             )
             if config.safety_constraint and not critics_only:

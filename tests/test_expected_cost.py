@@ -304,6 +304,19 @@ def test_decisions_are_in_costs_and_resume_is_bitwise(
     assert all(torch.equal(ours[k], v) for k, v in theirs.items())
 
 
+def test_what_was_seen_is_the_mean_cost_less_its_standard_error(
+    data: Dataset, pretraining: Pretraining
+) -> None:
+    loop = begin(data, pretraining)
+    loop.recent = [0.2]
+    assert loop._seen() == 0.0  # one episode has no spread
+    loop.recent = [0.1, 0.2, 0.3, 0.4]
+    # Mean .25; variance (.0225 + .0025) * 2 / 3 = .01667, standard error sqrt(.01667 / 4) = .0645.
+    assert loop._seen() == pytest.approx(0.25 - 0.0645, abs=1e-4)
+    loop.recent = [0.0] * 9 + [0.4]
+    assert loop._seen() == pytest.approx(0.0)  # mean .04, standard error .04
+
+
 def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
     critic, previous = critic_of(), policy()
     critic.start_from(-4.0)  # rho about .018 everywhere: a cost of .7 of at most 40
