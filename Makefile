@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # At these network sizes a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check results ablations safety-gym bench-data clean
+.PHONY: help setup demo test check results ablations safety-gym bench bench-data clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
@@ -17,6 +17,7 @@ help:
 	@echo "make results the results section of the README (half an hour)"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
 	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (two hours and a half)"
+	@echo "make bench   updates a second beside four other libraries (half an hour, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
 	@echo "make clean   remove $(VENV), build products and caches; runs/ stays"
 	@echo "Another interpreter: make setup PYTHON=python3.12"
@@ -116,5 +117,18 @@ safety-gym: setup
 bench-data: setup
 	$(BIN)/python benchmarks/large_dataset.py
 
+# Peers in environments of their own: their pins are not ours. d3rlpy's exclude our Gymnasium.
+PEERS := .venv-peers
+D3RLPY := .venv-d3rlpy
+
+bench:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install torch==2.13.0
+	$(PEERS)/bin/python -m pip install -c constraints.txt -e ".[bench]"
+	$(PYTHON) -m venv $(D3RLPY)
+	$(D3RLPY)/bin/python -m pip install torch==2.13.0
+	$(D3RLPY)/bin/python -m pip install d3rlpy==2.8.1
+	$(PEERS)/bin/python benchmarks/speed/bench.py --d3rlpy $(D3RLPY)/bin/python
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(D3RLPY) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,155 @@
+"""Gradient updates a second: safe-offrl and its peers, interleaved on one machine.
+
+    python benchmarks/speed/bench.py [--rounds 7] [--seconds 1] [--threads 1 2] [--out docs/results]
+
+Every implementation lives in a process of its own (worker.py), pinned to as many cores as it has
+threads. In each round every one of them runs about ``--seconds`` of the same case, in an order that
+rotates, so that whatever else the machine does meets all alike; ratios are taken within a round.
+Writes speed.json and speed.txt. Only ratios carry over to another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SHAPES = [(60, 2), (17, 6)]  # observation, action: a lidar robot, a MuJoCo robot
+# What each group is compared with.
+REFERENCES = {"sac": "sb3", "iql": "d3rlpy_algos", "cql": "d3rlpy_algos"}
+CASES = ["sac 2 critics", "sac 10 critics", "sac 10 critics utd 20", "iql", "cql"]
+OURS_ALONE = ["sac 2 critics + csc", "iql critics", "cql critics"]
+
+
+class Worker:
+    """One implementation in a process of its own."""
+
+    def __init__(self, python: str, module: str, threads: int) -> None:
+        self.module = module
+        self.process = subprocess.Popen(
+            [python, str(HERE / "worker.py"), module, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.ask, self.answers = self.process.stdin, self.process.stdout
+        self.cases: list[str] = json.loads(self._answer())
+
+    def run(self, case: str, shape: tuple[int, int], updates: int) -> dict[str, float]:
+        """Seconds and CPU seconds of so many updates; the first time also ``first_call``."""
+        self.ask.write(f"{case},{shape[0]},{shape[1]},{updates}\n")
+        self.ask.flush()
+        answer: dict[str, float] = json.loads(self._answer())
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self.ask.close()
+        self.process.wait()
+
+    def _answer(self) -> str:
+        line = self.answers.readline()
+        if not line:
+            assert self.process.stderr is not None
+            raise SystemExit(f"{self.module} stopped:\n{self.process.stderr.read()[-2000:]}")
+        return line
+
+
+def measure(
+    workers: list[Worker], case: str, shape: tuple[int, int], rounds: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Of each worker that has the case: updates a second in every round, first call, memory."""
+    able = [worker for worker in workers if case in worker.cases]
+    results: dict[str, dict[str, Any]] = {}
+    updates: dict[str, int] = {}
+    for worker in able:
+        first = worker.run(case, shape, 20)
+        pace = worker.run(case, shape, 20)["seconds"] / 20
+        updates[worker.module] = max(20, 20 * round(seconds / pace / 20))
+        results[worker.module] = {
+            "first_call": first["first_call"],
+            "per_second": [],
+            "per_cpu_second": [],
+        }
+    for k in range(rounds):
+        for worker in able[k % len(able) :] + able[: k % len(able)]:
+            n = updates[worker.module]
+            answer = worker.run(case, shape, n)
+            result = results[worker.module]
+            result["per_second"].append(n / answer["seconds"])
+            result["per_cpu_second"].append(n / answer["cpu_seconds"])
+            result["peak_bytes"] = answer["peak_bytes"]
+    return results
+
+
+def table(case: str, results: dict[str, dict[str, Any]]) -> list[str]:
+    """Rows for people: medians, and the ratio to the group's reference round by round."""
+    reference = results.get(REFERENCES[case.split()[0]])
+    lines = []
+    for module, result in sorted(
+        results.items(), key=lambda item: -statistics.median(item[1]["per_cpu_second"])
+    ):
+        ratio = ""
+        if reference is not None:
+            pairs = zip(result["per_cpu_second"], reference["per_cpu_second"], strict=True)
+            ratios = [ours / theirs for ours, theirs in pairs]
+            result["ratio"] = ratios
+            ratio = f"{statistics.median(ratios):5.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        lines.append(
+            f"{module:<16}{statistics.median(result['per_second']):12.1f}"
+            f"{statistics.median(result['per_cpu_second']):12.1f}  {ratio:<20}"
+            f"{result['first_call']:11.1f}{result['peak_bytes'] / 2**20:11.0f}"
+        )
+    return lines
+
+
+def main() -> None:
+    """Run everything, print as it goes, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--d3rlpy", help="Python of an environment with d3rlpy; left out without")
+    args = parser.parse_args()
+    pythons = dict.fromkeys(["ours", "sb3", "torchrl_losses", "jax_reference"], sys.executable)
+    if args.d3rlpy:
+        pythons["d3rlpy_algos"] = args.d3rlpy
+    record: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "runs": []}
+    text = [
+        "Gradient updates (batch 256, networks 256x256). Ratio: to Stable-Baselines3 for SAC, to",
+        "d3rlpy for IQL and CQL, per CPU second, median [lowest, highest] of the paired rounds.",
+    ]
+    print("\n".join(text))
+    for threads in args.threads:
+        workers = [Worker(python, module, threads) for module, python in pythons.items()]
+        for shape in SHAPES:
+            for case in CASES + OURS_ALONE:
+                results = measure(workers, case, shape, args.rounds, args.seconds)
+                title = f"{case}, observation {shape[0]}, action {shape[1]}, {threads} thread(s)"
+                columns = ("updates/s", "/CPU s", "ratio", "first s", "peak MiB")
+                head = "{:<16}{:>12}{:>12}  {:<20}{:>11}{:>11}".format("", *columns)
+                lines = ["", title, head, *table(case, results)]
+                print("\n".join(lines), flush=True)
+                text += lines
+                record["runs"].append(
+                    {"case": case, "shape": shape, "threads": threads, "results": results}
+                )
+        for worker in workers:
+            worker.close()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / "speed.txt").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()

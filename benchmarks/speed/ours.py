@@ -1,0 +1,120 @@
+"""safe-offrl's updates, each with its batch drawn from the store, as training runs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from worker import BATCH, HIDDEN, ROWS, Shape
+
+from safe_offrl.agents.cql import CQL, CQLConfig
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.data.sampling import RiskSampler, uniform_batches
+from safe_offrl.device import configure
+from safe_offrl.nets import NetworkConfig, Networks
+from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.types import Batch, Layout
+
+configure(int(os.environ["OMP_NUM_THREADS"]))
+SIZES = (HIDDEN, HIDDEN)
+
+
+class Store:
+    """Random transitions and all that an update needs besides."""
+
+    def __init__(self, shape: Shape, critics: int) -> None:
+        self.layout = Layout(shape.observation, shape.action)
+        self.generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randn(ROWS, self.layout.width, generator=self.generator)
+        data = self.layout.unpack(self.rows)
+        data.actions.clamp_(-1.0, 1.0)
+        data.terminated.zero_()
+        data.costs[:] = data.accidents[:] = (data.costs > 2.0).float()
+        data.time_to_go[:] = 1.0 - torch.arange(ROWS) % 1000 / 1000
+        self.sizes = NetworkConfig(SIZES, SIZES, critics)
+        self.networks = Networks(*self.layout, self.sizes, self.generator)
+
+    def batches(self, n: int) -> list[Batch]:
+        """n mini-batches with one draw."""
+        drawn = uniform_batches(self.rows, self.layout, n, BATCH, self.generator)
+        return [Batch(*(field[u] for field in drawn)) for u in range(n)]
+
+
+def sac(
+    critics: int, utd: int, *, safety: bool = False
+) -> Callable[[Shape], Callable[[int], None]]:
+    """RLPD with ``utd`` critic updates to one of the actor; n counts critic updates."""
+
+    def build(shape: Shape) -> Callable[[int], None]:
+        store = Store(shape, critics)
+        generator, layout = store.generator, store.layout
+        learner = RLPD(store.networks, layout.action_size, RLPDConfig())
+        nothing = torch.zeros(())
+        starts = torch.arange(0, ROWS + 1, 1000)
+        data = layout.unpack(store.rows)
+        risky = RiskSampler(store.rows, layout, starts, data.accidents, data.costs)
+        critic = SafetyCritic(*layout, 1000, SafetyCriticConfig(), generator)
+
+        def run(n: int) -> None:
+            for _ in range(max(1, n // utd)):
+                batches = store.batches(utd)
+                for batch in batches:
+                    learner.update_critics(batch, generator)
+                if safety:
+                    batch, weights, _ = risky.draw(BATCH, 0.125, generator)
+                    reference = critic.reference_states(batch.observations[:64], None, 1000.0)
+                    critic.update(batch, weights, store.networks.actor, reference, generator)
+                risk = critic.risk if safety else None
+                learner.update_actor(batches[-1], risk, nothing, None, nothing, generator)
+
+        return run
+
+    return build
+
+
+def offline(name: str, *, extract: bool) -> Callable[[Shape], Callable[[int], None]]:
+    """IQL or CQL with 2 critics; ``extract`` adds the mixture and the actor."""
+
+    def build(shape: Shape) -> Callable[[int], None]:
+        store = Store(shape, 2)
+        layout, generator, networks = store.layout, store.generator, store.networks
+        agent = (
+            IQL(networks, layout.observation_size, SIZES, IQLConfig(), generator)
+            if name == "iql"
+            else CQL(networks, CQLConfig(), calibrated=False)
+        )
+        extraction = Extraction(networks.actor, *layout, SIZES, ExtractionConfig(), generator)
+        no_risk = torch.zeros(BATCH)
+
+        def run(n: int) -> None:
+            for _ in range(n):
+                batch = store.batches(1)[0]
+                advantages, _ = agent.update(batch, generator)
+                if extract:
+                    extraction.update(
+                        batch,
+                        advantages,
+                        networks.q,
+                        lambda observations, time_to_go, actions: no_risk,
+                        no_risk[0],
+                        generator,
+                    )
+
+        return run
+
+    return build
+
+
+CASES = {
+    "sac 2 critics": sac(2, 1),
+    "sac 10 critics": sac(10, 1),
+    "sac 10 critics utd 20": sac(10, 20),
+    "sac 2 critics + csc": sac(2, 1, safety=True),
+    "iql": offline("iql", extract=True),
+    "cql": offline("cql", extract=True),
+    "iql critics": offline("iql", extract=False),
+    "cql critics": offline("cql", extract=False),
+}
