@@ -16,7 +16,7 @@ help:
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
 	@echo "make results the results section of the README (half an hour)"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
-	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (two hours and a half)"
+	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (an hour and a quarter)"
 	@echo "make bench   updates a second beside four other libraries (half an hour, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
 	@echo "make clean   remove $(VENV), build products and caches; runs/ stays"

@@ -38,7 +38,7 @@ def _keep_freed_memory() -> None:
     """Let the C library keep what an update frees, since the next one needs as much; glibc only.
 
     The temporaries of CQL's 30 actions are 16 MiB each. By default they go back to the system after
-    every update, and come back page by page: 33,000 page faults, and 1.4 to 1.8 times the time.
+    every update, and come back page by page: 33,000 page faults, a third of the time or more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
