@@ -17,7 +17,7 @@ help:
 	@echo "make results the results section of the README (half an hour)"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
 	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (an hour and a quarter)"
-	@echo "make bench   updates a second beside four other libraries (half an hour, 3 GB of disk)"
+	@echo "make bench   updates a second beside four others (twenty minutes, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
 	@echo "make clean   remove $(VENV), build products and caches; runs/ stays"
 	@echo "Another interpreter: make setup PYTHON=python3.12"
