@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from safe_offrl.data.conversion import target_format
 from safe_offrl.data.loading import FORMATS
 from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError, UserError
+from safe_offrl.files import cache_folder
 from safe_offrl.learners import LearnersConfig, learnt_behaviours, resolved
 from safe_offrl.mixture import collect, tell, unsafe_mixture
 from safe_offrl.safety import SafetySpec
@@ -187,7 +187,7 @@ def default_dataset(
     }
     env.close()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("SAFE_OFFRL_CACHE") or Path.home() / ".cache" / "safe-offrl")
+    folder = cache_folder()
     path = folder / f"{env_id.rpartition(':')[2].replace('/', '-')}-{digest}.hdf5"
     if path.is_file():
         return path

@@ -36,6 +36,7 @@ class RunInputs:
     dataset: str  # absolute path
     dataset_sha256: str
     threads: int = 1
+    compiled: bool = False
     horizon: int | None = None  # of the environment, for a dataset that does not name one
     pretrained: str | None = None  # absolute path of the pretrain run
     pretrained_sha256: str | None = None  # of the checkpoint that fine-tuning started from

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Where that lies which can be built again: ``$SAFE_OFFRL_CACHE``, else in the home folder."""
+    return Path(os.environ.get("SAFE_OFFRL_CACHE") or Path.home() / ".cache" / "safe-offrl")
+
+
 def write_file(path: Path, data: bytes, *, append: bool = False, sync: bool = True) -> None:
     """Write ``data`` in place or, with ``append``, at the end; on disk when this returns.
 

@@ -22,6 +22,7 @@ from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.experience import Experience
 from safe_offrl.deployment import Deployment
+from safe_offrl.descent import CompileMode, Compute, Precision
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig, Multiplier
@@ -51,7 +52,8 @@ class FinetuneConfig:
     safety constraint is on. The noise that a policy explores with is itself a source of
     accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
     log A) likewise replaces ``learner.discrete_entropy``: at .1 the best of four actions has a
-    probability of about .98.
+    probability of about .98. ``compile`` and ``precision`` say how losses are computed, see
+    :mod:`safe_offrl.descent`.
     """
 
     budget: int = 50_000
@@ -69,6 +71,8 @@ class FinetuneConfig:
     cautious_entropy: float = -1.0
     cautious_discrete_entropy: float = 0.1
     visited_steps: int = 2_000
+    compile: CompileMode = "auto"
+    precision: Precision = "fp32"
     safety: SafetySpec = field(default_factory=SafetySpec)
     networks: NetworkConfig = field(default_factory=NetworkConfig)
     critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)
@@ -161,6 +165,8 @@ class Finetuning:
         dataset: Dataset,
         pretrained: Mapping[str, Tensor],
         pretrained_info: Mapping[str, Any],
+        *,
+        compiled: bool = False,
     ) -> None:
         if config.budget < env.horizon:
             raise ConfigError(
@@ -192,7 +198,8 @@ class Finetuning:
                 target_entropy=config.cautious_entropy,
                 discrete_entropy=config.cautious_discrete_entropy,
             )
-        self.learner = RLPD(self.networks, layout.action_size, learner)
+        compute = Compute(compiled, config.precision)
+        self.learner = RLPD(self.networks, layout.action_size, learner, compute)
         self.limit = config.safety.limit(env.horizon, dataset.cost_max)
         self.critic = SafetyCritic(
             layout.observation_size,
@@ -201,6 +208,7 @@ class Finetuning:
             config.critic,
             self.generator,
             dataset.cost_max if self.limit.constraint == "cost" else None,
+            compute,
         )
         self.multiplier = Multiplier(config.lagrangian, self.limit.share)
         restore_state(

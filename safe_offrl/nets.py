@@ -19,6 +19,10 @@ QFunction = Callable[[Tensor, Tensor], Tensor]
 Risk = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+Members = slice | Tensor
+EVERY = slice(None)
+
+
 class StackedLinear(nn.Module):
     """E independent linear layers in one batched matrix product: [E, B, in] -> [E, B, out]."""
 
@@ -31,8 +35,10 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+    def forward(self, x: Tensor, members: Members = EVERY) -> Tensor:
+        """[M, B, in] -> [M, B, out] for the M ``members`` asked for."""
+        # Not baddbmm: that writes the bias out before it multiplies.
+        return torch.bmm(x, self.weight[members]) + self.bias[members]
 
 
 class StackedMLP(nn.Module):
@@ -66,10 +72,34 @@ class StackedMLP(nn.Module):
         self.hidden = nn.Sequential(*layers)
         self.output = StackedLinear(members, size, 1, generator)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        x = self.hidden(inputs.expand(self.members, *inputs.shape))
-        values: Tensor = self.output(x)
-        return values.squeeze(-1)
+    def forward(self, inputs: Tensor, members: Members = EVERY) -> Tensor:
+        """[B, I] -> [M, B] of the M members asked for, all by default."""
+        x = inputs.expand(len(self.output.bias[members]), *inputs.shape)
+        return self._through(list(self.hidden), x, members)
+
+    def over_actions(self, states: Tensor, actions: Tensor) -> Tensor:
+        """Many actions [K, B, A] at the same states [B, S] -> [E, K, B].
+
+        What the first layer makes of a state is computed once, not K times.
+        """
+        (k, b, _), size = actions.shape, states.shape[-1]
+        if not self.hidden:
+            both = torch.cat([states.expand(k, b, size), actions], dim=-1)
+            return self(both.flatten(0, 1)).unflatten(1, (k, b))
+        first, *rest = self.hidden
+        assert isinstance(first, StackedLinear)
+        of_states = torch.bmm(states.expand(self.members, b, size), first.weight[:, :size])
+        rows = actions.flatten(0, 1).expand(self.members, k * b, -1)
+        of_actions = torch.bmm(rows, first.weight[:, size:]).unflatten(1, (k, b))
+        x = (of_actions + (of_states + first.bias).unsqueeze(1)).flatten(1, 2)
+        return self._through(rest, x, EVERY).unflatten(1, (k, b))
+
+    def _through(self, layers: list[nn.Module], x: Tensor, members: Members) -> Tensor:
+        for layer in layers:
+            x = layer(x, members) if isinstance(layer, StackedLinear) else layer(x)
+        # A product with one column is bound by memory: a sum can be fused with what precedes it.
+        column = self.output.weight[members].transpose(1, 2)
+        return (x * column).sum(-1) + self.output.bias[members].squeeze(-1)
 
 
 def linear_layers(inputs: int, widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
@@ -124,19 +154,6 @@ class Actor(nn.Module):
         return Gaussian(mean, LOG_STD_MIN + half_range * (torch.tanh(raw) + 1.0))
 
 
-def descend_(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One optimiser step on the loss, touching the gradients of the optimiser's own parameters
-    only.
-
-    An actor's loss runs through the critics; asking autograd for the actor's gradients alone spares
-    the critics' weight gradients and leaves nothing behind to be cleared.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-
-
 @torch.no_grad()
 def polyak_(target: nn.Module, online: nn.Module, tau: float) -> None:
     """Move the target's parameters towards the online ones: ``target += tau (online - target)``."""
@@ -181,10 +198,14 @@ class Networks:
         q: Tensor = self.critics(torch.cat([observations, actions], dim=-1))
         return q
 
+    def q_of_actions(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """All critics at many actions of the same observations: [B, O], [K, B, A] -> [E, K, B]."""
+        return self.critics.over_actions(observations, actions)
+
     @torch.no_grad()
-    def target_q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """All target critics: [B, O], [B, A] -> [E, B], without gradient."""
-        q: Tensor = self.target_critics(torch.cat([observations, actions], dim=-1))
+    def target_q(self, observations: Tensor, actions: Tensor, members: Members = EVERY) -> Tensor:
+        """Target critics: [B, O], [B, A] -> [M, B], without gradient."""
+        q: Tensor = self.target_critics(torch.cat([observations, actions], dim=-1), members)
         return q
 
     def parts(self) -> dict[str, Part]:

@@ -19,6 +19,7 @@ from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.calibration import CalibrationReport, calibrate_critic
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, uniform_batches
+from safe_offrl.descent import CompileMode, Compute, Precision
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig, Multiplier
 from safe_offrl.nets import NetworkConfig, Networks
@@ -35,7 +36,8 @@ class PretrainConfig:
     ``steps`` gradient steps of the agent, then ``alignment_steps`` in which the actor is frozen and
     the reward and safety critics learn its own values (Marvel, arXiv:2412.04426): the online phase
     starts from critics that agree with the policy that will act. ``held_out`` is the share of
-    episodes kept for the calibration report.
+    episodes kept for the calibration report. ``compile`` and ``precision`` say how losses are
+    computed, see :mod:`safe_offrl.descent`.
     """
 
     agent: str = "iql"
@@ -47,6 +49,8 @@ class PretrainConfig:
     held_out: float = 0.15
     seed: int = 0
     log_every: int = 1000
+    compile: CompileMode = "auto"
+    precision: Precision = "fp32"
     safety: SafetySpec = field(default_factory=SafetySpec)
     networks: NetworkConfig = field(default_factory=NetworkConfig)
     critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)
@@ -95,8 +99,9 @@ def discount_of(config: PretrainConfig) -> float:
 class Pretraining:
     """State and loop of the offline phase; resumable at every record it yields."""
 
-    def __init__(self, config: PretrainConfig, dataset: Dataset) -> None:
+    def __init__(self, config: PretrainConfig, dataset: Dataset, *, compiled: bool = False) -> None:
         self.config = config
+        compute = Compute(compiled, config.precision)
         self.generator = torch.Generator().manual_seed(config.seed)
         train, held_out = dataset.split(config.held_out, config.seed)
         # A robot's joints, a plant's pressures: no network should have to learn their units.
@@ -112,7 +117,7 @@ class Pretraining:
             discrete=dataset.discrete,
         )
         self.agent = AGENTS[config.agent](
-            self.networks, layout, config.networks, config.agents, self.generator
+            self.networks, layout, config.networks, config.agents, self.generator, compute
         )
         self.extraction = Extraction(
             self.networks.actor,
@@ -121,8 +126,9 @@ class Pretraining:
             config.networks.actor_hidden,
             config.extraction,
             self.generator,
+            compute,
         )
-        self.learner = RLPD(self.networks, layout.action_size, config.alignment)
+        self.learner = RLPD(self.networks, layout.action_size, config.alignment, compute)
         self.limit = config.safety.limit(dataset.horizon, dataset.cost_max)
         self.critic = SafetyCritic(
             layout.observation_size,
@@ -131,6 +137,7 @@ class Pretraining:
             config.critic,
             self.generator,
             dataset.cost_max if self.limit.constraint == "cost" else None,
+            compute,
         )
         if self.limit.constraint == "cost":
             costs = self.train.episode_costs.sum() / dataset.cost_max / len(self.train.rows)

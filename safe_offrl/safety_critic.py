@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.errors import ConfigError
 from safe_offrl.losses import (
     accident_td_loss,
@@ -29,7 +30,7 @@ from safe_offrl.losses import (
     first_accident_target,
     push_up_loss,
 )
-from safe_offrl.nets import Actor, StackedMLP, descend_, polyak_
+from safe_offrl.nets import EVERY, Actor, Members, StackedMLP, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch, States
 
@@ -116,6 +117,7 @@ class SafetyCritic:
         config: SafetyCriticConfig,
         generator: torch.Generator,
         cost_max: float | None = None,
+        compute: Compute = EAGER,
     ) -> None:
         """``cost_max``, the largest cost of a step, makes it the critic of the expected cost."""
         self.config = config
@@ -138,9 +140,8 @@ class SafetyCritic:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        pushed = torch.ones(config.members)
-        pushed[: config.reference] = 0.0
-        self._pushed = pushed
+        self._pushed = slice(config.reference, None)
+        self._descend = Descent(self.loss, self.optimizer, compute)
 
     @torch.no_grad()
     def start_from(self, logit: float) -> None:
@@ -170,16 +171,18 @@ class SafetyCritic:
         """Present conservatism, a scalar tensor."""
         return self.log_alpha.exp()
 
-    def logits(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
-        """Accident logits of all members: [B, O], [B], [B, A] -> [E, B]."""
+    def logits(
+        self, observations: Tensor, time_to_go: Tensor, actions: Tensor, members: Members = EVERY
+    ) -> Tensor:
+        """Accident logits of the members asked for: [B, O], [B], [B, A] -> [M, B]."""
         inputs = torch.cat([observations, time_to_go.unsqueeze(-1), actions], dim=-1)
-        logits: Tensor = self.net(inputs)
+        logits: Tensor = self.net(inputs, members)
         return logits
 
     def risk(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
         """Q_C, the mean probability of the pushed members: [B, O], [B], [B, A] -> [B]."""
-        logits = self.logits(observations, time_to_go, actions)
-        return torch.sigmoid(logits[self.config.reference :]).mean(0)
+        logits = self.logits(observations, time_to_go, actions, self._pushed)
+        return torch.sigmoid(logits).mean(0)
 
     def risk_under(
         self, actor: Actor, observations: Tensor, time_to_go: Tensor, noise: Tensor
@@ -268,34 +271,24 @@ class SafetyCritic:
                 )
             policy = actor(batch.observations).quadrature(noise[1])
             there = actor(reference.observations).quadrature(noise[2])
-        # One pass of the network over logged actions, policy actions, and those at the reference.
-        logits = self.logits(
-            torch.cat(
-                [
-                    batch.observations,
-                    policy.repeat(batch.observations),
-                    there.repeat(reference.observations),
-                ]
-            ),
-            torch.cat(
-                [
-                    batch.time_to_go,
-                    policy.repeat(batch.time_to_go),
-                    there.repeat(reference.time_to_go),
-                ]
-            ),
-            torch.cat([batch.actions, policy.actions, there.actions]),
+            logits = self.logits(
+                there.repeat(reference.observations),
+                there.repeat(reference.time_to_go),
+                there.actions,
+            )
+            estimates = reference.total(there.expect(torch.sigmoid(logits)))
+        logged = self.logits(batch.observations, batch.time_to_go, batch.actions)
+        td = accident_td_loss(logged, targets, weights)
+        # The reference members are not pushed: their logits here would be for nothing.
+        acted = self.logits(
+            policy.repeat(batch.observations),
+            policy.repeat(batch.time_to_go),
+            policy.actions,
+            self._pushed,
         )
-        logged, pushed = len(batch.actions), len(batch.actions) + len(policy.actions)
-        td = accident_td_loss(logits[:, :logged], targets, weights)
-        push = push_up_loss(logits[:, logged:pushed], policy.spread(weights))
-        loss = (td + self.alpha * self._pushed * push).sum()
-        members = reference.total(there.expect(torch.sigmoid(logits[:, pushed:].detach())))
-        return (
-            loss,
-            members[self.config.reference :].mean(),
-            members[: self.config.reference].mean(),
-        )
+        push = push_up_loss(acted, policy.spread(weights))
+        loss = td.sum() + self.alpha * push.sum()
+        return loss, estimates[self._pushed].mean(), estimates[: self.config.reference].mean()
 
     def update(
         self,
@@ -318,8 +311,7 @@ class SafetyCritic:
             torch.randn(size, generator=generator),
             torch.randn(len(reference.observations), size[-1], generator=generator),
         )
-        loss, value, plain = self.loss(batch, weights, actor, reference, noise, spans)
-        descend_(self.optimizer, loss)
+        loss, value, plain = self._descend(batch, weights, actor, reference, noise, spans)
         polyak_(self.target, self.net, self.config.tau)
         wanted = (plain + self.config.target_gap).clamp(min=floor, max=1.0)
         # Unit steps would crawl: the shortfall is measured in gaps, and alpha moves in its
@@ -328,7 +320,7 @@ class SafetyCritic:
         self.log_alpha += self.config.alpha_learning_rate * shortfall
         self.log_alpha.clamp_(LOG_ALPHA_MIN, math.log(self.config.alpha_max))
         return {
-            "csc/loss": loss.detach(),
+            "csc/loss": loss,
             "csc/estimate": value,
             "csc/estimate_plain_td": plain,
             "csc/alpha": self.alpha,

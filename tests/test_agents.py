@@ -21,7 +21,7 @@ from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.distributions import Categorical, Gaussian
-from safe_offrl.nets import Actor, NetworkConfig, Networks
+from safe_offrl.nets import EVERY, Actor, Members, NetworkConfig, Networks
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Batch, Layout
 
@@ -109,12 +109,12 @@ def offline(
     def losses(batch: Batch) -> None:
         b = len(batch.rewards)
         if isinstance(agent, IQL):
-            agent.value_loss(batch, torch.zeros(b))
+            agent.value_loss(batch)
             agent.critic_loss(batch)
         else:
             cql_loss(agent, batch)
-        extractor.mixture_loss(batch, torch.zeros(b), torch.zeros(b))
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
+        extractor.mixture_loss(batch, torch.zeros(b), no_risk, noise)
         extractor.actor_loss(batch, noise, networks.q, no_risk, multiplier)
 
     return Setup(
@@ -399,16 +399,16 @@ def test_truncation_bootstraps_and_termination_does_not(name: str) -> None:
 
 
 CHOICES = 3  # actions of the discrete probes
-EVERY = torch.arange(3 * 100) % CHOICES
+CYCLE = torch.arange(3 * 100) % CHOICES
 
 
 @everyone_discrete
 def test_discrete_bandit_finds_the_best_action(name: str) -> None:
     """One step, rewards 0, 1 and .5 for actions logged equally often: Q is the reward."""
     rewards = torch.tensor([0.0, 1.0, 0.5])
-    here = torch.zeros(len(EVERY), 1)
-    actions = one_hot(EVERY, CHOICES)
-    source = transitions(here, actions, rewards[EVERY], here, torch.ones(len(EVERY)))
+    here = torch.zeros(len(CYCLE), 1)
+    actions = one_hot(CYCLE, CHOICES)
+    source = transitions(here, actions, rewards[CYCLE], here, torch.ones(len(CYCLE)))
     setup = probe(name, observations=1, steps=500, discount=0.9, source=source)
     with torch.no_grad():
         probabilities = categorical(setup.networks.actor, torch.zeros(1, 1)).log_probs.exp()[0]
@@ -424,10 +424,10 @@ def test_discrete_chain_discounts_once_and_truncation_bootstraps(name: str) -> N
     In s0 action 0 stays where it is for nothing, so the values are those of a policy that has
     learnt not to: exact expectations over the next action, not over the logged one.
     """
-    n = 3 * len(EVERY)
-    states = torch.eye(3).repeat_interleave(len(EVERY), 0)
-    actions = one_hot(EVERY, CHOICES).repeat(3, 1)
-    state = torch.arange(3).repeat_interleave(len(EVERY))
+    n = 3 * len(CYCLE)
+    states = torch.eye(3).repeat_interleave(len(CYCLE), 0)
+    actions = one_hot(CYCLE, CHOICES).repeat(3, 1)
+    state = torch.arange(3).repeat_interleave(len(CYCLE))
     stays = (state == 0) & (actions[:, 0] == 1)
     following = torch.where(state == 0, 1, state)
     following = torch.where(stays, 0, following)
@@ -449,17 +449,16 @@ def test_discrete_chain_discounts_once_and_truncation_bootstraps(name: str) -> N
 
 
 def test_iql_value_loss_by_hand() -> None:
-    agent = AGENTS["iql"](
-        networks_of(Layout(1, 1), SMALL, seeded()), Layout(1, 1), SMALL, AgentConfigs(), seeded()
-    )
+    networks = networks_of(LAYOUT, SMALL, seeded())
+    agent = AGENTS["iql"](networks, LAYOUT, SMALL, AgentConfigs(), seeded())
     assert isinstance(agent, IQL)
-    with torch.no_grad():
-        for p in agent.value.parameters():
-            p.zero_()
-    batch = Batch(*(x[:2, :1] if x.ndim == 2 else x[:2] for x in make_batch()))
-    # V = 0 everywhere, u = (2, 0) and (-2, 0): .7 * 4 / 2 and .3 * 4 / 2
-    assert agent.value_loss(batch, torch.tensor([2.0, 0.0])).item() == pytest.approx(1.4)
-    assert agent.value_loss(batch, torch.tensor([-2.0, 0.0])).item() == pytest.approx(0.6)
+    constant_(agent.value, [0.0])
+    # V = 0 everywhere, the least target critic is 2 and then -2: .7 * 4 and .3 * 4
+    for least, expected in ((2.0, 2.8), (-2.0, 1.2)):
+        constant_(networks.target_critics, [least, 3.0, 5.0, 4.0])
+        loss, target_q = agent.value_loss(make_batch())
+        assert loss.item() == pytest.approx(expected)
+        assert target_q.tolist() == [least] * SIZE
 
 
 def test_iql_uses_the_minimum_target_critic_and_the_new_value() -> None:
@@ -492,7 +491,7 @@ def cql_loss(agent: Agent, batch: Batch, k: int = 4) -> Tensor:
 def cql_gradients(agent: CQL, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """d loss / d Q: at logged actions [E, B], policy actions [E, 2K, B], uniform ones [E, K, B]."""
     seen: list[tuple[Tensor, Tensor]] = []
-    q_of = agent.networks.q
+    q_of = agent.networks.q_of_actions
 
     def spy(observations: Tensor, actions: Tensor) -> Tensor:
         q = q_of(observations, actions)
@@ -500,14 +499,14 @@ def cql_gradients(agent: CQL, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         seen.append((q, observations))
         return q
 
-    agent.networks.q = spy  # type: ignore[method-assign]
+    agent.networks.q_of_actions = spy  # type: ignore[method-assign]
     cql_loss(agent, batch).backward()
     ((q, observations),) = seen
     # Trap: all actions are evaluated at the CURRENT state.
-    torch.testing.assert_close(observations, batch.observations.repeat(13, 1))
+    assert torch.equal(observations, batch.observations)
+    assert q.shape == (MEMBERS, 13, SIZE)
     assert q.grad is not None
-    gradient = q.grad.unflatten(1, (13, SIZE))
-    return gradient[:, 0], gradient[:, 1:9], gradient[:, 9:]
+    return q.grad[:, 0], q.grad[:, 1:9], q.grad[:, 9:]
 
 
 def test_cql_presses_down_unlogged_actions() -> None:
@@ -581,20 +580,20 @@ def test_rlpd_target_is_the_minimum_over_the_drawn_members() -> None:
     batch = make_batch()._replace(rewards=torch.zeros(SIZE), terminated=torch.zeros(SIZE))
     noise = torch.zeros(SIZE, ACTIONS)
     for members, least in (([1, 3], 3.0), ([0, 1], 1.0), ([1], 4.0), ([1, 2], 2.0)):
-        loss = learner.critic_loss(batch, noise, torch.tensor(members))
+        (loss,) = learner.critic_loss(batch, noise, torch.tensor(members))
         assert loss.item() == pytest.approx(MEMBERS * (0.99 * least) ** 2)
 
 
 def test_rlpd_draws_members_without_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = make_rlpd()
     drawn: list[tuple[int, ...]] = []
-    loss = learner.critic_loss
+    target_q = learner.networks.target_q
 
-    def spy(batch: Batch, noise: Tensor, members: Tensor) -> Tensor:
+    def spy(observations: Tensor, actions: Tensor, members: Tensor) -> Tensor:
         drawn.append(tuple(sorted(members.tolist())))
-        return loss(batch, noise, members)
+        return target_q(observations, actions, members)
 
-    monkeypatch.setattr(learner, "critic_loss", spy)
+    monkeypatch.setattr(learner.networks, "target_q", spy)
     generator, batch = seeded(), make_batch()
     for _ in range(100):
         learner.update_critics(batch, generator)
@@ -711,8 +710,11 @@ class TableNetworks(Networks):
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
         return self.table @ actions.T
 
-    def target_q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        return self.target_table @ actions.T
+    def q_of_actions(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return torch.einsum("ea,kba->ekb", self.table, actions)
+
+    def target_q(self, observations: Tensor, actions: Tensor, members: Members = EVERY) -> Tensor:
+        return self.target_table[members] @ actions.T
 
 
 def discrete_networks(probabilities: Table, q: Table, target_q: list[Table]) -> TableNetworks:
@@ -806,7 +808,7 @@ def test_discrete_rlpd_losses_by_hand() -> None:
     networks = discrete_networks(policy, (1.0, -2.0, 4.0), targets)
     learner = RLPD(networks, 3, RLPDConfig(discount=0.5, temperature_init=0.5))
     batch = discrete_batch(1)
-    loss = learner.critic_loss(batch, NO_NOISE, torch.tensor([0, 2]))
+    (loss,) = learner.critic_loss(batch, NO_NOISE, torch.tensor([0, 2]))
     assert loss.item() == pytest.approx(MEMBERS * (-2.0 - 1.85) ** 2)
 
     anchor = Actor(1, 3, (), seeded(), discrete=True)
@@ -857,7 +859,7 @@ def test_discrete_extraction_by_hand() -> None:
     assert distance.item() == pytest.approx(kl_by_hand, rel=1e-5)
     assert value.item() == pytest.approx(-0.7 / 1.9 + 2.0 * 0.23 + 0.5 * kl_by_hand, rel=1e-5)
     # One logged action: its weight is 1 after normalisation, whatever the advantage.
-    loss = extraction.mixture_loss(batch, torch.tensor([3.0]), torch.tensor([0.2]))
+    (loss,) = extraction.mixture_loss(batch, torch.tensor([3.0]), no_risk, None)
     assert loss.item() == pytest.approx(-math.log(0.2), rel=1e-5)
 
 

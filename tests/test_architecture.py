@@ -13,7 +13,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors"],  # L0: the words
     ["types", "safety", "state", "files"],
-    ["losses", "distributions", "statistics", "device", "processes"],  # L1: the mathematics
+    [
+        "losses",
+        "distributions",
+        "statistics",
+        "device",
+        "descent",
+        "processes",
+    ],  # L1: the mathematics
     ["nets", "observations", "user_code"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints"],

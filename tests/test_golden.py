@@ -8,6 +8,7 @@ and say in the change why they moved. Settings are spelt out below, so that tuni
 not touch these files.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.descent import EAGER, Compute
 from safe_offrl.nets import Actor, NetworkConfig, Networks
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.state import Part, collect_state
@@ -84,11 +86,13 @@ def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
     return torch.sigmoid(3.0 * actions[:, 0] - 2.0)
 
 
-def offline(name: str) -> tuple[Step, dict[str, Part]]:
+def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
     networks = Networks(*LAYOUT, SIZES, generator)
-    agent = AGENTS[name](networks, LAYOUT, SIZES, CONFIGS, generator)
-    extraction = Extraction(networks.actor, *LAYOUT, SIZES.actor_hidden, EXTRACTION, generator)
+    agent = AGENTS[name](networks, LAYOUT, SIZES, CONFIGS, generator, compute)
+    extraction = Extraction(
+        networks.actor, *LAYOUT, SIZES.actor_hidden, EXTRACTION, generator, compute
+    )
     multiplier = torch.tensor(2.0)
 
     def step(batch: Batch) -> dict[str, Tensor]:
@@ -99,10 +103,10 @@ def offline(name: str) -> tuple[Step, dict[str, Part]]:
     return step, {**agent.parts(), **extraction.parts()}
 
 
-def rlpd() -> tuple[Step, dict[str, Part]]:
+def rlpd(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
     networks = Networks(*LAYOUT, SIZES, generator)
-    learner = RLPD(networks, LAYOUT.action_size, LEARNER)
+    learner = RLPD(networks, LAYOUT.action_size, LEARNER, compute)
     anchor = Actor(*LAYOUT, (16, 16), generator)
     multiplier, kl_weight = torch.tensor(2.0), torch.tensor(0.5)
 
@@ -113,9 +117,9 @@ def rlpd() -> tuple[Step, dict[str, Part]]:
     return step, learner.parts()
 
 
-def csc() -> tuple[Step, dict[str, Part]]:
+def csc(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
-    critic = SafetyCritic(*LAYOUT, 20, SAFETY, generator)
+    critic = SafetyCritic(*LAYOUT, 20, SAFETY, generator, None, compute)
     actor = Actor(*LAYOUT, (16, 16), generator)
     weights = torch.linspace(0.5, 1.5, 32)
 
@@ -127,8 +131,8 @@ def csc() -> tuple[Step, dict[str, Part]]:
     return step, critic.parts()
 
 
-ALGORITHMS: dict[str, Callable[[], tuple[Step, dict[str, Part]]]] = {
-    **{name: (lambda n: lambda: offline(n))(name) for name in AGENTS},
+ALGORITHMS: dict[str, Callable[..., tuple[Step, dict[str, Part]]]] = {
+    **{name: functools.partial(offline, name) for name in AGENTS},
     "rlpd": rlpd,
     "csc": csc,
 }

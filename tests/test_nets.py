@@ -9,7 +9,6 @@ from safe_offrl.nets import (
     Networks,
     StackedLinear,
     StackedMLP,
-    descend_,
     polyak_,
 )
 
@@ -121,22 +120,23 @@ def test_polyak_moves_the_target_by_tau() -> None:
     assert all(same(source, weights(online)))
 
 
-def test_descend_touches_its_own_parameters_only() -> None:
-    networks = Networks(3, 2, NetworkConfig((8,), (8,), 2), seeded())
-    optimizer = torch.optim.SGD(networks.actor.parameters(), lr=0.1)
-    actor, critics = weights(networks.actor), weights(networks.critics)
-    observations = torch.randn(6, 3, generator=seeded(1))
+def test_members_can_be_asked_for() -> None:
+    net = StackedMLP(4, 5, (8, 8), layer_norm=True, generator=seeded())
+    inputs = torch.randn(7, 5, generator=seeded(1))
+    whole = net(inputs)
+    torch.testing.assert_close(net(inputs, slice(1, None)), whole[1:])
+    torch.testing.assert_close(net(inputs, torch.tensor([3, 0])), whole[[3, 0]])
 
-    def loss() -> torch.Tensor:  # an actor's loss, through the critics
-        mean, log_std = gaussian(networks.actor, observations)
-        return networks.q(observations, torch.tanh(mean)).mean() + log_std.mean()
 
-    before = loss()
-    descend_(optimizer, before)
-    assert loss() < before
-    assert not any(same(actor, weights(networks.actor)))
-    assert all(same(critics, weights(networks.critics)))
-    assert all(p.grad is None for p in networks.critics.parameters())
+@pytest.mark.parametrize("hidden", [(8, 8), (8,), ()])
+def test_many_actions_at_a_state_are_the_same_as_one_by_one(hidden: tuple[int, ...]) -> None:
+    networks = Networks(3, 2, NetworkConfig((8,), hidden, 4), seeded())
+    observations = torch.randn(7, 3, generator=seeded(1))
+    actions = torch.randn(5, 7, 2, generator=seeded(2))
+    together = networks.q_of_actions(observations, actions)
+    assert together.shape == (4, 5, 7)
+    for k in range(5):
+        torch.testing.assert_close(together[:, k], networks.q(observations, actions[k]))
 
 
 def test_the_target_starts_equal_and_gets_no_gradient() -> None:

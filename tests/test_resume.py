@@ -17,6 +17,7 @@ from safe_offrl.config import parse_run_yaml
 from safe_offrl.finetune import FinetuneConfig
 from safe_offrl.progress import StopSignal
 from safe_offrl.run import RunDir
+from tests.test_descent import compiles
 
 SCRIPT = Path(sys.executable).parent / "safe-offrl"
 TINY = ["alignment_steps=20", "log_every=10", "batch_size=32"]
@@ -209,3 +210,42 @@ def test_stop_signal_is_only_a_flag() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@compiles
+def test_a_compiled_run_is_resumed_bitwise_too(
+    root: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = commands.pretrain_config(
+        dataset=str(tiny_dataset), steps=60, overrides=[*TINY, "compile=on"]
+    )
+    plan = commands.plan_pretrain(config, say=silent)
+    assert "compiled (up to a minute the first time)" in plan.header
+    offline = commands.pretrain_run(plan, name="compiled", runs=root, say=silent)
+    with monkeypatch.context() as patch:
+        kill_at(patch, "save_checkpoint", 4)
+        with pytest.raises(Killed):
+            commands.pretrain_run(
+                plan, name="compiled-cut", runs=root, checkpoint_seconds=0.0, say=silent
+            )
+    assert record(commands.resume_pretrain("compiled-cut", runs=root, say=silent)) == record(
+        offline
+    )
+
+    # A short run that was compiled stays so, though "auto" would not compile it.
+    settings = commands.finetune_config(offline, budget=BUDGET, overrides=[*ONLINE, "compile=on"])
+    online = commands.finetune_run(
+        commands.plan_finetune(offline, settings), name="compiled-online", runs=root, say=silent
+    )
+    with monkeypatch.context() as patch:
+        kill_at(patch, "append_episode", 13)
+        with pytest.raises(Killed):
+            commands.finetune_run(
+                commands.plan_finetune(offline, settings),
+                name="compiled-online-cut",
+                runs=root,
+                checkpoint_seconds=0.0,
+                say=silent,
+            )
+    again = commands.resume_finetune("compiled-online-cut", runs=root, say=silent)
+    assert record(again) == record(online)

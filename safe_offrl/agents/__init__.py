@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safe_offrl.agents.cql import CQL, CQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.descent import EAGER, Compute
 from safe_offrl.nets import NetworkConfig, Networks
 from safe_offrl.state import Part
 from safe_offrl.types import Batch, Layout
@@ -47,6 +48,7 @@ class AgentFactory(Protocol):
         sizes: NetworkConfig,
         configs: AgentConfigs,
         generator: torch.Generator,
+        compute: Compute = EAGER,
     ) -> Agent:
         """Return the agent, its optimisers on the networks' parameters."""
         ...
@@ -58,8 +60,11 @@ def _iql(
     sizes: NetworkConfig,
     configs: AgentConfigs,
     generator: torch.Generator,
+    compute: Compute = EAGER,
 ) -> Agent:
-    return IQL(networks, layout.observation_size, sizes.critic_hidden, configs.iql, generator)
+    return IQL(
+        networks, layout.observation_size, sizes.critic_hidden, configs.iql, generator, compute
+    )
 
 
 def _cql(
@@ -68,8 +73,9 @@ def _cql(
     sizes: NetworkConfig,
     configs: AgentConfigs,
     generator: torch.Generator,
+    compute: Compute = EAGER,
 ) -> Agent:
-    return CQL(networks, configs.cql, calibrated=False)
+    return CQL(networks, configs.cql, compute, calibrated=False)
 
 
 def _calql(
@@ -78,8 +84,9 @@ def _calql(
     sizes: NetworkConfig,
     configs: AgentConfigs,
     generator: torch.Generator,
+    compute: Compute = EAGER,
 ) -> Agent:
-    return CQL(networks, configs.cql, calibrated=True)
+    return CQL(networks, configs.cql, compute, calibrated=True)
 
 
 AGENTS: dict[str, AgentFactory] = {"iql": _iql, "cql": _cql, "calql": _calql}

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.distributions import Categorical, Policy, sample
 from safe_offrl.losses import calibrate, conservative_gap, td_target
-from safe_offrl.nets import Networks, descend_, polyak_
+from safe_offrl.nets import Networks, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
+
+PART_STATES = 64  # at a time: their 31 actions and 10 critics make 20 MiB a layer
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,21 @@ class CQLConfig:
 class CQL:
     """Offline agent; ``calibrated`` makes it Cal-QL."""
 
-    def __init__(self, networks: Networks, config: CQLConfig, *, calibrated: bool) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        config: CQLConfig,
+        compute: Compute = EAGER,
+        *,
+        calibrated: bool,
+    ) -> None:
         self.networks = networks
         self.config = config
         self.calibrated = calibrated
         self.critic_optimizer = torch.optim.Adam(
             networks.critics.parameters(), lr=config.learning_rate, fused=True
         )
+        self._descend_critics = Descent(self.critic_loss, self.critic_optimizer, compute)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
@@ -64,7 +75,7 @@ class CQL:
         in [-1, 1] for the 3K actions, all evaluated at the CURRENT observation. Discrete actions
         need none of it (K = 0).
         """
-        actor, b = self.networks.actor, len(batch.rewards)
+        actor = self.networks.actor
         with torch.no_grad():
             here, there = actor(batch.observations), actor(batch.next_observations)
             following = there.quadrature(next_noise)
@@ -75,12 +86,10 @@ class CQL:
             target = td_target(batch.rewards, batch.terminated, next_value, self.config.discount)
             proposed, log_densities = _proposals(here, there, noise, uniform)
             actions = torch.cat([batch.actions[None], *proposed])
-        k = len(actions) - 1
-        observations = batch.observations.repeat(k + 1, 1)
-        q = self.networks.q(observations, actions.flatten(0, 1)).unflatten(1, (k + 1, b))
+        q = self.networks.q_of_actions(batch.observations, actions)
         logged, sampled = q[:, 0], q[:, 1:].transpose(1, 2)
         if self.calibrated:
-            n = k - len(uniform)  # all but the uniform ones are the policy's
+            n = sampled.shape[-1] - len(uniform)  # all but the uniform ones are the policy's
             sampled = torch.cat(
                 [calibrate(sampled[..., :n], batch.return_to_go), sampled[..., n:]], -1
             )
@@ -95,15 +104,29 @@ class CQL:
         uniform = torch.rand(many, generator=generator) * 2.0 - 1.0
         noise = (torch.randn(many, generator=generator), torch.randn(many, generator=generator))
         next_noise = torch.randn(shape, generator=generator)
-        loss, gap = self.critic_loss(batch, next_noise, noise, uniform)
-        descend_(self.critic_optimizer, loss)
+        loss, gap = self._descend_critics.in_parts(_parts(batch, next_noise, noise, uniform))
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
         with torch.no_grad():
             policy = self.networks.actor(batch.observations).quadrature(next_noise)
             logged = self.networks.target_q(batch.observations, batch.actions).amin(0)
             q = self.networks.target_q(policy.repeat(batch.observations), policy.actions).amin(0)
             advantages = logged - policy.expect(q)
-        return advantages, {"agent/critic_loss": loss.detach(), "agent/conservative_gap": gap}
+        return advantages, {"agent/critic_loss": loss, "agent/conservative_gap": gap}
+
+
+def _parts(
+    batch: Batch, next_noise: Tensor, noise: tuple[Tensor, Tensor], uniform: Tensor
+) -> list[tuple[float, tuple[object, ...]]]:
+    """The arguments of ``critic_loss`` for PART_STATES states at a time, and their shares."""
+    b, n = len(batch.rewards), PART_STATES
+    fields = zip(*(field.split(n) for field in batch), strict=True)
+    by_state = [x.split(n, dim=1) for x in (*noise, uniform)]
+    return [
+        (len(next_part) / b, (Batch(*part), next_part, (here, there), uniform_part))
+        for part, next_part, here, there, uniform_part in zip(
+            fields, next_noise.split(n), *by_state, strict=True
+        )
+    ]
 
 
 def _proposals(

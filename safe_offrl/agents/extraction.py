@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN, Gaussian, Policy, Quadrature
 from safe_offrl.losses import exponential_weight
-from safe_offrl.nets import Actor, QFunction, Risk, descend_, linear_layers
+from safe_offrl.nets import Actor, QFunction, Risk, linear_layers
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
 
@@ -129,6 +130,7 @@ class Extraction:
         hidden: tuple[int, ...],
         config: ExtractionConfig,
         generator: torch.Generator,
+        compute: Compute = EAGER,
     ) -> None:
         self.actor = actor
         self.config = config
@@ -144,6 +146,8 @@ class Extraction:
         self.actor_optimizer = torch.optim.Adam(
             actor.parameters(), lr=config.learning_rate, fused=True
         )
+        self._descend_mixture = Descent(self.mixture_loss, self.mixture_optimizer, compute)
+        self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps, besides the actor."""
@@ -153,17 +157,26 @@ class Extraction:
             "actor_optimizer": self.actor_optimizer,
         }
 
-    def mixture_loss(self, batch: Batch, advantages: Tensor, risk: Tensor) -> Tensor:
-        """Negative log likelihood of logged actions, weighted by advantage and against risk.
+    def mixture_loss(
+        self, batch: Batch, advantages: Tensor, risk: Risk, noise: Tensor | None
+    ) -> tuple[Tensor]:
+        """Negative log likelihood of logged actions, weighted by advantage [B] and against risk.
 
-        ``advantages`` and ``risk`` of the logged actions, [B] each.
+        With ``noise`` [B, A] the risk is relative to that of the policy's own action.
         """
+        with torch.no_grad():
+            danger = risk(batch.observations, batch.time_to_go, batch.actions)
+            if noise is not None:
+                policy = self.actor(batch.observations).quadrature(noise)
+                observations = policy.repeat(batch.observations)
+                time_to_go = policy.repeat(batch.time_to_go)
+                danger = danger - policy.expect(risk(observations, time_to_go, policy.actions))
         weight = exponential_weight(
             advantages, self.config.inverse_temperature, self.config.weight_limit
         )
-        weight = weight * (-self.config.risk_aversion * risk).exp()
+        weight = weight * (-self.config.risk_aversion * danger).exp()
         weight = weight / weight.mean().clamp_min(1e-6)
-        return -(weight * self.mixture.log_prob(batch.observations, batch.actions)).mean()
+        return (-(weight * self.mixture.log_prob(batch.observations, batch.actions)).mean(),)
 
     def actor_loss(
         self, batch: Batch, noise: Tensor, critics: QFunction, risk: Risk, multiplier: Tensor
@@ -189,23 +202,13 @@ class Extraction:
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """One step of the mixture, one of the actor."""
-        with torch.no_grad():
-            logged_risk = risk(batch.observations, batch.time_to_go, batch.actions)
-            if self.config.relative_risk:
-                noise = torch.randn(batch.actions.shape, generator=generator)
-                policy = self.actor(batch.observations).quadrature(noise)
-                observations = policy.repeat(batch.observations)
-                time_to_go = policy.repeat(batch.time_to_go)
-                logged_risk = logged_risk - policy.expect(
-                    risk(observations, time_to_go, policy.actions)
-                )
-        mixture_loss = self.mixture_loss(batch, advantages, logged_risk)
-        descend_(self.mixture_optimizer, mixture_loss)
-        noise = torch.randn(batch.actions.shape, generator=generator)
-        actor_loss, divergence = self.actor_loss(batch, noise, critics, risk, multiplier)
-        descend_(self.actor_optimizer, actor_loss)
+        size = batch.actions.shape
+        relative = torch.randn(size, generator=generator) if self.config.relative_risk else None
+        (mixture_loss,) = self._descend_mixture(batch, advantages, risk, relative)
+        noise = torch.randn(size, generator=generator)
+        actor_loss, divergence = self._descend_actor(batch, noise, critics, risk, multiplier)
         return {
-            "actor/loss": actor_loss.detach(),
+            "actor/loss": actor_loss,
             "actor/kl_to_log": divergence,
-            "actor/mixture_loss": mixture_loss.detach(),
+            "actor/mixture_loss": mixture_loss,
         }

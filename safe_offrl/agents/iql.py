@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.losses import expectile_loss, td_target
-from safe_offrl.nets import Networks, StackedMLP, descend_, polyak_
+from safe_offrl.nets import Networks, StackedMLP, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
 
@@ -36,6 +37,7 @@ class IQL:
         hidden: tuple[int, ...],
         config: IQLConfig,
         generator: torch.Generator,
+        compute: Compute = EAGER,
     ) -> None:
         self.networks = networks
         self.config = config
@@ -43,6 +45,8 @@ class IQL:
         lr = config.learning_rate
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(networks.critics.parameters(), lr=lr, fused=True)
+        self._descend_value = Descent(self.value_loss, self.value_optimizer, compute)
+        self._descend_critics = Descent(self.critic_loss, self.critic_optimizer, compute)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
@@ -53,30 +57,30 @@ class IQL:
             "critic_optimizer": self.critic_optimizer,
         }
 
-    def value_loss(self, batch: Batch, target_q: Tensor) -> Tensor:
-        """Expectile regression of V towards the minimum target critic, target_q [B] (eq. 5)."""
+    def value_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Expectile regression of V towards the minimum target critic (eq. 5); (loss, it [B])."""
+        target_q = self.networks.target_q(batch.observations, batch.actions).amin(0)
         value = self.value(batch.observations)[0]
-        return expectile_loss(target_q - value, self.config.expectile).mean()
+        return expectile_loss(target_q - value, self.config.expectile).mean(), target_q
 
-    def critic_loss(self, batch: Batch) -> Tensor:
-        """Sum over members of the squared error to ``r + discount (1 - terminated) V(s')``."""
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum over members of the squared error to ``r + discount (1 - terminated) V(s')``.
+
+        Returns (loss, V(s) [B]).
+        """
         with torch.no_grad():
-            next_value = self.value(batch.next_observations)[0]
+            both = torch.cat([batch.observations, batch.next_observations])
+            value, next_value = self.value(both)[0].chunk(2)
             target = td_target(batch.rewards, batch.terminated, next_value, self.config.discount)
         q = self.networks.q(batch.observations, batch.actions)
-        return (q - target).square().mean(-1).sum()
+        return (q - target).square().mean(-1).sum(), value
 
     def update(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """V, then the critics with the new V, then Polyak; (advantages [B], scalars to log)."""
-        target_q = self.networks.target_q(batch.observations, batch.actions).amin(0)
-        value_loss = self.value_loss(batch, target_q)
-        descend_(self.value_optimizer, value_loss)
-        with torch.no_grad():
-            advantages = target_q - self.value(batch.observations)[0]
-        critic_loss = self.critic_loss(batch)
-        descend_(self.critic_optimizer, critic_loss)
+        value_loss, target_q = self._descend_value(batch)
+        critic_loss, value = self._descend_critics(batch)
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
-        return advantages, {
-            "agent/value_loss": value_loss.detach(),
-            "agent/critic_loss": critic_loss.detach(),
+        return target_q - value, {
+            "agent/value_loss": value_loss,
+            "agent/critic_loss": critic_loss,
         }

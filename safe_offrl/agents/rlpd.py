@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.losses import td_target
-from safe_offrl.nets import Actor, Networks, Risk, descend_, polyak_
+from safe_offrl.nets import Actor, Networks, Risk, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
 
@@ -44,7 +45,13 @@ class RLPDConfig:
 class RLPD:
     """The online learner; takes over the networks that an offline agent has trained."""
 
-    def __init__(self, networks: Networks, action_size: int, config: RLPDConfig) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        action_size: int,
+        config: RLPDConfig,
+        compute: Compute = EAGER,
+    ) -> None:
         self.networks = networks
         self.config = config
         self.log_temperature = torch.tensor(config.temperature_init).log().requires_grad_()
@@ -56,7 +63,12 @@ class RLPD:
         lr = config.learning_rate
         self.actor_optimizer = torch.optim.Adam(networks.actor.parameters(), lr=lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(networks.critics.parameters(), lr=lr, fused=True)
-        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=lr)
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=lr, fused=True)
+        self._descend_critics = Descent(self.critic_loss, self.critic_optimizer, compute)
+        self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
+        self._descend_temperature = Descent(
+            self.temperature_loss, self.temperature_optimizer, EAGER
+        )
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
@@ -68,15 +80,17 @@ class RLPD:
             "temperature_optimizer": self.temperature_optimizer,
         }
 
-    def critic_loss(self, batch: Batch, noise: Tensor, members: Tensor) -> Tensor:
+    def critic_loss(self, batch: Batch, noise: Tensor, members: Tensor) -> tuple[Tensor]:
         """Sum over members of the mean squared TD error; ``members`` [subset] form the target."""
         with torch.no_grad():
             policy = self.networks.actor(batch.next_observations).quadrature(noise)
-            next_q = self.networks.target_q(policy.repeat(batch.next_observations), policy.actions)
-            next_value = policy.expect(next_q[members].amin(0))
+            next_q = self.networks.target_q(
+                policy.repeat(batch.next_observations), policy.actions, members
+            )
+            next_value = policy.expect(next_q.amin(0))
             target = td_target(batch.rewards, batch.terminated, next_value, self.config.discount)
         q = self.networks.q(batch.observations, batch.actions)
-        return (q - target).square().mean(-1).sum()
+        return ((q - target).square().mean(-1).sum(),)
 
     def actor_loss(
         self,
@@ -108,14 +122,17 @@ class RLPD:
             loss = loss + kl_weight * distribution.kl(reference)
         return loss.mean(), policy.expect(policy.log_probs).detach().mean()
 
+    def temperature_loss(self, log_prob: Tensor) -> tuple[Tensor]:
+        """A barrier on ``-log pi`` (scalar mean): too little entropy raises the temperature."""
+        return (-self.log_temperature.exp() * (log_prob + self._target_entropy),)
+
     def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """One TD step of all critics under the present actor; alone it is value pre-alignment."""
         noise = torch.randn(batch.actions.shape, generator=generator)
         members = torch.randperm(self.networks.critics.members, generator=generator)
-        loss = self.critic_loss(batch, noise, members[: self.config.subset])
-        descend_(self.critic_optimizer, loss)
+        (loss,) = self._descend_critics(batch, noise, members[: self.config.subset])
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
-        return {"learner/critic_loss": loss.detach()}
+        return {"learner/critic_loss": loss}
 
     def update_actor(
         self,
@@ -128,15 +145,10 @@ class RLPD:
     ) -> dict[str, Tensor]:
         """One actor step and one temperature step."""
         noise = torch.randn(batch.actions.shape, generator=generator)
-        loss, log_prob = self.actor_loss(batch, noise, risk, multiplier, anchor, kl_weight)
-        descend_(self.actor_optimizer, loss)
-        # A barrier on -log pi: too little entropy raises the temperature.
-        descend_(
-            self.temperature_optimizer,
-            -self.log_temperature.exp() * (log_prob + self._target_entropy),
-        )
+        loss, log_prob = self._descend_actor(batch, noise, risk, multiplier, anchor, kl_weight)
+        self._descend_temperature(log_prob)
         return {
-            "learner/actor_loss": loss.detach(),
+            "learner/actor_loss": loss,
             "learner/entropy": -log_prob,
             "learner/temperature": self.log_temperature.detach().exp(),
         }

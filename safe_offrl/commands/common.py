@@ -10,6 +10,7 @@ from typing import Any
 from safe_offrl.config import RunInputs
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
+from safe_offrl.descent import CompileMode, Precision
 from safe_offrl.errors import ConfigError, DataError, RunError
 from safe_offrl.progress import Interrupted
 from safe_offrl.run import RunDir
@@ -122,9 +123,15 @@ def constraint_line(safety: SafetySpec, horizon: int) -> str:
     )
 
 
-def device_line(inputs: RunInputs) -> str:
-    """Header line: what it runs on."""
-    return f"device      CPU, {inputs.threads} thread{'s' if inputs.threads > 1 else ''}"
+def device_line(inputs: RunInputs, precision: Precision, compiling: str) -> str:
+    """Header line: what it runs on, and how."""
+    threads = f"{inputs.threads} thread{'s' if inputs.threads > 1 else ''}"
+    return f"device      CPU, {threads}, {precision}, {compiling}"
+
+
+def stored_mode(inputs: RunInputs) -> CompileMode:
+    """How a run that is continued must compute, so that it comes out as if never interrupted."""
+    return "on" if inputs.compiled else "off"
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

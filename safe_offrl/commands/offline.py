@@ -21,11 +21,13 @@ from safe_offrl.commands.common import (
     require_unfinished,
     say_plain,
     stored_dataset,
+    stored_mode,
 )
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import find_dataset, load_dataset
 from safe_offrl.data.validation import check_matches_env
+from safe_offrl.descent import choose
 from safe_offrl.device import configure
 from safe_offrl.env import make_env
 from safe_offrl.files import plain
@@ -45,6 +47,7 @@ class PretrainPlan:
     inputs: RunInputs
     dataset: Dataset
     env_versions: dict[str, str]
+    compiling: str  # whether, and why, in words
 
     @property
     def header(self) -> str:
@@ -56,7 +59,7 @@ class PretrainPlan:
                 f"steps and {config.alignment_steps:,} of value alignment, seed {config.seed}",
                 data_line(self.dataset, self.inputs),
                 constraint_line(config.safety, self.dataset.horizon),
-                device_line(self.inputs),
+                device_line(self.inputs, config.precision, self.compiling),
             ]
         )
 
@@ -90,6 +93,8 @@ def plan_pretrain(
 ) -> PretrainPlan:
     """Check environment and dataset against each other; builds the default dataset if needed."""
     configure(threads)
+    updates = config.steps + config.alignment_steps
+    compute, compiling = choose(config.compile, config.precision, updates)
     env = make_env(config.env, config.safety)
     try:
         path = config.dataset or _default_dataset(config, say)
@@ -109,9 +114,10 @@ def plan_pretrain(
         dataset=str(path),
         dataset_sha256=dataset.sha256,
         threads=threads,
+        compiled=compute.compiled,
         horizon=env.horizon,
     )
-    return PretrainPlan(config, inputs, dataset, env_versions)
+    return PretrainPlan(config, inputs, dataset, env_versions, compiling)
 
 
 def _default_dataset(config: PretrainConfig, say: Say) -> Path:
@@ -141,7 +147,7 @@ def pretrain_run(
     with run:
         say(plan.header)
         say(f"run         {run.path}")
-        loop = Pretraining(plan.config, plan.dataset)
+        loop = Pretraining(plan.config, plan.dataset, compiled=plan.inputs.compiled)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
         _drive_pretraining(run, loop, checkpoint_seconds, say)
     return run
@@ -161,8 +167,9 @@ def resume_pretrain(
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
         configure(inputs.threads)
+        choose(stored_mode(inputs), config.precision, config.steps)  # refuses what cannot go on
         dataset = stored_dataset(inputs, config.safety, discount_of(config))
-        loop = Pretraining(config, dataset)
+        loop = Pretraining(config, dataset, compiled=inputs.compiled)
         checkpoint = run.load_checkpoint()
         with loading(run.path):
             loop.load(checkpoint.tensors, checkpoint.info)

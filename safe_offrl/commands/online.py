@@ -21,11 +21,13 @@ from safe_offrl.commands.common import (
     require_unfinished,
     say_plain,
     stored_dataset,
+    stored_mode,
     stored_pretrain_run,
 )
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, to_dict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.validation import check_matches_env
+from safe_offrl.descent import CompileMode, choose
 from safe_offrl.device import configure
 from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError, RunError
@@ -52,6 +54,7 @@ class FinetunePlan:
     shield_refusals: tuple[str, ...]
     limit: Limit  # what is constrained, in the safety critic's unit
     certifiable: Certifiable  # what the budget can prove at best
+    compiling: str  # whether, and why, in words
 
     @property
     def header(self) -> str:
@@ -82,7 +85,7 @@ class FinetunePlan:
                 + (why if self.shield_refusals else ""),
                 f"warm-up     {warm_up}",
                 f"provable    {self.certifiable}",
-                device_line(self.inputs),
+                device_line(self.inputs, config.precision, self.compiling),
             ]
         )
 
@@ -141,9 +144,20 @@ def finetune_config(
     return config
 
 
-def plan_finetune(pretrained: RunDir, config: FinetuneConfig, *, threads: int = 1) -> FinetunePlan:
-    """Check everything an online phase needs; takes no step in the environment."""
+def plan_finetune(
+    pretrained: RunDir,
+    config: FinetuneConfig,
+    *,
+    threads: int = 1,
+    compile_mode: CompileMode | None = None,
+) -> FinetunePlan:
+    """Check everything an online phase needs; takes no step in the environment.
+
+    ``compile_mode`` takes the place of the configured one.
+    """
     configure(threads)
+    updates = config.budget // config.update_every * config.utd
+    compute, compiling = choose(compile_mode or config.compile, config.precision, updates)
     source, source_config = parse_run_yaml(pretrained.config_text, "pretrain", PretrainConfig)
     if pretrained.state["status"] != "finished":
         raise RunError(
@@ -160,6 +174,7 @@ def plan_finetune(pretrained: RunDir, config: FinetuneConfig, *, threads: int = 
         inputs = dataclasses.replace(
             source,
             threads=threads,
+            compiled=compute.compiled,
             pretrained=str(pretrained.path.resolve()),
             pretrained_sha256=checkpoint.sha256,
         )
@@ -173,6 +188,7 @@ def plan_finetune(pretrained: RunDir, config: FinetuneConfig, *, threads: int = 
             shield_refusals=tuple(pretrained.read_json("calibration.json")["shield_refusals"]),
             limit=limit,
             certifiable=certifiable(config.budget, env.horizon, limit, config.safety.confidence),
+            compiling=compiling,
         )
     except BaseException:
         env.close()
@@ -223,7 +239,12 @@ def resume_finetune(
     with run:
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
-        plan = plan_finetune(stored_pretrain_run(inputs), config, threads=inputs.threads)
+        plan = plan_finetune(
+            stored_pretrain_run(inputs),
+            config,
+            threads=inputs.threads,
+            compile_mode=stored_mode(inputs),
+        )
         if plan.pretrained.sha256 != inputs.pretrained_sha256:
             raise RunError(
                 f'The pretrain run "{inputs.pretrained}" has changed since "{run.name}" started '
@@ -246,7 +267,14 @@ def start_loop(plan: FinetunePlan) -> Finetuning:
     """The online loop before its first step."""
     pretrained = plan.pretrained
     with loading(plan.inputs.pretrained or ""):
-        return Finetuning(plan.config, plan.env, plan.dataset, pretrained.tensors, pretrained.info)
+        return Finetuning(
+            plan.config,
+            plan.env,
+            plan.dataset,
+            pretrained.tensors,
+            pretrained.info,
+            compiled=plan.inputs.compiled,
+        )
 
 
 def _drive_finetuning(

@@ -15,7 +15,12 @@ from safe_offrl.check_env import check_environment
 from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
 from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
 from safe_offrl.commands.offline import DEFAULT_ENV
-from safe_offrl.commands.online import finetune_config, plan_finetune, start_loop
+from safe_offrl.commands.online import (
+    FinetunePlan,
+    finetune_config,
+    plan_finetune,
+    start_loop,
+)
 from safe_offrl.config import load_config, parse_run_yaml
 from safe_offrl.data.inspect import format_summary, summarise
 from safe_offrl.data.loading import load_dataset
@@ -113,13 +118,18 @@ def final_policy(run: RunDir) -> Finetuning:
         with contextlib.closing(make_env(inputs.env_id, source.safety)) as env:
             horizon = env.horizon
         config = finetune_config(run, budget=horizon, shield=False)
-        return start_loop(plan_finetune(run, config, threads=inputs.threads))
+        return start_loop(_plan_acting(run, config, inputs.threads))
     inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
-    loop = start_loop(plan_finetune(stored_pretrain_run(inputs), config, threads=inputs.threads))
+    loop = start_loop(_plan_acting(stored_pretrain_run(inputs), config, inputs.threads))
     checkpoint = run.load_checkpoint()
     with loading(run.path):
         loop.load(checkpoint.tensors, checkpoint.info)
     return loop
+
+
+def _plan_acting(pretrained: RunDir, config: FinetuneConfig, threads: int) -> FinetunePlan:
+    # Whoever takes no gradient step needs no compiler.
+    return plan_finetune(pretrained, config, threads=threads, compile_mode="off")
 
 
 def compare_runs(

@@ -1,0 +1,194 @@
+"""Gradient steps: only the optimiser's own parameters, in parts, and compiled as in eager mode."""
+
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from safe_offrl import descent
+from safe_offrl.agents.cql import CQL, CQLConfig
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.descent import EAGER, Compute, Descent, choose
+from safe_offrl.errors import ConfigError
+from safe_offrl.nets import Actor, NetworkConfig, Networks
+from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.state import collect_state
+from safe_offrl.types import Layout, States
+from tests.test_golden import ALGORITHMS, batches
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_step_touches_the_optimisers_own_parameters_only() -> None:
+    networks = Networks(3, 2, NetworkConfig((8,), (8,), 2), seeded())
+    critics = [p.detach().clone() for p in networks.critics.parameters()]
+    observations = torch.randn(6, 3, generator=seeded(1))
+
+    def loss(observations: Tensor) -> tuple[Tensor, Tensor]:  # an actor's, through the critics
+        mean = networks.actor.layers(observations)[:, :2]
+        return networks.q(observations, torch.tanh(mean)).mean(), mean
+
+    optimizer = torch.optim.SGD(networks.actor.parameters(), lr=0.1)
+    descend = Descent(loss, optimizer, EAGER)
+    before, mean = descend(observations)
+    assert not before.requires_grad
+    assert not mean.requires_grad
+    assert loss(observations)[0] < before
+    for now, then in zip(networks.critics.parameters(), critics, strict=True):
+        assert torch.equal(now, then)
+        assert now.grad is None
+
+
+def test_a_step_is_by_hand() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    descend = Descent(lambda a: ((a * x).square().sum(), a), torch.optim.SGD([x], lr=0.1), EAGER)
+    loss, _ = descend(torch.tensor([1.0, 3.0]))
+    assert loss.item() == 1.0 + 36.0
+    assert x.tolist() == pytest.approx([1.0 - 0.1 * 2.0, 2.0 - 0.1 * 36.0])
+
+
+def test_parts_of_a_batch_make_the_step_of_the_whole() -> None:
+    def step(parts: list[int]) -> tuple[list[float], list[float]]:
+        x = torch.tensor([1.0, 2.0], requires_grad=True)
+        data = torch.randn(10, 2, generator=seeded())
+        descend = Descent(
+            lambda a: ((a @ x).square().mean(), a.mean()), torch.optim.SGD([x], lr=0.1), EAGER
+        )
+        values = descend.in_parts([(len(a) / 10, (a,)) for a in data.split(parts)])
+        return [v.item() for v in values], x.tolist()
+
+    whole = step([10])
+    for parts in ([5, 5], [4, 4, 2], [1] * 10):
+        for ours, expected in zip(step(parts), whole, strict=True):
+            assert ours == pytest.approx(expected, rel=1e-5)
+
+
+# --- what a run computes with ---
+
+
+def test_a_short_run_does_not_compile() -> None:
+    compute, why = choose("auto", "fp32", descent.WORTH_COMPILING - 1)
+    assert compute == EAGER
+    assert why == "not compiled: 9,999 updates do not earn it"
+    assert choose("off", "fp32", 10**6) == (EAGER, "not compiled")
+
+
+def test_no_compiler_is_no_obstacle_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compute, why = choose("auto", "fp32", 10**6)
+    assert compute == EAGER
+    assert why == 'not compiled: there is no C++ compiler "no-such-compiler"'
+    with pytest.raises(ConfigError, match=r'no C\+\+ compiler "no-such-compiler". Install it'):
+        choose("on", "fp32", 10**6)
+
+
+def test_no_headers_are_no_obstacle_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert choose("auto", "fp32", 10**6)[1] == (
+        "not compiled: there is no Python.h (a package like python3-dev)"
+    )
+    (tmp_path / "Python.h").touch()
+    assert choose("auto", "fp32", 10**6)[0].compiled
+
+
+def test_bf16_is_refused_where_it_would_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(ConfigError, match="cannot multiply in bfloat16"):
+        choose("auto", "bf16", 10**6)
+    assert choose("off", "fp32", 1)[0].precision == "fp32"
+
+
+# --- the compiled path (a compiler is asserted by the Makefile's environment) ---
+
+compiles = pytest.mark.skipif(
+    bool(descent._missing_for_compiling()) and "CI" not in os.environ,
+    reason="no C++ compiler or no Python.h",
+)
+
+
+@compiles
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_compiled_and_eager_agree_over_a_hundred_steps(name: str) -> None:
+    eager, eager_parts = ALGORITHMS[name]()
+    compiled, compiled_parts = ALGORITHMS[name](compute=Compute(compiled=True))
+    for batch in [*batches(), *batches()]:
+        values = compiled(batch)
+        for key, expected in eager(batch).items():
+            torch.testing.assert_close(values[key], expected, rtol=1e-5, atol=1e-5)
+    state = collect_state(compiled_parts)
+    for key, expected in collect_state(eager_parts).items():
+        torch.testing.assert_close(state[key], expected, rtol=1e-5, atol=1e-5)
+
+
+@compiles
+def test_compiled_and_eager_agree_where_actions_are_discrete() -> None:
+    layout = Layout(4, 3)
+
+    def metrics(compute: Compute) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        generator = seeded()
+        sizes = NetworkConfig((16, 16), (16, 16), 4)
+        networks = Networks(*layout, sizes, generator, discrete=True)
+        cql = CQL(networks, CQLConfig(), compute, calibrated=True)
+        extraction = Extraction(
+            networks.actor, *layout, (16,), ExtractionConfig(), generator, compute
+        )
+        learner = RLPD(networks, layout.action_size, RLPDConfig(), compute)
+        settings = SafetyCriticConfig(members=3, reference=1, hidden=(16,))
+        critic = SafetyCritic(*layout, 20, settings, generator, None, compute)
+        anchor = Actor(*layout, (16,), generator, discrete=True)
+        two = torch.tensor(2.0)
+        logged = []
+        for batch in batches():
+            action = torch.randint(3, (32,), generator=generator)
+            one_hot = torch.nn.functional.one_hot(action, 3).float()
+            batch = batch._replace(actions=one_hot)
+            advantages, values = cql.update(batch, generator)
+            values |= extraction.update(batch, advantages, networks.q, critic.risk, two, generator)
+            values |= learner.update_critics(batch, generator)
+            values |= learner.update_actor(batch, critic.risk, two, anchor, two, generator)
+            starts = States.at_start(batch.observations[:8])
+            values |= critic.update(batch, torch.ones(32), anchor, starts, generator)
+            logged.append(values)
+        return logged, collect_state(learner.parts() | critic.parts() | extraction.parts())
+
+    eager, compiled = metrics(EAGER), metrics(Compute(compiled=True))
+    for ours, expected in zip(compiled[0], eager[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled[1], eager[1], rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_computes_the_same_to_its_precision() -> None:
+    networks = Networks(3, 2, NetworkConfig((32,), (32, 32), 4), seeded())
+    observations = torch.randn(64, 3, generator=seeded(1))
+    actions = torch.randn(64, 2, generator=seeded(2))
+    seen: dict[str, Tensor] = {}
+
+    def step(precision: descent.Precision) -> Tensor:
+        optimizer = torch.optim.SGD(networks.critics.parameters(), lr=0.0)
+
+        def loss() -> tuple[Tensor]:
+            q = networks.q(observations, actions)
+            seen[precision] = q.detach()
+            return (q.square().mean(),)
+
+        (value,) = Descent(loss, optimizer, Compute(precision=precision))()
+        gradient = networks.critics.output.weight.grad
+        assert gradient is not None
+        assert gradient.dtype == value.dtype == seen[precision].dtype == torch.float32
+        return gradient.clone()
+
+    exact, rounded = step("fp32"), step("bf16")
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(seen["bf16"], seen["fp32"], rtol=0.02, atol=0.01)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.01)
