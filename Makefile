@@ -129,6 +129,8 @@ bench:
 	$(D3RLPY)/bin/python -m pip install torch==2.13.0
 	$(D3RLPY)/bin/python -m pip install d3rlpy==2.8.1
 	$(PEERS)/bin/python benchmarks/speed/bench.py --d3rlpy $(D3RLPY)/bin/python
+	$(PEERS)/bin/python benchmarks/speed/loop.py
+	$(PEERS)/bin/python benchmarks/speed/growth.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(D3RLPY) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,7 +24,8 @@ SHAPES = [(60, 2), (17, 6)]  # observation, action: a lidar robot, a MuJoCo robo
 # What each group is compared with.
 REFERENCES = {"sac": "sb3", "iql": "d3rlpy_algos", "cql": "d3rlpy_algos"}
 CASES = ["sac 2 critics", "sac 10 critics", "sac 10 critics utd 20", "iql", "cql"]
-OURS_ALONE = ["sac 2 critics + csc", "iql critics", "cql critics"]
+OURS_ALONE = ["sac 2 critics + csc", "sac 10 critics + csc", "iql critics", "cql critics"]
+MATMUL_FLOPS = 10 * 2 * 256**3  # of one unit of matmul.py
 
 
 class Worker:
@@ -77,6 +78,7 @@ def measure(
         updates[worker.module] = max(20, 20 * round(seconds / pace / 20))
         results[worker.module] = {
             "first_call": first["first_call"],
+            "flops": first.get("flops"),
             "per_second": [],
             "per_cpu_second": [],
         }
@@ -88,6 +90,12 @@ def measure(
             result["per_second"].append(n / answer["seconds"])
             result["per_cpu_second"].append(n / answer["cpu_seconds"])
             result["peak_bytes"] = answer["peak_bytes"]
+    # What the counted operations would take if all of them were such products, back to back.
+    limit = results.pop("matmul")
+    flops = results["ours_eager"]["flops"]
+    for key in ("per_second", "per_cpu_second"):
+        limit[key] = [rate * MATMUL_FLOPS / flops for rate in limit[key]]
+    results["matmul limit"] = limit
     return results
 
 
@@ -121,7 +129,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--d3rlpy", help="Python of an environment with d3rlpy; left out without")
     args = parser.parse_args()
-    pythons = dict.fromkeys(["ours", "sb3", "torchrl_losses", "jax_reference"], sys.executable)
+    modules = ["ours", "ours_bf16", "ours_eager", "matmul", "sb3", "torchrl_losses"]
+    pythons = dict.fromkeys([*modules, "jax_reference"], sys.executable)
     if args.d3rlpy:
         pythons["d3rlpy_algos"] = args.d3rlpy
     record: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "runs": []}
@@ -129,7 +138,10 @@ def main() -> None:
         "Gradient updates (batch 256, networks 256x256). Ratio: to Stable-Baselines3 for SAC, to",
         "d3rlpy for IQL and CQL, per CPU second, median [lowest, highest] of the paired rounds.",
         "First s: building it and one update. Peak MiB: of the process, earlier cases included.",
-        "Of ours, iql and cql include the mixture and the actor; a JAX reference is no library.",
+        "ours: compiled, fp32, as long runs; ours_bf16: with products in bfloat16; ours_eager: as",
+        "short runs are. Of all three, iql and cql include the mixture and the actor. matmul",
+        "limit: the operations of our update at the fp32 rate of plain products of stacked 256x256",
+        "matrices. jax_reference is written for this benchmark, no library.",
     ]
     print("\n".join(text))
     for threads in args.threads:
@@ -140,7 +152,8 @@ def main() -> None:
                 title = f"{case}, observation {shape[0]}, action {shape[1]}, {threads} thread(s)"
                 columns = ("updates/s", "/CPU s", "ratio", "first s", "peak MiB")
                 head = "{:<16}{:>12}{:>12}  {:<20}{:>11}{:>11}".format("", *columns)
-                lines = ["", title, head, *table(case, results)]
+                gigaflop = results["ours_eager"]["flops"] / 1e9
+                lines = ["", f"{title}: {gigaflop:.2f} GFLOP", head, *table(case, results)]
                 print("\n".join(lines), flush=True)
                 text += lines
                 record["runs"].append(

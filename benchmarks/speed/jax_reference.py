@@ -141,7 +141,8 @@ def sac(critics: int, utd: int) -> Callable[[Shape], Callable[[int], None]]:
             following = batch[:, columns.next_observations]
             action, _ = sample(state["actor"], following, jax.random.normal(one, batch_shape))
             members = jax.random.permutation(two, critics)[:2]
-            next_value = q_of(state["target"], following, action)[members].min(0)
+            drawn = jax.tree.map(lambda x: x[members], state["target"])
+            next_value = q_of(drawn, following, action).min(0)
             target = batch[:, columns.reward] + DISCOUNT * next_value
 
             def loss(critic: Tree) -> jax.Array:

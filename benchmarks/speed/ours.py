@@ -1,4 +1,4 @@
-"""safe-offrl's updates, each with its batch drawn from the store, as training runs them."""
+"""safe-offrl's updates as long runs make them, compiled, each with its batch from the store."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.data.sampling import RiskSampler, uniform_batches
+from safe_offrl.descent import Compute
 from safe_offrl.device import configure
 from safe_offrl.nets import NetworkConfig, Networks
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
@@ -20,6 +21,7 @@ from safe_offrl.types import Batch, Layout
 
 configure(int(os.environ["OMP_NUM_THREADS"]))
 SIZES = (HIDDEN, HIDDEN)
+Run = Callable[[int], None]
 
 
 class Store:
@@ -44,19 +46,19 @@ class Store:
 
 
 def sac(
-    critics: int, utd: int, *, safety: bool = False
-) -> Callable[[Shape], Callable[[int], None]]:
+    critics: int, utd: int, compute: Compute, *, safety: bool = False
+) -> Callable[[Shape], Run]:
     """RLPD with ``utd`` critic updates to one of the actor; n counts critic updates."""
 
-    def build(shape: Shape) -> Callable[[int], None]:
+    def build(shape: Shape) -> Run:
         store = Store(shape, critics)
         generator, layout = store.generator, store.layout
-        learner = RLPD(store.networks, layout.action_size, RLPDConfig())
+        learner = RLPD(store.networks, layout.action_size, RLPDConfig(), compute)
         nothing = torch.zeros(())
         starts = torch.arange(0, ROWS + 1, 1000)
         data = layout.unpack(store.rows)
         risky = RiskSampler(store.rows, layout, starts, data.accidents, data.costs)
-        critic = SafetyCritic(*layout, 1000, SafetyCriticConfig(), generator)
+        critic = SafetyCritic(*layout, 1000, SafetyCriticConfig(), generator, None, compute)
 
         def run(n: int) -> None:
             for _ in range(max(1, n // utd)):
@@ -65,7 +67,7 @@ def sac(
                     learner.update_critics(batch, generator)
                 if safety:
                     batch, weights, _ = risky.draw(BATCH, 0.125, generator)
-                    reference = critic.reference_states(batch.observations[:64], None, 1000.0)
+                    reference = critic.reference_states(batch.observations[:32], None, 1000.0)
                     critic.update(batch, weights, store.networks.actor, reference, generator)
                 risk = critic.risk if safety else None
                 learner.update_actor(batches[-1], risk, nothing, None, nothing, generator)
@@ -75,18 +77,20 @@ def sac(
     return build
 
 
-def offline(name: str, *, extract: bool) -> Callable[[Shape], Callable[[int], None]]:
+def offline(name: str, compute: Compute, *, extract: bool) -> Callable[[Shape], Run]:
     """IQL or CQL with 2 critics; ``extract`` adds the mixture and the actor."""
 
-    def build(shape: Shape) -> Callable[[int], None]:
+    def build(shape: Shape) -> Run:
         store = Store(shape, 2)
         layout, generator, networks = store.layout, store.generator, store.networks
         agent = (
-            IQL(networks, layout.observation_size, SIZES, IQLConfig(), generator)
+            IQL(networks, layout.observation_size, SIZES, IQLConfig(), generator, compute)
             if name == "iql"
-            else CQL(networks, CQLConfig(), calibrated=False)
+            else CQL(networks, CQLConfig(), compute, calibrated=False)
         )
-        extraction = Extraction(networks.actor, *layout, SIZES, ExtractionConfig(), generator)
+        extraction = Extraction(
+            networks.actor, *layout, SIZES, ExtractionConfig(), generator, compute
+        )
         no_risk = torch.zeros(BATCH)
 
         def run(n: int) -> None:
@@ -108,13 +112,19 @@ def offline(name: str, *, extract: bool) -> Callable[[Shape], Callable[[int], No
     return build
 
 
-CASES = {
-    "sac 2 critics": sac(2, 1),
-    "sac 10 critics": sac(10, 1),
-    "sac 10 critics utd 20": sac(10, 20),
-    "sac 2 critics + csc": sac(2, 1, safety=True),
-    "iql": offline("iql", extract=True),
-    "cql": offline("cql", extract=True),
-    "iql critics": offline("iql", extract=False),
-    "cql critics": offline("cql", extract=False),
-}
+def cases(compute: Compute) -> dict[str, Callable[[Shape], Run]]:
+    """Every case, computed so."""
+    return {
+        "sac 2 critics": sac(2, 1, compute),
+        "sac 10 critics": sac(10, 1, compute),
+        "sac 10 critics utd 20": sac(10, 20, compute),
+        "sac 2 critics + csc": sac(2, 1, compute, safety=True),
+        "sac 10 critics + csc": sac(10, 1, compute, safety=True),
+        "iql": offline("iql", compute, extract=True),
+        "cql": offline("cql", compute, extract=True),
+        "iql critics": offline("iql", compute, extract=False),
+        "cql critics": offline("cql", compute, extract=False),
+    }
+
+
+CASES = cases(Compute(compiled=True))

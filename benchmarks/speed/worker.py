@@ -4,7 +4,8 @@
 
 MODULE is a file of this folder with ``CASES``: name -> function of a Shape that returns a function
 of n, which makes n updates. A line ``CASE,OBSERVATION,ACTION,UPDATES`` is answered with one line of
-JSON; the first call of a case builds it and makes one update, whose time is ``first_call``.
+JSON; the first call of a case builds it and makes one update, whose time is ``first_call``, and
+counts floating point operations where MODULE has ``flops``.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # what a library prints is not an answer
     sys.path.insert(0, str(Path(__file__).parent))
-    cases: dict[str, Callable[[Shape], Callable[[int], None]]] = importlib.import_module(
-        module
-    ).CASES
+    imported = importlib.import_module(module)
+    cases: dict[str, Callable[[Shape], Callable[[int], None]]] = imported.CASES
     built: dict[tuple[str, Shape], Callable[[int], None]] = {}
     os.write(out, (json.dumps(sorted(cases)) + "\n").encode())
     for line in sys.stdin:
@@ -56,6 +56,8 @@ def main() -> None:
             built[case, shape] = cases[case](shape)
             built[case, shape](1)
             answer["first_call"] = time.perf_counter() - begin
+            if hasattr(imported, "flops"):
+                answer["flops"] = imported.flops(built[case, shape], 20)
         wall, cpu = time.perf_counter(), time.process_time()
         built[case, shape](int(updates))
         answer["seconds"] = time.perf_counter() - wall

@@ -1,0 +1,9 @@
+"""safe-offrl's updates, compiled, with matrix products in bfloat16."""
+
+from __future__ import annotations
+
+from ours import cases
+
+from safe_offrl.descent import Compute
+
+CASES = cases(Compute(compiled=True, precision="bf16"))
