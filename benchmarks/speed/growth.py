@@ -106,23 +106,16 @@ def void(_: object) -> None:
 
 
 def memory(rows: int) -> float:
-    """Peak MiB of a process that holds so many rows and draws from them, less an empty one's."""
+    """MiB that a process (Linux) holds more than before, with so many rows and a batch of them."""
     code = (
-        "import resource, sys, torch; from safe_offrl.types import Layout; "
-        "from safe_offrl.data.sampling import uniform_batches; n = int(sys.argv[1]); "
-        "layout = Layout(60, 2); rows = torch.zeros(n, layout.width); "
-        "rows.fill_(1.0); uniform_batches(rows, layout, 20, 256, torch.Generator()); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "import sys, torch; from safe_offrl.types import Layout; "
+        "from safe_offrl.data.sampling import uniform_batches; "
+        "held = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20; "
+        "before = held(); layout = Layout(60, 2); rows = torch.ones(int(sys.argv[1]), layout.width); "
+        "batch = uniform_batches(rows, layout, 20, 256, torch.Generator()); print(held() - before)"
     )
-    peaks = [
-        float(
-            subprocess.run(
-                [sys.executable, "-c", code, str(n)], check=True, capture_output=True
-            ).stdout
-        )
-        for n in (1, rows)
-    ]
-    return peaks[1] - peaks[0]
+    command = [sys.executable, "-c", code, str(rows)]
+    return float(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 def main() -> None:

@@ -48,9 +48,8 @@ RULES = {"Pendulum-v1": "terminated", "PointHazard-v0": "cost"}  # a pendulum ha
 
 def logged(env: AccidentEnv, env_id: str, spec: SafetySpec, folder: Path) -> Dataset:
     """A log of 20,000 random steps."""
-    arrays = collect(
-        env, behaviours=[random_behaviour(env.action_size)], shares=[1.0], transitions=20_000, seed=0
-    )
+    random = random_behaviour(env.action_size)
+    arrays = collect(env, behaviours=[random], shares=[1.0], transitions=20_000, seed=0)
     path = folder / f"{env_id}.hdf5"
     metadata = {"env_id": env_id, "horizon": env.horizon, "behaviours": [{"name": "random"}]}
     write_dataset(path, arrays, metadata)
