@@ -111,7 +111,8 @@ def memory(rows: int) -> float:
         "import sys, torch; from safe_offrl.types import Layout; "
         "from safe_offrl.data.sampling import uniform_batches; "
         "held = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20; "
-        "before = held(); layout = Layout(60, 2); rows = torch.ones(int(sys.argv[1]), layout.width); "
+        "before, layout, n = held(), Layout(60, 2), int(sys.argv[1]); "
+        "rows = torch.ones(n, layout.width); "
         "batch = uniform_batches(rows, layout, 20, 256, torch.Generator()); print(held() - before)"
     )
     command = [sys.executable, "-c", code, str(rows)]
