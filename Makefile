@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # At these network sizes a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check results ablations safety-gym bench bench-data clean
+.PHONY: help setup demo test check results ablations precision safety-gym bench bench-data clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
@@ -16,6 +16,7 @@ help:
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
 	@echo "make results the results section of the README (half an hour)"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
+	@echo "make precision  does bfloat16 learn as well? five paired seeds (a quarter of an hour)"
 	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (an hour and a quarter)"
 	@echo "make bench   updates a second beside four others (twenty minutes, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
@@ -84,6 +85,21 @@ ablations: setup
 	$(RUN) compare $(RESULTS)/rlpd-* $(ABLATIONS)/rlpd-narrow-* \
 		--group-by learner.target_entropy > docs/results/exploration.txt
 	@cat docs/results/agents.txt docs/results/exploration.txt
+
+# What products in bfloat16 do to the results (after `make results`): the same seeds once more.
+PRECISION := runs/precision
+
+precision: setup
+	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} sh -ec '\
+		$(RUN) pretrain --seed {} precision=bf16 --runs $(PRECISION) --name pretrained-{}; \
+		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(PRECISION); \
+		$(RUN) finetune pretrained-{} precision=bf16 --budget 50k --seed {} \
+			--runs $(PRECISION) --name constrained-{}; \
+		$(RUN) evaluate constrained-{} --episodes 500 --runs $(PRECISION)'
+	for kind in pretrained constrained; do \
+		$(RUN) compare $(RESULTS)/$$kind-* $(PRECISION)/$$kind-* --group-by precision; \
+	done > docs/results/precision.txt
+	@cat docs/results/precision.txt
 
 # Two tasks of Safety-Gymnasium from nothing: data, 3 paired seeds, constrained and RLPD. Runs and
 # data go to runs/safety-gym (remove it first), tables and charts to docs/results.
