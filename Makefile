@@ -14,7 +14,7 @@ help:
 	@echo "make test    install, then run the fast test suite"
 	@echo "make check   formatting, lint and types as well as the fast tests"
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
-	@echo "make results the results section of the README (half an hour)"
+	@echo "make results the results section of the README (twenty-five minutes)"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
 	@echo "make precision  does bfloat16 learn as well? five paired seeds (a quarter of an hour)"
 	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (an hour and a quarter)"

@@ -218,6 +218,65 @@ def evaluate(
 
 
 @app.command()
+def certify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished pretrain or finetune run.")],
+    epsilon: Annotated[
+        float | None, typer.Option(help="Accident probability to stay below; the run's own if out.")
+    ] = None,
+    cost_limit: Annotated[
+        float | None, typer.Option(help="Expected cost of an episode to stay below.")
+    ] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="Of the certificate, over all attempts on this run.")
+    ] = None,
+    episodes: Annotated[
+        int | None,
+        _count_option(
+            "Look once, after so many; else after each, until it is settled", "--episodes"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the episodes.")] = 0,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prove how few accidents a run's final policy has; writes certificate.json and a page.
+
+    Exit code 0 if certified, 3 if refuted or undecided.
+    """
+    from safe_offrl import commands
+
+    result = commands.certify_run(
+        run,
+        epsilon=epsilon,
+        cost_limit=cost_limit,
+        confidence=confidence,
+        episodes=episodes,
+        seed=seed,
+        runs=runs,
+        say=_say(as_json),
+    )
+    if as_json:
+        _print_json(result)
+    if result["verdict"] != "certified":
+        raise typer.Exit(3)
+
+
+@app.command()
+def verify(
+    certificate: Annotated[Path, typer.Argument(metavar="FILE", help="A certificate.json.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a certificate: hashes, arithmetic, and beside its run the episodes and the policy."""
+    from safe_offrl import commands
+
+    checks = commands.verify_certificate(certificate, say=_say(as_json))
+    if as_json:
+        _print_json({check.name: check.detail for check in checks})
+
+
+@app.command()
 def compare(
     references: Annotated[list[str], typer.Argument(metavar="RUN...")],
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figure.")] = None,

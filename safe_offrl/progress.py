@@ -61,9 +61,12 @@ class StopSignal:
 class ProgressLine:
     """One line that a person can read: redrawn on a terminal, printed ~20 times otherwise."""
 
-    def __init__(self, total: int, start: int = 0, say: Say | None = None) -> None:
-        """``total`` and ``start`` in steps; ``say`` replaces the terminal."""
+    def __init__(
+        self, total: int, start: int = 0, say: Say | None = None, unit: str = "steps"
+    ) -> None:
+        """``total`` and ``start`` in ``unit``; ``say`` replaces the terminal."""
         self._total = total
+        self._unit = unit
         self._first = self._last = start
         self._begin = time.monotonic()
         self._say = say or (lambda text: print(text, flush=True))
@@ -73,7 +76,7 @@ class ProgressLine:
 
     def update(self, step: int, text: str) -> None:
         """Show ``text`` for ``step``; on a terminal always, else at every twentieth of the run."""
-        line = f"{step:,}/{self._total:,} steps | {text} | {self._remaining(step)}"
+        line = f"{step:,}/{self._total:,} {self._unit} | {text} | {self._remaining(step)}"
         if self._bar is not None:
             self._bar.set_description_str(line)
         elif step * 20 // self._total > self._last * 20 // self._total or step >= self._total:

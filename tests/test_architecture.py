@@ -25,7 +25,7 @@ LAYERS = [
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints"],
     ["rollout", "deployment", "replay", "env_report", "frozen", "mixture", "penalty"],
-    ["calibration", "check_env", "learners", "evaluate", "run"],  # L3: the loops
+    ["calibration", "certificate", "check_env", "learners", "evaluate", "run"],  # L3: the loops
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
     ["report"],

@@ -5,6 +5,7 @@ finds every mistake of the user. The loops are generators, so writing the ledger
 checkpoints, TensorBoard and the progress line all happen here.
 """
 
+from safe_offrl.commands.certify import certify_run, verify_certificate
 from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.convert import convert_dataset
 from safe_offrl.commands.demo import demo
@@ -34,6 +35,7 @@ from safe_offrl.commands.tools import (
 __all__ = [
     "FinetunePlan",
     "PretrainPlan",
+    "certify_run",
     "check_env_run",
     "collect_config",
     "collect_run",
@@ -52,4 +54,5 @@ __all__ = [
     "resume_finetune",
     "resume_pretrain",
     "say_plain",
+    "verify_certificate",
 ]

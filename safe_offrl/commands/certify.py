@@ -1,0 +1,344 @@
+"""Certify a run's final policy, and check a certificate again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safe_offrl.acting import NumpyActor
+from safe_offrl.certificate import (
+    METHODS,
+    Check,
+    Claim,
+    episodes_without_accident,
+    finished,
+    judge,
+    make_certificate,
+    outcome,
+    play,
+    policy_sha256,
+    shield_sha256,
+    verify,
+)
+from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.tools import final_policy
+from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.files import json_bytes, write_atomic
+from safe_offrl.finetune import Finetuning
+from safe_offrl.ledger import append_to_ledger, reopen_ledger
+from safe_offrl.progress import Interrupted, ProgressLine, Say, StopSignal
+from safe_offrl.run import RunDir, find_run, versions
+from safe_offrl.types import Episode
+
+MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
+FOLDER = "certificates"
+CLAIM, RECORD, CERTIFICATE, PAGE = (
+    "claim.json",
+    "episodes.jsonl",
+    "certificate.json",
+    "certificate.html",
+)
+
+
+def certify_run(
+    reference: str | Path,
+    *,
+    epsilon: float | None = None,
+    cost_limit: float | None = None,
+    confidence: float | None = None,
+    episodes: int | None = None,
+    seed: int = 0,
+    runs: str | Path = "runs",
+    say: Say = say_plain,
+) -> dict[str, Any]:
+    """Play a run's final policy behind its shield until the claim is settled; the certificate.
+
+    Writes ``certificates/<attempt>/`` into the run folder: the claim before the first episode, each
+    episode as it ends, certificate.json and a page. An attempt that was interrupted is continued by
+    the same call; any other call is a further attempt, and pays for it.
+    """
+    run = find_run(reference, Path(runs))
+    if run.state["status"] != "finished":
+        raise RunError(f'The run "{run.name}" is not finished. Finish it with --resume first.')
+    run.lock()
+    with run:
+        loop = final_policy(run)
+        with contextlib.closing(loop.env):
+            claim = _claim(loop, epsilon, cost_limit, confidence, episodes, seed)
+            identity = {
+                "policy_sha256": policy_sha256(loop.deployment.actor, loop.normalizer),
+                "shield_sha256": shield_sha256(loop.deployment.shield),
+            }
+            claim, folder = _attempt(run, claim, identity)
+            subject = _subject(run, loop, identity)
+            say(_header(run, loop, claim))
+            played = _play(loop, claim, folder / RECORD, run, say)
+    record = (folder / RECORD).read_bytes()
+    certificate = make_certificate(claim, played, record, subject)
+    write_atomic(folder / CERTIFICATE, json_bytes(certificate))
+    write_atomic(folder / PAGE, page(certificate).encode())
+    say(f"{summary(certificate)}\n{folder / CERTIFICATE}\n{folder / PAGE}")
+    return certificate
+
+
+def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]:
+    """Check a certificate's hash and arithmetic; beside its run also its episodes and its policy.
+
+    Raises RunError if any check fails, after saying all of them.
+    """
+    path = Path(path)
+    try:
+        certificate = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f'"{path}" cannot be read as a certificate ({error}).') from error
+    if not isinstance(certificate, dict):
+        raise ConfigError(f'"{path}" holds no JSON object, so it is no certificate.')
+    record = path.with_name(RECORD)
+    checks = verify(certificate, record.read_bytes() if record.is_file() else None, f'"{path}"')
+    run = path.resolve().parent.parent.parent
+    if record.is_file() and (run / "run.json").is_file():
+        loop = final_policy(RunDir(run))
+        with contextlib.closing(loop.env):
+            stated = certificate.get("policy", {}), certificate.get("shield", {})
+            same = (
+                policy_sha256(loop.deployment.actor, loop.normalizer),
+                shield_sha256(loop.deployment.shield),
+            ) == tuple(part.get("sha256") for part in stated)
+        checks.append(Check("policy", same, f'of the run "{run.name}", with its shield'))
+    for check in checks:
+        say(f"{'ok    ' if check.passed else 'FAILED'} {check.name:<12}{check.detail}")
+    if not record.is_file():
+        say(f"       {'record':<12}not beside it: neither episodes nor policy were checked")
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise RunError(f'"{path}" does not hold: {", ".join(failed)}. Do not rely on it.')
+    say(summary(certificate))
+    return checks
+
+
+def _claim(
+    loop: Finetuning,
+    epsilon: float | None,
+    cost_limit: float | None,
+    confidence: float | None,
+    episodes: int | None,
+    seed: int,
+) -> Claim:
+    """What was asked for; the run's own constraint if nothing was."""
+    safety = loop.config.safety
+    if epsilon is not None and cost_limit is not None:
+        raise ConfigError("Give --epsilon or --cost-limit: a certificate is about one of them.")
+    by_cost = cost_limit is not None or (epsilon is None and safety.constraint == "cost")
+    if by_cost and loop.limit.constraint != "cost":
+        raise ConfigError(
+            "The run constrains accidents, and how much an episode can cost is not known. "
+            "Give --epsilon."
+        )
+    limit = (cost_limit or safety.cost_limit) if by_cost else (epsilon or safety.epsilon)
+    return Claim(
+        quantity="cost" if by_cost else "accident",
+        limit=limit,
+        scale=loop.limit.scale if by_cost else 1.0,
+        confidence=safety.confidence if confidence is None else confidence,
+        method="anytime" if episodes is None else "one look",
+        episodes=MOST_EPISODES if episodes is None else episodes,
+        seed=seed,
+    )
+
+
+def _attempt(run: RunDir, claim: Claim, identity: dict[str, str]) -> tuple[Claim, Path]:
+    """The attempt that was interrupted, if it is this one; else a new one, its claim on disk."""
+    number = 1
+    while (folder := run.path / FOLDER / str(number)).is_dir():
+        same = dataclasses.replace(claim, attempt=number)
+        stored = folder / CLAIM
+        wanted = {**dataclasses.asdict(same), **identity}
+        open_ = stored.is_file() and not (folder / CERTIFICATE).is_file()
+        if open_ and json.loads(stored.read_bytes()) == wanted:
+            return same, folder
+        number += 1
+    claim = dataclasses.replace(claim, attempt=number)
+    needed = episodes_without_accident(claim)
+    if claim.episodes < needed:
+        raise ConfigError(
+            f"{claim.episodes:,} episodes cannot show {_quantity(claim)} in attempt {number}, even "
+            f"without an accident: it takes {needed:,}. Nothing was played."
+        )
+    folder.mkdir(parents=True)
+    write_atomic(folder / CLAIM, json_bytes({**dataclasses.asdict(claim), **identity}))
+    return claim, folder
+
+
+def _subject(run: RunDir, loop: Finetuning, identity: dict[str, str]) -> dict[str, Any]:
+    """What a certificate is about."""
+    safety, shield = loop.config.safety, loop.deployment.shield
+    return {
+        "policy": {
+            "run": run.name,
+            "kind": run.kind,
+            "version": loop.deployment.version,
+            "checkpoint_sha256": run.load_checkpoint().sha256,
+            "sha256": identity["policy_sha256"],
+        },
+        "shield": {
+            "abstains": shield.abstains,
+            "threshold": shield.threshold,
+            "candidates": shield.config.candidates,
+            "sha256": identity["shield_sha256"],
+        },
+        "environment": {
+            "id": loop.env.env_id,
+            "horizon": loop.env.horizon,
+            "accident": safety.accident,
+            "cost_threshold": safety.cost_threshold,
+        },
+        "versions": versions(loop.env.versions()),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:
+    """Episodes until the claim is settled, each on disk before the next begins."""
+    played = reopen_ledger(path, 0)
+    total = math.fsum(outcome(claim, episode) for episode in played)
+    actor = NumpyActor(loop.deployment.actor)
+    show = None if say is say_plain else say
+    progress = ProgressLine(claim.episodes, len(played), show, "episodes")
+    with StopSignal() as stop:
+        while not finished(claim, total, len(played)):
+            episode = play(
+                claim,
+                len(played),
+                loop.env,
+                actor,
+                loop.deployment.shield,
+                loop.normalizer,
+                loop.deployment.version,
+                played[-1].total_steps if played else 0,
+            )
+            append_to_ledger(path, episode)
+            played.append(episode)
+            total += outcome(claim, episode)
+            progress.update(len(played), _line(claim, total, len(played)))
+            if stop.number:
+                raise Interrupted(
+                    stop.number,
+                    f"stopped after {len(played):,} episodes; all are recorded. Continue with the "
+                    f"same command: safe-offrl certify {run.name}",
+                )
+        progress.close()
+    return played
+
+
+def _line(claim: Claim, total: float, episodes: int) -> str:
+    found = judge(claim, total, episodes)
+    bounds = f" | [{found.lower:.4g}, {found.upper:.4g}]" if claim.method == "anytime" else ""
+    return _seen(claim, total, episodes) + bounds
+
+
+def _seen(claim: Claim, total: float, episodes: int) -> str:
+    if claim.quantity == "accident":
+        return f"{round(total)} of {episodes:,} episodes with an accident"
+    return f"cost {total * claim.scale / episodes:.3g} per episode over {episodes:,} episodes"
+
+
+def _quantity(claim: Claim) -> str:
+    what = (
+        "P(accident in an episode)"
+        if claim.quantity == "accident"
+        else "expected cost of an episode"
+    )
+    return f"{what} < {claim.limit:g}"
+
+
+def _header(run: RunDir, loop: Finetuning, claim: Claim) -> str:
+    """What a person should know before it starts."""
+    many = (
+        f"{claim.episodes:,} episodes, then one look"
+        if claim.method == "one look"
+        else f"as many episodes as it takes, at most {claim.episodes:,}"
+    )
+    attempt = f"attempt {claim.attempt} on this run, at {claim.attempt_confidence:.2%} by itself"
+    return "\n".join(
+        [
+            f"certify     {_quantity(claim)} of {run.name} (version {loop.deployment.version}), "
+            f"confidence {claim.confidence:g}",
+            f"method      {METHODS[claim.method]}",
+            f"episodes    {many}, in {loop.env.env_id}",
+            f"error       {attempt}",
+            f"provable    after {episodes_without_accident(claim):,} episodes, if none has an "
+            "accident" + (" or a cost" if claim.quantity == "cost" else ""),
+        ]
+    )
+
+
+def summary(certificate: dict[str, Any]) -> str:
+    """One sentence for people."""
+    claim = Claim(**certificate["claim"])
+    seen = _seen(claim, certificate["total_outcome"], certificate["episodes"])
+    return (
+        f"{certificate['verdict']}: {_quantity(claim)} at confidence {claim.confidence:g} "
+        f"({seen}; it lies in [{certificate['lower']:.4g}, {certificate['upper']:.4g}])"
+    )
+
+
+def page(certificate: dict[str, Any]) -> str:
+    """A certificate as a self-contained HTML page, for light and dark screens."""
+    claim = Claim(**certificate["claim"])
+    policy, shield, env = (certificate[key] for key in ("policy", "shield", "environment"))
+    packages = certificate["versions"]["packages"]
+    made_with = ", ".join(f"{name} {packages[name]}" for name in ("safe-offrl", "torch"))
+    guard = "abstains" if shield["abstains"] else f"acts above a risk of {shield['threshold']:.3g}"
+    rows = {
+        "Claim": f"{_quantity(claim)}, confidence {claim.confidence:g}",
+        "Seen": f"{_seen(claim, certificate['total_outcome'], certificate['episodes'])}, "
+        f"{certificate['steps']:,} steps",
+        "Bounds": f"[{certificate['lower']:.4g}, {certificate['upper']:.4g}]",
+        "Method": certificate["method"],
+        "Attempt": f"{claim.attempt}, at {claim.attempt_confidence:.2%} by itself",
+        "Policy": f"version {policy['version']} of {policy['run']}, sha256 {policy['sha256']}",
+        "Shield": f"{guard}, {certificate['shield_interventions']:,} interventions, "
+        f"sha256 {shield['sha256']}",
+        "Environment": f'{env["id"]}, {env["horizon"]:,} steps, accident = "{env["accident"]}"',
+        "Seeds": f'stream "{claim.stream}" of seed {claim.seed}',
+        "Record": f"{RECORD}, sha256 {certificate['record_sha256']}",
+        "Made": f"{certificate['created']} with {made_with}",
+    }
+    table = "\n".join(
+        f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(value)}</td></tr>'
+        for key, value in rows.items()
+    )
+    left_out = "\n".join(f"<li>{html.escape(text)}</li>" for text in certificate["does_not_cover"])
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(certificate["verdict"])}: {html.escape(_quantity(claim))}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto;
+  padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: left; vertical-align: top; padding: .4rem .6rem .4rem 0;
+  border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent);
+  overflow-wrap: anywhere; }}
+th {{ width: 8rem; overflow-wrap: normal; }}
+</style>
+<h1>{html.escape(certificate["verdict"].capitalize())}: {html.escape(_quantity(claim))}</h1>
+<table>
+{table}
+</table>
+<h2>What it does not cover</h2>
+<ul>
+{left_out}
+</ul>
+<p>Check it: <code>safe-offrl verify {CERTIFICATE}</code></p>
+</html>
+"""
