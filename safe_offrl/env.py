@@ -172,11 +172,11 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         self._steps = 0
         self._episode_cost = 0.0
         self._raw_observation = observation
-        return self._observe(observation), info
+        return self.observe(observation, 0.0), info
 
     def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
         """Act with ``action`` [A]; ``info`` holds "accident" (bool) and "cost" (float)."""
-        raw_action = self._rescale(action)
+        raw_action = self.own_action(action)
         raw_next, raw_reward, raw_terminated, raw_truncated, info = self.env.step(raw_action)
         self._steps += 1
         terminated = bool(raw_terminated)
@@ -203,7 +203,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             cost = self._cost(info) if "cost" in info else float(accident)
         self._raw_observation = raw_next
         return (
-            self._observe(raw_next),
+            self.observe(raw_next, self._episode_cost),
             reward,
             terminated,
             truncated,
@@ -251,7 +251,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         assert isinstance(self._actions, spaces.Discrete)
         return np.eye(self.action_size, dtype=np.float32)[number - int(self._actions.start)]
 
-    def _rescale(self, action: Vector) -> Any:
+    def own_action(self, action: Vector) -> Any:
         """[A] -> the environment's own bounds, shape and dtype; of a Discrete space, its number."""
         unit = self._finite(action)
         if isinstance(self._actions, spaces.Discrete):
@@ -274,12 +274,12 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             )
         return unit
 
-    def _observe(self, observation: Any) -> Vector:
+    def observe(self, observation: Any, episode_cost: float) -> Vector:
         """The flattened observation and, if the accident depends on it, the cost so far, [O]."""
         flat = self._flatten(observation)
         if not self.sums_cost:
             return flat
-        share = min(self._episode_cost / self._threshold, COST_SHARE_MAX)
+        share = min(episode_cost / self._threshold, COST_SHARE_MAX)
         return np.append(flat, np.float32(share))
 
     def _flatten(self, observation: Any) -> Vector:

@@ -61,7 +61,7 @@ class Shield:
         self.safe_controller = safe_controller
         self.net = copy.deepcopy(critic.net).requires_grad_(False)
         self._reference = critic.config.reference
-        self._previous: Vector | None = None
+        self.previous: Vector | None = None  # action that was accepted last in this episode
 
     @property
     def abstains(self) -> bool:
@@ -70,7 +70,7 @@ class Shield:
 
     def start_episode(self) -> None:
         """Forget the previous episode's action."""
-        self._previous = None
+        self.previous = None
 
     def choose(
         self,
@@ -86,18 +86,18 @@ class Shield:
         if self.threshold is None:
             return first, False
         if self._risk(observation, time_to_go, first[None])[0] <= self.threshold:
-            self._previous = first
+            self.previous = first
             return first, False
         fallbacks = [actor.mean_action(observation)]
-        if self._previous is not None:
-            fallbacks.append(self._previous)
+        if self.previous is not None:
+            fallbacks.append(self.previous)
         if self.safe_controller is not None:
             fallbacks.append(self.safe_controller(observation))
         candidates = actor.candidates(observation, self.config.candidates - 1, rng)
         options = np.stack([*candidates, *fallbacks])
         passing = np.flatnonzero(self._risk(observation, time_to_go, options) <= self.threshold)
         if len(passing):
-            self._previous = options[passing[0]]
+            self.previous = options[passing[0]]
             return options[passing[0]], True
         return (fallbacks[-1] if self.safe_controller is not None else fallbacks[0]), True
 

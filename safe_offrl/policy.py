@@ -1,0 +1,93 @@
+"""A run's final policy for whoever acts with it: predict, as in Stable-Baselines3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_offrl.acting import NumpyActor
+from safe_offrl.commands.tools import final_policy
+from safe_offrl.env import AccidentEnv
+from safe_offrl.run import find_run
+from safe_offrl.shield import Shield
+from safe_offrl.types import Normalizer
+
+
+class Memory(NamedTuple):
+    """What a policy carries from one step of an episode to the next, for its shield."""
+
+    steps: int = 0
+    previous: NDArray[np.float32] | None = None  # the action that was accepted last
+
+
+class Policy:
+    """The deployed policy behind its shield. Takes and gives the environment's own values.
+
+    :meth:`predict` has the signature of Stable-Baselines3, so its ``evaluate_policy`` works: hand
+    the second thing it returns back in, and None (or ``episode_start``) where an episode begins.
+    """
+
+    def __init__(
+        self, env: AccidentEnv, actor: NumpyActor, shield: Shield, normalizer: Normalizer, seed: int
+    ) -> None:
+        self.observation_space = env.env.observation_space
+        self.action_space = env.env.action_space
+        self.horizon = env.horizon
+        self._env = env
+        self._actor = actor
+        self._shield = shield
+        self._normalizer = normalizer
+        self._rng = np.random.default_rng(seed)
+
+    def predict(
+        self,
+        observation: Any,
+        state: Sequence[Memory] | None = None,
+        episode_start: Sequence[bool] | NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+        *,
+        episode_cost: float = 0.0,
+    ) -> tuple[Any, tuple[Memory, ...]]:
+        """The action to execute, and the state to hand back at the next step.
+
+        ``observation`` is one of the environment's own, or a stack [n, ...] of a Box's from n
+        environments; so is the action. Accident probabilities were learnt, and certified, for
+        sampled actions: ``deterministic`` acts with the mean. Under the accident rule
+        "episode_cost" the policy also sees ``episode_cost``, what the episode has cost so far.
+        EnvError for an observation that does not fit the space.
+        """
+        shape = getattr(self.observation_space, "shape", None)
+        stacked = shape is not None and np.ndim(observation) == len(shape) + 1
+        observations = list(observation) if stacked else [observation]
+        memories = list(state) if state is not None else [Memory()] * len(observations)
+        if episode_start is not None:
+            started = np.atleast_1d(np.asarray(episode_start, dtype=bool))
+            memories = [
+                Memory() if begins else memory
+                for begins, memory in zip(started, memories, strict=True)
+            ]
+        actions, carried = [], []
+        for one, memory in zip(observations, memories, strict=True):
+            flat = self._normalizer(self._env.observe(one, episode_cost))
+            self._shield.previous = memory.previous
+            left = max(0.0, 1.0 - memory.steps / self.horizon)
+            action, _ = self._shield.choose(
+                self._actor, flat, left, self._rng, mean_action=deterministic
+            )
+            actions.append(self._env.own_action(action))
+            carried.append(Memory(memory.steps + 1, self._shield.previous))
+        return (np.stack(actions) if stacked else actions[0]), tuple(carried)
+
+
+def load_policy(run: str | Path, *, runs: str | Path = "runs", seed: int = 0) -> Policy:
+    """The policy that a finished run ended with: behind its shield, or a pretrained one by itself.
+
+    ``run`` is a run folder, or a name in ``runs``; ``seed`` is that of its noise.
+    """
+    loop = final_policy(find_run(run, Path(runs)))
+    actor = NumpyActor(loop.deployment.actor)
+    return Policy(loop.env, actor, loop.deployment.shield, loop.normalizer, seed)
