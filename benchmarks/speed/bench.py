@@ -1,6 +1,6 @@
 """Gradient updates a second: safe-offrl and its peers, interleaved on one machine.
 
-    python benchmarks/speed/bench.py [--rounds 7] [--seconds 1] [--threads 1 2] [--out docs/results]
+    python benchmarks/speed/bench.py [--rounds 5] [--seconds 0.5] [--threads 1 2] [--out docs/results]
 
 Every implementation lives in a process of its own (worker.py), pinned to as many cores as it has
 threads. In each round every one of them runs about ``--seconds`` of the same case, in an order that
@@ -123,8 +123,8 @@ def table(case: str, results: dict[str, dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Run everything, print as it goes, write both files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--d3rlpy", help="Python of an environment with d3rlpy; left out without")
