@@ -26,7 +26,7 @@ from safe_offrl.nets import NetworkConfig, Networks
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
 from safe_offrl.state import Part, collect_state, restore_state
-from safe_offrl.types import Batch, Record
+from safe_offrl.types import Record
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ class Pretraining:
 
     def _update(self, *, aligning: bool) -> dict[str, Tensor]:
         config, generator = self.config, self.generator
-        batch = uniform_batches(self.train.rows, self.train.layout, 1, config.batch_size, generator)
-        batch = Batch(*(x[0] for x in batch))
+        size = config.batch_size
+        (batch,) = uniform_batches(self.train.rows, self.train.layout, 1, size, generator)
         if aligning:
             metrics = self.learner.update_critics(batch, generator)
         else:
@@ -214,10 +214,9 @@ class Pretraining:
         index = torch.randint(len(self._starts), (ESTIMATE_STATES,), generator=generator)
         logged = None
         if self.limit.constraint == "cost":
-            batches = uniform_batches(
+            (logged,) = uniform_batches(
                 self.train.rows, self.train.layout, 1, ESTIMATE_STATES, generator
             )
-            logged = Batch(*(x[0] for x in batches))
         reference = self.critic.reference_states(
             self._starts[index], logged, self._steps_per_episode
         )

@@ -30,7 +30,7 @@ def filled(n: int, value: float) -> torch.Tensor:
 def test_every_slice_has_the_exact_share_with_offline_rows_first(
     updates: int, batch_size: int, share: float, n_offline: int
 ) -> None:
-    batch = symmetric_batches(
+    drawn = symmetric_batches(
         filled(50, -1.0),
         filled(3, 1.0),
         LAYOUT,
@@ -39,18 +39,18 @@ def test_every_slice_has_the_exact_share_with_offline_rows_first(
         offline_share=share,
         generator=generator(),
     )
-    assert batch.observations.shape == (updates, batch_size, 3)
-    assert batch.actions.shape == (updates, batch_size, 2)
-    for field in batch:
-        assert field.shape[:2] == (updates, batch_size)
-    for u in range(updates):
-        assert torch.equal(batch.rewards[u, :n_offline], torch.full((n_offline,), -1.0))
-        assert bool((batch.rewards[u, n_offline:] == 1.0).all())
+    assert len(drawn) == updates
+    for batch in drawn:
+        assert batch.observations.shape == (batch_size, 3)
+        assert batch.actions.shape == (batch_size, 2)
+        assert {len(field) for field in batch} == {batch_size}
+        assert torch.equal(batch.rewards[:n_offline], torch.full((n_offline,), -1.0))
+        assert bool((batch.rewards[n_offline:] == 1.0).all())
 
 
 def test_rows_stay_aligned_and_every_row_is_reachable() -> None:
     rows = torch.arange(6.0).unsqueeze(1).expand(-1, LAYOUT.width).clone()
-    batch = symmetric_batches(
+    drawn = symmetric_batches(
         rows,
         rows + 100,
         LAYOUT,
@@ -59,24 +59,26 @@ def test_rows_stay_aligned_and_every_row_is_reachable() -> None:
         offline_share=0.5,
         generator=generator(),
     )
-    for field in batch:  # all columns of a row carry its number
-        spread = field if field.ndim == 3 else field.unsqueeze(-1)
-        assert bool((spread == batch.rewards.unsqueeze(-1)).all())
-    assert set(batch.rewards[:, :16].flatten().tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
-    assert set(batch.rewards[:, 16:].flatten().tolist()) == {100.0 + k for k in range(6)}
-    assert not torch.equal(batch.rewards[0], batch.rewards[1])  # slices are drawn afresh
+    for batch in drawn:
+        for field in batch:  # all columns of a row carry its number
+            spread = field if field.ndim == 2 else field.unsqueeze(-1)
+            assert bool((spread == batch.rewards.unsqueeze(-1)).all())
+    rewards = torch.stack([batch.rewards for batch in drawn])
+    assert set(rewards[:, :16].flatten().tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
+    assert set(rewards[:, 16:].flatten().tolist()) == {100.0 + k for k in range(6)}
+    assert not torch.equal(rewards[0], rewards[1])  # every batch is drawn afresh
 
 
 def test_draws_depend_on_the_generator_alone() -> None:
     rows = torch.randn(40, LAYOUT.width, generator=generator(3))
     torch.manual_seed(0)
-    first = uniform_batches(rows, LAYOUT, 3, 8, generator(1))
+    first = uniform_batches(rows, LAYOUT, 3, 8, generator(1))[2]
     torch.manual_seed(1)
-    again = uniform_batches(rows, LAYOUT, 3, 8, generator(1))
-    other = uniform_batches(rows, LAYOUT, 3, 8, generator(2))
+    again = uniform_batches(rows, LAYOUT, 3, 8, generator(1))[2]
+    other = uniform_batches(rows, LAYOUT, 3, 8, generator(2))[2]
     assert torch.equal(first.observations, again.observations)
     assert not torch.equal(first.observations, other.observations)
-    assert first.rewards.shape == (3, 8)
+    assert first.rewards.shape == (8,)
 
 
 def test_an_empty_store_serves_only_a_share_of_zero() -> None:

@@ -1,6 +1,6 @@
 """Gradient updates a second: safe-offrl and its peers, interleaved on one machine.
 
-    python benchmarks/speed/bench.py [--rounds 5] [--seconds 0.5] [--threads 1 2] [--out docs/results]
+    python benchmarks/speed/bench.py [--rounds 5] [--seconds 0.5] [--threads 1 2] [--out FOLDER]
 
 Every implementation lives in a process of its own (worker.py), pinned to as many cores as it has
 threads. In each round every one of them runs about ``--seconds`` of the same case, in an order that

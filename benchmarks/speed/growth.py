@@ -30,7 +30,7 @@ from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.descent import EAGER, Compute, choose
 from safe_offrl.device import configure
 from safe_offrl.nets import NetworkConfig, Networks
-from safe_offrl.types import Batch, Layout
+from safe_offrl.types import Layout
 
 LAYOUT = Layout(60, 2)
 FLOAT = 4  # bytes
@@ -64,8 +64,7 @@ def updater(sizes: Sizes, compute: Compute) -> tuple[Callable[[], None], int]:
     nothing = torch.zeros(())
 
     def update() -> None:
-        drawn = uniform_batches(rows, LAYOUT, sizes.utd, sizes.batch, generator)
-        batches = [Batch(*(field[u] for field in drawn)) for u in range(sizes.utd)]
+        batches = uniform_batches(rows, LAYOUT, sizes.utd, sizes.batch, generator)
         for batch in batches:
             learner.update_critics(batch, generator)
         learner.update_actor(batches[-1], None, nothing, None, nothing, generator)

@@ -41,8 +41,7 @@ class Store:
 
     def batches(self, n: int) -> list[Batch]:
         """n mini-batches with one draw."""
-        drawn = uniform_batches(self.rows, self.layout, n, BATCH, self.generator)
-        return [Batch(*(field[u] for field in drawn)) for u in range(n)]
+        return uniform_batches(self.rows, self.layout, n, BATCH, self.generator)
 
 
 def sac(

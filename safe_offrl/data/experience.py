@@ -47,7 +47,7 @@ class Experience:
 
     def batches(self, updates: int, batch_size: int, generator: torch.Generator) -> list[Batch]:
         """Mini-batches for the reward critics and the actor, each with its exact share of both."""
-        drawn = symmetric_batches(
+        return symmetric_batches(
             self.dataset.rows,
             self.buffer.rows,
             self.dataset.layout,
@@ -56,7 +56,6 @@ class Experience:
             offline_share=self.offline_share,
             generator=generator,
         )
-        return [Batch(*(field[u] for field in drawn)) for u in range(updates)]
 
     def stratified_batch(
         self,

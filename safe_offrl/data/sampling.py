@@ -18,27 +18,27 @@ def symmetric_batches(
     batch_size: int,
     offline_share: float,
     generator: torch.Generator,
-) -> Batch:
-    """Draw U mini-batches [U, B, ...], each with the same number of offline rows.
+) -> list[Batch]:
+    """Draw U mini-batches [B, ...], each with the same number of offline rows.
 
-    EVERY slice ``[u]`` holds exactly ``round(batch_size * offline_share)`` rows drawn from
+    EVERY one of them holds exactly ``round(batch_size * offline_share)`` rows drawn from
     ``offline_rows`` [N, D], which come first, and the rest from ``online_rows`` [n, D]: symmetric
     sampling (Ball et al. 2023, RLPD) per update, so a high update-to-data ratio cannot put all
-    offline rows into some slices. Rows are drawn uniformly with replacement.
+    offline rows into some of them. Rows are drawn uniformly with replacement.
     """
     if not 0.0 <= offline_share <= 1.0:
         raise ValueError(f"offline_share is {offline_share}, outside [0, 1]")
     n_offline = round(batch_size * offline_share)
     offline = _draw(offline_rows, updates, n_offline, generator)
     online = _draw(online_rows, updates, batch_size - n_offline, generator)
-    return layout.unpack(torch.cat([offline, online], dim=1))
+    return [layout.unpack(rows) for rows in torch.cat([offline, online], dim=1)]
 
 
 def uniform_batches(
     rows: Rows, layout: Layout, updates: int, batch_size: int, generator: torch.Generator
-) -> Batch:
-    """Draw U mini-batches [U, B, ...] uniformly with replacement from ``rows`` [N, D]."""
-    return layout.unpack(_draw(rows, updates, batch_size, generator))
+) -> list[Batch]:
+    """Draw U mini-batches [B, ...] uniformly with replacement from ``rows`` [N, D]."""
+    return [layout.unpack(drawn) for drawn in _draw(rows, updates, batch_size, generator)]
 
 
 def _draw(rows: Rows, updates: int, size: int, generator: torch.Generator) -> Tensor:
