@@ -24,7 +24,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,6 +291,31 @@ class RunDir:
             )
             self._board.add_custom_scalars(_LAYOUT)
         return self._board
+
+    def describe(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Tell TensorBoard's HParams page the settings, and which curves to hold against them.
+
+        Nested settings become dotted names. The summaries go into the run's own events:
+        ``SummaryWriter.add_hparams`` would make a sub-run that is named by the time.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        flat: dict[str, Any] = {}
+
+        def visit(prefix: str, values: Mapping[str, Any]) -> None:
+            for key, value in values.items():
+                if isinstance(value, Mapping):
+                    visit(f"{prefix}{key}.", value)
+                else:
+                    # A bool would become the number 0 or 1.
+                    number = isinstance(value, int | float) and not isinstance(value, bool)
+                    flat[prefix + key] = value if number else str(value)
+
+        visit("", settings)
+        writer = self.board()._get_file_writer()
+        experiment, session, _ = hparams(flat, dict.fromkeys(metrics, 0.0))
+        for summary in (experiment, session):
+            writer.add_summary(summary)
 
     # --- checkpoints ---
 

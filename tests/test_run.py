@@ -210,3 +210,26 @@ def test_tensorboard_shows_metrics_and_layout_and_purges(tmp_path: Path) -> None
     scalars = [(e.step, e.value) for e in events.Scalars("safety/accident_rate")]
     assert scalars == [(10, 0.25), (20, 0.75)]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_tensorboard_holds_settings_against_what_they_led_to(tmp_path: Path) -> None:
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    plugin_data = importlib.import_module("tensorboard.plugins.hparams.plugin_data_pb2")
+    settings = {"seed": 3, "kl": True, "limit": None, "safety": {"epsilon": 0.1, "rule": "cost"}}
+    with make(tmp_path, name="tb") as run:
+        run.describe(settings, ["safety/accident_rate", "online/return"])
+        run.log(20, {"safety/accident_rate": 0.5})
+    events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
+    stored = {
+        tag: plugin_data.HParamsPluginData.FromString(content)
+        for tag, content in events.PluginTagToContent("hparams").items()
+    }
+    values = stored["_hparams_/session_start_info"].session_start_info.hparams
+    assert sorted(values) == ["kl", "limit", "safety.epsilon", "safety.rule", "seed"]
+    assert values["seed"].number_value == 3.0
+    assert values["kl"].string_value == "True"
+    assert values["limit"].string_value == "None"
+    metrics = stored["_hparams_/experiment"].experiment.metric_infos
+    assert [m.name.tag for m in metrics] == ["safety/accident_rate", "online/return"]
+    # One event file, in the run's own folder: no sub-run that is named by the time.
+    assert [p.parent for p in tmp_path.rglob("events.*")] == [tmp_path / "tb"]

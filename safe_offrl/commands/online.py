@@ -40,6 +40,14 @@ from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
 
+# What settings are held against on TensorBoard's HParams page.
+FINAL_CURVES = (
+    "safety/accident_rate",
+    "safety/accidents_total",
+    "safety/cost_mean",
+    "online/return",
+)
+
 
 @dataclass(frozen=True)
 class FinetunePlan:
@@ -286,6 +294,7 @@ def _drive_finetuning(
     say: Say,
 ) -> None:
     progress = ProgressLine(plan.config.budget, curves.step, None if say is say_plain else say)
+    run.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     saved = time.monotonic()
     with StopSignal() as stop:
         for event in loop.run():
