@@ -6,13 +6,13 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.errors import RunError
-from safe_offrl.report import Comparison
+from safe_offrl.report import Comparison, Row
 from safe_offrl.run_data import RunData
 from safe_offrl.statistics import run_level_interval
 from safe_offrl.types import Episode
@@ -21,7 +21,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito: distinguishable with every common kind of colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
+LIGHT: dict[Any, Any] = {"grid.color": "0.92", "text.color": "0.2", "figure.facecolor": "white"}
+_PALE, _PAPER = "0.85", "#121212"
+DARK: dict[Any, Any] = {
+    "figure.facecolor": _PAPER,
+    "axes.facecolor": _PAPER,
+    "legend.facecolor": _PAPER,
+    "grid.color": "0.25",
+    "text.color": _PALE,
+    "axes.edgecolor": _PALE,
+    "axes.labelcolor": _PALE,
+    "xtick.labelcolor": _PALE,
+    "ytick.labelcolor": _PALE,
+}
 _WINDOW = 50  # episodes behind a smoothed return
 _LONG_WINDOW = 100  # episodes behind a realised accident rate
 _COST_WINDOW = 5  # episodes behind a realised cost: episodes that are charged by cost are long
@@ -40,12 +53,20 @@ def write_png(comparison: Comparison, path: Path) -> None:
     draw(runs, path)
 
 
-def draw(runs: Sequence[RunData], path: Path) -> None:
+def draw(runs: Sequence[RunData], target: Path | IO[bytes], *, dark: bool = False) -> None:
     """Write a PNG: accidents, rate or cost, return, and estimate against what was realised.
 
     Where the expected cost is constrained, cost per episode takes the place of the accident rate.
-    Each run needs at least one episode.
+    Each run needs at least one episode. ``dark`` is for a dark page.
     """
+    import matplotlib as mpl
+
+    with mpl.rc_context(DARK if dark else LIGHT):
+        _draw(runs, target)
+
+
+def _draw(runs: Sequence[RunData], target: Path | IO[bytes]) -> None:
+    from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -58,7 +79,7 @@ def draw(runs: Sequence[RunData], path: Path) -> None:
     by_cost = any(run.constraint == "cost" for run in runs)
     window, short = (_COST_WINDOW,) * 2 if by_cost else (_LONG_WINDOW, _WINDOW)
 
-    figure = Figure(figsize=(12.5, 8.4), dpi=110, facecolor="white")
+    figure = Figure(figsize=(12.5, 8.4), dpi=110, facecolor=rcParams["figure.facecolor"])
     FigureCanvasAgg(figure)
     accidents, rate, returns, estimate = figure.subplots(2, 2).ravel()
     for method, members in groups.items():
@@ -94,8 +115,9 @@ def draw(runs: Sequence[RunData], path: Path) -> None:
             axis.set_ylim(top=max(axis.get_ylim()[1], 1.15 * limit))
             _draw_limit(axis, name, limit)
 
-    dots = Line2D([], [], color="0.3", linewidth=1.6, marker="o", markersize=3.5)
-    dotted = Line2D([], [], color="0.3", linewidth=1.4, linestyle=_DOTTED)
+    ink = rcParams["text.color"]
+    dots = Line2D([], [], color=ink, linewidth=1.6, marker="o", markersize=3.5)
+    dotted = Line2D([], [], color=ink, linewidth=1.4, linestyle=_DOTTED)
     labels = ["estimate of the acting policy", f"realised, last {window} episodes"]
     estimate.legend([dots, dotted], labels, fontsize=8.5, loc="best", framealpha=0.85)
     figure.tight_layout(rect=(0, 0, 1, 0.955), h_pad=2.0, w_pad=2.0)
@@ -109,7 +131,65 @@ def draw(runs: Sequence[RunData], path: Path) -> None:
         ncols=4,
         frameon=False,
     )
-    figure.savefig(path)
+    figure.savefig(target, format="png")
+
+
+def draw_outcome(comparison: Comparison, target: Path | IO[bytes], *, dark: bool = False) -> None:
+    """Write a PNG of how the runs ended: return against accidents or cost, and return profiles.
+
+    A method is on the front if no other has both a higher mean return and fewer accidents. A
+    profile is the share of its runs that reach a return (Agarwal et al. 2021, arXiv:2108.13264).
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context(DARK if dark else LIGHT):
+        _draw_outcome(comparison, target)
+
+
+def _draw_outcome(comparison: Comparison, target: Path | IO[bytes]) -> None:
+    from matplotlib import rcParams
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[Row]] = {}
+    for row in comparison.rows:
+        if row.episodes:
+            groups.setdefault(row.method, []).append(row)
+    by_cost = any(run.constraint == "cost" for run in comparison.runs)
+    figure = Figure(figsize=(12.5, 4.4), dpi=110, facecolor=rcParams["figure.facecolor"])
+    FigureCanvasAgg(figure)
+    plane, profile = figure.subplots(1, 2)
+    centres = []
+    lowest = min((row.final_return.value for rows in groups.values() for row in rows), default=0.0)
+    for (method, rows), colour in zip(groups.items(), itertools.cycle(COLOURS), strict=False):
+        x = np.array([row.cost.value if by_cost else row.per_1000_steps.value for row in rows])
+        y = np.array([row.final_return.value for row in rows])
+        plane.scatter(x, y, s=26, color=colour, alpha=0.6, linewidths=0)
+        plane.scatter([x.mean()], [y.mean()], s=110, color=colour, label=method)
+        centres.append((float(x.mean()), float(y.mean())))
+        reached = np.sort(y)
+        left = np.concatenate([[lowest], reached, reached[-1:]])
+        share = np.concatenate([[1.0], 1.0 - np.arange(len(y)) / len(y), [0.0]])
+        profile.step(left, share, where="pre", color=colour, linewidth=1.8, label=method)
+    front = pareto_front(centres)
+    plane.plot(*zip(*front, strict=True), color=rcParams["text.color"], linestyle=_DASHED, zorder=0)
+    quantity = "cost per episode" if by_cost else "accidents per 1000 steps"
+    finish(plane, "Return against accidents while learning", "final return", quantity)
+    finish(profile, "Share of the runs that reach a return", "share of runs", "final return")
+    plane.set_xlim(left=0)
+    profile.set_ylim(0, 1.05)
+    plane.legend(fontsize=8.5, framealpha=0.85)
+    figure.tight_layout(w_pad=2.0)
+    figure.savefig(target, format="png")
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (harm, gain) that no other beats in both, by rising harm."""
+    front: list[tuple[float, float]] = []
+    for harm, gain in sorted(set(points), key=lambda p: (p[0], -p[1])):
+        if not front or gain > front[-1][1]:
+            front.append((harm, gain))
+    return front
 
 
 def _draw_accidents(axis: Axes, runs: Sequence[RunData], colour: str) -> None:
@@ -196,7 +276,10 @@ def _draw_estimate(axis: Axes, runs: Sequence[RunData], colour: str, window: int
 
 
 def _draw_limit(axis: Axes, name: str, limit: float) -> None:
-    axis.axhline(limit, color="0.25", linestyle=_DASHED, linewidth=1.1, zorder=1)
+    from matplotlib import rcParams
+
+    ink, paper = rcParams["text.color"], rcParams["axes.facecolor"]
+    axis.axhline(limit, color=ink, linestyle=_DASHED, linewidth=1.1, zorder=1)
     axis.annotate(
         f"{name} {limit:g}",
         (0.5, limit),
@@ -204,8 +287,8 @@ def _draw_limit(axis: Axes, name: str, limit: float) -> None:
         ha="center",
         va="center",
         fontsize=8.5,
-        color="0.25",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
+        color=ink,
+        bbox={"facecolor": paper, "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
     )
 
 
@@ -229,7 +312,7 @@ def finish(axis: Axes, title: str, ylabel: str, xlabel: str = "environment steps
     axis.set_title(title, loc="left", fontsize=11.5, fontweight="bold")
     axis.set_ylabel(ylabel, fontsize=9.5)
     axis.set_xlabel(xlabel, fontsize=9.5)
-    axis.grid(True, color="0.92", linewidth=0.8)
+    axis.grid(True, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8.5, color="0.5")

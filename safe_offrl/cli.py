@@ -280,6 +280,9 @@ def verify(
 def compare(
     references: Annotated[list[str], typer.Argument(metavar="RUN...")],
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figure.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it all as one page for a browser.")
+    ] = None,
     group_by: Annotated[
         str | None, typer.Option(metavar="KEY", help="Pool runs by this setting, not by method.")
     ] = None,
@@ -291,7 +294,7 @@ def compare(
     from safe_offrl import commands
 
     result = commands.compare_runs(
-        references, png=png, group_by=group_by, runs=runs, say=_say(as_json)
+        references, png=png, html=html, group_by=group_by, runs=runs, say=_say(as_json)
     )
     if as_json:
         _print_json(result)

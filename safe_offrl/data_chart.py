@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from safe_offrl.charts import COLOURS, finish
+from safe_offrl.charts import COLOURS, LIGHT, finish
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.inspect import TIME_BINS, DatasetSummary, first_accidents, principal_components
 
@@ -20,6 +20,13 @@ MAX_GROUPS = len(COLOURS) - 1  # with a colour of their own; the rest share the 
 
 def write_data_png(dataset: Dataset, summary: DatasetSummary, path: Path) -> None:
     """Write a PNG of four panels: return against cost, accident times, states, actions."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(LIGHT):
+        _draw(dataset, summary, path)
+
+
+def _draw(dataset: Dataset, summary: DatasetSummary, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

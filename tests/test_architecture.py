@@ -30,7 +30,7 @@ LAYERS = [
     ["config", "progress", "run_data"],  # L4: what users touch
     ["report"],
     ["tables", "charts"],
-    ["data_chart"],
+    ["data_chart", "page"],
     ["commands"],
     ["policy"],
     ["cli"],  # L5

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_offrl import charts, data_chart, report, tables
+from safe_offrl import charts, data_chart, page, report, tables
 from safe_offrl.acting import NumpyActor
 from safe_offrl.check_env import check_environment
 from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
@@ -136,11 +136,12 @@ def compare_runs(
     references: Sequence[str | Path],
     *,
     png: str | Path | None = None,
+    html: str | Path | None = None,
     group_by: str | None = None,
     runs: str | Path = "runs",
     say: Say = say_plain,
 ) -> dict[str, Any]:
-    """Print the comparison of runs, write its figure if asked for, return it as plain values."""
+    """Print the comparison of runs, write figure and page if asked for; returns plain values."""
     paths = [find_run(reference, Path(runs)).path for reference in references]
     comparison = report.compare(paths, group_by=group_by)
     say(tables.format_table(comparison))
@@ -148,6 +149,10 @@ def compare_runs(
         Path(png).parent.mkdir(parents=True, exist_ok=True)
         charts.write_png(comparison, Path(png))
         say(f"figure      {png}")
+    if html is not None:
+        Path(html).parent.mkdir(parents=True, exist_ok=True)
+        page.write_html(comparison, Path(html))
+        say(f"page        {html}")
     return comparison.as_dict()
 
 
