@@ -9,110 +9,30 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.acceptance import AcceptanceConfig, Decision
+from safe_offrl.acceptance import Decision
 from safe_offrl.acting import NumpyActor
-from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.experience import Experience
 from safe_offrl.deployment import Deployment
-from safe_offrl.descent import CompileMode, Compute, Precision
+from safe_offrl.descent import Compute
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
-from safe_offrl.lagrangian import LagrangianConfig, Multiplier
+from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.lagrangian import Multiplier
 from safe_offrl.monitor import SafetyMonitor
-from safe_offrl.nets import NetworkConfig, Networks
+from safe_offrl.nets import Networks
 from safe_offrl.rollout import PlayedEpisode, play_episode
-from safe_offrl.safety import SafetySpec
-from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.shield import ShieldConfig
+from safe_offrl.safety_critic import SafetyCritic
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Episode, Normalizer, States
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of the online phase.
-
-    ``budget`` interactions in all, whole episodes only. The first ``warmup_steps`` are the frozen
-    pretrained policy's (WSRL, arXiv:2412.07762): no random action is ever sent. Then every
-    ``iteration_steps`` interactions end in one proposal. Every ``update_every`` interactions pay
-    for ``utd`` updates of the critics (every batch with exactly ``offline_share`` of logged data),
-    one of the safety critic and one of the actor. ``kl``, ``safety_constraint`` and ``shield``
-    switch each part off; all off is RLPD warm-started from the same policy, which then deploys its
-    learner after every episode.
-
-    ``cautious_entropy`` (nats per action dimension) replaces ``learner.target_entropy`` while the
-    safety constraint is on. The noise that a policy explores with is itself a source of
-    accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
-    log A) likewise replaces ``learner.discrete_entropy``: at .1 the best of four actions has a
-    probability of about .98. ``compile`` and ``precision`` say how losses are computed, see
-    :mod:`safe_offrl.descent`.
-    """
-
-    budget: int = 50_000
-    accident_budget: int | None = None
-    seed: int = 0
-    kl: bool = True
-    safety_constraint: bool = True
-    shield: bool = True
-    warmup_steps: int = 5_000
-    iteration_steps: int = 500
-    update_every: int = 1
-    utd: int = 1
-    batch_size: int = 256
-    offline_share: float = 0.5
-    cautious_entropy: float = -1.0
-    cautious_discrete_entropy: float = 0.1
-    visited_steps: int = 2_000
-    compile: CompileMode = "auto"
-    precision: Precision = "fp32"
-    safety: SafetySpec = field(default_factory=SafetySpec)
-    networks: NetworkConfig = field(default_factory=NetworkConfig)
-    critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)
-    lagrangian: LagrangianConfig = field(
-        default_factory=lambda: LagrangianConfig(learning_rate=3e-3, aim=0.6)
-    )
-    learner: RLPDConfig = field(default_factory=RLPDConfig)
-    acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
-    shielding: ShieldConfig = field(default_factory=ShieldConfig)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot run."""
-        if self.budget < 1:
-            raise ConfigError(
-                f"The budget is {self.budget} steps, too small for one episode. Try 50k."
-            )
-        if self.accident_budget is not None and self.accident_budget < 1:
-            raise ConfigError(
-                f"The accident budget is {self.accident_budget}, but at least 1 is needed. Leave "
-                "it out for a run that no number of accidents stops."
-            )
-        if min(self.warmup_steps, self.iteration_steps, self.utd, self.update_every) < 1:
-            raise ConfigError(
-                "warmup_steps, iteration_steps, utd and update_every must be at least 1. Raise the "
-                "one that is too small."
-            )
-        if self.batch_size < 2:
-            raise ConfigError(
-                f"batch_size is {self.batch_size}, but at least 2 is needed. Try 256."
-            )
-        if not 0.0 <= self.offline_share < 1.0:
-            raise ConfigError(
-                f"offline_share is {self.offline_share}, but a share in [0, 1) is needed. 0.5 is "
-                "symmetric sampling."
-            )
-
-    @property
-    def unconstrained(self) -> bool:
-        """Whether every part of the constraint machinery is off."""
-        return not (self.kl or self.safety_constraint or self.shield)
 
 
 class Iteration(NamedTuple):
@@ -140,14 +60,6 @@ class Iteration(NamedTuple):
     rolled_back: bool
     metrics: dict[str, float]
 
-
-# What the cost constraint has for defaults, see pretrain.COST_DEFAULTS. Offline a slow target keeps
-# the critic close to what the log's own behaviours cost, which no blind spot can talk down; online
-# it is checked against every episode, and a slow target would only delay what they say.
-COST_DEFAULTS: dict[str, Any] = {
-    "critic": {"tau": 0.05, "weight_decay": 0.1},
-    "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
-}
 
 REFERENCE_STATES = 32  # start (and visited) states per update of the safety critic
 ESTIMATE_STATES = 1000  # states behind one estimate of what is constrained

@@ -24,7 +24,16 @@ LAYERS = [
     ["nets", "observations", "user_code"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints"],
-    ["rollout", "deployment", "replay", "env_report", "frozen", "mixture", "penalty"],
+    [
+        "finetune_config",
+        "rollout",
+        "deployment",
+        "replay",
+        "env_report",
+        "frozen",
+        "mixture",
+        "penalty",
+    ],
     ["calibration", "certificate", "check_env", "learners", "evaluate", "run"],  # L3: the loops
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch

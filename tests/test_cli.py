@@ -226,7 +226,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 def test_print_config(call: Call, pretrained: Path) -> None:
     from safe_offrl.config import from_yaml
-    from safe_offrl.finetune import FinetuneConfig
+    from safe_offrl.finetune_config import FinetuneConfig
     from safe_offrl.pretrain import PretrainConfig
 
     outcome = call("pretrain", "--agent", "calql", "--steps", "50k", "--print-config")

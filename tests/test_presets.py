@@ -9,7 +9,7 @@ import pytest
 from safe_offrl.collect import CollectConfig
 from safe_offrl.config import load_config, load_preset, read_yaml
 from safe_offrl.envs import SAFETY_GYM
-from safe_offrl.finetune import FinetuneConfig
+from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.pretrain import PretrainConfig
 
 PRESETS = {

@@ -14,7 +14,7 @@ import pytest
 
 from safe_offrl import commands
 from safe_offrl.config import parse_run_yaml
-from safe_offrl.finetune import FinetuneConfig
+from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.progress import StopSignal
 from safe_offrl.run import RunDir
 from tests.test_descent import compiles

@@ -37,7 +37,8 @@ from safe_offrl.data.storage import TransitionBuffer
 from safe_offrl.descent import choose
 from safe_offrl.device import configure
 from safe_offrl.env import AccidentEnv, make_env
-from safe_offrl.finetune import FinetuneConfig, Finetuning
+from safe_offrl.finetune import Finetuning
+from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.mixture import collect
 from safe_offrl.nets import NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining

@@ -28,7 +28,8 @@ from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.evaluate import evaluate
 from safe_offrl.files import plain
-from safe_offrl.finetune import FinetuneConfig, Finetuning
+from safe_offrl.finetune import Finetuning
+from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import Say
 from safe_offrl.run import RunDir, find_run
