@@ -18,7 +18,7 @@ help:
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
 	@echo "make precision  does bfloat16 learn as well? five paired seeds (a quarter of an hour)"
 	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (an hour and a quarter)"
-	@echo "make bench   updates a second beside four others (twenty minutes, 3 GB of disk)"
+	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
 	@echo "make clean   remove $(VENV), build products and caches; runs/ stays"
 	@echo "Another interpreter: make setup PYTHON=python3.12"
