@@ -158,18 +158,8 @@ def play(
     seed = episode_seed(claim.seed, index, claim.stream)
     rng = np.random.default_rng([claim.seed, claim.attempt, index])
     played = play_episode(env, actor, shield, normalizer, seed, rng)
-    return Episode(
-        index=index,
-        seed=seed,
-        steps=len(played.rows),
-        total_steps=steps_before + len(played.rows),
-        episode_return=played.episode_return,
-        cost=played.cost,
-        accident=played.accident,
-        accident_steps=played.accident_steps,
-        version=version,
-        phase="certify",
-        shield_interventions=played.shield_interventions,
+    return played.recorded(
+        index=index, seed=seed, steps_before=steps_before, version=version, phase="certify"
     )
 
 

@@ -32,17 +32,7 @@ def evaluate(
         played = play_episode(
             env, actor, shield, normalizer, reset_seed, rng, mean_action=mean_action
         )
-        steps += len(played.rows)
-        yield Episode(
-            index=index,
-            seed=reset_seed,
-            steps=len(played.rows),
-            total_steps=steps,
-            episode_return=played.episode_return,
-            cost=played.cost,
-            accident=played.accident,
-            accident_steps=played.accident_steps,
-            version=version,
-            phase="evaluate",
-            shield_interventions=played.shield_interventions,
+        yield played.recorded(
+            index=index, seed=reset_seed, steps_before=steps, version=version, phase="evaluate"
         )
+        steps += len(played.rows)

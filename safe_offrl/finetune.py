@@ -163,18 +163,12 @@ class Finetuning:
             )
             previous = self.steps
             self._remember(played)
-            episode = Episode(
+            episode = played.recorded(
                 index=self.episodes,
                 seed=seed,
-                steps=len(played.rows),
-                total_steps=self.steps,
-                episode_return=played.episode_return,
-                cost=played.cost,
-                accident=played.accident,
-                accident_steps=played.accident_steps,
+                steps_before=previous,
                 version=self.deployment.version,
                 phase="warmup" if warming_up else "online",
-                shield_interventions=played.shield_interventions,
             )
             self.episodes += 1
             yield episode

@@ -12,7 +12,7 @@ from safe_offrl.acting import NumpyActor
 from safe_offrl.env import AccidentEnv
 from safe_offrl.errors import EnvError
 from safe_offrl.shield import Shield
-from safe_offrl.types import Normalizer
+from safe_offrl.types import Episode, Normalizer
 
 
 class PlayedEpisode(NamedTuple):
@@ -24,6 +24,24 @@ class PlayedEpisode(NamedTuple):
     accident: bool
     accident_steps: int
     shield_interventions: int
+
+    def recorded(
+        self, *, index: int, seed: int, steps_before: int, version: int, phase: str
+    ) -> Episode:
+        """What the ledger keeps of it; ``steps_before`` were charged by earlier episodes."""
+        return Episode(
+            index=index,
+            seed=seed,
+            steps=len(self.rows),
+            total_steps=steps_before + len(self.rows),
+            episode_return=self.episode_return,
+            cost=self.cost,
+            accident=self.accident,
+            accident_steps=self.accident_steps,
+            version=version,
+            phase=phase,
+            shield_interventions=self.shield_interventions,
+        )
 
 
 def play_episode(
