@@ -176,6 +176,11 @@ def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
         panel.loglog(x, measured, "o-", label="measured")
         panel.loglog(x, model, "--", color="grey", label="model")
         panel.set(xlabel=name, ylabel="MiB" if name == "dataset rows" else "ms an update")
+        panel.minorticks_off()
+        panel.set_xticks(x, [f"{v:,}" if v < 10_000 else f"{v // 1000:,}k" for v in x])
+        ticks = [v for v in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if v >= 0.8 * min(model)]
+        ticks = [v for v in ticks if v <= 1.2 * max(measured)]
+        panel.set_yticks(ticks, [f"{v:,}" for v in ticks])
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(path, dpi=110)
