@@ -84,7 +84,7 @@ class Policy:
 
 
 def load_policy(run: str | Path, *, runs: str | Path = "runs", seed: int = 0) -> Policy:
-    """The policy that a finished run ended with: behind its shield, or a pretrained one by itself.
+    """A run's policy at its newest checkpoint: behind its shield, or a pretrained one by itself.
 
     ``run`` is a run folder, or a name in ``runs``; ``seed`` is that of its noise.
     """

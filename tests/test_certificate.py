@@ -273,8 +273,9 @@ def test_bad_questions_are_one_sentence(root: Path, run: RunDir, tmp_path: Path)
         commands.certify_run("offline", epsilon=0.1, cost_limit=25.0, runs=root, say=silent)
     with pytest.raises(ConfigError, match="how much an episode can cost is not known"):
         commands.certify_run("offline", cost_limit=25.0, runs=root, say=silent)
-    with pytest.raises(ConfigError, match="strictly between 0 and 1"):
-        commands.certify_run("offline", epsilon=2.0, runs=root, say=silent)
+    for nonsense in (2.0, 0.0):  # 0 is not "left out"
+        with pytest.raises(ConfigError, match="strictly between 0 and 1"):
+            commands.certify_run("offline", epsilon=nonsense, runs=root, say=silent)
     # What cannot be shown is said before it costs an episode, and is no attempt.
     attempts = sorted((root / "offline" / "certificates").iterdir())
     with pytest.raises(ConfigError, match=r"100 episodes cannot show .* it takes .* Nothing was"):

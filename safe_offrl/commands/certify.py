@@ -79,10 +79,10 @@ def certify_run(
             subject = _subject(run, loop, identity)
             say(_header(run, loop, claim))
             played = _play(loop, claim, folder / RECORD, run, say)
-    record = (folder / RECORD).read_bytes()
-    certificate = make_certificate(claim, played, record, subject)
-    write_atomic(folder / CERTIFICATE, json_bytes(certificate))
-    write_atomic(folder / PAGE, page(certificate).encode())
+        record = (folder / RECORD).read_bytes()
+        certificate = make_certificate(claim, played, record, subject)
+        write_atomic(folder / PAGE, page(certificate).encode())
+        write_atomic(folder / CERTIFICATE, json_bytes(certificate))  # last: it ends the attempt
     say(f"{summary(certificate)}\n{folder / CERTIFICATE}\n{folder / PAGE}")
     return certificate
 
@@ -140,10 +140,10 @@ def _claim(
             "The run constrains accidents, and how much an episode can cost is not known. "
             "Give --epsilon."
         )
-    limit = (cost_limit or safety.cost_limit) if by_cost else (epsilon or safety.epsilon)
+    asked, stored = (cost_limit, safety.cost_limit) if by_cost else (epsilon, safety.epsilon)
     return Claim(
         quantity="cost" if by_cost else "accident",
-        limit=limit,
+        limit=stored if asked is None else asked,
         scale=loop.limit.scale if by_cost else 1.0,
         confidence=safety.confidence if confidence is None else confidence,
         method="anytime" if episodes is None else "one look",
