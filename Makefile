@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # At these network sizes a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check results ablations precision safety-gym bench bench-data clean
+.PHONY: help setup demo test check results ablations precision safety-gym bench bench-data bench-assess clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
@@ -20,6 +20,7 @@ help:
 	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (an hour and a quarter)"
 	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
+	@echo "make bench-assess  do the intervals of assess hold the truth? (an hour)"
 	@echo "make clean   remove $(VENV), build products and caches; runs/ stays"
 	@echo "Another interpreter: make setup PYTHON=python3.12"
 
@@ -62,7 +63,7 @@ results: setup
 		$(RUN) pretrain --seed {} --runs $(RESULTS) --name pretrained-{}; \
 		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(RESULTS)'
 	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} sh -ec '\
-		$(RUN) finetune pretrained-{} --budget 50k --seed {} --runs $(RESULTS) --name constrained-{}; \
+		$(RUN) finetune pretrained-{} --budget 50k --accept-risk --seed {} --runs $(RESULTS) --name constrained-{}; \
 		$(RUN) evaluate constrained-{} --episodes 500 --runs $(RESULTS); \
 		$(RUN) finetune pretrained-{} --budget 50k --seed {} $(OFF) --runs $(RESULTS) --name rlpd-{}; \
 		$(RUN) evaluate rlpd-{} --episodes 500 --runs $(RESULTS)'
@@ -93,7 +94,7 @@ precision: setup
 	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} sh -ec '\
 		$(RUN) pretrain --seed {} precision=bf16 --runs $(PRECISION) --name pretrained-{}; \
 		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(PRECISION); \
-		$(RUN) finetune pretrained-{} precision=bf16 --budget 50k --seed {} \
+		$(RUN) finetune pretrained-{} precision=bf16 --budget 50k --accept-risk --seed {} \
 			--runs $(PRECISION) --name constrained-{}; \
 		$(RUN) evaluate constrained-{} --episodes 500 --runs $(PRECISION)'
 	for kind in pretrained constrained; do \
@@ -120,7 +121,7 @@ safety-gym: setup
 		$(RUN) pretrain --env $$0 --dataset $(TASK_RUNS)/$$0.hdf5 --seed $$1 \
 			--runs $$runs --name pretrained-$$1; \
 		$(RUN) evaluate pretrained-$$1 --episodes 50 --runs $$runs; \
-		$(RUN) finetune pretrained-$$1 --budget 50k --seed $$1 --runs $$runs --name constrained-$$1; \
+		$(RUN) finetune pretrained-$$1 --budget 50k --accept-risk --seed $$1 --runs $$runs --name constrained-$$1; \
 		$(RUN) evaluate constrained-$$1 --episodes 50 --runs $$runs; \
 		$(RUN) finetune pretrained-$$1 --budget 50k --seed $$1 $(OFF) --runs $$runs --name rlpd-$$1; \
 		$(RUN) evaluate rlpd-$$1 --episodes 50 --runs $$runs'
@@ -132,6 +133,11 @@ safety-gym: setup
 
 bench-data: setup
 	$(BIN)/python benchmarks/large_dataset.py
+
+# Coverage on an environment whose accident probability is known.
+bench-assess: setup
+	$(BIN)/python benchmarks/assess_coverage.py > docs/results/assess.txt
+	@cat docs/results/assess.txt
 
 # Peers in environments of their own: their pins are not ours. d3rlpy's exclude our Gymnasium.
 PEERS := .venv-peers

@@ -114,6 +114,38 @@ def pretrain(
 
 
 @app.command()
+def assess(
+    references: Annotated[list[str], typer.Argument(metavar="RUN...", help="Pretrain runs.")],
+    epsilon: Annotated[
+        float | None, typer.Option(help="Limit of P(accident); each run's own if left out.")
+    ] = None,
+    cost_limit: Annotated[
+        float | None, typer.Option(help="Limit of the expected cost per episode.")
+    ] = None,
+    confidence: Annotated[float | None, typer.Option(help="Of intervals and limits.")] = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say from the log alone what a pretrained policy would do; of several, name the one to use.
+
+    Writes assessment.json into each run.
+    """
+    from safe_offrl import commands
+
+    result = commands.assess_runs(
+        references,
+        epsilon=epsilon,
+        cost_limit=cost_limit,
+        confidence=confidence,
+        runs=runs,
+        say=_say(as_json),
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def finetune(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="RUN|KEY=VALUE", show_default=False)
@@ -136,6 +168,12 @@ def finetune(
         ),
     ] = False,
     no_shield: Annotated[bool, typer.Option("--no-shield", help="Switch the shield off.")] = False,
+    accept_risk: Annotated[
+        bool,
+        typer.Option(
+            "--accept-risk", help="Start although the log does not show that the limit is kept."
+        ),
+    ] = False,
     name: Name = None,
     runs: Runs = Path("runs"),
     resume: Resume = None,
@@ -148,7 +186,8 @@ def finetune(
 ) -> None:
     """Go on learning in the environment, within both constraints.
 
-    RUN is a finished pretrain run; the newest one if left out.
+    RUN is a finished pretrain run; the newest one if left out. Refuses to start unless the log
+    shows that its policy keeps the limit, see `safe-offrl assess`.
     """
     from safe_offrl import commands
     from safe_offrl.config import to_yaml
@@ -173,7 +212,9 @@ def finetune(
         "shield": False if no_shield else None,
     }
     if resume is not None:
-        _refuse_settings_on_resume([*settings.values(), name, *references, *keys])
+        _refuse_settings_on_resume(
+            [*settings.values(), name, accept_risk or None, *references, *keys]
+        )
         run = commands.resume_finetune(resume, **writing)
     else:
         source = find_run(references[0] if references else None, runs, "pretrain")
@@ -181,7 +222,9 @@ def finetune(
         if print_config:
             print(to_yaml(config), end="")
             return
-        plan = commands.plan_finetune(source, config, threads=threads)
+        plan = commands.plan_finetune(
+            source, config, threads=threads, accept_risk=accept_risk, say=say
+        )
         if dry_run:
             say(plan.header)
             return

@@ -40,6 +40,7 @@ class RunInputs:
     horizon: int | None = None  # of the environment, for a dataset that does not name one
     pretrained: str | None = None  # absolute path of the pretrain run
     pretrained_sha256: str | None = None  # of the checkpoint that fine-tuning started from
+    risk: str | None = None  # what was known of it before the first step, or that it was accepted
 
 
 def parse_count(text: str) -> int:

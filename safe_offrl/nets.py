@@ -77,6 +77,13 @@ class StackedMLP(nn.Module):
         x = inputs.expand(len(self.output.bias[members]), *inputs.shape)
         return self._through(list(self.hidden), x, members)
 
+    def features(self, inputs: Tensor, members: Members = EVERY) -> Tensor:
+        """What the output layers are linear in: [B, I] -> [M, B, width of the last hidden]."""
+        x = inputs.expand(len(self.output.bias[members]), *inputs.shape)
+        for layer in self.hidden:
+            x = layer(x, members) if isinstance(layer, StackedLinear) else layer(x)
+        return x
+
     def over_actions(self, states: Tensor, actions: Tensor) -> Tensor:
         """Many actions [K, B, A] at the same states [B, S] -> [E, K, B].
 

@@ -33,8 +33,19 @@ LAYERS = [
         "frozen",
         "mixture",
         "penalty",
+        "fitted_features",
+        "importance_sampling",
     ],
-    ["calibration", "certificate", "check_env", "learners", "evaluate", "run"],  # L3: the loops
+    ["fitted_evaluation"],
+    [
+        "assessment",
+        "calibration",
+        "certificate",
+        "check_env",
+        "learners",
+        "evaluate",
+        "run",
+    ],  # L3: the loops
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
     ["report"],

@@ -187,7 +187,7 @@ def test_environment_without_accident_signal_online(call: Call, tmp_path: Path) 
     path = walk_dataset(tmp_path / "walk.hdf5", "CliNoSignal-v0")
     options = ["--env", "CliNoSignal-v0", "--dataset", str(path), "--name", "p"]
     assert call("pretrain", *options, *TINY).code == 0
-    refused(call("finetune", "p", "--budget", "200"), r"gives no accident signal")
+    refused(call("finetune", "p", "--budget", "200", "--accept-risk"), r"gives no accident signal")
 
 
 def test_debug_shows_the_traceback(call: Call) -> None:
@@ -241,18 +241,20 @@ def test_print_config(call: Call, pretrained: Path) -> None:
 
 
 def test_dry_run_says_what_can_be_proven_and_does_nothing(call: Call, pretrained: Path) -> None:
-    outcome = call("finetune", str(pretrained), "--budget", "50k", "--dry-run")
+    outcome = call("finetune", str(pretrained), "--budget", "50k", "--accept-risk", "--dry-run")
     assert outcome.code == 0
     assert "with an accident" in outcome.out
     # 500 full-length episodes of 100 steps; 3.48 / 500 = 0.70 % (table of SAFETY.md).
     assert "500 episodes" in outcome.out
     assert "0.70%" in outcome.out
     assert "1 thread" in outcome.out
+    assert "accepted by --accept-risk; not assessed" in outcome.out
     assert not Path("runs").exists()
 
 
 def test_finetune_evaluate_compare(call: Call, pretrained: Path, tmp_path: Path) -> None:
-    options = ["--budget", "600", "--name", "online", "--json", "warmup_steps=200"]
+    options = ["--budget", "600", "--accept-risk", "--name", "online", "--json"]
+    options += ["warmup_steps=200"]
     options += ["iteration_steps=200", "batch_size=32"]
     outcome = call("finetune", str(pretrained), *options)
     assert outcome.code == 0, outcome.err
@@ -270,5 +272,5 @@ def test_finetune_evaluate_compare(call: Call, pretrained: Path, tmp_path: Path)
 def test_newest_pretrain_run_is_the_default(call: Call, tiny_dataset: Path) -> None:
     for name in ("first", "second"):
         assert call("pretrain", "--dataset", str(tiny_dataset), "--name", name, *TINY).code == 0
-    outcome = call("finetune", "--budget", "1k", "--dry-run")
+    outcome = call("finetune", "--budget", "1k", "--accept-risk", "--dry-run")
     assert re.search(r"from .*second", outcome.out)

@@ -48,6 +48,7 @@ def make_arrays() -> dict[str, np.ndarray]:
         "timeouts": np.array([0, 1, 0, 0, 0, 1, 0], bool),
         "accidents": costs > 0,
         "episode_behaviours": np.array([1, 0, 1], np.int32),
+        "behaviour_log_probs": np.array([0, -1, 1 / 3, -1e3, 2, 0.1, -7], np.float32),
     }
 
 
@@ -66,6 +67,9 @@ def assert_same_transitions(one: Dataset, other: Dataset) -> None:
         assert torch.equal(mine, theirs)
     assert np.array_equal(one.episode_starts, other.episode_starts)
     assert np.array_equal(one.truncated, other.truncated)
+    assert one.behaviour_log_probs is not None
+    assert other.behaviour_log_probs is not None
+    assert np.array_equal(one.behaviour_log_probs, other.behaviour_log_probs)
 
 
 def test_every_format_has_a_name() -> None:

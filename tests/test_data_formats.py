@@ -233,6 +233,22 @@ def test_actions_are_rescaled_where_their_bounds_are_known(path: Path) -> None:
             )
 
 
+def test_densities_of_rescaled_actions_are_those_of_what_is_stored(path: Path) -> None:
+    """Uniform on [0, 10] has the density 1/10, and on [-1, 1] 1/2: a factor of (10 - 0) / 2."""
+    actions = np.array([[0.0], [5], [10], [2.5], [0], [0]])
+    d4rl(path, actions=actions, behaviour_log_probs=np.full(6, np.log(0.1)))
+    with h5py.File(path, "a") as file:
+        file.attrs["safe_offrl"] = json.dumps({"action_low": [0.0], "action_high": 10.0})
+    dataset = load(path, TERMINATED)
+    assert dataset.behaviour_log_probs == pytest.approx(np.full(6, np.log(0.5)), abs=1e-6)
+    part = dataset.subset(np.array([2, 0])).behaviour_log_probs
+    assert part is not None
+    assert len(part) == 3
+    assert load(d4rl(path, actions=actions / 10), TERMINATED).behaviour_log_probs is None
+    with pytest.raises(DataError, match="behaviour_log_probs"):
+        load(d4rl(path, behaviour_log_probs=np.full(6, np.nan)), TERMINATED)
+
+
 def test_what_is_complete_already_is_left_alone() -> None:
     n = 3
     arrays: dict[str, np.ndarray] = {

@@ -230,7 +230,7 @@ def test_from_the_command_line(
     for agent in ("iql", "calql"):
         arguments = ["--env", "HazardGrid-v0", "--dataset", str(dataset), "--agent", agent]
         call("pretrain", *arguments, "--name", agent, *TINY)
-    call("finetune", "calql", "--budget", "600", "--name", "safe", *ONLINE)
+    call("finetune", "calql", "--accept-risk", "--budget", "600", "--name", "safe", *ONLINE)
     free = ["--no-kl", "--no-safety-constraint", "--no-shield"]
     call("finetune", "calql", "--budget", "600", "--name", "free", *free, *ONLINE)
     result = json.loads(call("evaluate", "safe", "--episodes", "20", "--json"))
@@ -247,7 +247,7 @@ def test_an_interrupted_run_resumes_bitwise(
 ) -> None:
     def plan() -> commands.FinetunePlan:
         config = commands.finetune_config(pretrained, budget=420, overrides=ONLINE)
-        return commands.plan_finetune(pretrained, config)
+        return commands.plan_finetune(pretrained, config, accept_risk=True)
 
     def record(run: RunDir) -> list[object]:
         names = ("metrics.jsonl", "iterations.jsonl", "ledger.jsonl")

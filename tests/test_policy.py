@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> RunDir:
     report = pretrained.read_json("calibration.json")
     pretrained.write_json("calibration.json", {**report, "shield_refusals": []})
     settings = commands.finetune_config(pretrained, budget=600, overrides=ONLINE)
-    online = commands.plan_finetune(pretrained, settings)
+    online = commands.plan_finetune(pretrained, settings, accept_risk=True)
     return commands.finetune_run(online, name="online", runs=root, say=silent)
 
 

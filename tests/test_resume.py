@@ -61,7 +61,7 @@ def pretrained(root: Path, pretrain_plan: commands.PretrainPlan) -> RunDir:
 
 def online_plan(pretrained: RunDir) -> commands.FinetunePlan:
     config = commands.finetune_config(pretrained, budget=BUDGET, overrides=ONLINE)
-    return commands.plan_finetune(pretrained, config)
+    return commands.plan_finetune(pretrained, config, accept_risk=True)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_kill_9_in_mid_run_through_the_command_line(
     root: Path, pretrained: RunDir, online: RunDir
 ) -> None:
     arguments = ["--runs", str(root), "--budget", str(BUDGET), "--checkpoint-seconds", "0"]
-    arguments += ["--name", "killed", *ONLINE]
+    arguments += ["--accept-risk", "--name", "killed", *ONLINE]
     process = start(root.parent, "finetune", "offline", *arguments)
     wait_for_lines(process, root / "killed" / "ledger.jsonl", 9)
     os.kill(process.pid, signal.SIGKILL)
@@ -182,7 +182,8 @@ def test_a_signal_saves_and_names_the_resume_command(
     root: Path, pretrained: RunDir, online: RunDir, number: signal.Signals
 ) -> None:
     name = f"stopped-{number.name}"
-    arguments = ["--runs", str(root), "--budget", str(BUDGET), "--name", name, *ONLINE]
+    arguments = ["--runs", str(root), "--budget", str(BUDGET), "--accept-risk"]
+    arguments += ["--name", name, *ONLINE]
     process = start(root.parent, "finetune", "offline", *arguments)
     wait_for_lines(process, root / name / "ledger.jsonl", 8)
     process.send_signal(number)
@@ -235,13 +236,16 @@ def test_a_compiled_run_is_resumed_bitwise_too(
     # A short run that was compiled stays so, though "auto" would not compile it.
     settings = commands.finetune_config(offline, budget=BUDGET, overrides=[*ONLINE, "compile=on"])
     online = commands.finetune_run(
-        commands.plan_finetune(offline, settings), name="compiled-online", runs=root, say=silent
+        commands.plan_finetune(offline, settings, accept_risk=True),
+        name="compiled-online",
+        runs=root,
+        say=silent,
     )
     with monkeypatch.context() as patch:
         kill_at(patch, "append_episode", 13)
         with pytest.raises(Killed):
             commands.finetune_run(
-                commands.plan_finetune(offline, settings),
+                commands.plan_finetune(offline, settings, accept_risk=True),
                 name="compiled-online-cut",
                 runs=root,
                 checkpoint_seconds=0.0,

@@ -5,6 +5,7 @@ finds every mistake of the user. The loops are generators, so writing the ledger
 checkpoints, TensorBoard and the progress line all happen here.
 """
 
+from safe_offrl.commands.assess import assess_runs
 from safe_offrl.commands.certify import certify_run, verify_certificate
 from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.convert import convert_dataset
@@ -35,6 +36,7 @@ from safe_offrl.commands.tools import (
 __all__ = [
     "FinetunePlan",
     "PretrainPlan",
+    "assess_runs",
     "certify_run",
     "check_env_run",
     "collect_config",

@@ -34,6 +34,8 @@ def demo(
     pretrained = pretrain_run(plan, name=name, runs=runs, say=say)
     base = [sys.executable, "-m", "safe_offrl.cli", "finetune", str(pretrained.path)]
     base += ["--runs", str(runs), "--seed", str(seed), "--budget", str(budget)]
+    # The point of it is to see how the constraints bring down what the log cannot show to be safe.
+    base += ["--accept-risk"]
     off = ["--no-kl", "--no-safety-constraint", "--no-shield"]
     _run_together(
         {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safe_offrl.checkpoints import Checkpoint
+from safe_offrl.commands.assess import Subject, gate
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
     STOP_SECONDS,
@@ -94,6 +95,7 @@ class FinetunePlan:
                 + (why if self.shield_refusals else ""),
                 f"warm-up     {warm_up}",
                 f"provable    {self.certifiable}",
+                f"risk        {self.inputs.risk}",
                 device_line(self.inputs, config.precision, self.compiling),
             ]
         )
@@ -159,10 +161,14 @@ def plan_finetune(
     *,
     threads: int = 1,
     compile_mode: CompileMode | None = None,
+    accept_risk: bool = False,
+    say: Say = say_plain,
 ) -> FinetunePlan:
     """Check everything an online phase needs; takes no step in the environment.
 
-    ``compile_mode`` takes the place of the configured one.
+    RunError unless the log shows that the pretrained policy keeps the limit (it is assessed first
+    if it has not been), ``accept_risk`` is given or the constraint is off. ``compile_mode`` takes
+    the place of the configured one.
     """
     configure(threads)
     updates = config.budget // config.update_every * config.utd
@@ -180,12 +186,21 @@ def plan_finetune(
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
         limit = config.safety.limit(env.horizon, dataset.cost_max)
         checkpoint = pretrained.load_checkpoint()
+        refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
+        provable = certifiable(config.budget, env.horizon, limit, config.safety.confidence)
+        # Last, for it may take a minute: every other mistake is found before.
+        accepted = "accepted by --accept-risk" if accept_risk else None
+        if not config.safety_constraint:
+            accepted = "not limited"
+        subject = Subject(pretrained, config.safety, dataset, checkpoint, source_config, source)
+        risk = gate(subject, accepted=accepted, say=say)
         inputs = dataclasses.replace(
             source,
             threads=threads,
             compiled=compute.compiled,
             pretrained=str(pretrained.path.resolve()),
             pretrained_sha256=checkpoint.sha256,
+            risk=risk,
         )
         return FinetunePlan(
             config=config,
@@ -194,9 +209,9 @@ def plan_finetune(
             env=env,
             dataset=dataset,
             pretrained=checkpoint,
-            shield_refusals=tuple(pretrained.read_json("calibration.json")["shield_refusals"]),
+            shield_refusals=refusals,
             limit=limit,
-            certifiable=certifiable(config.budget, env.horizon, limit, config.safety.confidence),
+            certifiable=provable,
             compiling=compiling,
         )
     except BaseException:
@@ -253,6 +268,7 @@ def resume_finetune(
             config,
             threads=inputs.threads,
             compile_mode=stored_mode(inputs),
+            accept_risk=True,  # it was settled when the run began
         )
         if plan.pretrained.sha256 != inputs.pretrained_sha256:
             raise RunError(

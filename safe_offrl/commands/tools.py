@@ -129,8 +129,8 @@ def final_policy(run: RunDir) -> Finetuning:
 
 
 def _plan_acting(pretrained: RunDir, config: FinetuneConfig, threads: int) -> FinetunePlan:
-    # Whoever takes no gradient step needs no compiler.
-    return plan_finetune(pretrained, config, threads=threads, compile_mode="off")
+    # Whoever takes no gradient step needs no compiler, and who asks for episodes takes their risk.
+    return plan_finetune(pretrained, config, threads=threads, compile_mode="off", accept_risk=True)
 
 
 def compare_runs(

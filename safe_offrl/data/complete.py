@@ -36,7 +36,10 @@ def complete(arrays: Arrays, metadata: Metadata, horizon: int | None = None) -> 
             )
         if len(found[name]) != len(found["observations"]):
             return found, noted  # the validation says what is wrong
-    found["actions"] = _rescaled(_one_hot(found["actions"], noted), noted)
+    actions, log_volume = _rescaled(_one_hot(found["actions"], noted), noted)
+    found["actions"] = actions
+    if log_volume and "behaviour_log_probs" in found:
+        found["behaviour_log_probs"] = found["behaviour_log_probs"][:] + log_volume
     horizon = horizon if horizon is not None else noted.get("horizon")
     if "dones" in found:
         dones = found.pop("dones").astype(bool)
@@ -77,10 +80,13 @@ def _one_hot(actions: NDArray[Any], metadata: dict[str, Any]) -> NDArray[Any]:
     return rows
 
 
-def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> NDArray[Any]:
-    """Actions in [-1, 1] if the metadata's action_low and action_high say otherwise."""
+def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> tuple[NDArray[Any], float]:
+    """Actions in [-1, 1] if the metadata's action_low and action_high say otherwise.
+
+    Second, what that adds to the logarithm of their densities: ``sum log((high - low) / 2)``.
+    """
     if actions.ndim != 2 or not {"action_low", "action_high"} <= metadata.keys():
-        return actions
+        return actions, 0.0
     low = high = np.zeros(0)
     try:
         low, high = (
@@ -96,9 +102,10 @@ def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> NDArray[Any]:
             f"{actions.shape[1]} numbers. Give finite numbers, or leave both out."
         )
     if (low == -1.0).all() and (high == 1.0).all():
-        return actions
+        return actions, 0.0
     metadata |= {"action_low": -1.0, "action_high": 1.0}
-    return (2.0 * (actions[:].astype(np.float64) - low) / (high - low) - 1.0).astype(np.float32)
+    scaled = 2.0 * (actions[:].astype(np.float64) - low) / (high - low) - 1.0
+    return scaled.astype(np.float32), float(np.log((high - low) / 2.0).sum())
 
 
 def at_horizon(ends: NDArray[np.bool_], horizon: Any) -> NDArray[np.bool_]:

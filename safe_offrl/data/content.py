@@ -35,8 +35,9 @@ REQUIRED = (
 )
 ATTRIBUTE = "safe_offrl"  # the name under which a container keeps our metadata, as JSON
 # accidents [N] (bool) is the accident rule's verdict, episode_behaviours [M] (int32) the index into
-# metadata["behaviours"] of the behaviour that logged each episode.
-OPTIONAL = ("accidents", "episode_behaviours")
+# metadata["behaviours"] of the behaviour that logged each episode, behaviour_log_probs [N] the log
+# density of each action, as stored, under whoever chose it.
+OPTIONAL = ("accidents", "episode_behaviours", "behaviour_log_probs")
 TABLES = ("observations", "actions", "next_observations")  # two-dimensional
 _BOOLEAN = ("terminals", "timeouts", "accidents")
 MAX_BYTES = 8 * 2**30  # several times the largest public DSRL file

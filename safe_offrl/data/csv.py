@@ -25,7 +25,7 @@ from safe_offrl.data.hdf5 import replacing
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 
-SCALARS = ("rewards", "costs", "terminals", "timeouts", "accidents")
+SCALARS = ("rewards", "costs", "terminals", "timeouts", "accidents", "behaviour_log_probs")
 BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
 MAX_HEADER = 2**20  # bytes of the line that names the columns
 
@@ -33,8 +33,8 @@ MAX_HEADER = 2**20  # bytes of the line that names the columns
 def read_csv(path: Path) -> Raw:
     """The known columns: observations_0, ..., actions_0, ..., rewards, costs, terminals, timeouts.
 
-    next_observations_0, ..., accidents, costs and timeouts may be missing; a single column
-    ``actions`` holds the indices of discrete actions. Other columns are left alone.
+    next_observations_0, ..., accidents, behaviour_log_probs, costs and timeouts may be missing; a
+    single column ``actions`` holds the indices of discrete actions. Other columns are left alone.
     """
     with reading(path, "CSV"), path.open("rb") as file:
         names = [name.strip().strip('"') for name in file.readline(MAX_HEADER).decode().split(",")]
@@ -64,13 +64,13 @@ def write_csv(
 ) -> list[str]:
     """Validate and write a table, float32 to its last digit; returns what a table cannot hold."""
     validate_arrays(arrays)
-    keys = [key for key in (*REQUIRED, "accidents") if key in arrays]
+    keys = [key for key in (*REQUIRED, "accidents", "behaviour_log_probs") if key in arrays]
     if metadata.get("accident") in BUILT_IN_RULES:
         # Without the rule beside them they would be taken for the verdict of any rule; these can
         # be derived again.
         keys = [key for key in keys if key != "accidents"]
     discrete = metadata.get("action_count") is not None
-    whole = (*SCALARS[2:], "actions")
+    whole = (*SCALARS[2:5], "actions")
     tables = [key for key in TABLES if not (discrete and key == "actions")]
     names = [
         f"{key}_{i}" if key in tables else key

@@ -55,7 +55,8 @@ class Dataset:
     ``horizon`` is the number of steps within which an accident counts. ``metadata`` is what the
     file says of itself (environment id, accident rule, behaviours ...); ``sha256`` its identity.
     ``episode_behaviours`` [M] (int) is who logged each episode, an index into
-    ``metadata["behaviours"]``; None if the file does not say.
+    ``metadata["behaviours"]``; None if the file does not say. ``behaviour_log_probs`` [N] is the
+    log density (or probability) of each logged action under whoever chose it, None if unknown.
     """
 
     rows: Rows
@@ -66,6 +67,7 @@ class Dataset:
     sha256: str
     metadata: dict[str, Any] = field(default_factory=dict)
     episode_behaviours: np.ndarray | None = None
+    behaviour_log_probs: np.ndarray | None = None
 
     @property
     def transitions(self) -> Batch:
@@ -150,6 +152,11 @@ class Dataset:
             episode_behaviours=None
             if self.episode_behaviours is None
             else self.episode_behaviours[np.asarray(episodes, dtype=np.int64)],
+            behaviour_log_probs=None
+            if self.behaviour_log_probs is None
+            else np.concatenate(
+                [np.empty(0, np.float32), *(self.behaviour_log_probs[s] for s in spans)]
+            ),
         )
 
     def sample(self, transitions: int, seed: int) -> Dataset:

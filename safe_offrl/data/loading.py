@@ -136,6 +136,9 @@ def assemble(
         sha256=identity,
         metadata=metadata,
         episode_behaviours=arrays.get("episode_behaviours"),
+        behaviour_log_probs=arrays["behaviour_log_probs"][:].astype(np.float32)
+        if "behaviour_log_probs" in arrays
+        else None,
     )
     derived.count_behaviours(arrays, metadata, dataset.episode_accidents)
     return dataset

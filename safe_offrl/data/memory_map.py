@@ -153,6 +153,7 @@ def load_memory_map(
         sha256=header["sha256"],
         metadata=metadata,
         episode_behaviours=arrays.get("episode_behaviours"),
+        behaviour_log_probs=arrays.get("behaviour_log_probs"),
     )
     derived.count_behaviours(arrays, metadata, dataset.episode_accidents)
     return dataset

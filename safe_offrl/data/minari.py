@@ -39,7 +39,11 @@ from safe_offrl.files import json_bytes, write_file
 FILE = "main_data.hdf5"
 VERSION = "0.5.0"  # of the layout that is written; every later Minari reads it
 _STEPS = {"rewards": "rewards", "terminations": "terminals", "truncations": "timeouts"}
-_INFOS = {"cost": "costs", "accident": "accidents"}
+_INFOS = {
+    "cost": "costs",
+    "accident": "accidents",
+    "behaviour_log_prob": "behaviour_log_probs",
+}
 
 Leaf = tuple[str, ...]  # where in a group of observations an array is found
 

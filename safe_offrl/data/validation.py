@@ -11,6 +11,7 @@ from safe_offrl.data.content import REQUIRED, TABLES, chunks
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import DataError
 
+_OPTIONAL_ROWS = ("accidents", "behaviour_log_probs")  # one number for each transition
 _FLAGS = ("terminals", "timeouts", "accidents")  # 0/1 per transition
 # Actions are stored in float32, so a bound of exactly 1 may come back a rounding error larger.
 ACTION_TOLERANCE = 1e-6
@@ -18,7 +19,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Check the arrays of one dataset (DSRL names, plus optional ``accidents``).
+    """Check the arrays of one dataset (DSRL names, plus the optional ones of one row each).
 
     Expects observations and next_observations [N, O], actions [N, A] in [-1, 1], the others [N].
     Raises DataError for a missing key, a shape, unequal lengths, an empty dataset, a dtype, NaN or
@@ -30,7 +31,7 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
                 f'The dataset has no array "{name}". Write it in the DSRL layout: '
                 f"{', '.join(REQUIRED)}."
             )
-    checked = {name: arrays[name] for name in (*REQUIRED, "accidents") if name in arrays}
+    checked = {name: arrays[name] for name in (*REQUIRED, *_OPTIONAL_ROWS) if name in arrays}
     _check_shapes(checked)
     for name, array in checked.items():
         _check_values(name, array)

@@ -1,0 +1,271 @@
+"""What can be said of pretrained policies before their first step online; the gate of finetune."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from safe_offrl.assessment import Estimates, assess, choose, risk_text
+from safe_offrl.certificate import policy_sha256
+from safe_offrl.checkpoints import Checkpoint
+from safe_offrl.commands.common import loading, say_plain, stored_dataset
+from safe_offrl.config import RunInputs, parse_run_yaml
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.device import configure
+from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.files import json_bytes, plain, write_atomic
+from safe_offrl.fitted_features import FittedConfig
+from safe_offrl.nets import Actor
+from safe_offrl.pretrain import PretrainConfig, discount_of
+from safe_offrl.progress import ProgressLine, Say
+from safe_offrl.run import RunDir, find_run, versions
+from safe_offrl.safety import SafetySpec
+from safe_offrl.state import restore_state
+from safe_offrl.types import Normalizer
+
+FILE = "assessment.json"
+FORMAT = 1
+CONFIG = FittedConfig()
+
+
+class Subject(NamedTuple):
+    """A pretrained policy, and the log that it is judged by."""
+
+    run: RunDir
+    safety: SafetySpec
+    dataset: Dataset  # as logged
+    checkpoint: Checkpoint
+    config: PretrainConfig
+    inputs: RunInputs
+
+
+def assess_runs(
+    references: Sequence[str | Path],
+    *,
+    epsilon: float | None = None,
+    cost_limit: float | None = None,
+    confidence: float | None = None,
+    runs: str | Path = "runs",
+    say: Say = say_plain,
+) -> dict[str, Any]:
+    """Assess pretrain runs from their logs, and of several name the one to go on with.
+
+    Writes assessment.json into each run; one that is still true of it is not made again. The limits
+    are those that the runs were pretrained with, unless given here.
+    """
+    found = [find_run(reference, Path(runs), "pretrain") for reference in references]
+    estimates: dict[str, Estimates] = {}
+    limits: dict[str, tuple[float, float]] = {}
+    results: dict[str, Any] = {}
+    for run in found:
+        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+        configure(inputs.threads)
+        safety = _limited(config.safety, epsilon, cost_limit, confidence)
+        dataset = stored_dataset(inputs, safety, discount_of(config))
+        subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
+        limit = safety.limit(dataset.horizon, dataset.cost_max).value
+        key = str(run.path)
+        estimates[key], limits[key] = assessed(subject, say), (limit, safety.confidence)
+        results[key] = {
+            **verdict(estimates[key], limit, safety.confidence),
+            "estimates": estimates[key].as_dict(),
+        }
+        say(describe(run.name, estimates[key], limit, safety.confidence))
+    answer: dict[str, Any] = {"runs": plain(results)}
+    if len(found) > 1:
+        name, qualifies = choose(estimates, limits)
+        answer |= {"chosen": name, "qualifies": qualifies}
+        say(_table(estimates, limits))
+        say(
+            f"choice      {name}: the highest lower bound of return among those below their limit"
+            if qualifies
+            else f"choice      none is shown to be below its limit; the lowest upper limit of risk "
+            f"is that of {name}"
+        )
+    return answer
+
+
+def _limited(
+    safety: SafetySpec, epsilon: float | None, cost_limit: float | None, confidence: float | None
+) -> SafetySpec:
+    """The run's own limits but for those that are given."""
+    other = "cost_limit" if safety.constraint == "accident" else "epsilon"
+    if (cost_limit if safety.constraint == "accident" else epsilon) is not None:
+        raise ConfigError(
+            f'The run was pretrained under the constraint "{safety.constraint}", so {other} means '
+            "nothing to it. Leave it out, or pretrain under the other constraint."
+        )
+    given = {"epsilon": epsilon, "cost_limit": cost_limit, "confidence": confidence}
+    return dataclasses.replace(safety, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+
+def _identity(subject: Subject) -> dict[str, Any]:
+    """What estimates depend on. Limits and confidence only come in when they are read."""
+    return {
+        "format": FORMAT,
+        "policy_sha256": policy_sha256(*_policy(subject)),
+        "dataset_sha256": subject.dataset.sha256,
+        "constraint": subject.safety.constraint,
+        "accident": subject.safety.accident,
+        "cost_threshold": subject.safety.cost_threshold,
+        "horizon": subject.dataset.horizon,
+        "settings": dataclasses.asdict(CONFIG),
+    }
+
+
+def stored_estimates(subject: Subject) -> Estimates | None:
+    """Those in the run's assessment.json, if they are of this policy and this log."""
+    if not (subject.run.path / FILE).is_file():
+        return None
+    try:
+        stored, identity = subject.run.read_json(FILE), _identity(subject)
+        if {key: stored.get(key) for key in identity} == identity:
+            return Estimates.from_dict(stored["estimates"])
+    except (RunError, KeyError, TypeError, ValueError):
+        pass  # damaged: it can be made again
+    return None
+
+
+def assessed(subject: Subject, say: Say) -> Estimates:
+    """The stored estimates if they are still true, else new ones, which are stored."""
+    if (stored := stored_estimates(subject)) is not None:
+        return stored
+    run, dataset = subject.run, subject.dataset
+    actor, normalizer = _policy(subject)
+    limit = subject.safety.limit(dataset.horizon, dataset.cost_max)
+    say(f"assess      {run.path}: the policy, without its shield, from the log alone")
+    line = ProgressLine(100, 0, None if say is say_plain else say, "%")
+    estimates = assess(
+        dataset.normalised(normalizer),
+        actor,
+        limit,
+        CONFIG,
+        progress=lambda done: line.update(round(100 * done), "fitted Q evaluation"),
+    )
+    line.close()
+    content = {
+        **_identity(subject),
+        "estimates": estimates.as_dict(),
+        **verdict(estimates, limit.value, subject.safety.confidence),
+        "versions": versions(),
+    }
+    run.lock()
+    with run:
+        write_atomic(run.path / FILE, json_bytes(json.loads(json.dumps(plain(content)))))
+    return estimates
+
+
+def _policy(subject: Subject) -> tuple[Actor, Normalizer]:
+    """The pretrained policy and how it sees observations."""
+    tensors, layout = subject.checkpoint.tensors, subject.dataset.layout
+    actor = Actor(
+        layout.observation_size,
+        layout.action_size,
+        subject.config.networks.actor_hidden,
+        torch.Generator(),
+        discrete=subject.dataset.discrete,
+    )
+    with loading(subject.run.path):
+        restore_state({"learner.actor": actor}, tensors)
+    mean, std = (tensors[f"normalizer_{key}/value"].numpy() for key in ("mean", "std"))
+    return actor, Normalizer(mean, std)
+
+
+def verdict(estimates: Estimates, limit: float, confidence: float) -> dict[str, Any]:
+    """What the estimates mean for one limit at one confidence, JSON-able."""
+    low, high = estimates.risk_interval(confidence)
+    return_low, return_high = estimates.return_interval(confidence)
+    return {
+        "limit": limit,
+        "confidence": confidence,
+        "risk": estimates.risk.value * estimates.scale,
+        "risk_low": low,
+        "risk_high": high,
+        "risk_upper": estimates.risk_upper(confidence),
+        "return": estimates.returns.value,
+        "return_low": return_low,
+        "return_high": return_high,
+        "doubts": list(estimates.doubts),
+        "below_limit": estimates.shows_below(limit, confidence),
+        "sentence": estimates.sentence(limit, confidence),
+    }
+
+
+def describe(name: str, estimates: Estimates, limit: float, confidence: float) -> str:
+    """A few lines for people."""
+    risk = numbers(estimates, limit, confidence)
+    low, high = estimates.return_interval(confidence)
+    lines = [
+        f"{name}: return {estimates.returns.value:.3g} [{low:.3g}, {high:.3g}]; {risk}",
+        f"  {estimates.sentence(limit, confidence)}",
+        f"  {estimates.support:.0%} of the logged actions are such as the policy takes; the log of "
+        f"{estimates.episodes:,} episodes is worth {estimates.risk.episodes:,.0f} of its own",
+    ]
+    for what, found in (("risk", estimates.weighted_risk), ("return", estimates.weighted_return)):
+        if found is None:
+            continue
+        scale = estimates.scale if what == "risk" else 1.0
+        note = "" if found.usable else ": UNUSABLE, too few"
+        lines.append(
+            f"  {what}, reweighed: WIS {found.wis * scale:.3g} +- {found.wis_error * scale:.2g}, "
+            f"doubly robust {found.doubly_robust * scale:.3g} +- "
+            f"{found.doubly_robust_error * scale:.2g}, {found.episodes:.1f} effective episodes"
+            f"{note}"
+        )
+    return "\n".join(lines)
+
+
+def numbers(estimates: Estimates, limit: float, confidence: float) -> str:
+    """Estimate, interval, upper limit and what it is held against, in one phrase."""
+    kind = estimates.constraint
+    what = "accident probability" if kind == "accident" else "cost per episode"
+    value = max(0.0, estimates.risk.value * estimates.scale)
+    low, high = (risk_text(x, kind) for x in estimates.risk_interval(confidence))
+    return (
+        f"{what} {risk_text(value, kind)} [{low}, {high}], at most "
+        f"{risk_text(estimates.risk_upper(confidence), kind)} ({confidence:.0%}); limit "
+        f"{risk_text(limit, kind)}"
+    )
+
+
+def _table(estimates: dict[str, Estimates], limits: dict[str, tuple[float, float]]) -> str:
+    width = max(len(name) for name in estimates)
+    lines = [f"{'run':<{width}}  return at least  risk at most  limit    below"]
+    for name, found in estimates.items():
+        limit, confidence = limits[name]
+        upper = risk_text(found.risk_upper(confidence), found.constraint)
+        lines.append(
+            f"{name:<{width}}  {found.return_interval(confidence)[0]:>15.3g}  {upper:>12}  "
+            f"{risk_text(limit, found.constraint):<7}  "
+            f"{'yes' if found.shows_below(limit, confidence) else 'no'}"
+        )
+    return "\n".join(lines)
+
+
+def gate(subject: Subject, *, accepted: str | None, say: Say) -> str:
+    """What is known of the risk before the first step, in words; RunError if it is too much.
+
+    ``accepted`` says why the risk is taken as it is, None if it is not: nothing is refused then,
+    and nothing assessed that has not been before.
+    """
+    dataset, safety = subject.dataset, subject.safety
+    limit = safety.limit(dataset.horizon, dataset.cost_max).value
+    if accepted is not None:
+        stored = stored_estimates(subject)
+        known = numbers(stored, limit, safety.confidence) if stored else "not assessed"
+        return f"{accepted}; {known}"
+    estimates = assessed(subject, say)
+    if estimates.shows_below(limit, safety.confidence):
+        return numbers(estimates, limit, safety.confidence)
+    accident = estimates.constraint == "accident"
+    raise RunError(
+        f'Before the first step of "{subject.run.name}": '
+        f"{numbers(estimates, limit, safety.confidence)}. "
+        f"{estimates.sentence(limit, safety.confidence)} Pretrain on better data, raise "
+        f"--{'epsilon' if accident else 'cost-limit'}, or start all the same with --accept-risk."
+    )
