@@ -301,6 +301,41 @@ def compare(
 
 
 @app.command()
+def benchmark(
+    suite: Annotated[str, typer.Option(help="smoke, point, safety, or a YAML file.")],
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Only these methods of the suite.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="A,B", help="These seeds instead of the suite's.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    runs: Runs = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run, and stop.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run methods x environments x paired seeds, resumable, and compare them.
+
+    Runs go to RUNS/benchmark-SUITE; the same command goes on after an interruption.
+    """
+    from safe_offrl import commands
+    from safe_offrl.benchmark import load_suite, narrowed
+
+    say = _say(as_json)
+    plan = narrowed(load_suite(suite), methods, seeds)
+    root = runs / f"benchmark-{plan.name}"
+    if dry_run:
+        say(commands.benchmark_text(plan, root))
+        return
+    result = commands.benchmark_run(plan, root=root, workers=workers, say=say)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def collect(
     env: Annotated[
         str | None, typer.Option(metavar="ID", help='Gymnasium id or "package.module:Env-v0".')

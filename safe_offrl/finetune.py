@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from safe_offrl.acceptance import Decision
-from safe_offrl.acting import NumpyActor
-from safe_offrl.agents.rlpd import RLPD
+from safe_offrl.acting import NumpyActor, Sampler, UniformActor
+from safe_offrl.agents import online_learner
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.derived import returns_to_go
 from safe_offrl.data.experience import Experience
 from safe_offrl.deployment import Deployment
 from safe_offrl.descent import Compute
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.lagrangian import Multiplier
+from safe_offrl.lagrangian import Multiplier, PIDMultiplier
 from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Networks
 from safe_offrl.rollout import PlayedEpisode, play_episode
@@ -111,7 +112,17 @@ class Finetuning:
                 discrete_entropy=config.cautious_discrete_entropy,
             )
         compute = Compute(compiled, config.precision)
-        self.learner = RLPD(self.networks, layout.action_size, learner, compute)
+        baseline = config.baseline
+        self.learner = online_learner(
+            baseline.learner,
+            self.networks,
+            layout,
+            config.networks,
+            learner,
+            baseline.agents,
+            self.generator,
+            compute,
+        )
         self.limit = config.safety.limit(env.horizon, dataset.cost_max)
         self.critic = SafetyCritic(
             layout.observation_size,
@@ -122,17 +133,24 @@ class Finetuning:
             dataset.cost_max if self.limit.constraint == "cost" else None,
             compute,
         )
-        self.multiplier = Multiplier(config.lagrangian, self.limit.share)
-        restore_state(
-            {
-                **{f"learner.{k}": v for k, v in self.learner.parts().items()},
-                **self.critic.parts(),
-                "multiplier": self.multiplier.value,
-            },
-            pretrained,
-        )
+        self.multiplier = self._multiplier()
+        if not baseline.from_scratch:
+            # The value network of IQL is the offline agent's own, everything else is aligned.
+            owner = "agent" if baseline.learner == "iql" else "learner"
+            restore_state(
+                {
+                    **{f"{owner}.{k}": v for k, v in self.learner.parts().items()},
+                    **self.critic.parts(),
+                    "multiplier": self.multiplier.value,
+                },
+                pretrained,
+            )
         if not config.safety_constraint:
             self.multiplier.value.zero_()
+        elif baseline.multiplier_init is not None:
+            self.multiplier.value.fill_(baseline.multiplier_init)
+        if isinstance(self.multiplier, PIDMultiplier):
+            self.multiplier.integral.copy_(self.multiplier.value)
         self.monitor = SafetyMonitor(self.limit, config.safety.confidence)
         threshold = pretrained_info["shield_threshold"]
         self.deployment = Deployment(
@@ -151,10 +169,24 @@ class Finetuning:
         self.next_proposal = config.warmup_steps + config.iteration_steps
         self.stopped = ""
 
+    def _multiplier(self) -> Multiplier | PIDMultiplier:
+        lagrangian, baseline = self.config.lagrangian, self.config.baseline
+        if baseline.multiplier != "pid":
+            return Multiplier(lagrangian, self.limit.share)
+        limit = lagrangian.aim * self.limit.share
+        return PIDMultiplier(baseline.pid, lagrangian.init, limit, lagrangian.maximum)
+
+    def _acting(self) -> Sampler:
+        """Who acts in the next episode: the deployed policy, or a baseline's random warm-up."""
+        if self.config.baseline.from_scratch and self.steps < self.config.warmup_steps:
+            layout, discrete = self.experience.dataset.layout, self.networks.actor.discrete
+            return UniformActor(layout.action_size, discrete=discrete)
+        return NumpyActor(self.deployment.actor)
+
     def run(self) -> Iterator[Episode | Iteration]:
         """Interact until the budget cannot hold another episode or accidents are used up."""
         config = self.config
-        acting = NumpyActor(self.deployment.actor)
+        acting = self._acting()
         while not self.stopped:
             warming_up = self.steps < config.warmup_steps
             seed = episode_seed(config.seed, self.episodes, "finetune")
@@ -173,23 +205,34 @@ class Finetuning:
             self.episodes += 1
             yield episode
             due = self.steps // config.update_every - previous // config.update_every
+            if warming_up and config.baseline.from_scratch:
+                due = 0
             # Of this episode's updates alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
             for _ in range(due):
                 metrics |= self._update(critics_only=warming_up)
             self._check_finite(metrics)
             self.stopped = self._reason_to_stop()
-            if (config.unconstrained and not warming_up) or self.steps >= self.next_proposal:
+            if (config.untested and not warming_up) or self.steps >= self.next_proposal:
                 iteration = self._iterate({k: float(v) for k, v in metrics.items()})
-                acting = NumpyActor(self.deployment.actor)
+                acting = self._acting()
                 yield iteration
 
     def _remember(self, played: PlayedEpisode) -> None:
+        if self.config.baseline.learner == "calql":
+            self._fill_returns(played.rows)
         self.experience.add_episode(played.rows)
         outcome = self.limit.outcome(played.accident, played.cost)
         self.recent = [*self.recent, outcome][-RECENT_EPISODES[self.limit.constraint] :]
         self.monitor.update(played.accident, played.cost, self.deployment.version)
         self.steps += len(played.rows)
+
+    def _fill_returns(self, rows: Tensor) -> None:
+        """Return-to-go of an episode's rows [n, D], in place: Cal-QL's reference also online."""
+        batch = self.experience.dataset.layout.unpack(rows)
+        discount = self.config.baseline.agents.cql.discount
+        returns = returns_to_go(batch.rewards.numpy(), np.array([0, len(rows)]), discount)
+        batch.return_to_go.copy_(torch.from_numpy(returns))
 
     def _reference(self, size: int) -> States:
         """States for an estimate under the deployed policy: starts, and for a cost its visits."""
@@ -240,7 +283,9 @@ class Finetuning:
                 spans=spans,
             )
             if config.safety_constraint and not critics_only:
-                self.multiplier.update(metrics["csc/estimate"])
+                ours = config.baseline.multiplier == "ours"
+                seen = metrics["csc/estimate"] if ours else torch.tensor(self._seen())
+                self.multiplier.update(seen)
         if not critics_only:
             metrics |= self.learner.update_actor(
                 batches[-1],
@@ -266,13 +311,13 @@ class Finetuning:
         return ""
 
     def _iterate(self, metrics: dict[str, float]) -> Iteration:
-        """Propose the learner to the deployment, or, all constraints off, deploy it."""
+        """Propose the learner to the deployment, or deploy it where nothing is to be tested."""
         config = self.config
         self.iterations += 1
         self.next_proposal = self.steps + config.iteration_steps
-        if config.unconstrained:
+        if config.untested:
             self.deployment.deploy(self.networks.actor)
-            return self._iteration(_UNCONSTRAINED, metrics, rolled_back=False)
+            return self._iteration(_UNTESTED, metrics, rolled_back=False)
         decision, rolled_back = self.deployment.propose(
             self.networks.actor,
             self.experience.visited(config.visited_steps),
@@ -321,6 +366,7 @@ class Finetuning:
             **{f"learner.{k}": v for k, v in self.learner.parts().items()},
             **self.critic.parts(),
             "multiplier": self.multiplier.value,
+            **self.multiplier.parts(),
             **self.deployment.parts(),
             "generator": self.generator,
         }
@@ -364,10 +410,10 @@ class Finetuning:
         self.rng.bit_generator.state = info["rng"]
 
 
-_UNCONSTRAINED = Decision(
+_UNTESTED = Decision(
     accepted=True,
     fraction=1.0,
-    reason="no constraint: the learner acts",
+    reason="no acceptance step: the learner acts",
     kl_forward_mean=math.nan,
     kl_reverse_mean=math.nan,
     kl_forward_tail=math.nan,

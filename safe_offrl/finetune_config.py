@@ -7,6 +7,7 @@ from typing import Any
 
 from safe_offrl.acceptance import AcceptanceConfig
 from safe_offrl.agents.rlpd import RLPDConfig
+from safe_offrl.baselines import BaselineConfig
 from safe_offrl.descent import CompileMode, Precision
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig
@@ -41,7 +42,7 @@ class FinetuneConfig:
     accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
     log A) likewise replaces ``learner.discrete_entropy``: at .1 the best of four actions has a
     probability of about .98. ``compile`` and ``precision`` say how losses are computed, see
-    :mod:`safe_offrl.descent`.
+    :mod:`safe_offrl.descent`; ``baseline`` is for what our method is compared with.
     """
 
     budget: int = 50_000
@@ -70,6 +71,7 @@ class FinetuneConfig:
     learner: RLPDConfig = field(default_factory=RLPDConfig)
     acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
     shielding: ShieldConfig = field(default_factory=ShieldConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
@@ -96,6 +98,22 @@ class FinetuneConfig:
                 f"offline_share is {self.offline_share}, but a share in [0, 1) is needed. 0.5 is "
                 "symmetric sampling."
             )
+        own = self.baseline.multiplier == "ours"
+        if not own and (self.kl or self.shield or not self.safety_constraint):
+            raise ConfigError(
+                f"baseline.multiplier is {self.baseline.multiplier}, a Lagrangian method, which "
+                "has the safety constraint alone. Switch kl and shield off, safety_constraint on."
+            )
+        if self.baseline.from_scratch and not (self.unconstrained or not own):
+            raise ConfigError(
+                "baseline.from_scratch needs every constraint off, or baseline.multiplier dual or "
+                "pid: there is no safe policy to begin with. Set kl, safety_constraint and shield."
+            )
+
+    @property
+    def untested(self) -> bool:
+        """Whether the learner is deployed after every episode, without the acceptance step."""
+        return self.unconstrained or self.baseline.multiplier != "ours"
 
     @property
     def unconstrained(self) -> bool:

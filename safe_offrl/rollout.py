@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.acting import NumpyActor
+from safe_offrl.acting import Sampler
 from safe_offrl.env import AccidentEnv
 from safe_offrl.errors import EnvError
 from safe_offrl.shield import Shield
@@ -46,7 +46,7 @@ class PlayedEpisode(NamedTuple):
 
 def play_episode(
     env: AccidentEnv,
-    actor: NumpyActor,
+    actor: Sampler,
     shield: Shield,
     normalizer: Normalizer,
     seed: int,

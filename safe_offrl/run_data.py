@@ -94,9 +94,20 @@ def method_label(settings: Mapping[str, Any]) -> str:
     'rlpd (all off)'
     """
     off = [label for key, label in _SWITCHES.items() if not settings.get(key, True)]
+    learner = str(_baseline(settings, "learner"))
+    start = " from scratch" if _baseline(settings, "from_scratch") else ""
+    multiplier = _baseline(settings, "multiplier")
+    if multiplier != "ours":
+        return f"{learner}-lagrangian ({multiplier}){start}"
     if len(off) == len(_SWITCHES):
-        return "rlpd (all off)"
+        return f"{learner} (all off){start}"
     return " ".join(off) or "constrained"
+
+
+def _baseline(settings: Mapping[str, Any], key: str) -> Any:
+    """A setting of ``baseline``, which runs of earlier versions do not have."""
+    values = {"learner": "rlpd", "from_scratch": False, "multiplier": "ours"}
+    return (values | dict(settings.get("baseline") or {}))[key]
 
 
 def read_run(path: Path, group_by: str | None = None) -> RunData:
@@ -130,7 +141,9 @@ def read_run(path: Path, group_by: str | None = None) -> RunData:
             limit=float(safety.get(_LIMIT_KEYS[constraint], math.nan)),
             confidence=float(safety.get("confidence", 0.95)),
             episodes=run.episodes(),
-            constrained=kind == "finetune" and any(settings.get(key, True) for key in _SWITCHES),
+            constrained=kind == "finetune"
+            and _baseline(settings, "multiplier") == "ours"
+            and any(settings.get(key, True) for key in _SWITCHES),
             decisions=decisions,
             evaluation=_read_evaluation(run),
             estimate=_estimate(run, decisions),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safe_offrl.acting import NumpyActor
+from safe_offrl.acting import Sampler
 from safe_offrl.errors import ConfigError
 from safe_offrl.safety_critic import SafetyCritic
 
@@ -74,7 +74,7 @@ class Shield:
 
     def choose(
         self,
-        actor: NumpyActor,
+        actor: Sampler,
         observation: Vector,
         time_to_go: float,
         rng: np.random.Generator,

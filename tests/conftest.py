@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 from safe_offrl.behaviours import random_behaviour, scripted_behaviours
 from safe_offrl.data.hdf5 import write_dataset
@@ -22,6 +23,8 @@ from safe_offrl.safety import SafetySpec
 from safe_offrl.types import Episode
 
 torch.set_num_threads(1)  # results depend on the number, and CI has two cores
+settings.register_profile("untimed", deadline=None)  # a busy machine is no bug
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

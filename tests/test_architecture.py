@@ -23,7 +23,7 @@ LAYERS = [
     ],  # L1: the mathematics
     ["nets", "observations", "user_code"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
-    ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints"],
+    ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints", "baselines"],
     [
         "finetune_config",
         "rollout",
@@ -37,7 +37,7 @@ LAYERS = [
     ["calibration", "certificate", "check_env", "learners", "evaluate", "run"],  # L3: the loops
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
-    ["report"],
+    ["report", "benchmark"],
     ["tables", "charts"],
     ["data_chart", "page"],
     ["commands"],

@@ -5,6 +5,7 @@ finds every mistake of the user. The loops are generators, so writing the ledger
 checkpoints, TensorBoard and the progress line all happen here.
 """
 
+from safe_offrl.commands.benchmark import benchmark_run, benchmark_text
 from safe_offrl.commands.certify import certify_run, verify_certificate
 from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.convert import convert_dataset
@@ -35,6 +36,8 @@ from safe_offrl.commands.tools import (
 __all__ = [
     "FinetunePlan",
     "PretrainPlan",
+    "benchmark_run",
+    "benchmark_text",
     "certify_run",
     "check_env_run",
     "collect_config",

@@ -138,10 +138,16 @@ def finetune_config(
             **defaults,
             "networks": to_dict(source.networks),
             "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
+            "baseline": {"agents": to_dict(source.agents)},
         },
         flags=flags,
         overrides=overrides,
     )
+    if config.baseline.learner == "iql" and source.agent != "iql":
+        raise ConfigError(
+            f'baseline.learner is iql, but "{pretrained.name}" was pretrained by {source.agent}, '
+            "which has no value network. Pretrain with --agent iql."
+        )
     shapes = ("members", "reference", "hidden")
     if config.networks != source.networks or any(
         getattr(config.critic, key) != getattr(source.critic, key) for key in shapes
