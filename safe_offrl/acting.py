@@ -79,13 +79,19 @@ class NumpyActor:
         half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
         return mean, np.exp(LOG_STD_MIN + half_range * (np.tanh(raw) + 1.0))
 
+    def noise(self, rng: np.random.Generator) -> NDArray[np.floating]:
+        """What one action is made of [A]: standard normal draws; discrete: standard Gumbel ones."""
+        outputs = len(self._biases[-1])
+        if self.discrete:
+            return rng.gumbel(size=outputs)
+        return rng.standard_normal(outputs // 2, dtype=np.float32)
+
     def sample(self, observation: Vector, rng: np.random.Generator) -> Vector:
         """Draw an action [A]."""
         if self.discrete:
             return self._ranking(observation, rng)[0]
         mean, std = self.distribution(observation)
-        noise = rng.standard_normal(len(mean), dtype=np.float32)
-        return np.tanh(mean + std * noise)
+        return np.tanh(mean + std * self.noise(rng))
 
     def candidates(self, observation: Vector, count: int, rng: np.random.Generator) -> list[Vector]:
         """Actions to choose among, in an order in which any first is a draw from the policy.
@@ -109,8 +115,7 @@ class NumpyActor:
         The Gumbel-max trick: the largest of logits plus Gumbel noise is a draw from their softmax,
         the next largest one from what is left (Kool et al. 2019, arXiv:1903.06059).
         """
-        logits = self._outputs(observation)
-        return _one_hot_rows(logits + rng.gumbel(size=len(logits)))
+        return _one_hot_rows(self._outputs(observation) + self.noise(rng))
 
 
 def _one_hot_rows(scores: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -277,6 +277,32 @@ def verify(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A pretrain or finetune run.")],
+    file_format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="onnx or torchscript.")
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write; into the run if left out.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's final policy and its shield as one graph for use without Python.
+
+    FILE.json beside it says how to feed it, and which policy and shield it holds.
+    """
+    from safe_offrl import commands
+
+    result = commands.export_run(
+        run, file_format=file_format, out=out, runs=runs, say=_say(as_json)
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def compare(
     references: Annotated[list[str], typer.Argument(metavar="RUN...")],
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figure.")] = None,

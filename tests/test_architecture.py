@@ -33,8 +33,17 @@ LAYERS = [
         "frozen",
         "mixture",
         "penalty",
+        "policy_graph",
     ],
-    ["calibration", "certificate", "check_env", "learners", "evaluate", "run"],  # L3: the loops
+    [
+        "calibration",
+        "certificate",
+        "check_env",
+        "export",
+        "learners",
+        "evaluate",
+        "run",
+    ],  # L3: the loops
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
     ["report", "benchmark"],
@@ -49,12 +58,13 @@ LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Third-party packages that only these modules may import ...
 ONLY_IN = {
     "omegaconf": {"config"},
+    "onnxruntime": {"export"},
     "stable_baselines3": {"learners"},
     "tensorboard": {"run"},
     "typer": {"cli"},
 }
 # ... and that are not imported before they are needed, because they are slow or not always there.
-LAZY = {"stable_baselines3", "tensorboard", "matplotlib"}
+LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime"}
 
 SOURCES = sorted((ROOT / "safe_offrl").rglob("*.py"))
 ENVIRONMENTS = sorted((ROOT / "envs").rglob("*.py"))

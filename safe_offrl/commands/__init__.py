@@ -10,6 +10,7 @@ from safe_offrl.commands.certify import certify_run, verify_certificate
 from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.convert import convert_dataset
 from safe_offrl.commands.demo import demo
+from safe_offrl.commands.export import export_run
 from safe_offrl.commands.offline import (
     PretrainPlan,
     plan_pretrain,
@@ -46,6 +47,7 @@ __all__ = [
     "convert_dataset",
     "demo",
     "evaluate_run",
+    "export_run",
     "finetune_config",
     "finetune_run",
     "inspect_dataset",

@@ -71,12 +71,9 @@ def certify_run(
         loop = final_policy(run)
         with contextlib.closing(loop.env):
             claim = _claim(loop, epsilon, cost_limit, confidence, episodes, seed)
-            identity = {
-                "policy_sha256": policy_sha256(loop.deployment.actor, loop.normalizer),
-                "shield_sha256": shield_sha256(loop.deployment.shield),
-            }
+            subject = subject_of(run, loop)
+            identity = {f"{part}_sha256": subject[part]["sha256"] for part in ("policy", "shield")}
             claim, folder = _attempt(run, claim, identity)
-            subject = _subject(run, loop, identity)
             say(_header(run, loop, claim))
             played = _play(loop, claim, folder / RECORD, run, say)
         record = (folder / RECORD).read_bytes()
@@ -175,8 +172,8 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, str]) -> tuple[Claim
     return claim, folder
 
 
-def _subject(run: RunDir, loop: Finetuning, identity: dict[str, str]) -> dict[str, Any]:
-    """What a certificate is about."""
+def subject_of(run: RunDir, loop: Finetuning) -> dict[str, Any]:
+    """What a certificate, or an exported file, is about."""
     safety, shield = loop.config.safety, loop.deployment.shield
     return {
         "policy": {
@@ -184,13 +181,13 @@ def _subject(run: RunDir, loop: Finetuning, identity: dict[str, str]) -> dict[st
             "kind": run.kind,
             "version": loop.deployment.version,
             "checkpoint_sha256": run.load_checkpoint().sha256,
-            "sha256": identity["policy_sha256"],
+            "sha256": policy_sha256(loop.deployment.actor, loop.normalizer),
         },
         "shield": {
             "abstains": shield.abstains,
             "threshold": shield.threshold,
             "candidates": shield.config.candidates,
-            "sha256": identity["shield_sha256"],
+            "sha256": shield_sha256(shield),
         },
         "environment": {
             "id": loop.env.env_id,
