@@ -31,7 +31,7 @@ Runner = Callable[[Arrays], Arrays]  # arrays by the names of Inputs -> by those
 
 EXAMPLES = 256
 TOLERANCE = 1e-5  # of the range of an action: rounding of another runtime
-TOO_CLOSE = 1e-6  # to the threshold: rounding decides on which side of it a risk is
+TOO_CLOSE = 1e-5  # to the threshold, as a share of it: rounding decides which side a risk is on
 
 
 class Format(NamedTuple):
@@ -117,7 +117,7 @@ class Comparison(NamedTuple):
     observations: int
     interventions: int  # of the shield at them
     difference: float  # the largest of two actions, in the environment's units
-    same: bool  # everything, but for rounding
+    same: bool  # everything, but for rounding; not if nothing could be compared
 
 
 def compare(
@@ -138,6 +138,8 @@ def compare(
     with torch.no_grad():
         margin = graph.margin(Inputs(*(torch.from_numpy(arrays[n]) for n in Inputs._fields)))
     clear = np.flatnonzero(margin.numpy() > TOO_CLOSE)
+    if not len(clear):
+        return Comparison(0, 0, 0.0, False)
     wanted = _chosen(arrays, clear, env, actor, shield, normalizer)
     given = run(arrays)
     difference = np.abs(given["action"][clear] - wanted["action"])

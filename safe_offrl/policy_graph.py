@@ -119,12 +119,15 @@ class PolicyGraph(nn.Module):
         return Outputs(action, previous, has_previous, intervened)
 
     def margin(self, inputs: Inputs) -> Tensor:
-        """How near the risk of any option is to the threshold, [B]: rounding decides below 1e-6."""
+        """Least distance of an option's risk from the threshold, as a share of the threshold, [B].
+
+        Where it is next to nothing, rounding decides whether the option passes.
+        """
         if self.threshold is None:
             return torch.full_like(inputs.time_to_go, torch.inf)
         states = self._states(inputs.observation, inputs.time_to_go)
         options = self._options(states[:, :-1], inputs.previous, inputs.noise)
-        return (self._risks(states, options) - self.threshold).abs().amin(0)
+        return (self._risks(states, options) / self.threshold - 1.0).abs().amin(0)
 
     def _states(self, observation: Tensor, time_to_go: Tensor) -> Tensor:
         """What the safety critic knows of a state, [B, O + 1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from safe_offrl import commands, export
+from safe_offrl import cli, commands, export
 from safe_offrl.acting import NumpyActor
 from safe_offrl.calibration import CalibrationReport
 from safe_offrl.certificate import policy_sha256, shield_sha256
@@ -27,7 +29,6 @@ from safe_offrl.commands.tools import final_policy
 from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.export import FORMATS, Runner, compare
-from safe_offrl.files import plain
 from safe_offrl.finetune import Finetuning
 from safe_offrl.nets import Actor
 from safe_offrl.policy import load_policy
@@ -298,8 +299,11 @@ def test_actions_are_in_the_environments_units() -> None:
     graph = by_hand(mean=0.5, slope=0.0, space=space)
     action, remembered, _ = act(graph, -1.0, 0.0)
     assert action == pytest.approx(20.0 + 10.0 * math.tanh(-0.5))
-    assert remembered == pytest.approx(math.tanh(-0.5))  # the memory is in [-1, 1]
+    assert remembered == pytest.approx(math.tanh(-0.5), abs=1e-6)  # the memory is in [-1, 1]
     assert act(graph, 1e6, 0.0)[0] == 30.0
+    # -0.7 + (0.5 - -0.7) is 0.50000006 in float32.
+    space = gymnasium.spaces.Box(np.float32(-0.7), np.float32(0.5), (1,), np.float32)
+    assert act(by_hand(mean=0.5, slope=0.0, space=space), 1e6, 0.0)[0] == 0.5
 
 
 def test_numbers_of_discrete_actions_start_where_the_space_does(discrete: RunDir) -> None:
@@ -381,7 +385,7 @@ def test_the_manifest_says_which_policy_it_is(loop: Finetuning, continuous: RunD
     returned = commands.export_run(continuous.path, file_format="torchscript", say=lines.append)
     path = continuous.path / "exports" / "policy.pt"
     manifest = json.loads(path.with_name("policy.pt.json").read_bytes())
-    assert manifest == json.loads(json.dumps(plain(returned)))
+    assert manifest == returned
     assert manifest["file"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     # As in a certificate.
     assert manifest["policy"]["sha256"] == policy_sha256(loop.deployment.actor, loop.normalizer)
@@ -415,6 +419,27 @@ def test_the_manifest_says_where_each_number_stands(loop: Finetuning) -> None:
     assert "cost" in order[2][0]
     assert described["inputs"][0]["shape"] == ["batch", 8]
     assert described["outputs"][0]["shape"] == ["batch", 2, 1]
+
+
+def test_from_the_command_line(
+    continuous: RunDir,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["safe-offrl", "export", str(continuous.path), "--out", str(tmp_path / "it.pt")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--format", "torchscript", "--json"])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    assert json.loads(capsys.readouterr().out)["file"]["name"] == "it.pt"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["it.pt", "it.pt.json"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--format", "coreml"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        'error: There is no format "coreml". Give --format onnx or torchscript.\n'
+    )
 
 
 def test_bad_input_is_one_sentence(

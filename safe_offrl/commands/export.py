@@ -62,7 +62,7 @@ def export_run(
                     f"{found.difference:g} at {found.observations} observations. Nothing was "
                     "written; try another --format, or the versions of constraints.txt."
                 )
-            manifest = {
+            content = {
                 "format": FORMAT,
                 "file": {
                     "name": path.name,
@@ -71,14 +71,15 @@ def export_run(
                 },
                 **subject_of(run, loop),
                 **_interface(graph, loop.env),
-                "compared": found._asdict(),
+                "compared": found,
             }
+    manifest: dict[str, Any] = plain(content)
     packages = manifest["versions"]["packages"]
     packages |= {name: importlib.metadata.version(name) for name in chosen.packages}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     beside = path.with_name(f"{path.name}.json")
-    write_atomic(beside, json_bytes(plain(manifest)))
+    write_atomic(beside, json_bytes(manifest))
     guard = "abstains" if shield.abstains else f"acts, in {found.interventions} of them"
     say(
         f"exported    {run.name} (version {loop.deployment.version}) as {file_format}\n"
