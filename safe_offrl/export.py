@@ -103,7 +103,7 @@ def require_format(name: str) -> Format:
     if missing:
         raise ConfigError(
             f"The format {name} needs {' and '.join(missing)}, not installed here. Install what it "
-            'takes with pip install "safe-offrl[export]", or give --format torchscript.'
+            "takes with `pip install 'safe-offrl[export]'`, or give --format torchscript."
         )
     return FORMATS[name]
 

@@ -294,6 +294,17 @@ def test_every_fall_back_by_hand() -> None:
     assert act(three, 1.0, -0.1, -3.0)[0] == close(tanh(-0.1))
 
 
+def test_nan_does_not_pass_where_a_runtime_swallows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ReLU that makes 0 of a NaN gives an action that is none a risk that looks fine."""
+    graph = by_hand(mean=0.5, slope=10.0, space=UNIT)
+    monkeypatch.setattr(graph, "_risks", lambda _, options: torch.zeros(options.shape[:2]))
+    assert act(graph, 0.0, 0.0)[2] is False
+    # The samples are NaN, the mean action is not.
+    close = functools.partial(pytest.approx, abs=1e-6)
+    mean = math.tanh(0.5)
+    assert act(graph, math.nan, math.nan, previous=-0.7) == (close(mean), close(mean), True)
+
+
 def test_actions_are_in_the_environments_units() -> None:
     space = gymnasium.spaces.Box(np.float32(10.0), np.float32(30.0), (1,), np.float32)
     graph = by_hand(mean=0.5, slope=0.0, space=space)
