@@ -28,7 +28,7 @@ from safe_offrl.commands.export import _interface
 from safe_offrl.commands.tools import final_policy
 from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.export import FORMATS, Runner, compare
+from safe_offrl.export import FORMATS, Arrays, Runner, compare
 from safe_offrl.finetune import Finetuning
 from safe_offrl.nets import Actor
 from safe_offrl.policy import load_policy
@@ -369,6 +369,23 @@ def test_a_file_that_is_another_policy_is_noticed(loop: Finetuning, damage: Any)
     assert compared(graph).same
     assert compared(graph).difference < 1e-5
     assert not compared(damaged).same
+
+
+@pytest.mark.parametrize("name", Outputs._fields)
+def test_every_output_is_compared(loop: Finetuning, name: str) -> None:
+    graph = graph_of(loop)
+    honest = export.open_torchscript(export.to_torchscript(graph))
+
+    def wrong(arrays: Arrays) -> Arrays:
+        result = honest(arrays)
+        changed = result[name].copy()
+        changed[::10] = ~changed[::10] if changed.dtype == bool else changed[::10] + 0.001
+        return {**result, name: changed}
+
+    actor, shield = NumpyActor(loop.deployment.actor), loop.deployment.shield
+    parts = graph, loop.env, actor, shield, loop.normalizer
+    assert compare(honest, *parts).same
+    assert not compare(wrong, *parts).same
 
 
 def test_nothing_is_written_if_they_differ(
