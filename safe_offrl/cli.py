@@ -57,6 +57,9 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print the header and stop.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Videos = Annotated[
+    int | None, typer.Option(min=0, help="Film so many accidents, the first ones; none if out.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)]
 
 
@@ -127,6 +130,7 @@ def finetune(
     accident_budget: Annotated[
         int | None, _count_option("Stop after this many accidents", "--accident-budget")
     ] = None,
+    videos: Videos = None,
     seed: Seed = None,
     no_kl: Annotated[bool, typer.Option("--no-kl", help="Switch the KL constraint off.")] = False,
     no_safety_constraint: Annotated[
@@ -167,6 +171,7 @@ def finetune(
         "cost_limit": cost_limit,
         "delta": delta,
         "accident_budget": accident_budget,
+        "videos": videos,
         "seed": seed,
         "kl": False if no_kl else None,
         "safety_constraint": False if no_safety_constraint else None,
@@ -203,6 +208,7 @@ def evaluate(
         bool, typer.Option("--mean-action", help="Act with the mean instead of sampling.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the evaluation episodes.")] = 0,
+    videos: Videos = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
@@ -211,7 +217,13 @@ def evaluate(
     from safe_offrl import commands
 
     result = commands.evaluate_run(
-        run, episodes=episodes, mean_action=mean_action, seed=seed, runs=runs, say=_say(as_json)
+        run,
+        episodes=episodes,
+        mean_action=mean_action,
+        seed=seed,
+        videos=videos or 0,
+        runs=runs,
+        say=_say(as_json),
     )
     if as_json:
         _print_json(result)

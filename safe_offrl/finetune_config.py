@@ -42,11 +42,13 @@ class FinetuneConfig:
     accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
     log A) likewise replaces ``learner.discrete_entropy``: at .1 the best of four actions has a
     probability of about .98. ``compile`` and ``precision`` say how losses are computed, see
-    :mod:`safe_offrl.descent`; ``baseline`` is for what our method is compared with.
+    :mod:`safe_offrl.descent`; ``baseline`` is for what our method is compared with. ``videos`` is
+    how many accidents are filmed, the first ones of the run, see :mod:`safe_offrl.videos`.
     """
 
     budget: int = 50_000
     accident_budget: int | None = None
+    videos: int = 0
     seed: int = 0
     kl: bool = True
     safety_constraint: bool = True
@@ -84,6 +86,8 @@ class FinetuneConfig:
                 f"The accident budget is {self.accident_budget}, but at least 1 is needed. Leave "
                 "it out for a run that no number of accidents stops."
             )
+        if self.videos < 0:
+            raise ConfigError(f"videos is {self.videos}, but 0 (none) or more is needed. Try 10.")
         if min(self.warmup_steps, self.iteration_steps, self.utd, self.update_every) < 1:
             raise ConfigError(
                 "warmup_steps, iteration_steps, utd and update_every must be at least 1. Raise the "

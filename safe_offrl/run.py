@@ -8,6 +8,8 @@
       ledger.jsonl       one line an episode: the record of accidents, see ledger.py
       metrics.jsonl      one line a logged step             iterations.jsonl  one line a decision
       checkpoints/step-000012345/   what a resumed run continues from, see checkpoints.py
+      calibration.png    the safety critic against what happened
+      videos/            the first accidents, if asked for
       events.out.tfevents.*         TensorBoard: a view, never the record
 
 Nothing that depends on the clock enters the ledger, the metrics or a checkpoint, so an interrupted
@@ -17,6 +19,7 @@ and resumed run is compared with an uninterrupted one byte by byte.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -291,6 +294,19 @@ class RunDir:
             )
             self._board.add_custom_scalars(_LAYOUT)
         return self._board
+
+    def add_picture(self, tag: str, step: int, data: bytes, description: str = "") -> None:
+        """Show an encoded picture (PNG, or a GIF, which may move) in TensorBoard at x = step."""
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+        self._require_lock()
+        with Image.open(io.BytesIO(data)) as picture:
+            width, height = picture.size
+        image = Summary.Image(width=width, height=height, encoded_image_string=data)
+        metadata = SummaryMetadata(summary_description=description)
+        value = Summary.Value(tag=tag, image=image, metadata=metadata)
+        self.board()._get_file_writer().add_summary(Summary(value=[value]), step)
 
     def describe(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """Tell TensorBoard's HParams page the settings, and which curves to hold against them.

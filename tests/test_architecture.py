@@ -34,6 +34,8 @@ LAYERS = [
         "mixture",
         "penalty",
         "policy_graph",
+        "videos",
+        "calibration_curves",
     ],
     [
         "calibration",
@@ -48,7 +50,7 @@ LAYERS = [
     ["config", "progress", "run_data"],  # L4: what users touch
     ["report", "benchmark"],
     ["tables", "charts"],
-    ["data_chart", "page"],
+    ["data_chart", "calibration_chart", "page"],
     ["commands"],
     ["policy"],
     ["cli"],  # L5
@@ -64,7 +66,7 @@ ONLY_IN = {
     "typer": {"cli"},
 }
 # ... and that are not imported before they are needed, because they are slow or not always there.
-LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime"}
+LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime", "PIL"}
 
 SOURCES = sorted((ROOT / "safe_offrl").rglob("*.py"))
 ENVIRONMENTS = sorted((ROOT / "envs").rglob("*.py"))

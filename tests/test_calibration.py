@@ -179,3 +179,30 @@ def test_reliability_by_hand() -> None:
     assert report.ece == pytest.approx(0.0, abs=1e-6)
     report = report_of(critic_of(observation=0.0, action=0.0, base=math.log(0.35 / 0.65)), data)
     assert report.ece == pytest.approx(0.1, abs=1e-6)
+
+
+# --- the curves of the figure ---
+
+
+def test_the_curves_are_those_of_the_reports_own_numbers() -> None:
+    data = one_step_episodes()
+    report = report_of(PERFECT, data)
+    assert sum(b.transitions for b in report.bins) == len(data.rows)
+    assert report.limit == 0.1
+    # The threshold is no percentile of the other half's risks, but lies between two of them.
+    below = max(t for t in report.trade_offs if t.threshold <= report.threshold)
+    above = min(t for t in report.trade_offs if t.threshold > report.threshold)
+    assert below.false_safe <= report.false_safe <= above.false_safe
+    assert below.false_alarm >= report.false_alarm >= above.false_alarm
+    # One step an episode: everything that follows is in the log, nothing is the critic's word.
+    assert all(b.outcome == b.seen for b in report.bins)
+
+
+def test_what_lies_beyond_the_window_is_not_seen() -> None:
+    """A critic that says .5 everywhere; ten safe steps, of which the window covers one."""
+    half = critic_of(observation=0.0, action=0.0, base=0.0)
+    (only,) = report_of(half, dataset([10] * 12, flags(120))).bins
+    # The last step of an episode has nothing after it, the nine before it the critic's own .5.
+    assert only.outcome == pytest.approx(0.45)
+    assert only.seen == 0.0
+    assert (only.transitions, only.episodes) == (120, 12)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safe_offrl.calibration_chart import online_blocks, online_png
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
@@ -19,11 +20,13 @@ from safe_offrl.commands.common import (
     interrupted,
     loading,
     require_unfinished,
+    save_calibration,
     say_plain,
     stored_dataset,
     stored_mode,
     stored_pretrain_run,
 )
+from safe_offrl.commands.filming import filming
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, to_dict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.validation import check_matches_env
@@ -40,6 +43,7 @@ from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
+from safe_offrl.videos import require_pictures
 
 # What settings are held against on TensorBoard's HParams page.
 FINAL_CURVES = (
@@ -107,6 +111,7 @@ def finetune_config(
     cost_limit: float | None = None,
     delta: float | None = None,
     accident_budget: int | None = None,
+    videos: int | None = None,
     seed: int | None = None,
     kl: bool | None = None,
     safety_constraint: bool | None = None,
@@ -121,6 +126,7 @@ def finetune_config(
         "safety.cost_limit": cost_limit,
         "safety.delta": delta,
         "accident_budget": accident_budget,
+        "videos": videos,
         "seed": seed,
         "kl": kl,
         "safety_constraint": safety_constraint,
@@ -185,6 +191,8 @@ def plan_finetune(
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
         limit = config.safety.limit(env.horizon, dataset.cost_max)
+        if config.videos:
+            require_pictures(env)
         checkpoint = pretrained.load_checkpoint()
         inputs = dataclasses.replace(
             source,
@@ -303,10 +311,11 @@ def _drive_finetuning(
     progress = ProgressLine(plan.config.budget, curves.step, None if say is say_plain else say)
     run.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     saved = time.monotonic()
-    with StopSignal() as stop:
+    with StopSignal() as stop, filming(run, loop, say) as show:
         for event in loop.run():
             if isinstance(event, Episode):
                 run.append_episode(event)  # before anything else can happen
+                show(event)
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())
@@ -328,6 +337,10 @@ def _drive_finetuning(
     # The last line comes after the last checkpoint, so that a resume from it writes it once.
     run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
     run.log(curves.step, curves.values())
+    constraint = plan.limit.constraint
+    if blocks := online_blocks(run.episodes(), run.iterations(), constraint):
+        png = online_png(blocks, constraint, plan.limit.value)
+        save_calibration(run, "online", curves.step, png)
     run.set_status("finished", reason=loop.stopped)
     say(f"finished    {run.path}: {loop.stopped}")
 

@@ -14,6 +14,7 @@ from safe_offrl.acting import NumpyActor
 from safe_offrl.check_env import check_environment
 from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
 from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
+from safe_offrl.commands.filming import filming_evaluation
 from safe_offrl.commands.offline import DEFAULT_ENV
 from safe_offrl.commands.online import (
     FinetunePlan,
@@ -45,19 +46,21 @@ def evaluate_run(
     episodes: int = 100,
     mean_action: bool = False,
     seed: int = 0,
+    videos: int = 0,
     runs: str | Path = "runs",
     say: Say = say_plain,
 ) -> dict[str, Any]:
     """Play episodes with a run's final policy and write evaluation.json; returns its content.
 
-    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number.
+    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number. The first
+    ``videos`` accidents are filmed.
     """
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")
     run = find_run(reference, Path(runs))
     loop = final_policy(run)
     safety = loop.config.safety
-    with contextlib.closing(loop.env):
+    with contextlib.closing(loop.env), filming_evaluation(run, loop, seed, videos, say) as watch:
         played = list(
             evaluate(
                 loop.env,
@@ -68,6 +71,7 @@ def evaluate_run(
                 seed,
                 version=loop.deployment.version,
                 mean_action=mean_action,
+                watch=watch,
             )
         )
     accidents = sum(episode.accident for episode in played)
