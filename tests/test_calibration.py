@@ -83,9 +83,12 @@ def test_window_outcomes_continue_with_the_critic() -> None:
 # --- the report: an accident follows exactly where the action is above .5 ---
 
 
-def critic_of(*, observation: float, action: float, base: float) -> SafetyCritic:
+def critic_of(
+    *, observation: float, action: float, base: float, cost_max: float | None = None
+) -> SafetyCritic:
     """Q_C = sigmoid(observation * o + action * a + base)."""
-    critic = SafetyCritic(1, 1, 10, SafetyCriticConfig(hidden=()), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    critic = SafetyCritic(1, 1, 10, SafetyCriticConfig(hidden=()), generator, cost_max)
     with torch.no_grad():
         critic.net.output.weight.copy_(torch.tensor([observation, 0.0, action])[None, :, None])
         critic.net.output.bias.fill_(base)
@@ -108,9 +111,9 @@ def one_step_episodes(n: int = 600) -> Dataset:
 LIMIT = Limit("accident", 0.1, 1.0)
 
 
-def report_of(critic: SafetyCritic, data: Dataset) -> CalibrationReport:
+def report_of(critic: SafetyCritic, data: Dataset, limit: Limit = LIMIT) -> CalibrationReport:
     actor = Actor(1, 1, (4,), torch.Generator().manual_seed(0))
-    return calibrate_critic(critic, actor, data, RiskEstimate(0.12, 0.15, 0.1), LIMIT)
+    return calibrate_critic(critic, actor, data, RiskEstimate(0.12, 0.15, 0.1), limit)
 
 
 def test_a_perfect_critic_may_shield() -> None:
@@ -206,3 +209,15 @@ def test_what_lies_beyond_the_window_is_not_seen() -> None:
     assert only.outcome == pytest.approx(0.45)
     assert only.seen == 0.0
     assert (only.transitions, only.episodes) == (120, 12)
+
+
+def test_of_a_cost_only_the_window_is_seen() -> None:
+    """As above with costs: one step of 1 in 12 episodes of ten steps, the rest the critic's .5."""
+    half = critic_of(observation=0.0, action=0.0, base=0.0, cost_max=1.0)
+    g = half.config.cost_discount
+    costs = torch.zeros(120)
+    costs[55] = 1.0
+    data = dataset([10] * 12, flags(120, 55), costs=costs)
+    (only,) = report_of(half, data, Limit("cost", 0.1, 10.0)).bins
+    assert only.seen == pytest.approx((1.0 - g) / 120)
+    assert only.outcome == pytest.approx((1.0 - g) / 120 + 0.9 * g * 0.5)

@@ -53,10 +53,10 @@ def test_a_risk_on_an_edge_belongs_to_the_bin_above() -> None:
 
 
 def test_trade_offs_by_hand() -> None:
-    dangerous, safe = np.array([0.2, 0.4]), np.array([0.1, 0.25, 0.3, 0.5])
+    dangerous, safe = np.array([0.2, 0.4]), np.array([0.1, 0.25, 0.3, 0.4])
     curve = trade_offs(dangerous, safe)
     assert curve[0] == TradeOff(0.2, 0.5, 0.75)  # .2 itself passes
-    assert curve[-1] == TradeOff(0.4, 1.0, 0.25)
+    assert curve[-1] == TradeOff(0.4, 1.0, 0.0)
     assert len(curve) == 101
     assert all(a.false_safe <= b.false_safe for a, b in itertools.pairwise(curve))
     assert all(a.false_alarm >= b.false_alarm for a, b in itertools.pairwise(curve))

@@ -130,10 +130,22 @@ def test_the_first_accidents_are_shown_at_their_steps(filmed: RunDir) -> None:
         assert (event.width, event.height) == (70, 20)
 
 
+@pytest.mark.parametrize(
+    ("checkpoint_seconds", "accident", "clips_before"),
+    # From the start, since there was no checkpoint; and from the middle, where all was filmed.
+    [(1e9, 2, 2), (0.0, 20, CLIPS)],
+    ids=["replayed", "gone on"],
+)
 def test_a_resumed_run_films_each_accident_once(
-    root: Path, pretrained: RunDir, filmed: RunDir, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    pretrained: RunDir,
+    filmed: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_seconds: float,
+    accident: int,
+    clips_before: int,
 ) -> None:
-    """Killed just after the second clip, before any later checkpoint: its episode is replayed."""
+    """Killed right after an accident of the run (the first is 1), then resumed."""
     clips: list[int] = []
     original = AccidentCamera.clip
 
@@ -142,26 +154,32 @@ def test_a_resumed_run_films_each_accident_once(
         return original(self, seed, episode)
 
     monkeypatch.setattr(AccidentCamera, "clip", counting)
-    second = list(first_accidents(filmed))[1]
+    last = [e.index for e in filmed.episodes() if e.accident][accident - 1]
     append = RunDir.append_episode
 
-    def killed_after_second(self: RunDir, episode: Any) -> None:
-        if episode.index > int(second.removeprefix("episode-")):
+    def killed_after_it(self: RunDir, episode: Any) -> None:
+        if episode.index > last:
             raise Killed
         append(self, episode)
 
+    name = f"cut-after-{accident}"
     with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "append_episode", killed_after_second)
+        patch.setattr(RunDir, "append_episode", killed_after_it)
         with pytest.raises(Killed):
             commands.finetune_run(
-                plan(pretrained, CLIPS), name="cut", runs=root, checkpoint_seconds=1e9, say=silent
+                plan(pretrained, CLIPS),
+                name=name,
+                runs=root,
+                checkpoint_seconds=checkpoint_seconds,
+                say=silent,
             )
-    assert len(clips) == 2
-    again = commands.resume_finetune("cut", runs=root, say=silent)
+    assert len(clips) == clips_before
+    again = commands.resume_finetune(name, runs=root, say=silent)
     assert len(clips) == CLIPS
     assert record(again) == record(filmed)
-    for path in (filmed.path / "videos").iterdir():
-        assert (again.path / "videos" / path.name).read_bytes() == path.read_bytes()
+    made = {path.name: path.read_bytes() for path in (again.path / "videos").iterdir()}
+    wanted = {f"{clip}.gif" for clip in first_accidents(filmed)}
+    assert made == {name: (filmed.path / "videos" / name).read_bytes() for name in wanted}
     shown = pictures(again, "accidents/")
     assert {name: [e.step for e in events] for name, events in shown.items()} == {
         name: [step] for name, step in first_accidents(filmed).items()
