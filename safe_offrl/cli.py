@@ -316,23 +316,46 @@ def export(
 
 @app.command()
 def compare(
-    references: Annotated[list[str], typer.Argument(metavar="RUN...")],
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figure.")] = None,
+    references: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_OR_GROUP...", help="Runs, and folders of runs: one method."),
+    ],
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the charts.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the charts as vectors.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write it all as one page for a browser.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")
+    ] = None,
     group_by: Annotated[
         str | None, typer.Option(metavar="KEY", help="Pool runs by this setting, not by method.")
+    ] = None,
+    by_run: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-run/--by-group", help="Print each run too, or groups alone (default if many)."
+        ),
     ] = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tabulate accidents, rates with intervals and returns of fine-tuning runs."""
+    """Compare methods over their seeds: accidents, returns, constraints, with intervals."""
     from safe_offrl import commands
 
     result = commands.compare_runs(
-        references, png=png, html=html, group_by=group_by, runs=runs, say=_say(as_json)
+        references,
+        png=png,
+        svg=svg,
+        html=html,
+        markdown=markdown,
+        group_by=group_by,
+        by_run=by_run,
+        runs=runs,
+        say=_say(as_json),
     )
     if as_json:
         _print_json(result)

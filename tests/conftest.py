@@ -69,6 +69,7 @@ def _write_run(
     evaluation: dict[str, Any] | None = None,
     kind: str = "finetune",
     status: str = "finished",
+    env: str = "PointHazard-v0",
     **settings: Any,
 ) -> Path:
     """A run folder with given accidents [episodes], ``steps`` each.
@@ -82,7 +83,7 @@ def _write_run(
         **(flags or {"kl": True, "safety_constraint": True, "shield": True}),
         **settings,
     }
-    inputs = {"env_id": "PointHazard-v0", "pretrained_sha256": f"pi0-{seed}"}
+    inputs = {"env_id": env, "pretrained_sha256": f"pi0-{seed}"}
     text = yaml.safe_dump({"inputs": inputs, kind: settings})
     with RunDir.create(root, kind=kind, config_text=text, name=name) as run:
         run.set_status(status)
@@ -128,6 +129,20 @@ def _write_run(
 def write_run(tmp_path: Path) -> Callable[..., Path]:
     """``write_run(name, accidents, ...)``: see :func:`_write_run`; returns the folder."""
     return functools.partial(_write_run, tmp_path)
+
+
+@pytest.fixture
+def write_group(tmp_path: Path) -> Callable[..., Path]:
+    """``write_group(name, accidents of each run, first=0, ...)``: a folder of runs, by seed."""
+
+    def write(name: str, runs: Sequence[Any], first: int = 0, **settings: Any) -> Path:
+        for seed, accidents in enumerate(runs, first):
+            returns = settings.get("returns", [1.0]) * max(1, len(accidents))
+            options = {**settings, "returns": returns, "seed": seed}
+            _write_run(tmp_path / name, f"{seed}", accidents, **options)
+        return tmp_path / name
+
+    return write
 
 
 @pytest.fixture

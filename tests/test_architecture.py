@@ -17,6 +17,7 @@ LAYERS = [
         "losses",
         "distributions",
         "statistics",
+        "resampling",
         "device",
         "descent",
         "processes",
@@ -48,9 +49,11 @@ LAYERS = [
     ],  # L3: the loops
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
+    ["summaries"],
+    ["pairings"],
     ["report", "benchmark"],
     ["tables", "charts"],
-    ["data_chart", "calibration_chart", "page"],
+    ["data_chart", "calibration_chart", "markdown", "page"],
     ["commands"],
     ["policy"],
     ["cli"],  # L5
