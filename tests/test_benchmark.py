@@ -146,7 +146,11 @@ def test_a_suite_runs_is_kept_and_goes_on(tmp_path: Path, cached: Callable[[str]
     result = benchmark_run(cached(SMALL), root=root, workers=2, say=said.append)
     assert (ours / "ledger.jsonl").stat().st_mtime_ns == written  # kept, not run again
     assert any("3 in" in line and "2 of them finished" in line for line in said)
-    assert len(result["HazardLine-v0"]["runs"]) == 2
+    runs = result["HazardLine-v0"]["runs"]
+    assert [(row["method"], row["label"]) for row in runs] == [
+        ("ours", "ours/0"),
+        ("rlpd", "rlpd/0"),
+    ]
     assert (root / "HazardLine-v0.html").is_file()
 
 

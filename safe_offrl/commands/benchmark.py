@@ -201,10 +201,11 @@ def _line(state: _Progress) -> str:
 
 
 def _compare(state: _Progress, env: str, say: Say) -> dict[str, Any]:
+    """Each method's folder is a group: its settings alone may be those of another method."""
     base = state.root / folder_name(env)
-    runs = [base / name / str(seed) for name in state.suite.methods for seed in state.suite.seeds]
-    finished = [str(run) for run in runs if run in state.done]
-    if not finished:
+    finished = {run.parent for run in state.done}
+    methods = [base / name for name in state.suite.methods if base / name in finished]
+    if not methods:
         return {}
     say("")
-    return compare_runs(finished, html=state.root / f"{folder_name(env)}.html", say=say)
+    return compare_runs(methods, html=state.root / f"{folder_name(env)}.html", say=say)
