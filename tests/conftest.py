@@ -15,7 +15,7 @@ import yaml
 from safe_offrl.behaviours import random_behaviour, scripted_behaviours
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.env import make_env
-from safe_offrl.ledger import ledger_line
+from safe_offrl.ledger import chain_start, ledger_line
 from safe_offrl.mixture import collect
 from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
@@ -51,6 +51,15 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env.close()
     assert np.sum(arrays["accidents"]) > 0
     return path
+
+
+def ledger_lines(episodes: Sequence[Episode], start: str = "") -> list[bytes]:
+    """Each episode's line, chained; many at once, without a file."""
+    lines, head = [], start
+    for episode in episodes:
+        line, head = ledger_line(episode, head)
+        lines.append(line)
+    return lines
 
 
 def _write_run(
@@ -100,7 +109,8 @@ def _write_run(
             )
             for i, accident in enumerate(accidents)
         ]
-        (run.path / "ledger.jsonl").write_bytes(b"".join(map(ledger_line, lines)))
+        start = chain_start((run.path / "config.yaml").read_bytes())
+        (run.path / "ledger.jsonl").write_bytes(b"".join(ledger_lines(lines, start)))
         for index, changes in enumerate(iterations):
             decision = {
                 "index": index,

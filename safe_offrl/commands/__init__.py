@@ -9,6 +9,7 @@ from safe_offrl.commands.certify import certify_run, verify_certificate
 from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.convert import convert_dataset
 from safe_offrl.commands.demo import demo
+from safe_offrl.commands.ledger import show_ledger
 from safe_offrl.commands.offline import (
     PretrainPlan,
     plan_pretrain,
@@ -54,5 +55,6 @@ __all__ = [
     "resume_finetune",
     "resume_pretrain",
     "say_plain",
+    "show_ledger",
     "verify_certificate",
 ]

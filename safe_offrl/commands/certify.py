@@ -31,7 +31,7 @@ from safe_offrl.commands.tools import final_policy
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune import Finetuning
-from safe_offrl.ledger import append_to_ledger, reopen_ledger
+from safe_offrl.ledger import LedgerWriter
 from safe_offrl.progress import Interrupted, ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.types import Episode
@@ -205,7 +205,8 @@ def _subject(run: RunDir, loop: Finetuning, identity: dict[str, str]) -> dict[st
 
 def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:
     """Episodes until the claim is settled, each on disk before the next begins."""
-    played = reopen_ledger(path, 0)
+    record = LedgerWriter(path)
+    played = record.episodes
     total = math.fsum(outcome(claim, episode) for episode in played)
     actor = NumpyActor(loop.deployment.actor)
     show = None if say is say_plain else say
@@ -222,8 +223,7 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
                 loop.deployment.version,
                 played[-1].total_steps if played else 0,
             )
-            append_to_ledger(path, episode)
-            played.append(episode)
+            record.append(episode)
             total += outcome(claim, episode)
             progress.update(len(played), _line(claim, total, len(played)))
             if stop.number:
