@@ -23,7 +23,7 @@ from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.ledger import parse_ledger
 from safe_offrl.nets import Actor
-from safe_offrl.rollout import play_episode
+from safe_offrl.rollout import Reservation, play_episode
 from safe_offrl.shield import Shield
 from safe_offrl.statistics import (
     betabinomial_sequence,
@@ -163,6 +163,19 @@ def play(
     )
 
 
+def reserve(claim: Claim, index: int, env: AccidentEnv, version: int, before: int) -> Reservation:
+    """What the ``index``-th episode counts as if it is cut off where none can be played again."""
+    return Reservation.of(
+        index=index,
+        seed=episode_seed(claim.seed, index, claim.stream),
+        steps=env.horizon,
+        steps_before=before,
+        cost=claim.scale,
+        version=version,
+        phase="certify",
+    )
+
+
 # --- what it is about -------------------------------------------------------------------------
 
 
@@ -213,6 +226,7 @@ def make_certificate(
         "attempt_confidence": claim.attempt_confidence,
         "episodes": len(episodes),
         "accidents": sum(episode.accident for episode in episodes),
+        "unknown_outcomes": sum(episode.outcome != "complete" for episode in episodes),
         "total_outcome": total,
         "lower": finding.lower,
         "upper": finding.upper,

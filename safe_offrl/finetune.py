@@ -1,14 +1,14 @@
 """The online phase: collect, update, propose, measure, accept or keep.
 
 A generator of episodes and iterations. Whoever drives it writes each episode to the ledger before
-asking for the next, and may checkpoint at every Iteration: there the state is whole.
+asking for the next, and may checkpoint at every Episode and Iteration: there the state is whole.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.lagrangian import Multiplier
 from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Networks
-from safe_offrl.rollout import PlayedEpisode, play_episode
+from safe_offrl.rollout import Reservation, play_episode
 from safe_offrl.safety_critic import SafetyCritic
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Episode, Normalizer, States
@@ -68,7 +68,7 @@ RECENT_EPISODES = {"accident": 100, "cost": 10}
 
 
 class Finetuning:
-    """State and loop of the online phase; resumable at every Iteration and at the end."""
+    """State and loop of the online phase; resumable at every Episode, Iteration and at the end."""
 
     def __init__(
         self,
@@ -148,30 +148,24 @@ class Finetuning:
         )
         self.recent: list[float] = []
         self.steps = self.episodes = self.iterations = 0
+        self.updated = 0  # steps whose updates have been made; less than steps after an episode
         self.next_proposal = config.warmup_steps + config.iteration_steps
         self.stopped = ""
 
-    def run(self) -> Iterator[Episode | Iteration]:
-        """Interact until the budget cannot hold another episode or accidents are used up."""
+    def run(self, recorded: Sequence[Episode] = ()) -> Iterator[Episode | Reservation | Iteration]:
+        """Interact until the budget cannot hold another episode or accidents are used up.
+
+        ``recorded`` are episodes that the ledger of a resumed run holds already. In a simulation
+        they are played again, in reality they are counted as recorded. There, a Reservation comes
+        before each episode: its steps may be taken once it is on disk.
+        """
         config = self.config
         acting = NumpyActor(self.deployment.actor)
         while not self.stopped:
-            warming_up = self.steps < config.warmup_steps
-            seed = episode_seed(config.seed, self.episodes, "finetune")
-            played = play_episode(
-                self.env, acting, self.deployment.shield, self.normalizer, seed, self.rng
-            )
-            previous = self.steps
-            self._remember(played)
-            episode = played.recorded(
-                index=self.episodes,
-                seed=seed,
-                steps_before=previous,
-                version=self.deployment.version,
-                phase="warmup" if warming_up else "online",
-            )
-            self.episodes += 1
-            yield episode
+            if self.updated == self.steps:  # else the resumed state is that of an episode's end
+                yield from self._next_episode(acting, recorded)
+            previous, self.updated = self.updated, self.steps
+            warming_up = previous < config.warmup_steps
             due = self.steps // config.update_every - previous // config.update_every
             # Of this episode's updates alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
@@ -179,17 +173,53 @@ class Finetuning:
                 metrics |= self._update(critics_only=warming_up)
             self._check_finite(metrics)
             self.stopped = self._reason_to_stop()
-            if (config.unconstrained and not warming_up) or self.steps >= self.next_proposal:
+            propose = (config.unconstrained and not warming_up) or self.steps >= self.next_proposal
+            if propose and self.experience.buffer.size:
                 iteration = self._iterate({k: float(v) for k, v in metrics.items()})
                 acting = NumpyActor(self.deployment.actor)
                 yield iteration
 
-    def _remember(self, played: PlayedEpisode) -> None:
-        self.experience.add_episode(played.rows)
-        outcome = self.limit.outcome(played.accident, played.cost)
+    def _next_episode(
+        self, acting: NumpyActor, recorded: Sequence[Episode]
+    ) -> Iterator[Episode | Reservation]:
+        """Play one episode, or count one of those that are on record; yields it."""
+        config, index = self.config, self.episodes
+        real = config.env.kind == "real"
+        if real and index < len(recorded):
+            self._remember(recorded[index], None)
+            yield recorded[index]
+            return
+        about: dict[str, Any] = {
+            "index": index,
+            "seed": episode_seed(config.seed, index, "finetune"),
+            "steps_before": self.steps,
+            "version": self.deployment.version,
+            "phase": "warmup" if self.steps < config.warmup_steps else "online",
+        }
+        if real:
+            yield Reservation.of(steps=self.env.horizon, cost=self.limit.scale, **about)
+        played = play_episode(
+            self.env, acting, self.deployment.shield, self.normalizer, about["seed"], self.rng
+        )
+        episode = played.recorded(**about)
+        self._remember(episode, played.rows)
+        yield episode
+
+    def _remember(self, episode: Episode, rows: Tensor | None) -> None:
+        """Count an episode and learn from its rows; without them there is nothing to learn."""
+        self.steps += episode.steps
+        self.episodes += 1
+        if rows is not None:
+            self.experience.add_episode(rows)
+        else:
+            self.updated = self.steps
+            # Never the same noise twice: it may be what brought the episode to its end.
+            self.rng = np.random.default_rng([self.config.seed, 2, episode.index])
+            if episode.version > self.deployment.version:  # lost, with its checkpoint
+                self.deployment.version = episode.version + 1
+        outcome = self.limit.outcome(episode.accident, episode.cost)
         self.recent = [*self.recent, outcome][-RECENT_EPISODES[self.limit.constraint] :]
-        self.monitor.update(played.accident, played.cost, self.deployment.version)
-        self.steps += len(played.rows)
+        self.monitor.update(episode.accident, episode.cost, episode.version)
 
     def _reference(self, size: int) -> States:
         """States for an estimate under the deployed policy: starts, and for a cost its visits."""
@@ -337,6 +367,7 @@ class Finetuning:
         return {
             "steps": self.steps,
             "episodes": self.episodes,
+            "updated": self.updated,
             "iterations": self.iterations,
             **self.deployment.info(),
             "next_proposal": self.next_proposal,
@@ -355,6 +386,7 @@ class Finetuning:
         )
         self.steps = int(info["steps"])
         self.episodes = int(info["episodes"])
+        self.updated = int(info.get("updated", self.steps))
         self.iterations = int(info["iterations"])
         self.deployment.load(info)
         self.next_proposal = int(info["next_proposal"])

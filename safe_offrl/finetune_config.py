@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from safe_offrl.acceptance import AcceptanceConfig
 from safe_offrl.agents.rlpd import RLPDConfig
@@ -22,6 +22,18 @@ COST_DEFAULTS: dict[str, Any] = {
     "critic": {"tau": 0.05, "weight_decay": 0.1},
     "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
 }
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """What the environment is: "sim", where an episode that was cut off is played again, or "real".
+
+    In "real" nothing can be played again. An episode's steps are on record before its first one; if
+    the process dies in it, it counts as lost: with all the steps that were reserved, and as an
+    accident, since nobody saw whether there was one.
+    """
+
+    kind: Literal["sim", "real"] = "sim"
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,7 @@ class FinetuneConfig:
     visited_steps: int = 2_000
     compile: CompileMode = "auto"
     precision: Precision = "fp32"
+    env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     safety: SafetySpec = field(default_factory=SafetySpec)
     networks: NetworkConfig = field(default_factory=NetworkConfig)
     critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)

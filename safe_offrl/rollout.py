@@ -44,6 +44,42 @@ class PlayedEpisode(NamedTuple):
         )
 
 
+class Reservation(NamedTuple):
+    """An episode is about to begin; until its end is known it counts as ``worst``."""
+
+    worst: Episode
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        index: int,
+        seed: int,
+        steps: int,
+        steps_before: int,
+        cost: float,
+        version: int,
+        phase: str,
+    ) -> Reservation:
+        """The most that an episode can take: all its steps, this cost, and an accident."""
+        return cls(
+            Episode(
+                index=index,
+                seed=seed,
+                steps=steps,
+                total_steps=steps_before + steps,
+                episode_return=0.0,
+                cost=cost,
+                accident=True,
+                accident_steps=1,
+                version=version,
+                phase=phase,
+                shield_interventions=0,
+                outcome="lost",
+            )
+        )
+
+
 def play_episode(
     env: AccidentEnv,
     actor: NumpyActor,

@@ -90,7 +90,7 @@ class RunDir:
         self._board: SummaryWriter | None = None
         self._purge_step = 0
         self._counts = {"metrics": 0, "iterations": 0, "ledger": 0}
-        self._recorded: list[Episode] = []  # what the ledger held when the run was resumed
+        self.recorded: list[Episode] = []  # what the ledger held when the run was resumed
         self._writer: LedgerWriter | None = None
 
     @classmethod
@@ -255,11 +255,11 @@ class RunDir:
         writer, index = self._ledger_writer(), self._counts["ledger"]
         if episode.index != index:
             raise RuntimeError(f"episode {episode.index} cannot follow {index - 1} in the ledger")
-        if index < len(self._recorded):
-            if self._recorded[index] != episode:
+        if index < len(self.recorded):
+            if self.recorded[index] != episode:
                 raise RunError(
                     f"Episode {index} came out differently when replayed: the ledger has "
-                    f"{self._recorded[index]}, now it is {episode}. Resume with the versions and "
+                    f"{self.recorded[index]}, now it is {episode}. Resume with the versions and "
                     "threads in versions.json and a deterministic environment."
                 )
         else:
@@ -367,7 +367,10 @@ class RunDir:
         return checkpoints.load_checkpoint(self.path / "checkpoints", self.name)
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Go back to ``checkpoint``: cut metrics and iterations, expect the ledger's rest again."""
+        """Go back to ``checkpoint``: cut metrics and iterations, expect the ledger's rest again.
+
+        An episode that was reserved and has no end is closed as lost.
+        """
         self._require_lock()
         checkpoints.remove_unfinished(self.path / "checkpoints")
         for stem in ("metrics", "iterations"):
@@ -384,7 +387,8 @@ class RunDir:
         self._writer = LedgerWriter(
             self.path / "ledger.jsonl", self._chain_start, checkpoint.counts["ledger"]
         )
-        self._recorded = list(self._writer.episodes)
+        self._writer.close_lost()
+        self.recorded = list(self._writer.episodes)
         self._counts = dict(checkpoint.counts)
         self._purge_step = checkpoint.step + 1
         self.set_status("running")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safe_offrl.mixture import collect
 from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
 from safe_offrl.types import Episode
+from tests import promises
 
 torch.set_num_threads(1)  # results depend on the number, and CI has two cores
 
@@ -51,6 +52,47 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env.close()
     assert np.sum(arrays["accidents"]) > 0
     return path
+
+
+_FIGURES = pytest.StashKey[dict[str, list[str]]]()
+_OUTCOMES = pytest.StashKey[dict[bool, dict[str, int]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    figures: dict[str, list[str]] = {}
+    config.stash[_FIGURES] = figures
+    outcomes: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    config.stash[_OUTCOMES] = outcomes
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> promises.Record:
+    """``figure("R1", "100/100 ...")``: what a test of a promise reached."""
+    return lambda number, text: request.config.stash[_FIGURES].setdefault(number, []).append(text)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" or report.failed:
+        counts = item.config.stash[_OUTCOMES][report.passed]
+        for mark in item.iter_markers("promise"):
+            counts[mark.args[0]] = counts.get(mark.args[0], 0) + 1
+    return report
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """After `make test-slow`: every promise, and what was reached."""
+    if "promise" in str(config.option.markexpr):
+        outcomes = config.stash[_OUTCOMES]
+        terminalreporter.section("promises")
+        terminalreporter.write_line(
+            promises.table(config.stash[_FIGURES], outcomes[True], outcomes[False])
+        )
 
 
 def ledger_lines(episodes: Sequence[Episode], start: str = "") -> list[bytes]:

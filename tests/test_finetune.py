@@ -111,6 +111,7 @@ class Trace:
             if isinstance(item, Episode):
                 self.episodes.append(item)
             else:
+                assert isinstance(item, Iteration)
                 self.iterations.append(item)
                 self.policies[item.version] = copy.deepcopy(self.tuning.deployment.actor)
             yield item

@@ -59,8 +59,8 @@ def pretrained(root: Path, pretrain_plan: commands.PretrainPlan) -> RunDir:
     return commands.pretrain_run(pretrain_plan, name="offline", runs=root, say=silent)
 
 
-def online_plan(pretrained: RunDir) -> commands.FinetunePlan:
-    config = commands.finetune_config(pretrained, budget=BUDGET, overrides=ONLINE)
+def online_plan(pretrained: RunDir, *overrides: str) -> commands.FinetunePlan:
+    config = commands.finetune_config(pretrained, budget=BUDGET, overrides=[*ONLINE, *overrides])
     return commands.plan_finetune(pretrained, config)
 
 

@@ -23,6 +23,7 @@ from safe_offrl.certificate import (
     outcome,
     play,
     policy_sha256,
+    reserve,
     shield_sha256,
     verify,
 )
@@ -206,13 +207,18 @@ def _subject(run: RunDir, loop: Finetuning, identity: dict[str, str]) -> dict[st
 def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:
     """Episodes until the claim is settled, each on disk before the next begins."""
     record = LedgerWriter(path)
-    played = record.episodes
+    record.close_lost()
+    played, real = record.episodes, loop.config.env.kind == "real"
     total = math.fsum(outcome(claim, episode) for episode in played)
     actor = NumpyActor(loop.deployment.actor)
     show = None if say is say_plain else say
     progress = ProgressLine(claim.episodes, len(played), show, "episodes")
     with StopSignal() as stop:
         while not finished(claim, total, len(played)):
+            before = played[-1].total_steps if played else 0
+            if real:
+                version = loop.deployment.version
+                record.reserve(reserve(claim, len(played), loop.env, version, before).worst)
             episode = play(
                 claim,
                 len(played),
@@ -221,7 +227,7 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
                 loop.deployment.shield,
                 loop.normalizer,
                 loop.deployment.version,
-                played[-1].total_steps if played else 0,
+                before,
             )
             record.append(episode)
             total += outcome(claim, episode)
