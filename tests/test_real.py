@@ -23,7 +23,7 @@ from tests.test_finetune import HORIZON, begin, config_of, dataset, pretraining
 from tests.test_resume import Killed, kill_at, online_plan, pretrain_plan, pretrained, root, silent
 
 __all__ = ["dataset", "pretrain_plan", "pretrained", "pretraining", "root"]  # fixtures
-REAL = {"env": EnvironmentConfig("real")}
+REAL: dict[str, Any] = {"env": EnvironmentConfig("real")}
 
 
 def loop(dataset: Dataset, pretraining: Pretraining, **settings: Any) -> Finetuning:
@@ -188,7 +188,12 @@ def test_no_step_is_taken_after_a_failed_write_to_the_ledger(
     plan = real_plan(pretrained)
     taken: list[int] = []
     step = plan.env.step
-    monkeypatch.setattr(plan.env, "step", lambda action: (taken.append(1), step(action))[1])
+
+    def counted(action: np.ndarray) -> Any:
+        taken.append(1)
+        return step(action)
+
+    monkeypatch.setattr(plan.env, "step", counted)
     at_failure: list[int] = []
 
     def full(path: Path, data: bytes, **options: Any) -> None:
