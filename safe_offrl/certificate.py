@@ -153,14 +153,23 @@ def play(
     normalizer: Normalizer,
     version: int,
     steps_before: int,
-) -> Episode:
-    """The ``index``-th episode of a claim: its seed and its noise depend on nothing else."""
+) -> tuple[Episode, str]:
+    """The ``index``-th episode of a claim, and how the environment failed in it ("" if not).
+
+    Its seed and its noise depend on nothing else.
+    """
     seed = episode_seed(claim.seed, index, claim.stream)
     rng = np.random.default_rng([claim.seed, claim.attempt, index])
     played = play_episode(env, actor, shield, normalizer, seed, rng)
-    return played.recorded(
-        index=index, seed=seed, steps_before=steps_before, version=version, phase="certify"
+    episode = played.recorded(
+        index=index,
+        seed=seed,
+        steps_before=steps_before,
+        worst_cost=claim.scale,
+        version=version,
+        phase="certify",
     )
+    return episode, played.fault
 
 
 def reserve(claim: Claim, index: int, env: AccidentEnv, version: int, before: int) -> Reservation:
@@ -170,7 +179,7 @@ def reserve(claim: Claim, index: int, env: AccidentEnv, version: int, before: in
         seed=episode_seed(claim.seed, index, claim.stream),
         steps=env.horizon,
         steps_before=before,
-        cost=claim.scale,
+        worst_cost=claim.scale,
         version=version,
         phase="certify",
     )

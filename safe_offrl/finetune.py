@@ -29,7 +29,7 @@ from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.lagrangian import Multiplier
 from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Networks
-from safe_offrl.rollout import Reservation, play_episode
+from safe_offrl.rollout import Reservation, faults_in_a_row, play_episode
 from safe_offrl.safety_critic import SafetyCritic
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Episode, Normalizer, States
@@ -151,13 +151,16 @@ class Finetuning:
         self.updated = 0  # steps whose updates have been made; less than steps after an episode
         self.next_proposal = config.warmup_steps + config.iteration_steps
         self.stopped = ""
+        self.fault = ""  # how the environment failed in the last episode, in words
+        self._faults = 0  # episodes in a row that it has failed in
 
     def run(self, recorded: Sequence[Episode] = ()) -> Iterator[Episode | Reservation | Iteration]:
         """Interact until the budget cannot hold another episode or accidents are used up.
 
         ``recorded`` are episodes that the ledger of a resumed run holds already. In a simulation
-        they are played again, in reality they are counted as recorded. There, a Reservation comes
-        before each episode: its steps may be taken once it is on disk.
+        they are played again, unless the environment failed in them; those, and in reality all,
+        are counted as recorded. In reality a Reservation comes before each episode: its steps may
+        be taken once it is on disk. EnvError if the environment fails in three episodes in a row.
         """
         config = self.config
         acting = NumpyActor(self.deployment.actor)
@@ -185,7 +188,7 @@ class Finetuning:
         """Play one episode, or count one of those that are on record; yields it."""
         config, index = self.config, self.episodes
         real = config.env.kind == "real"
-        if real and index < len(recorded):
+        if index < len(recorded) and (real or recorded[index].outcome != "complete"):
             self._remember(recorded[index], None)
             yield recorded[index]
             return
@@ -195,15 +198,19 @@ class Finetuning:
             "steps_before": self.steps,
             "version": self.deployment.version,
             "phase": "warmup" if self.steps < config.warmup_steps else "online",
+            "worst_cost": self.limit.scale,
         }
         if real:
-            yield Reservation.of(steps=self.env.horizon, cost=self.limit.scale, **about)
+            yield Reservation.of(steps=self.env.horizon, **about)
         played = play_episode(
             self.env, acting, self.deployment.shield, self.normalizer, about["seed"], self.rng
         )
         episode = played.recorded(**about)
-        self._remember(episode, played.rows)
+        # A failing environment teaches nothing; so a fault that is on record leaves the same state.
+        self._remember(episode, None if played.fault else played.rows)
+        self.fault = played.fault
         yield episode
+        self._faults = faults_in_a_row(self._faults, played.fault)
 
     def _remember(self, episode: Episode, rows: Tensor | None) -> None:
         """Count an episode and learn from its rows; without them there is nothing to learn."""

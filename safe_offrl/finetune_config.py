@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,10 +31,20 @@ class EnvironmentConfig:
 
     In "real" nothing can be played again. An episode's steps are on record before its first one; if
     the process dies in it, it counts as lost: with all the steps that were reserved, and as an
-    accident, since nobody saw whether there was one.
+    accident, since nobody saw whether there was one. With a ``timeout`` (seconds, of one reset or
+    step) it runs in a process of its own, so that one that hangs or dies is a fault of one episode.
     """
 
     kind: Literal["sim", "real"] = "sim"
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a timeout that nothing can keep."""
+        if self.timeout is not None and not 0.0 < self.timeout < math.inf:
+            raise ConfigError(
+                f"env.timeout is {self.timeout}, but a number of seconds above 0 is needed. Leave "
+                "it out for an environment that never hangs."
+            )
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,9 @@ def _row(runs: Sequence[RunData], *, pooled: bool = False) -> Row:
     evaluated = sum(e.episodes for e in evaluations)
     evaluated_accidents = sum(e.accidents for e in evaluations)
     last = [final_episodes(run) for run in runs]
-    final = [_mean([e.episode_return for e in episodes]) for episodes in last]
+    # Nobody saw what an episode without its end would have returned.
+    whole = [[e for e in episodes if e.outcome == "complete"] for episodes in last]
+    final = [_mean([e.episode_return for e in episodes]) for episodes in whole]
     final_costs = [_mean([e.cost for e in episodes]) for episodes in last]
     costs = [_mean([e.cost for e in run.episodes]) for run in runs]
     measured = any(not math.isnan(d.v_deployed) for d in decisions)

@@ -33,6 +33,13 @@ ONLINE += ["--budget", str(BUDGET)]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a dataset and the finished pretrain run "offline"."""
     path = tmp_path_factory.mktemp("faults")
+    dataset_of(path)
+    faults.finish(faults.start(path, "pretrain", "--name", "offline", *pretraining(path)), path)
+    return path
+
+
+def dataset_of(folder: Path) -> Path:
+    """A log of random behaviour in the environment of these tests."""
     with make_env(ENV, SafetySpec()) as env:
         arrays = collect(
             env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0
@@ -44,9 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "horizon": HORIZON,
         "behaviours": [{"name": "random"}],
     }
-    write_dataset(path / "line.hdf5", arrays, metadata)
-    faults.finish(faults.start(path, "pretrain", "--name", "offline", *pretraining(path)), path)
-    return path
+    write_dataset(folder / "line.hdf5", arrays, metadata)
+    return folder / "line.hdf5"
 
 
 def pretraining(folder: Path) -> list[str]:

@@ -34,6 +34,7 @@ from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune import Finetuning
 from safe_offrl.ledger import LedgerWriter
 from safe_offrl.progress import Interrupted, ProgressLine, Say, StopSignal
+from safe_offrl.rollout import faults_in_a_row
 from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.types import Episode
 
@@ -208,7 +209,7 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
     """Episodes until the claim is settled, each on disk before the next begins."""
     record = LedgerWriter(path)
     record.close_lost()
-    played, real = record.episodes, loop.config.env.kind == "real"
+    played, faults, real = record.episodes, 0, loop.config.env.kind == "real"
     total = math.fsum(outcome(claim, episode) for episode in played)
     actor = NumpyActor(loop.deployment.actor)
     show = None if say is say_plain else say
@@ -219,7 +220,7 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
             if real:
                 version = loop.deployment.version
                 record.reserve(reserve(claim, len(played), loop.env, version, before).worst)
-            episode = play(
+            episode, fault = play(
                 claim,
                 len(played),
                 loop.env,
@@ -230,6 +231,7 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
                 before,
             )
             record.append(episode)
+            faults = faults_in_a_row(faults, fault)
             total += outcome(claim, episode)
             progress.update(len(played), _line(claim, total, len(played)))
             if stop.number:

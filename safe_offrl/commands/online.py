@@ -20,6 +20,7 @@ from safe_offrl.commands.common import (
     loading,
     require_unfinished,
     say_plain,
+    stopped_by_environment,
     stored_dataset,
     stored_mode,
     stored_pretrain_run,
@@ -180,7 +181,7 @@ def plan_finetune(
             f'The run "{pretrained.name}" is not finished. '
             f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
         )
-    env = make_env(source.env_id, config.safety)
+    env = make_env(source.env_id, config.safety, timeout=config.env.timeout)
     try:
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
@@ -306,7 +307,7 @@ def _drive_finetuning(
     run.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     saved = time.monotonic()
     real = plan.config.env.kind == "real"
-    with StopSignal() as stop:
+    with StopSignal() as stop, stopped_by_environment(run):
         for event in loop.run(run.recorded):
             if isinstance(event, Reservation):
                 if stop.number:
@@ -314,6 +315,8 @@ def _drive_finetuning(
                 run.reserve_episode(event.worst)  # on disk before the first of its steps
             elif isinstance(event, Episode):
                 run.append_episode(event)  # before anything else can happen
+                if event.outcome == "fault" and loop.fault:
+                    say(f"fault       in episode {event.index:,}: {loop.fault}")
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())

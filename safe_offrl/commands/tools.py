@@ -68,6 +68,7 @@ def evaluate_run(
                 seed,
                 version=loop.deployment.version,
                 mean_action=mean_action,
+                worst_cost=loop.limit.scale,
             )
         )
     accidents = sum(episode.accident for episode in played)
