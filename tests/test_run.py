@@ -59,6 +59,7 @@ def test_an_episode_is_on_disk_before_append_returns(
         assert run.episodes() == [episode(0)]
 
 
+@pytest.mark.promise("R6")
 def test_full_disk_raises_and_keeps_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_ledger_cut_short_or_of_other_settings_is_found(tmp_path: Path) -> Non
 # --- one writer, names, finding ---
 
 
+@pytest.mark.promise("R12")
 def test_second_writer_fails_at_once_naming_the_holder(tmp_path: Path) -> None:
     with make(tmp_path, name="busy") as run:
         script = (
