@@ -315,6 +315,26 @@ def export(
 
 
 @app.command()
+def ledger(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its name.")],
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print a run's record of episodes and accidents, and verify its hash chain.
+
+    Exit code 1 if the record is damaged.
+    """
+    from safe_offrl import commands
+
+    result = commands.show_ledger(run, runs=runs, say=_say(as_json))
+    if as_json:
+        _print_json(result)
+    if not result["intact"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def compare(
     references: Annotated[
         list[str],

@@ -8,7 +8,7 @@ import numpy as np
 
 from safe_offrl.acting import NumpyActor
 from safe_offrl.env import AccidentEnv, episode_seed
-from safe_offrl.rollout import PlayedEpisode, play_episode
+from safe_offrl.rollout import PlayedEpisode, faults_in_a_row, play_episode
 from safe_offrl.shield import Shield
 from safe_offrl.types import Episode, Normalizer
 
@@ -24,22 +24,30 @@ def evaluate(
     version: int = 0,
     mean_action: bool = False,
     watch: Callable[[Episode, PlayedEpisode], None] | None = None,
+    worst_cost: float = 1.0,
 ) -> Iterator[Episode]:
     """Play ``episodes`` episodes on seeds of their own stream and yield each as it ends.
 
-    ``watch`` is shown each episode together with its transitions.
+    ``watch`` is shown each episode together with its transitions. ``worst_cost`` is what an episode
+    counts as in which the environment fails; EnvError if it does so in three in a row.
     """
     rng = np.random.default_rng([seed, 1])  # not the stream that the online phase acts with
-    steps = 0
+    steps = faults = 0
     for index in range(episodes):
         reset_seed = episode_seed(seed, index, "evaluate")
         played = play_episode(
             env, actor, shield, normalizer, reset_seed, rng, mean_action=mean_action
         )
+        faults = faults_in_a_row(faults, played.fault)
         episode = played.recorded(
-            index=index, seed=reset_seed, steps_before=steps, version=version, phase="evaluate"
+            index=index,
+            seed=reset_seed,
+            steps_before=steps,
+            worst_cost=worst_cost,
+            version=version,
+            phase="evaluate",
         )
         if watch is not None:
             watch(episode, played)
         yield episode
-        steps += len(played.rows)
+        steps += played.steps

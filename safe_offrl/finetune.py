@@ -1,14 +1,14 @@
 """The online phase: collect, update, propose, measure, accept or keep.
 
 A generator of episodes and iterations. Whoever drives it writes each episode to the ledger before
-asking for the next, and may checkpoint at every Iteration: there the state is whole.
+asking for the next, and may checkpoint at every Episode and Iteration: there the state is whole.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.lagrangian import Multiplier, PIDMultiplier
 from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Networks
-from safe_offrl.rollout import PlayedEpisode, play_episode
+from safe_offrl.rollout import Reservation, faults_in_a_row, play_episode
 from safe_offrl.safety_critic import SafetyCritic
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Episode, Normalizer, States
@@ -69,7 +69,7 @@ RECENT_EPISODES = {"accident": 100, "cost": 10}
 
 
 class Finetuning:
-    """State and loop of the online phase; resumable at every Iteration and at the end."""
+    """State and loop of the online phase; resumable at every Episode, Iteration and at the end."""
 
     def __init__(
         self,
@@ -166,8 +166,11 @@ class Finetuning:
         )
         self.recent: list[float] = []
         self.steps = self.episodes = self.iterations = 0
+        self.updated = 0  # steps whose updates have been made; less than steps after an episode
         self.next_proposal = config.warmup_steps + config.iteration_steps
         self.stopped = ""
+        self.fault = ""  # how the environment failed in the last episode, in words
+        self._faults = 0  # episodes in a row that it has failed in
 
     def _multiplier(self) -> Multiplier | PIDMultiplier:
         lagrangian, baseline = self.config.lagrangian, self.config.baseline
@@ -183,27 +186,20 @@ class Finetuning:
             return UniformActor(layout.action_size, discrete=discrete)
         return NumpyActor(self.deployment.actor)
 
-    def run(self) -> Iterator[Episode | Iteration]:
-        """Interact until the budget cannot hold another episode or accidents are used up."""
+    def run(self, recorded: Sequence[Episode] = ()) -> Iterator[Episode | Reservation | Iteration]:
+        """Interact until the budget cannot hold another episode or accidents are used up.
+
+        ``recorded`` are episodes that the ledger of a resumed run holds already. In a simulation
+        they are played again, unless the environment failed in them; those, and in reality all,
+        are counted as recorded. In reality a Reservation comes before each episode: its steps may
+        be taken once it is on disk. EnvError if the environment fails in three episodes in a row.
+        """
         config = self.config
-        acting = self._acting()
         while not self.stopped:
-            warming_up = self.steps < config.warmup_steps
-            seed = episode_seed(config.seed, self.episodes, "finetune")
-            played = play_episode(
-                self.env, acting, self.deployment.shield, self.normalizer, seed, self.rng
-            )
-            previous = self.steps
-            self._remember(played)
-            episode = played.recorded(
-                index=self.episodes,
-                seed=seed,
-                steps_before=previous,
-                version=self.deployment.version,
-                phase="warmup" if warming_up else "online",
-            )
-            self.episodes += 1
-            yield episode
+            if self.updated == self.steps:  # else the resumed state is that of an episode's end
+                yield from self._next_episode(recorded)
+            previous, self.updated = self.updated, self.steps
+            warming_up = previous < config.warmup_steps
             due = self.steps // config.update_every - previous // config.update_every
             if warming_up and config.baseline.from_scratch:
                 due = 0
@@ -213,19 +209,54 @@ class Finetuning:
                 metrics |= self._update(critics_only=warming_up)
             self._check_finite(metrics)
             self.stopped = self._reason_to_stop()
-            if (config.untested and not warming_up) or self.steps >= self.next_proposal:
-                iteration = self._iterate({k: float(v) for k, v in metrics.items()})
-                acting = self._acting()
-                yield iteration
+            propose = (config.untested and not warming_up) or self.steps >= self.next_proposal
+            if propose and self.experience.buffer.size:
+                yield self._iterate({k: float(v) for k, v in metrics.items()})
 
-    def _remember(self, played: PlayedEpisode) -> None:
-        if self.config.baseline.learner == "calql":
-            self._fill_returns(played.rows)
-        self.experience.add_episode(played.rows)
-        outcome = self.limit.outcome(played.accident, played.cost)
+    def _next_episode(self, recorded: Sequence[Episode]) -> Iterator[Episode | Reservation]:
+        """Play one episode, or count one of those that are on record; yields it."""
+        config, index = self.config, self.episodes
+        real = config.env.kind == "real"
+        if index < len(recorded) and (real or recorded[index].outcome != "complete"):
+            self._remember(recorded[index], None)
+            yield recorded[index]
+            return
+        about: dict[str, Any] = {
+            "index": index,
+            "seed": episode_seed(config.seed, index, "finetune"),
+            "steps_before": self.steps,
+            "version": self.deployment.version,
+            "phase": "warmup" if self.steps < config.warmup_steps else "online",
+            "worst_cost": self.limit.scale,
+        }
+        if real:
+            yield Reservation.of(steps=self.env.horizon, **about)
+        shield, seed = self.deployment.shield, about["seed"]
+        played = play_episode(self.env, self._acting(), shield, self.normalizer, seed, self.rng)
+        episode = played.recorded(**about)
+        # A failing environment teaches nothing; so a fault that is on record leaves the same state.
+        self._remember(episode, None if played.fault else played.rows)
+        self.fault = played.fault
+        yield episode
+        self._faults = faults_in_a_row(self._faults, played.fault)
+
+    def _remember(self, episode: Episode, rows: Tensor | None) -> None:
+        """Count an episode and learn from its rows; without them there is nothing to learn."""
+        self.steps += episode.steps
+        self.episodes += 1
+        if rows is not None:
+            if self.config.baseline.learner == "calql":
+                self._fill_returns(rows)
+            self.experience.add_episode(rows)
+        else:
+            self.updated = self.steps
+            # Never the same noise twice: it may be what brought the episode to its end.
+            self.rng = np.random.default_rng([self.config.seed, 2, episode.index])
+            if episode.version > self.deployment.version:  # lost, with its checkpoint
+                self.deployment.version = episode.version + 1
+        outcome = self.limit.outcome(episode.accident, episode.cost)
         self.recent = [*self.recent, outcome][-RECENT_EPISODES[self.limit.constraint] :]
-        self.monitor.update(played.accident, played.cost, self.deployment.version)
-        self.steps += len(played.rows)
+        self.monitor.update(episode.accident, episode.cost, episode.version)
 
     def _fill_returns(self, rows: Tensor) -> None:
         """Return-to-go of an episode's rows [n, D], in place: Cal-QL's reference also online."""
@@ -383,6 +414,7 @@ class Finetuning:
         return {
             "steps": self.steps,
             "episodes": self.episodes,
+            "updated": self.updated,
             "iterations": self.iterations,
             **self.deployment.info(),
             "next_proposal": self.next_proposal,
@@ -401,6 +433,7 @@ class Finetuning:
         )
         self.steps = int(info["steps"])
         self.episodes = int(info["episodes"])
+        self.updated = int(info.get("updated", self.steps))
         self.iterations = int(info["iterations"])
         self.deployment.load(info)
         self.next_proposal = int(info["next_proposal"])

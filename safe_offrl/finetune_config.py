@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from safe_offrl.acceptance import AcceptanceConfig
 from safe_offrl.agents.rlpd import RLPDConfig
@@ -23,6 +24,28 @@ COST_DEFAULTS: dict[str, Any] = {
     "critic": {"tau": 0.05, "weight_decay": 0.1},
     "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
 }
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """What the environment is: "sim", where an episode that was cut off is played again, or "real".
+
+    In "real" nothing can be played again. An episode's steps are on record before its first one; if
+    the process dies in it, it counts as lost: with all the steps that were reserved, and as an
+    accident, since nobody saw whether there was one. With a ``timeout`` (seconds, of one reset or
+    step) it runs in a process of its own, so that one that hangs or dies is a fault of one episode.
+    """
+
+    kind: Literal["sim", "real"] = "sim"
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a timeout that nothing can keep."""
+        if self.timeout is not None and not 0.0 < self.timeout < math.inf:
+            raise ConfigError(
+                f"env.timeout is {self.timeout}, but a number of seconds above 0 is needed. Leave "
+                "it out for an environment that never hangs."
+            )
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,7 @@ class FinetuneConfig:
     visited_steps: int = 2_000
     compile: CompileMode = "auto"
     precision: Precision = "fp32"
+    env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     safety: SafetySpec = field(default_factory=SafetySpec)
     networks: NetworkConfig = field(default_factory=NetworkConfig)
     critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)
@@ -85,6 +109,11 @@ class FinetuneConfig:
             raise ConfigError(
                 f"The accident budget is {self.accident_budget}, but at least 1 is needed. Leave "
                 "it out for a run that no number of accidents stops."
+            )
+        if self.videos and self.env.kind == "real":
+            raise ConfigError(
+                f"videos is {self.videos}, but a film is made by playing an episode again, and "
+                "nothing of env.kind real is played again. Leave videos out."
             )
         if self.videos < 0:
             raise ConfigError(f"videos is {self.videos}, but 0 (none) or more is needed. Try 10.")

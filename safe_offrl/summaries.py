@@ -142,7 +142,7 @@ def row_of(
     last = {id(run): final_episodes(run) for run in online}
     counts = [float(sum(e.accident for e in run.episodes)) for run in online]
     upper = run_level_upper(accidents, confidence) / len(episodes) if episodes else 1.0
-    final = [_mean([e.episode_return for e in last[id(run)]], unit[run.env_id]) for run in online]
+    final = [_mean(_returns(last[id(run)]), unit[run.env_id]) for run in online]
     shown = [
         Mean(e.mean_return / unit[run.env_id], e.return_standard_error / unit[run.env_id])
         for run, e in zip(played, evaluations, strict=True)
@@ -196,6 +196,11 @@ def row_of(
     )
 
 
+def _returns(episodes: Sequence[Episode]) -> list[float]:
+    """Of the episodes that were seen to their end: nobody knows what another would have brought."""
+    return [e.episode_return for e in episodes if e.outcome == "complete"]
+
+
 def final_episodes(run: RunData) -> list[Episode]:
     """The episodes that say how a run ended; see LAST_EPISODES and LAST_SHARE."""
     if not run.episodes:
@@ -207,7 +212,7 @@ def final_episodes(run: RunData) -> list[Episode]:
 
 def final_return(run: RunData) -> float:
     """Mean return of the run's final episodes; NaN without any."""
-    return _mean([e.episode_return for e in final_episodes(run)]).value
+    return _mean(_returns(final_episodes(run))).value
 
 
 def outcome(run: RunData) -> float:

@@ -23,6 +23,7 @@ LAYERS = [
         "processes",
     ],  # L1: the mathematics
     ["nets", "observations", "user_code"],
+    ["env_process"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints", "baselines"],
     [

@@ -245,6 +245,24 @@ def test_from_scratch_forgets_the_policy_and_begins_at_random(
     assert sent.var().item() == pytest.approx(1 / 3, abs=0.08)
 
 
+def test_only_the_warm_up_is_random(
+    dataset: Dataset, by_iql: Pretraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = tuning_of(config_of({"from_scratch": True}, **OFF), dataset, by_iql)
+    drawn_at = []
+    sample = UniformActor.sample
+
+    def watched(self: UniformActor, *arguments: Any) -> Any:
+        drawn_at.append(tuning.steps)
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(UniformActor, "sample", watched)
+    episodes = [event for event in tuning.run() if isinstance(event, Episode)]
+    warm = [e for e in episodes if e.phase == "warmup"]
+    assert len(drawn_at) == sum(e.steps for e in warm)
+    assert max(drawn_at) < 100 <= warm[-1].total_steps
+
+
 def test_iql_goes_on_with_the_values_it_was_pretrained_with(
     dataset: Dataset, by_iql: Pretraining
 ) -> None:

@@ -210,6 +210,7 @@ def test_dataset_gone_or_changed(call: Call, tiny_dataset: Path, tmp_path: Path)
 # --- what scripts and people rely on ---
 
 
+@pytest.mark.promise("R14")
 @pytest.mark.parametrize("command", ["", "pretrain", "finetune", "demo"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from safe_offrl.errors import RunError
+from safe_offrl.ledger import chain_start, read_ledger
 from safe_offrl.report import compare
 from safe_offrl.statistics import run_level_interval, run_level_upper
 from safe_offrl.summaries import ALL_ENVIRONMENTS
+from tests.conftest import ledger_lines
 
 EVALUATION = {"episodes": 500, "accidents": 10, "mean_return": 2.5, "mean_length": 50.0}
 EVALUATION |= {"return_standard_error": 0.25, "mean_cost": 1.5, "cost_standard_error": 0.1}
@@ -222,16 +224,23 @@ def test_constraints_held_by_hand(write_run):
     assert free.as_dict()["runs"][0]["satisfied_share"] is None
 
 
-def test_other_policies_are_paired_by_seed_alone_and_the_notes_say_so(write_group, write_run):
+def test_other_policies_are_paired_by_seed_alone_and_the_notes_say_so(write_group):
     ours = write_group("ours", [[0, 0], [0, 1]])
-    other = write_group("other", [[1, 1], [1, 1]])
-    for run in other.iterdir():  # as if they had started from other policies
-        text = (run / "config.yaml").read_text()
-        (run / "config.yaml").write_text(text.replace("pi0-", "bc-"))
+    other = write_group("other", [[1, 1], [1, 1]], origin="bc")
     result = compare([ours, other])
     (pairing,) = result.pairings
     assert (pairing.pairs, pairing.same_policy, pairing.accidents) == (2, False, (1, 4))
     assert any("paired by seed alone" in note for note in result.notes)
+
+
+def test_the_return_is_of_episodes_that_were_seen_to_their_end(write_run):
+    path = write_run("cut", [0] * 19 + [1], returns=[0.0] * 16 + [3.0, 4.0, 5.0, 9.0])
+    start = chain_start((path / "config.yaml").read_bytes())
+    *whole, last = read_ledger(path / "ledger.jsonl", start).episodes
+    lines = ledger_lines([*whole, last._replace(outcome="lost")], start)
+    (path / "ledger.jsonl").write_bytes(b"".join(lines))
+    (row,) = compare([path]).rows
+    assert (row.accidents, row.final_return.value) == (1, 4.0)  # of three in the last fifth
 
 
 def test_pairs_over_seeds_by_hand(write_group):

@@ -11,6 +11,7 @@ from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.convert import convert_dataset
 from safe_offrl.commands.demo import demo
 from safe_offrl.commands.export import export_run
+from safe_offrl.commands.ledger import show_ledger
 from safe_offrl.commands.offline import (
     PretrainPlan,
     plan_pretrain,
@@ -59,5 +60,6 @@ __all__ = [
     "resume_finetune",
     "resume_pretrain",
     "say_plain",
+    "show_ledger",
     "verify_certificate",
 ]

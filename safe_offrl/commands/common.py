@@ -11,7 +11,7 @@ from safe_offrl.config import RunInputs
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.descent import CompileMode, Precision
-from safe_offrl.errors import ConfigError, DataError, RunError
+from safe_offrl.errors import ConfigError, DataError, EnvError, RunError
 from safe_offrl.files import write_atomic
 from safe_offrl.progress import Interrupted
 from safe_offrl.run import RunDir
@@ -98,6 +98,16 @@ def interrupted(run: RunDir, number: int, step: int) -> Interrupted:
         f"stopped at step {step:,}; everything is saved. Continue with: "
         f"safe-offrl {run.kind} --resume {run.path}",
     )
+
+
+@contextlib.contextmanager
+def stopped_by_environment(run: RunDir) -> Iterator[None]:
+    """Mark a run that its environment brought to an end as interrupted: it can be continued."""
+    try:
+        yield
+    except EnvError:
+        run.set_status("interrupted")
+        raise
 
 
 def data_line(dataset: Dataset, inputs: RunInputs) -> str:

@@ -35,7 +35,8 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
         def show(episode: Episode) -> None:
             nonlocal accidents
             accidents += episode.accident
-            if not episode.accident or accidents > loop.config.videos:
+            seen = episode.accident and episode.outcome == "complete"
+            if not seen or accidents > loop.config.videos:
                 return
             name = f"episode-{episode.index:06d}"
             path = folder / f"{name}.gif"
@@ -65,7 +66,7 @@ def filming_evaluation(
 
         def watch(episode: Episode, played: PlayedEpisode) -> None:
             nonlocal filmed
-            if episode.accident and filmed < most:
+            if episode.accident and not played.fault and filmed < most:
                 path = folder / f"evaluate-{seed}-{episode.index:06d}.gif"
                 transitions = loop.experience.dataset.layout.unpack(played.rows)
                 filmed += _write(camera, episode, transitions, path)

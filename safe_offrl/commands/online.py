@@ -22,6 +22,7 @@ from safe_offrl.commands.common import (
     require_unfinished,
     save_calibration,
     say_plain,
+    stopped_by_environment,
     stored_dataset,
     stored_mode,
     stored_pretrain_run,
@@ -40,6 +41,7 @@ from safe_offrl.finetune_config import COST_DEFAULTS, FinetuneConfig
 from safe_offrl.monitor import Certifiable, certifiable
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
+from safe_offrl.rollout import Reservation
 from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
@@ -51,6 +53,11 @@ FINAL_CURVES = (
     "safety/accidents_total",
     "safety/cost_mean",
     "online/return",
+)
+
+REAL_LINE = (
+    "kind        real: an episode's steps are on record before its first one, and one that is cut "
+    "off counts as an accident"
 )
 
 
@@ -96,6 +103,7 @@ class FinetunePlan:
                 constraint_line(safety, self.env.horizon),
                 f"active      {', '.join(on) if on else 'nothing: plain RLPD'}"
                 + (why if self.shield_refusals else ""),
+                *([REAL_LINE] if config.env.kind == "real" else []),
                 f"warm-up     {warm_up}",
                 f"provable    {self.certifiable}",
                 device_line(self.inputs, config.precision, self.compiling),
@@ -185,7 +193,7 @@ def plan_finetune(
             f'The run "{pretrained.name}" is not finished. '
             f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
         )
-    env = make_env(source.env_id, config.safety)
+    env = make_env(source.env_id, config.safety, timeout=config.env.timeout)
     try:
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
@@ -254,8 +262,9 @@ def resume_finetune(
 ) -> RunDir:
     """Continue an interrupted online phase.
 
-    Episodes after the last checkpoint are played again and must come out as the ledger has them;
-    the result is bitwise that of an uninterrupted run.
+    In a simulation, episodes after the last checkpoint are played again and must come out as the
+    ledger has them; the result is bitwise that of an uninterrupted run. In reality, they are
+    counted as the ledger has them, and one that was cut off counts as an accident.
     """
     run = find_run(reference, Path(runs), "finetune")
     run.lock()
@@ -311,14 +320,28 @@ def _drive_finetuning(
     progress = ProgressLine(plan.config.budget, curves.step, None if say is say_plain else say)
     run.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     saved = time.monotonic()
-    with StopSignal() as stop, filming(run, loop, say) as show:
-        for event in loop.run():
-            if isinstance(event, Episode):
+    real = plan.config.env.kind == "real"
+    with (
+        StopSignal() as stop,
+        stopped_by_environment(run),
+        filming(run, loop, say) as show,
+    ):
+        for event in loop.run(run.recorded):
+            if isinstance(event, Reservation):
+                if stop.number:
+                    raise interrupted(run, stop.number, curves.step)
+                run.reserve_episode(event.worst)  # on disk before the first of its steps
+            elif isinstance(event, Episode):
                 run.append_episode(event)  # before anything else can happen
                 show(event)
+                if event.outcome == "fault" and loop.fault:
+                    say(f"fault       in episode {event.index:,}: {loop.fault}")
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())
+                if real:  # what was lived cannot be lived again
+                    run.save_checkpoint(event.total_steps, loop.state_dict(), loop.info())
+                    saved = time.monotonic()
                 if stop.number and time.monotonic() - stop.since > STOP_SECONDS:
                     # The iteration takes too long. Its episodes are in the ledger, and a resume
                     # plays them again from the last checkpoint.

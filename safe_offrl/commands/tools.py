@@ -73,6 +73,7 @@ def evaluate_run(
                 version=loop.deployment.version,
                 mean_action=mean_action,
                 watch=watch,
+                worst_cost=loop.limit.scale,
             )
         )
     accidents = sum(episode.accident for episode in played)
