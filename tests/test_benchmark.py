@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,7 +152,10 @@ def test_a_suite_runs_is_kept_and_goes_on(tmp_path: Path, cached: Callable[[str]
         ("ours", "ours/0"),
         ("rlpd", "rlpd/0"),
     ]
-    assert (root / "HazardLine-v0.html").is_file()
+    assert "ours" in (root / "HazardLine-v0.html").read_text()
+    assert json.loads((root / "HazardLine-v0.json").read_bytes()) == result["HazardLine-v0"]
+    assert "HazardLine-v0.png" in (root / "HazardLine-v0.md").read_text()
+    assert (root / "HazardLine-v0.png").stat().st_size > 10_000
 
 
 def test_a_failed_run_is_named_and_the_others_are_compared(

@@ -17,6 +17,7 @@ from safe_offrl.commands.offline import pretrain_config
 from safe_offrl.commands.tools import compare_runs
 from safe_offrl.config import load_config
 from safe_offrl.errors import RunError
+from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.progress import Interrupted, Say, StopSignal
 from safe_offrl.run import RunDir
@@ -75,7 +76,8 @@ def benchmark_run(
     """Run what is missing of a suite, ``workers`` at a time, and compare: {environment: JSON}.
 
     Finished runs are kept and interrupted ones resumed, so the same command goes on after
-    anything. The comparison's page lies beside the runs. RunError in the end if a run failed.
+    anything. The comparison lies beside the runs, as a page, tables, chart and JSON. RunError in
+    the end if a run failed.
     """
     say(benchmark_text(suite, root))
     (root / "logs").mkdir(parents=True, exist_ok=True)
@@ -208,4 +210,12 @@ def _compare(state: _Progress, env: str, say: Say) -> dict[str, Any]:
     if not methods:
         return {}
     say("")
-    return compare_runs(methods, html=state.root / f"{folder_name(env)}.html", say=say)
+
+    def beside(suffix: str) -> Path:
+        return state.root / f"{base.name}.{suffix}"
+
+    result = compare_runs(
+        methods, png=beside("png"), markdown=beside("md"), html=beside("html"), say=say
+    )
+    write_atomic(beside("json"), json_bytes(result))
+    return result
