@@ -100,8 +100,11 @@ def parse_ledger(data: bytes, where: str, start: str = "") -> Ledger:
             if chained and not stated:
                 raise ValueError("chain")
         except ValueError as error:
+            what = str(error)
+            if lines == 1 and what == "chain":
+                what += "; or the settings that it begins at were changed"
             raise RunError(
-                f"The ledger {where} is damaged in line {lines} ({error}). "
+                f"The ledger {where} is damaged in line {lines} ({what}). "
                 "Restore it from a backup; it is never repaired silently."
             ) from error
         if episode.outcome == "reserved":

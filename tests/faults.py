@@ -1,8 +1,8 @@
 """The fault-injection harness: real processes, killed for real, at moments of which it keeps count.
 
 A kill is triggered by what the process writes: after so many further lines of its ledger (or, while
-it pretrains, of its metrics) and some milliseconds, or as soon as a checkpoint is half written. The
-environment's own log and the files that are left say where it fell.
+it pretrains, of its metrics), within the next episode, in the next half-written checkpoint, or some
+milliseconds later. The environment's own log and the files that are left say where it fell.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def run_and_kill(
 ) -> list[str]:
     """Run to the end through up to ``kills`` kills; returns where each of them fell.
 
-    Fewer if the run ends before. A third of the kills wait for a checkpoint that is half written.
+    Fewer if the run ends before. A third of the kills wait for a checkpoint that is half written,
+    a third for a step within an episode, and the rest fall wherever a random delay ends.
     """
     run = folder / "runs" / name
     growing = run / ("ledger.jsonl" if command == "finetune" else "metrics.jsonl")
@@ -129,14 +130,19 @@ def run_and_kill(
         known = run.is_dir() and (run / "run.json").is_file()
         given = ["--resume", name] if known else ["--name", name, *arguments]
         wanted = lines_of(growing) + rng.randint(1, 4)
-        writing, delay = rng.random() < 1 / 3, rng.uniform(0.0, DELAY_SECONDS)
+        waits_for = {
+            "checkpoint": lambda: any((run / "checkpoints").glob(".tmp-*")),
+            "episode": lambda: log is None or log.read_bytes().endswith((b"step 0\n", b"step 1\n")),
+            "anything": lambda: True,
+        }
+        chosen = rng.choice(list(waits_for))
+        delay = rng.uniform(0.0, DELAY_SECONDS) if chosen == "anything" else 0.0
 
-        def due(wanted: int = wanted, writing: bool = writing) -> bool:
-            grown = lines_of(growing) >= wanted
-            return grown and (not writing or any((run / "checkpoints").glob(".tmp-*")))
+        def due(wanted: int = wanted, there: Callable[[], bool] = waits_for[chosen]) -> bool:
+            return lines_of(growing) >= wanted and there()
 
         process = start(folder, command, *given, "--checkpoint-seconds", "0", log=log)
-        if not kill_when(process, due, 0.0 if writing else delay):
+        if not kill_when(process, due, delay):
             finish(process, folder)
             return fell
         fell.append(where_it_fell(run, log))

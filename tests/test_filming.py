@@ -91,10 +91,16 @@ def filmed(root: Path, pretrained: RunDir) -> RunDir:
 
 def record(run: RunDir) -> dict[str, object]:
     """Everything that filming must not change."""
-    names = ("metrics.jsonl", "iterations.jsonl", "ledger.jsonl")
+    names = ("metrics.jsonl", "iterations.jsonl")
     checkpoint = run.load_checkpoint()
     files: dict[str, object] = {n: (run.path / n).read_bytes() for n in names}
-    return {**files, "step": checkpoint.step, "sha256": checkpoint.sha256}
+    # Not the ledger's bytes: its chain begins at the settings, of which the videos are one.
+    return {
+        **files,
+        "episodes": run.episodes(),
+        "step": checkpoint.step,
+        "sha256": checkpoint.sha256,
+    }
 
 
 def first_accidents(run: RunDir) -> dict[str, int]:

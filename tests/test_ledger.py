@@ -66,7 +66,7 @@ def test_a_line_is_framed_by_its_crc_and_chained_to_the_line_before() -> None:
     ledger = parse_ledger(first + second, "x", "start")
     assert (ledger.episodes, ledger.used) == ([episode(0), episode(1)], len(first + second))
     assert (ledger.lines, ledger.chained) == (2, 2)
-    with pytest.raises(RunError, match=r"line 1 \(chain\)"):
+    with pytest.raises(RunError, match=r"line 1 \(chain; or the settings"):
         parse_ledger(first + second, "x", "another start")
 
 

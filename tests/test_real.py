@@ -11,6 +11,7 @@ import pytest
 
 from safe_offrl import commands
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.errors import ConfigError
 from safe_offrl.files import write_file
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import EnvironmentConfig
@@ -231,3 +232,11 @@ def test_a_certificate_counts_an_episode_that_was_cut_off(
     assert certificate["accidents"] >= 1
     path = run.path / "certificates" / "1" / "certificate.json"
     assert all(check.passed for check in commands.verify_certificate(path, say=silent))
+
+
+def test_no_second_copy_of_a_real_environment_films(root: Path, pretrained: RunDir) -> None:
+    with pytest.raises(ConfigError, match=r"nothing of env\.kind real is played again"):
+        commands.finetune_config(pretrained, overrides=["env.kind=real", "videos=3"])
+    run = commands.finetune_run(real_plan(pretrained), name="unfilmed", runs=root, say=silent)
+    with pytest.raises(ConfigError, match="which a real environment cannot"):
+        commands.evaluate_run(run.path, episodes=2, videos=1, say=silent)

@@ -134,7 +134,7 @@ def test_a_ledger_cut_short_or_of_other_settings_is_found(tmp_path: Path) -> Non
     path.write_bytes(whole)
     assert len(run.episodes()) == 3
     (run.path / "config.yaml").write_text("budget: 2\n")  # not what this ledger is chained to
-    with pytest.raises(RunError, match=r"damaged in line 1 \(chain\)"):
+    with pytest.raises(RunError, match=r"damaged in line 1 \(chain; or the settings"):
         run.episodes()
 
 
