@@ -7,11 +7,13 @@ INSTALLED := $(VENV)/.installed
 # At these network sizes a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check results ablations precision safety-gym bench bench-data bench-assess clean
+.PHONY: help setup demo test test-slow check results ablations precision safety-gym bench bench-data \
+	bench-assess clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
 	@echo "make test    install, then run the fast test suite"
+	@echo "make test-slow  what is promised, with a hundred kills and the like, as a table"
 	@echo "make check   formatting, lint and types as well as the fast tests"
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
 	@echo "make results the results section of the README (twenty-five minutes)"
@@ -42,6 +44,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow or promise"
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
@@ -10,6 +12,46 @@ from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN
 from safe_offrl.nets import Actor
 
 Vector = NDArray[np.float32]
+
+
+class Sampler(Protocol):
+    """What the shield needs of whoever acts."""
+
+    def sample(self, observation: Vector, rng: np.random.Generator) -> Vector:
+        """Draw an action [A]."""
+        ...
+
+    def candidates(self, observation: Vector, count: int, rng: np.random.Generator) -> list[Vector]:
+        """Actions to choose among, in an order in which any first is a draw."""
+        ...
+
+    def mean_action(self, observation: Vector) -> Vector:
+        """The action [A] at the centre of the distribution."""
+        ...
+
+
+class UniformActor:
+    """Uniformly random actions, for baselines that begin with them."""
+
+    def __init__(self, action_size: int, *, discrete: bool) -> None:
+        self.action_size = action_size
+        self.discrete = discrete
+
+    def sample(self, observation: Vector, rng: np.random.Generator) -> Vector:
+        """Draw an action [A]."""
+        return self.candidates(observation, 1, rng)[0]
+
+    def candidates(self, observation: Vector, count: int, rng: np.random.Generator) -> list[Vector]:
+        """``count`` draws; discrete: every action once, in random order."""
+        if self.discrete:
+            return list(rng.permutation(np.eye(self.action_size, dtype=np.float32)))
+        return list(rng.uniform(-1.0, 1.0, (count, self.action_size)).astype(np.float32))
+
+    def mean_action(self, observation: Vector) -> Vector:
+        """The middle of the box, or the first of the discrete actions [A]."""
+        if self.discrete:
+            return np.eye(self.action_size, dtype=np.float32)[0]
+        return np.zeros(self.action_size, dtype=np.float32)
 
 
 class NumpyActor:
@@ -37,13 +79,19 @@ class NumpyActor:
         half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
         return mean, np.exp(LOG_STD_MIN + half_range * (np.tanh(raw) + 1.0))
 
+    def noise(self, rng: np.random.Generator) -> NDArray[np.floating]:
+        """What one action is made of [A]: standard normal draws; discrete: standard Gumbel ones."""
+        outputs = len(self._biases[-1])
+        if self.discrete:
+            return rng.gumbel(size=outputs)
+        return rng.standard_normal(outputs // 2, dtype=np.float32)
+
     def sample(self, observation: Vector, rng: np.random.Generator) -> Vector:
         """Draw an action [A]."""
         if self.discrete:
             return self._ranking(observation, rng)[0]
         mean, std = self.distribution(observation)
-        noise = rng.standard_normal(len(mean), dtype=np.float32)
-        return np.tanh(mean + std * noise)
+        return np.tanh(mean + std * self.noise(rng))
 
     def candidates(self, observation: Vector, count: int, rng: np.random.Generator) -> list[Vector]:
         """Actions to choose among, in an order in which any first is a draw from the policy.
@@ -67,8 +115,7 @@ class NumpyActor:
         The Gumbel-max trick: the largest of logits plus Gumbel noise is a draw from their softmax,
         the next largest one from what is left (Kool et al. 2019, arXiv:1903.06059).
         """
-        logits = self._outputs(observation)
-        return _one_hot_rows(logits + rng.gumbel(size=len(logits)))
+        return _one_hot_rows(self._outputs(observation) + self.noise(rng))
 
 
 def _one_hot_rows(scores: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from safe_offrl.calibration_curves import Bin, TradeOff, reliability_bins, trade_offs
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
@@ -42,7 +43,8 @@ class CalibrationReport:
     gap. ``auroc`` and ``ranking`` are shares of correctly ordered pairs: of any two transitions,
     and of two actions at (nearly) one state, the comparison a shield makes. ``false_safe`` and
     ``false_alarm`` are what ``threshold`` does on episodes it was not chosen on. The estimates are
-    of what ``constraint`` names: V_accident(s0), or the expected cost per episode.
+    of what ``constraint`` names: V_accident(s0), or the expected cost per episode. ``bins`` and
+    ``trade_offs`` are the curves of the figure.
     """
 
     episodes: int
@@ -57,12 +59,15 @@ class CalibrationReport:
     false_safe: float
     false_alarm: float
     constraint: str
+    limit: float
     estimate: float
     estimate_upper: float
     estimate_plain_td: float
     behaviour_accident_rate: float
     behaviour_cost: float
     shield_refusals: tuple[str, ...]
+    bins: tuple[Bin, ...]
+    trade_offs: tuple[TradeOff, ...]
 
     @property
     def shield_threshold(self) -> float | None:
@@ -168,9 +173,10 @@ def calibrate_critic(
     window = max(1, round(WINDOW_SHARE * held_out.horizon))
     danger = accident_within(held_out, window)
     if limit.constraint == "accident":
-        outcomes = window_outcomes(held_out, values, window)
+        outcomes, seen = window_outcomes(held_out, values, window), danger.astype(np.float32)
     else:
         outcomes = window_cost(held_out, values, window, critic)
+        seen = window_cost(held_out, np.zeros_like(values), window, critic)
     reliability, ece = _reliability(risk, outcomes)
     concordant, pairs = _ranking(critic, held_out, danger)
     ranking_low = clopper_pearson(concordant, pairs, 0.9)[0] if pairs else 0.0
@@ -213,12 +219,15 @@ def calibrate_critic(
         false_safe=false_safe,
         false_alarm=false_alarm,
         constraint=limit.constraint,
+        limit=limit.value,
         estimate=estimate.value * limit.scale,
         estimate_upper=estimate.upper * limit.scale,
         estimate_plain_td=estimate.reference * limit.scale,
         behaviour_accident_rate=float(held_out.episode_accidents.mean()),
         behaviour_cost=float(held_out.episode_costs.mean()),
         shield_refusals=tuple(text for text, met in demands.items() if not met),
+        bins=reliability_bins(risk, outcomes, seen, episode),
+        trade_offs=trade_offs(judged, safe),
     )
 
 

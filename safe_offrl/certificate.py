@@ -23,7 +23,7 @@ from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.ledger import parse_ledger
 from safe_offrl.nets import Actor
-from safe_offrl.rollout import play_episode
+from safe_offrl.rollout import Reservation, play_episode
 from safe_offrl.shield import Shield
 from safe_offrl.statistics import (
     betabinomial_sequence,
@@ -153,13 +153,35 @@ def play(
     normalizer: Normalizer,
     version: int,
     steps_before: int,
-) -> Episode:
-    """The ``index``-th episode of a claim: its seed and its noise depend on nothing else."""
+) -> tuple[Episode, str]:
+    """The ``index``-th episode of a claim, and how the environment failed in it ("" if not).
+
+    Its seed and its noise depend on nothing else.
+    """
     seed = episode_seed(claim.seed, index, claim.stream)
     rng = np.random.default_rng([claim.seed, claim.attempt, index])
     played = play_episode(env, actor, shield, normalizer, seed, rng)
-    return played.recorded(
-        index=index, seed=seed, steps_before=steps_before, version=version, phase="certify"
+    episode = played.recorded(
+        index=index,
+        seed=seed,
+        steps_before=steps_before,
+        worst_cost=claim.scale,
+        version=version,
+        phase="certify",
+    )
+    return episode, played.fault
+
+
+def reserve(claim: Claim, index: int, env: AccidentEnv, version: int, before: int) -> Reservation:
+    """What the ``index``-th episode counts as if it is cut off where none can be played again."""
+    return Reservation.of(
+        index=index,
+        seed=episode_seed(claim.seed, index, claim.stream),
+        steps=env.horizon,
+        steps_before=before,
+        worst_cost=claim.scale,
+        version=version,
+        phase="certify",
     )
 
 
@@ -213,6 +235,7 @@ def make_certificate(
         "attempt_confidence": claim.attempt_confidence,
         "episodes": len(episodes),
         "accidents": sum(episode.accident for episode in episodes),
+        "unknown_outcomes": sum(episode.outcome != "complete" for episode in episodes),
         "total_outcome": total,
         "lower": finding.lower,
         "upper": finding.upper,
@@ -271,7 +294,7 @@ def verify(certificate: Mapping[str, Any], record: bytes | None, where: str) -> 
     if record is None:
         return checks
     intact = hashlib.sha256(record).hexdigest() == record_sha256
-    played = parse_ledger(record, where)[0]
+    played = parse_ledger(record, where).counted
     total = math.fsum(outcome(claim, episode) for episode in played)
     seen = len(played), sum(episode.accident for episode in played)
     counted = seen == counts and math.isclose(total, certificate["total_outcome"], rel_tol=1e-12)

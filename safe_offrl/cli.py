@@ -57,6 +57,9 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print the header and stop.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Videos = Annotated[
+    int | None, typer.Option(min=0, help="Film so many accidents, the first ones; none if out.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)]
 
 
@@ -159,6 +162,7 @@ def finetune(
     accident_budget: Annotated[
         int | None, _count_option("Stop after this many accidents", "--accident-budget")
     ] = None,
+    videos: Videos = None,
     seed: Seed = None,
     no_kl: Annotated[bool, typer.Option("--no-kl", help="Switch the KL constraint off.")] = False,
     no_safety_constraint: Annotated[
@@ -206,6 +210,7 @@ def finetune(
         "cost_limit": cost_limit,
         "delta": delta,
         "accident_budget": accident_budget,
+        "videos": videos,
         "seed": seed,
         "kl": False if no_kl else None,
         "safety_constraint": False if no_safety_constraint else None,
@@ -246,6 +251,7 @@ def evaluate(
         bool, typer.Option("--mean-action", help="Act with the mean instead of sampling.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the evaluation episodes.")] = 0,
+    videos: Videos = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
@@ -254,7 +260,13 @@ def evaluate(
     from safe_offrl import commands
 
     result = commands.evaluate_run(
-        run, episodes=episodes, mean_action=mean_action, seed=seed, runs=runs, say=_say(as_json)
+        run,
+        episodes=episodes,
+        mean_action=mean_action,
+        seed=seed,
+        videos=videos or 0,
+        runs=runs,
+        say=_say(as_json),
     )
     if as_json:
         _print_json(result)
@@ -320,25 +332,129 @@ def verify(
 
 
 @app.command()
-def compare(
-    references: Annotated[list[str], typer.Argument(metavar="RUN...")],
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figure.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it all as one page for a browser.")
-    ] = None,
-    group_by: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Pool runs by this setting, not by method.")
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A pretrain or finetune run.")],
+    file_format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="onnx or torchscript.")
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write; into the run if left out.")
     ] = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tabulate accidents, rates with intervals and returns of fine-tuning runs."""
+    """Write a run's final policy and its shield as one graph for use without Python.
+
+    FILE.json beside it says how to feed it, and which policy and shield it holds.
+    """
+    from safe_offrl import commands
+
+    result = commands.export_run(
+        run, file_format=file_format, out=out, runs=runs, say=_say(as_json)
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def ledger(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its name.")],
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print a run's record of episodes and accidents, and verify its hash chain.
+
+    Exit code 1 if the record is damaged.
+    """
+    from safe_offrl import commands
+
+    result = commands.show_ledger(run, runs=runs, say=_say(as_json))
+    if as_json:
+        _print_json(result)
+    if not result["intact"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    references: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_OR_GROUP...", help="Runs, and folders of runs: one method."),
+    ],
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the charts.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the charts as vectors.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it all as one page for a browser.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")
+    ] = None,
+    group_by: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Pool runs by this setting, not by method.")
+    ] = None,
+    by_run: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-run/--by-group", help="Print each run too, or groups alone (default if many)."
+        ),
+    ] = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods over their seeds: accidents, returns, constraints, with intervals."""
     from safe_offrl import commands
 
     result = commands.compare_runs(
-        references, png=png, html=html, group_by=group_by, runs=runs, say=_say(as_json)
+        references,
+        png=png,
+        svg=svg,
+        html=html,
+        markdown=markdown,
+        group_by=group_by,
+        by_run=by_run,
+        runs=runs,
+        say=_say(as_json),
     )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def benchmark(
+    suite: Annotated[str, typer.Option(help="smoke, point, safety, or a YAML file.")],
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Only these methods of the suite.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="A,B", help="These seeds instead of the suite's.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    runs: Runs = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run, and stop.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run methods x environments x paired seeds, resumable, and compare them.
+
+    Runs go to RUNS/benchmark-SUITE; the same command goes on after an interruption.
+    """
+    from safe_offrl import commands
+    from safe_offrl.benchmark import load_suite, narrowed
+
+    say = _say(as_json)
+    plan = narrowed(load_suite(suite), methods, seeds)
+    root = runs / f"benchmark-{plan.name}"
+    if dry_run:
+        say(commands.benchmark_text(plan, root))
+        return
+    result = commands.benchmark_run(plan, root=root, workers=workers, say=say)
     if as_json:
         _print_json(result)
 

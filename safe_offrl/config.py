@@ -76,7 +76,7 @@ def schema_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def _suggestion(key: str, known: Iterable[str]) -> str:
+def suggestion(key: str, known: Iterable[str]) -> str:
     """The known key that was probably meant: same last part first, then similar spelling."""
     known = list(known)
     leaf = key.rpartition(".")[2]
@@ -98,7 +98,7 @@ def _flatten(
         dotted = f"{prefix}{key}"
         if dotted not in known and isinstance(value, Mapping):
             if not any(k.startswith(f"{dotted}.") for k in known):
-                raise ConfigError(f'Unknown key "{dotted}". {_suggestion(dotted, known)}')
+                raise ConfigError(f'Unknown key "{dotted}". {suggestion(dotted, known)}')
             flat |= _flatten(value, known, f"{dotted}.")
         else:
             flat[dotted] = value
@@ -243,7 +243,7 @@ def load_config(
     for layer in layers:
         for key, value in _flatten(layer, known).items():
             if key not in known:
-                raise ConfigError(f'Unknown key "{key}". {_suggestion(key, known)}')
+                raise ConfigError(f'Unknown key "{key}". {suggestion(key, known)}')
             flat[key] = coerce(known[key], value, key)
     return _build(schema, flat)
 
@@ -277,7 +277,7 @@ def from_dict(schema: type[T], values: Mapping[str, Any]) -> T:
     flat = _flatten(values, known)
     for key in flat:
         if key not in known:
-            raise ConfigError(f'Unknown key "{key}". {_suggestion(key, known)}')
+            raise ConfigError(f'Unknown key "{key}". {suggestion(key, known)}')
     try:
         return _build(schema, {key: coerce(known[key], v, key) for key, v in flat.items()})
     except TypeError as error:

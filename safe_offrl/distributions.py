@@ -63,6 +63,10 @@ class Gaussian(NamedTuple):
         """One reparameterised action each, driven by standard normal ``noise`` [B, A]."""
         return Quadrature(*sample(self.mean, self.log_std, noise))
 
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log density of given actions [..., A] -> [...]."""
+        return log_prob(*self, actions)
+
     def kl(self, other: Policy) -> Tensor:
         """KL(self || other) in nats, [...]; closed form."""
         assert isinstance(other, Gaussian)
@@ -80,6 +84,10 @@ class Categorical(NamedTuple):
         every = torch.eye(a, dtype=self.log_probs.dtype, device=self.log_probs.device)
         by_action = self.log_probs.T
         return Quadrature(every.repeat_interleave(b, 0), by_action.flatten(), by_action.exp())
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log probability of given one-hot actions [..., A] -> [...]."""
+        return (self.log_probs * actions).sum(-1)
 
     def kl(self, other: Policy) -> Tensor:
         """KL(self || other) in nats, [...]: ``sum_a p(a) (log p(a) - log q(a))``."""

@@ -8,6 +8,7 @@ action bounds.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -24,7 +25,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from safe_offrl.errors import EnvError
+from safe_offrl.env_process import ProcessEnv
+from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.observations import flatten, layout
 from safe_offrl.safety import SafetySpec
 from safe_offrl.user_code import import_plugins, import_user_module, sentence
@@ -50,21 +52,39 @@ def episode_seed(seed: int, index: int, stream: str) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
 
 
-def make_env(env_id: str, spec: SafetySpec, *, render_mode: str | None = None) -> AccidentEnv:
+def make_env(
+    env_id: str,
+    spec: SafetySpec,
+    *,
+    render_mode: str | None = None,
+    timeout: float | None = None,
+) -> AccidentEnv:
     """Make any Gymnasium environment, adapted to this package.
 
     ``env_id`` is a registered id ("PointHazard-v0"), one that an installed plug-in registers (see
     :func:`safe_offrl.user_code.import_plugins`), or "package.module:Env-v0", where importing
-    ``package.module`` registers the id; the module may lie in the working directory. Raises
-    EnvError for an unknown id, a module that does not import, or an environment that cannot be
-    used (see :class:`AccidentEnv`).
+    ``package.module`` registers the id; the module may lie in the working directory. With a
+    ``timeout`` it runs in a process of its own, and a reset or step that takes more than so many
+    seconds is a fault (see :class:`safe_offrl.env_process.ProcessEnv`). Raises EnvError for an
+    unknown id, a module that does not import, or an environment that cannot be used (see
+    :class:`AccidentEnv`).
     """
-    env = make_raw(env_id, render_mode=render_mode)
+    if timeout is None:
+        env = make_raw(env_id, render_mode=render_mode)
+    else:
+        env = ProcessEnv(functools.partial(_make_described, env_id, render_mode), timeout)
     try:
         return AccidentEnv(env, spec, env_id=env_id)
     except EnvError:
         env.close()
         raise
+
+
+def _make_described(
+    env_id: str, render_mode: str | None
+) -> tuple[gymnasium.Env[Any, Any], dict[str, str]]:
+    env = make_raw(env_id, render_mode=render_mode)
+    return env, describe(env)
 
 
 def make_raw(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
@@ -92,6 +112,37 @@ def make_raw(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env[An
             f'The environment "{env_id}" could not be made: {sentence(error)} '
             "Check that gymnasium.make accepts this id."
         ) from error
+
+
+def describe(env: gymnasium.Env[Any, Any]) -> dict[str, str]:
+    """What the behaviour of an environment depends on: packages, and its own source file.
+
+    "environment" is the installed distribution that holds it, or the module's name;
+    "environment_source" the sha256 of the file that defines it ("unknown" if there is none). An
+    environment whose dynamics come from other distributions names them in an attribute
+    ``packages``.
+    """
+    cls = type(env.unwrapped)
+    package = cls.__module__.partition(".")[0]
+    try:
+        distribution = f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        distribution = cls.__module__
+    try:
+        source = hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # defined in an interactive session or in C
+        source = "unknown"
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "gymnasium": gymnasium.__version__,
+        "environment": distribution,
+        "environment_source": source,
+        **{
+            name: importlib.metadata.version(name)
+            for name in getattr(env.unwrapped, "packages", ())
+        },
+    }
 
 
 def refusals(env_id: str, env: gymnasium.Env[Any, Any], spec: SafetySpec) -> dict[str, str]:
@@ -128,7 +179,8 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
 
     A user's accident function is given the environment's own observations and actions, not the
     flattened ones. EnvError is raised for spaces that cannot be used, for an environment without
-    horizon or accident signal, and for non-finite observations, rewards, costs or actions.
+    horizon or accident signal, and for non-finite actions; its EnvFault for observations, rewards
+    and costs that are not finite or have another shape.
     """
 
     def __init__(
@@ -183,7 +235,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         truncated = (bool(raw_truncated) or self._steps >= self.horizon) and not terminated
         reward = float(raw_reward)
         if not math.isfinite(reward):
-            raise EnvError(
+            raise EnvFault(
                 f'"{self.env_id}" gave the reward {reward} at step {self._steps}. '
                 "Fix the environment: rewards must be finite numbers."
             )
@@ -211,34 +263,9 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         )
 
     def versions(self) -> dict[str, str]:
-        """What the behaviour of this environment depends on: packages, and its own source file.
-
-        "environment" is the installed distribution that holds it, or the module's name;
-        "environment_source" the sha256 of the file that defines it ("unknown" if there is none).
-        An environment whose dynamics come from other distributions names them in an attribute
-        ``packages``.
-        """
-        cls = type(self.unwrapped)
-        package = cls.__module__.partition(".")[0]
-        try:
-            distribution = f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            distribution = cls.__module__
-        try:
-            source = hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
-        except (OSError, TypeError):  # defined in an interactive session or in C
-            source = "unknown"
-        return {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "gymnasium": gymnasium.__version__,
-            "environment": distribution,
-            "environment_source": source,
-            **{
-                name: importlib.metadata.version(name)
-                for name in getattr(self.unwrapped, "packages", ())
-            },
-        }
+        """What the behaviour of this environment depends on, see :func:`describe`."""
+        env = self.unwrapped
+        return dict(env.versions) if isinstance(env, ProcessEnv) else describe(env)
 
     def executed(self, action: Vector) -> Vector:
         """The action [A] that ``step`` carries out when given this one: clipped, or one-hot."""
@@ -287,13 +314,13 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         flat = flatten(self.env_id, self.layout, observation)
         expected = self.observation_size - self.sums_cost
         if flat.shape != (expected,):
-            raise EnvError(
+            raise EnvFault(
                 f'"{self.env_id}" gave an observation of {flat.size} numbers, but its observation '
                 f"space has {expected}. Fix the environment: "
                 "gymnasium.utils.env_checker.check_env finds such faults."
             )
         if not np.isfinite(flat).all():
-            raise EnvError(
+            raise EnvFault(
                 f'"{self.env_id}" gave an observation with NaN or infinity at step {self._steps}. '
                 "Fix the environment: observations must be finite numbers."
             )
@@ -308,7 +335,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             )
         cost = float(info["cost"])
         if not math.isfinite(cost):
-            raise EnvError(
+            raise EnvFault(
                 f'"{self.env_id}" gave the cost {cost} at step {self._steps}. '
                 "Fix the environment: costs must be finite numbers."
             )

@@ -17,5 +17,12 @@ class EnvError(UserError):
     """An environment that cannot be made or cannot be used here."""
 
 
+class EnvFault(EnvError):
+    """An environment that failed in the middle: it raised, hung, died, or gave no usable numbers.
+
+    The loops close the episode and go on with the next one; other errors stop them.
+    """
+
+
 class RunError(UserError):
     """A run folder that is missing, locked, damaged, or not what was asked for."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from safe_offrl.acting import NumpyActor
 from safe_offrl.env import AccidentEnv, episode_seed
-from safe_offrl.rollout import play_episode
+from safe_offrl.rollout import PlayedEpisode, faults_in_a_row, play_episode
 from safe_offrl.shield import Shield
 from safe_offrl.types import Episode, Normalizer
 
@@ -23,16 +23,31 @@ def evaluate(
     *,
     version: int = 0,
     mean_action: bool = False,
+    watch: Callable[[Episode, PlayedEpisode], None] | None = None,
+    worst_cost: float = 1.0,
 ) -> Iterator[Episode]:
-    """Play ``episodes`` episodes on seeds of their own stream and yield each as it ends."""
+    """Play ``episodes`` episodes on seeds of their own stream and yield each as it ends.
+
+    ``watch`` is shown each episode together with its transitions. ``worst_cost`` is what an episode
+    counts as in which the environment fails; EnvError if it does so in three in a row.
+    """
     rng = np.random.default_rng([seed, 1])  # not the stream that the online phase acts with
-    steps = 0
+    steps = faults = 0
     for index in range(episodes):
         reset_seed = episode_seed(seed, index, "evaluate")
         played = play_episode(
             env, actor, shield, normalizer, reset_seed, rng, mean_action=mean_action
         )
-        yield played.recorded(
-            index=index, seed=reset_seed, steps_before=steps, version=version, phase="evaluate"
+        faults = faults_in_a_row(faults, played.fault)
+        episode = played.recorded(
+            index=index,
+            seed=reset_seed,
+            steps_before=steps,
+            worst_cost=worst_cost,
+            version=version,
+            phase="evaluate",
         )
-        steps += len(played.rows)
+        if watch is not None:
+            watch(episode, played)
+        yield episode
+        steps += played.steps

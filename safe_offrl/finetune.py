@@ -1,14 +1,14 @@
 """The online phase: collect, update, propose, measure, accept or keep.
 
 A generator of episodes and iterations. Whoever drives it writes each episode to the ledger before
-asking for the next, and may checkpoint at every Iteration: there the state is whole.
+asking for the next, and may checkpoint at every Episode and Iteration: there the state is whole.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from safe_offrl.acceptance import Decision
-from safe_offrl.acting import NumpyActor
-from safe_offrl.agents.rlpd import RLPD
+from safe_offrl.acting import NumpyActor, Sampler, UniformActor
+from safe_offrl.agents import online_learner
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.derived import returns_to_go
 from safe_offrl.data.experience import Experience
 from safe_offrl.deployment import Deployment
 from safe_offrl.descent import Compute
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.lagrangian import Multiplier
+from safe_offrl.lagrangian import Multiplier, PIDMultiplier
 from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Networks
-from safe_offrl.rollout import PlayedEpisode, play_episode
+from safe_offrl.rollout import Reservation, faults_in_a_row, play_episode
 from safe_offrl.safety_critic import SafetyCritic
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Episode, Normalizer, States
@@ -68,7 +69,7 @@ RECENT_EPISODES = {"accident": 100, "cost": 10}
 
 
 class Finetuning:
-    """State and loop of the online phase; resumable at every Iteration and at the end."""
+    """State and loop of the online phase; resumable at every Episode, Iteration and at the end."""
 
     def __init__(
         self,
@@ -111,7 +112,17 @@ class Finetuning:
                 discrete_entropy=config.cautious_discrete_entropy,
             )
         compute = Compute(compiled, config.precision)
-        self.learner = RLPD(self.networks, layout.action_size, learner, compute)
+        baseline = config.baseline
+        self.learner = online_learner(
+            baseline.learner,
+            self.networks,
+            layout,
+            config.networks,
+            learner,
+            baseline.agents,
+            self.generator,
+            compute,
+        )
         self.limit = config.safety.limit(env.horizon, dataset.cost_max)
         self.critic = SafetyCritic(
             layout.observation_size,
@@ -122,17 +133,24 @@ class Finetuning:
             dataset.cost_max if self.limit.constraint == "cost" else None,
             compute,
         )
-        self.multiplier = Multiplier(config.lagrangian, self.limit.share)
-        restore_state(
-            {
-                **{f"learner.{k}": v for k, v in self.learner.parts().items()},
-                **self.critic.parts(),
-                "multiplier": self.multiplier.value,
-            },
-            pretrained,
-        )
+        self.multiplier = self._multiplier()
+        if not baseline.from_scratch:
+            # The value network of IQL is the offline agent's own, everything else is aligned.
+            owner = "agent" if baseline.learner == "iql" else "learner"
+            restore_state(
+                {
+                    **{f"{owner}.{k}": v for k, v in self.learner.parts().items()},
+                    **self.critic.parts(),
+                    "multiplier": self.multiplier.value,
+                },
+                pretrained,
+            )
         if not config.safety_constraint:
             self.multiplier.value.zero_()
+        elif baseline.multiplier_init is not None:
+            self.multiplier.value.fill_(baseline.multiplier_init)
+        if isinstance(self.multiplier, PIDMultiplier):
+            self.multiplier.integral.copy_(self.multiplier.value)
         self.monitor = SafetyMonitor(self.limit, config.safety.confidence)
         threshold = pretrained_info["shield_threshold"]
         self.deployment = Deployment(
@@ -148,48 +166,104 @@ class Finetuning:
         )
         self.recent: list[float] = []
         self.steps = self.episodes = self.iterations = 0
+        self.updated = 0  # steps whose updates have been made; less than steps after an episode
         self.next_proposal = config.warmup_steps + config.iteration_steps
         self.stopped = ""
+        self.fault = ""  # how the environment failed in the last episode, in words
+        self._faults = 0  # episodes in a row that it has failed in
 
-    def run(self) -> Iterator[Episode | Iteration]:
-        """Interact until the budget cannot hold another episode or accidents are used up."""
+    def _multiplier(self) -> Multiplier | PIDMultiplier:
+        lagrangian, baseline = self.config.lagrangian, self.config.baseline
+        if baseline.multiplier != "pid":
+            return Multiplier(lagrangian, self.limit.share)
+        limit = lagrangian.aim * self.limit.share
+        return PIDMultiplier(baseline.pid, lagrangian.init, limit, lagrangian.maximum)
+
+    def _acting(self) -> Sampler:
+        """Who acts in the next episode: the deployed policy, or a baseline's random warm-up."""
+        if self.config.baseline.from_scratch and self.steps < self.config.warmup_steps:
+            layout, discrete = self.experience.dataset.layout, self.networks.actor.discrete
+            return UniformActor(layout.action_size, discrete=discrete)
+        return NumpyActor(self.deployment.actor)
+
+    def run(self, recorded: Sequence[Episode] = ()) -> Iterator[Episode | Reservation | Iteration]:
+        """Interact until the budget cannot hold another episode or accidents are used up.
+
+        ``recorded`` are episodes that the ledger of a resumed run holds already. In a simulation
+        they are played again, unless the environment failed in them; those, and in reality all,
+        are counted as recorded. In reality a Reservation comes before each episode: its steps may
+        be taken once it is on disk. EnvError if the environment fails in three episodes in a row.
+        """
         config = self.config
-        acting = NumpyActor(self.deployment.actor)
         while not self.stopped:
-            warming_up = self.steps < config.warmup_steps
-            seed = episode_seed(config.seed, self.episodes, "finetune")
-            played = play_episode(
-                self.env, acting, self.deployment.shield, self.normalizer, seed, self.rng
-            )
-            previous = self.steps
-            self._remember(played)
-            episode = played.recorded(
-                index=self.episodes,
-                seed=seed,
-                steps_before=previous,
-                version=self.deployment.version,
-                phase="warmup" if warming_up else "online",
-            )
-            self.episodes += 1
-            yield episode
+            if self.updated == self.steps:  # else the resumed state is that of an episode's end
+                yield from self._next_episode(recorded)
+            previous, self.updated = self.updated, self.steps
+            warming_up = previous < config.warmup_steps
             due = self.steps // config.update_every - previous // config.update_every
+            if warming_up and config.baseline.from_scratch:
+                due = 0
             # Of this episode's updates alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
             for _ in range(due):
                 metrics |= self._update(critics_only=warming_up)
             self._check_finite(metrics)
             self.stopped = self._reason_to_stop()
-            if (config.unconstrained and not warming_up) or self.steps >= self.next_proposal:
-                iteration = self._iterate({k: float(v) for k, v in metrics.items()})
-                acting = NumpyActor(self.deployment.actor)
-                yield iteration
+            propose = (config.untested and not warming_up) or self.steps >= self.next_proposal
+            if propose and self.experience.buffer.size:
+                yield self._iterate({k: float(v) for k, v in metrics.items()})
 
-    def _remember(self, played: PlayedEpisode) -> None:
-        self.experience.add_episode(played.rows)
-        outcome = self.limit.outcome(played.accident, played.cost)
+    def _next_episode(self, recorded: Sequence[Episode]) -> Iterator[Episode | Reservation]:
+        """Play one episode, or count one of those that are on record; yields it."""
+        config, index = self.config, self.episodes
+        real = config.env.kind == "real"
+        if index < len(recorded) and (real or recorded[index].outcome != "complete"):
+            self._remember(recorded[index], None)
+            yield recorded[index]
+            return
+        about: dict[str, Any] = {
+            "index": index,
+            "seed": episode_seed(config.seed, index, "finetune"),
+            "steps_before": self.steps,
+            "version": self.deployment.version,
+            "phase": "warmup" if self.steps < config.warmup_steps else "online",
+            "worst_cost": self.limit.scale,
+        }
+        if real:
+            yield Reservation.of(steps=self.env.horizon, **about)
+        shield, seed = self.deployment.shield, about["seed"]
+        played = play_episode(self.env, self._acting(), shield, self.normalizer, seed, self.rng)
+        episode = played.recorded(**about)
+        # A failing environment teaches nothing; so a fault that is on record leaves the same state.
+        self._remember(episode, None if played.fault else played.rows)
+        self.fault = played.fault
+        yield episode
+        self._faults = faults_in_a_row(self._faults, played.fault)
+
+    def _remember(self, episode: Episode, rows: Tensor | None) -> None:
+        """Count an episode and learn from its rows; without them there is nothing to learn."""
+        self.steps += episode.steps
+        self.episodes += 1
+        if rows is not None:
+            if self.config.baseline.learner == "calql":
+                self._fill_returns(rows)
+            self.experience.add_episode(rows)
+        else:
+            self.updated = self.steps
+            # Never the same noise twice: it may be what brought the episode to its end.
+            self.rng = np.random.default_rng([self.config.seed, 2, episode.index])
+            if episode.version > self.deployment.version:  # lost, with its checkpoint
+                self.deployment.version = episode.version + 1
+        outcome = self.limit.outcome(episode.accident, episode.cost)
         self.recent = [*self.recent, outcome][-RECENT_EPISODES[self.limit.constraint] :]
-        self.monitor.update(played.accident, played.cost, self.deployment.version)
-        self.steps += len(played.rows)
+        self.monitor.update(episode.accident, episode.cost, episode.version)
+
+    def _fill_returns(self, rows: Tensor) -> None:
+        """Return-to-go of an episode's rows [n, D], in place: Cal-QL's reference also online."""
+        batch = self.experience.dataset.layout.unpack(rows)
+        discount = self.config.baseline.agents.cql.discount
+        returns = returns_to_go(batch.rewards.numpy(), np.array([0, len(rows)]), discount)
+        batch.return_to_go.copy_(torch.from_numpy(returns))
 
     def _reference(self, size: int) -> States:
         """States for an estimate under the deployed policy: starts, and for a cost its visits."""
@@ -240,7 +314,9 @@ class Finetuning:
                 spans=spans,
             )
             if config.safety_constraint and not critics_only:
-                self.multiplier.update(metrics["csc/estimate"])
+                ours = config.baseline.multiplier == "ours"
+                seen = metrics["csc/estimate"] if ours else torch.tensor(self._seen())
+                self.multiplier.update(seen)
         if not critics_only:
             metrics |= self.learner.update_actor(
                 batches[-1],
@@ -266,13 +342,13 @@ class Finetuning:
         return ""
 
     def _iterate(self, metrics: dict[str, float]) -> Iteration:
-        """Propose the learner to the deployment, or, all constraints off, deploy it."""
+        """Propose the learner to the deployment, or deploy it where nothing is to be tested."""
         config = self.config
         self.iterations += 1
         self.next_proposal = self.steps + config.iteration_steps
-        if config.unconstrained:
+        if config.untested:
             self.deployment.deploy(self.networks.actor)
-            return self._iteration(_UNCONSTRAINED, metrics, rolled_back=False)
+            return self._iteration(_UNTESTED, metrics, rolled_back=False)
         decision, rolled_back = self.deployment.propose(
             self.networks.actor,
             self.experience.visited(config.visited_steps),
@@ -321,6 +397,7 @@ class Finetuning:
             **{f"learner.{k}": v for k, v in self.learner.parts().items()},
             **self.critic.parts(),
             "multiplier": self.multiplier.value,
+            **self.multiplier.parts(),
             **self.deployment.parts(),
             "generator": self.generator,
         }
@@ -337,6 +414,7 @@ class Finetuning:
         return {
             "steps": self.steps,
             "episodes": self.episodes,
+            "updated": self.updated,
             "iterations": self.iterations,
             **self.deployment.info(),
             "next_proposal": self.next_proposal,
@@ -355,6 +433,7 @@ class Finetuning:
         )
         self.steps = int(info["steps"])
         self.episodes = int(info["episodes"])
+        self.updated = int(info.get("updated", self.steps))
         self.iterations = int(info["iterations"])
         self.deployment.load(info)
         self.next_proposal = int(info["next_proposal"])
@@ -364,10 +443,10 @@ class Finetuning:
         self.rng.bit_generator.state = info["rng"]
 
 
-_UNCONSTRAINED = Decision(
+_UNTESTED = Decision(
     accepted=True,
     fraction=1.0,
-    reason="no constraint: the learner acts",
+    reason="no acceptance step: the learner acts",
     kl_forward_mean=math.nan,
     kl_reverse_mean=math.nan,
     kl_forward_tail=math.nan,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from safe_offrl.acceptance import AcceptanceConfig
 from safe_offrl.agents.rlpd import RLPDConfig
+from safe_offrl.baselines import BaselineConfig
 from safe_offrl.descent import CompileMode, Precision
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig
@@ -22,6 +24,28 @@ COST_DEFAULTS: dict[str, Any] = {
     "critic": {"tau": 0.05, "weight_decay": 0.1},
     "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
 }
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """What the environment is: "sim", where an episode that was cut off is played again, or "real".
+
+    In "real" nothing can be played again. An episode's steps are on record before its first one; if
+    the process dies in it, it counts as lost: with all the steps that were reserved, and as an
+    accident, since nobody saw whether there was one. With a ``timeout`` (seconds, of one reset or
+    step) it runs in a process of its own, so that one that hangs or dies is a fault of one episode.
+    """
+
+    kind: Literal["sim", "real"] = "sim"
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a timeout that nothing can keep."""
+        if self.timeout is not None and not 0.0 < self.timeout < math.inf:
+            raise ConfigError(
+                f"env.timeout is {self.timeout}, but a number of seconds above 0 is needed. Leave "
+                "it out for an environment that never hangs."
+            )
 
 
 @dataclass(frozen=True)
@@ -41,11 +65,13 @@ class FinetuneConfig:
     accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
     log A) likewise replaces ``learner.discrete_entropy``: at .1 the best of four actions has a
     probability of about .98. ``compile`` and ``precision`` say how losses are computed, see
-    :mod:`safe_offrl.descent`.
+    :mod:`safe_offrl.descent`; ``baseline`` is for what our method is compared with. ``videos`` is
+    how many accidents are filmed, the first ones of the run, see :mod:`safe_offrl.videos`.
     """
 
     budget: int = 50_000
     accident_budget: int | None = None
+    videos: int = 0
     seed: int = 0
     kl: bool = True
     safety_constraint: bool = True
@@ -61,6 +87,7 @@ class FinetuneConfig:
     visited_steps: int = 2_000
     compile: CompileMode = "auto"
     precision: Precision = "fp32"
+    env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     safety: SafetySpec = field(default_factory=SafetySpec)
     networks: NetworkConfig = field(default_factory=NetworkConfig)
     critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)
@@ -70,6 +97,7 @@ class FinetuneConfig:
     learner: RLPDConfig = field(default_factory=RLPDConfig)
     acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
     shielding: ShieldConfig = field(default_factory=ShieldConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
@@ -82,6 +110,13 @@ class FinetuneConfig:
                 f"The accident budget is {self.accident_budget}, but at least 1 is needed. Leave "
                 "it out for a run that no number of accidents stops."
             )
+        if self.videos and self.env.kind == "real":
+            raise ConfigError(
+                f"videos is {self.videos}, but a film is made by playing an episode again, and "
+                "nothing of env.kind real is played again. Leave videos out."
+            )
+        if self.videos < 0:
+            raise ConfigError(f"videos is {self.videos}, but 0 (none) or more is needed. Try 10.")
         if min(self.warmup_steps, self.iteration_steps, self.utd, self.update_every) < 1:
             raise ConfigError(
                 "warmup_steps, iteration_steps, utd and update_every must be at least 1. Raise the "
@@ -96,6 +131,22 @@ class FinetuneConfig:
                 f"offline_share is {self.offline_share}, but a share in [0, 1) is needed. 0.5 is "
                 "symmetric sampling."
             )
+        own = self.baseline.multiplier == "ours"
+        if not own and (self.kl or self.shield or not self.safety_constraint):
+            raise ConfigError(
+                f"baseline.multiplier is {self.baseline.multiplier}, a Lagrangian method, which "
+                "has the safety constraint alone. Switch kl and shield off, safety_constraint on."
+            )
+        if self.baseline.from_scratch and not (self.unconstrained or not own):
+            raise ConfigError(
+                "baseline.from_scratch needs every constraint off, or baseline.multiplier dual or "
+                "pid: there is no safe policy to begin with. Set kl, safety_constraint and shield."
+            )
+
+    @property
+    def untested(self) -> bool:
+        """Whether the learner is deployed after every episode, without the acceptance step."""
+        return self.unconstrained or self.baseline.multiplier != "ours"
 
     @property
     def unconstrained(self) -> bool:

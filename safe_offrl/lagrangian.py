@@ -1,4 +1,4 @@
-"""The Lagrange multiplier lambda of the safety constraint, moved by dual ascent."""
+"""The Lagrange multiplier lambda of the safety constraint: dual ascent, and as a baseline PID."""
 
 from __future__ import annotations
 
@@ -46,8 +46,98 @@ class Multiplier:
         self.target = config.aim * limit
         self.value = torch.tensor(config.init)
 
+    def parts(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, besides ``value``: nothing."""
+        return {}
+
     def update(self, estimate: Tensor) -> None:
         """One step of dual ascent on an estimate of what is limited, a scalar tensor."""
         excess = (estimate / self.target - 1.0).clamp(-1.0, 1.0)
         self.value += self.config.learning_rate * excess
         self.value.clamp_(0.0, self.config.maximum)
+
+
+@dataclass(frozen=True)
+class PIDConfig:
+    """Gains of :class:`PIDMultiplier`, per update and relative excess; ``adaptive`` is Marvel's.
+
+    ``smoothing`` is the forgetting factor of the proportional and the derivative term, ``delay``
+    how many updates ago the derivative looks. The defaults of gains other than the integral's are
+    Stooke et al.'s ratios to it.
+    """
+
+    proportional: float = 0.03
+    integral: float = 3e-3
+    derivative: float = 0.03
+    smoothing: float = 0.95
+    delay: int = 10
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse gains that would push the wrong way, and a derivative over no time."""
+        if min(self.proportional, self.integral, self.derivative) < 0.0 or self.delay < 1:
+            raise ConfigError(
+                "The gains of baseline.pid must be at least 0 and its delay at least 1. Try "
+                "proportional 0.03, integral 0.003, derivative 0.03, delay 10."
+            )
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ConfigError(
+                f"baseline.pid.smoothing is {self.smoothing}, but a factor in [0, 1) is needed. "
+                "Try 0.95."
+            )
+
+
+class PIDMultiplier:
+    """PID control of lambda (Stooke et al. 2020, arXiv:2007.03964, algorithm 2).
+
+    With the relative excess ``e = v / limit - 1``, clipped to [-1, 1] as in :class:`Multiplier`,
+    and ``v / limit`` itself, both smoothed (s_e, s_v):
+    ``I <- clip(I + K_I e, 0, max)``, ``lambda = clip(K_P s_e + I + K_D max(0, s_v - s_v of delay
+    updates ago), 0, max)``. K_P = K_D = 0 is dual ascent.
+
+    ``adaptive`` moves the gains as the authors of Marvel do (arXiv:2412.04426, section 4.2 and
+    their code): each by a factor that follows the mean m and the standard deviation s of the
+    smoothed v / limit over the delay, ``K_P, K_I *= 1 + .05 (m - 1) / m`` (above the limit and,
+    mirrored, below), ``K_D *= 1 + .05 s / m``, within a factor of ten of where they began.
+    """
+
+    def __init__(self, config: PIDConfig, init: float, limit: float, maximum: float) -> None:
+        self.config = config
+        self.limit = limit
+        self.maximum = maximum
+        self.value = torch.tensor(init)
+        self.integral = torch.tensor(init)
+        self.smoothed = torch.zeros(2)  # of e and of v / limit
+        self.history = torch.zeros(config.delay)  # of the latter, oldest first
+        self._initial = torch.tensor([config.proportional, config.integral, config.derivative])
+        self.gains = self._initial.clone()
+
+    def parts(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, besides ``value``."""
+        return {
+            "pid_integral": self.integral,
+            "pid_smoothed": self.smoothed,
+            "pid_history": self.history,
+            "pid_gains": self.gains,
+        }
+
+    def update(self, estimate: Tensor) -> None:
+        """One step of control on what is limited, a scalar tensor."""
+        relative = estimate / self.limit
+        excess = (relative - 1.0).clamp(-1.0, 1.0)
+        proportional, integral, derivative = self.gains
+        self.integral.add_(integral * excess).clamp_(0.0, self.maximum)
+        self.smoothed.lerp_(torch.stack([excess, relative]), 1.0 - self.config.smoothing)
+        rise = (self.smoothed[1] - self.history[0]).clamp_min(0.0)
+        wanted = proportional * self.smoothed[0] + self.integral + derivative * rise
+        self.value.copy_(wanted.clamp(0.0, self.maximum))
+        self.history.copy_(torch.cat([self.history[1:], self.smoothed[1:]]))
+        if self.config.adaptive:
+            self._adapt()
+
+    def _adapt(self) -> None:
+        mean = self.history.mean() + 1e-2  # no division by 0 while nothing was seen
+        follow = 1.0 + 0.05 * ((mean - 1.0) / mean).clamp(-1.0, 1.0)
+        spread = 1.0 + 0.05 * self.history.std(correction=0) / mean
+        self.gains.mul_(torch.stack([follow, follow, spread]))
+        self.gains.copy_(self.gains.clamp(self._initial / 10.0, self._initial * 10.0))

@@ -1,82 +1,178 @@
-"""The ledger: the record of accidents, one line an episode, CRC-protected and fsynced.
+"""The ledger: the record of accidents, one line an episode, hash-chained, CRC-framed and fsynced.
 
-A line is the episode as a JSON object whose last key, "crc32", is the CRC-32 of the bytes before
-it. Lines are numbered by the episode's index, and only ever appended. A crash can tear the last
-line, which is then left out; damage anywhere else is an error, since a lost line could be a lost
-accident.
+A line is a JSON object. Its key "chain" is the sha256 of the chain of the line before it and of
+this line's own content, so a line that was changed, dropped, swapped or repeated breaks every line
+after it; the first line is chained to the run's settings. The last key, "crc32", is the CRC-32 of
+the bytes before it. Lines are numbered by the episode's index, and only ever appended.
+
+Where lost episodes cannot be replayed, a line with the outcome "reserved" comes BEFORE an episode's
+first step, with the most that it can take. Until the line of its end follows, the episode counts as
+lost: as many steps as were reserved, and an accident.
+
+A crash can tear the last line, which is then left out; damage anywhere else is an error, since a
+lost line could be a lost accident. The hashes find what was changed; they are no signature.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from safe_offrl.errors import RunError
 from safe_offrl.files import write_file
 from safe_offrl.types import Episode
 
 
-def ledger_line(episode: Episode) -> bytes:
-    """Serialise one episode; the CRC-32 of everything before it closes the line."""
+class Ledger(NamedTuple):
+    """What a ledger holds."""
+
+    episodes: list[Episode]  # those whose end is on record
+    reserved: Episode | None  # the episode that began and did not end: lost, if nobody is writing
+    lines: int
+    chained: int  # lines that state their chain; an earlier version's do not
+    head: str  # the chain of the last line
+    used: int  # bytes; what comes after them is a torn line
+
+    @property
+    def counted(self) -> list[Episode]:
+        """Every episode that began; one without an end counts as lost."""
+        return self.episodes if self.reserved is None else [*self.episodes, lost(self.reserved)]
+
+
+def lost(reserved: Episode) -> Episode:
+    """The episode that a reservation becomes if its end is never known."""
+    return reserved._replace(outcome="lost")
+
+
+def chain_start(identity: bytes) -> str:
+    """What the first line is chained to: the hash of the settings that a ledger belongs to."""
+    return hashlib.sha256(identity).hexdigest()
+
+
+def ledger_line(episode: Episode, previous: str) -> tuple[bytes, str]:
+    """Serialise one episode after the chain ``previous``; returns the line and its own chain."""
     body = json.dumps(episode._asdict(), allow_nan=False, separators=(",", ":")).encode()[:-1]
-    return body + f',"crc32":"{zlib.crc32(body):08x}"}}\n'.encode()
+    chain = _link(previous, body)
+    framed = body + f',"chain":"{chain}"'.encode()
+    return framed + f',"crc32":"{zlib.crc32(framed):08x}"}}\n'.encode(), chain
 
 
-def _parse_line(line: bytes) -> Episode | None:
-    """Parse one line without its newline; None if its CRC does not match."""
-    body, _, tail = line.rpartition(b',"crc32":"')
-    if tail != f'{zlib.crc32(body):08x}"}}'.encode():
-        return None
+def _link(previous: str, body: bytes) -> str:
+    return hashlib.sha256(previous.encode() + body).hexdigest()
+
+
+def _parse_line(line: bytes, previous: str) -> tuple[Episode, str, bool]:
+    """(episode, chain, whether the line states it) of a line without its newline, or ValueError."""
+    framed, _, tail = line.rpartition(b',"crc32":"')
+    if tail != f'{zlib.crc32(framed):08x}"}}'.encode():
+        raise ValueError("checksum")
+    body, stated, chain = framed.rpartition(b',"chain":"')
+    if not stated:  # written before there was a chain; a later line's chain covers it
+        body = framed
+    expected = _link(previous, body)
+    if stated and chain != f'{expected}"'.encode():
+        raise ValueError("chain")
     try:
-        return Episode(**json.loads(body + b"}"))
-    except (TypeError, ValueError):  # intact, but not an episode of this version
-        return None
+        return Episode(**json.loads(body + b"}")), expected, bool(stated)
+    except (TypeError, ValueError) as error:  # intact, but not an episode of this version
+        raise ValueError("content") from error
 
 
-def parse_ledger(data: bytes, where: str) -> tuple[list[Episode], int]:
-    """Read a ledger: its episodes, and how many bytes of ``data`` they cover.
+def parse_ledger(data: bytes, where: str, start: str = "") -> Ledger:
+    """Read a ledger that is chained to ``start``; a last line without a newline is left out.
 
-    A last line without a newline is a torn write and is left out. Damage anywhere else raises
-    RunError, in which ``where`` names the ledger.
+    Damage anywhere else raises RunError, in which ``where`` names the ledger.
     """
     episodes: list[Episode] = []
-    used = 0
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        episode = _parse_line(line)
-        if episode is None or episode.index != len(episodes):
+    reserved: Episode | None = None
+    lines = chained = used = 0
+    head = start
+    for line in data.split(b"\n")[:-1]:
+        lines += 1
+        try:
+            episode, head, stated = _parse_line(line, head)
+            if episode.index != len(episodes) or (reserved and not _closes(episode, reserved)):
+                raise ValueError("numbering")
+            if chained and not stated:
+                raise ValueError("chain")
+        except ValueError as error:
+            what = str(error)
+            if lines == 1 and what == "chain":
+                what += "; or the settings that it begins at were changed"
             raise RunError(
-                f"The ledger {where} is damaged in line {number} (checksum or numbering). "
+                f"The ledger {where} is damaged in line {lines} ({what}). "
                 "Restore it from a backup; it is never repaired silently."
-            )
-        episodes.append(episode)
+            ) from error
+        if episode.outcome == "reserved":
+            reserved = episode
+        else:
+            episodes.append(episode)
+            reserved = None
+        chained += stated
         used += len(line) + 1
-    return episodes, used
+    return Ledger(episodes, reserved, lines, chained, head, used)
 
 
-def read_ledger(path: Path) -> list[Episode]:
-    """Every episode in the file, in order; [] if there is none. Raises RunError if damaged."""
-    return parse_ledger(path.read_bytes(), str(path))[0] if path.is_file() else []
+def _closes(episode: Episode, reserved: Episode) -> bool:
+    """Whether an episode is the one that was reserved, and took no more than that."""
+    return (
+        episode.outcome != "reserved"
+        and episode.seed == reserved.seed
+        and episode.steps <= reserved.steps
+    )
 
 
-def append_to_ledger(path: Path, episode: Episode) -> None:
-    """Append one episode; it is on disk when this returns."""
-    write_file(path, ledger_line(episode), append=True)
+def read_ledger(path: Path, start: str = "") -> Ledger:
+    """Read a ledger file; it is empty if there is none. Raises RunError if it is damaged."""
+    return parse_ledger(path.read_bytes() if path.is_file() else b"", f'"{path}"', start)
 
 
-def reopen_ledger(path: Path, counted: int) -> list[Episode]:
-    """Read the file's episodes and cut its torn last line off, so that it can be appended to.
+class LedgerWriter:
+    """Appends to one ledger; each line is on disk when the call returns."""
 
-    Raises RunError if fewer than the ``counted`` episodes of the run's checkpoint are left.
-    """
-    data = path.read_bytes() if path.is_file() else b""
-    episodes, used = parse_ledger(data, str(path))
-    if len(episodes) < counted:
-        raise RunError(
-            f'"{path}" has {len(episodes)} episodes, its checkpoint counted {counted}. '
-            "Restore it from a backup."
-        )
-    if used < len(data):
-        os.truncate(path, used)
-    return episodes
+    def __init__(self, path: Path, start: str = "", counted: int = 0) -> None:
+        """Read what is there and cut a torn last line off.
+
+        Raises RunError if fewer than the ``counted`` episodes of the run's checkpoint are left.
+        """
+        ledger = read_ledger(path, start)
+        if len(ledger.episodes) < counted:
+            raise RunError(
+                f'"{path}" has {len(ledger.episodes)} episodes, its checkpoint counted {counted}. '
+                "Restore it from a backup."
+            )
+        if path.is_file() and ledger.used < path.stat().st_size:
+            os.truncate(path, ledger.used)
+        self.path = path
+        self.episodes = ledger.episodes
+        self.reserved = ledger.reserved
+        self._head = ledger.head
+
+    def append(self, episode: Episode) -> None:
+        """Write how an episode ended."""
+        self._write(episode)
+        self.episodes.append(episode)
+        self.reserved = None
+
+    def reserve(self, worst: Episode) -> None:
+        """Write, before its first step, the most that the next episode can take and cost."""
+        self._write(worst._replace(outcome="reserved"))
+        self.reserved = worst
+
+    def close_lost(self) -> None:
+        """Close an episode that began and whose end nobody saw: it counts as it was reserved."""
+        if self.reserved is not None:
+            self.append(lost(self.reserved))
+
+    def _write(self, episode: Episode) -> None:
+        if episode.index != len(self.episodes) or (
+            self.reserved and not _closes(episode, self.reserved)
+        ):
+            raise RuntimeError(f"{episode} cannot follow {len(self.episodes)} episodes")
+        line, head = ledger_line(episode, self._head)
+        write_file(self.path, line, append=True)
+        self._head = head

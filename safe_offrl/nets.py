@@ -101,6 +101,16 @@ class StackedMLP(nn.Module):
         x = (of_actions + (of_states + first.bias).unsqueeze(1)).flatten(1, 2)
         return self._through(rest, x, EVERY).unflatten(1, (k, b))
 
+    def select(self, members: slice) -> StackedMLP:
+        """A copy of these members alone."""
+        net = copy.deepcopy(self)
+        for layer in net.modules():
+            if isinstance(layer, StackedLinear):
+                layer.weight = nn.Parameter(layer.weight[members].detach().clone())
+                layer.bias = nn.Parameter(layer.bias[members].detach().clone())
+        net.members = len(net.output.bias)
+        return net
+
     def _through(self, layers: list[nn.Module], x: Tensor, members: Members) -> Tensor:
         for layer in layers:
             x = layer(x, members) if isinstance(layer, StackedLinear) else layer(x)

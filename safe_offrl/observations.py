@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from safe_offrl.errors import EnvError
+from safe_offrl.errors import EnvError, EnvFault
 
 
 class Part(NamedTuple):
@@ -65,7 +65,7 @@ def layout(env_id: str, space: spaces.Space[Any]) -> tuple[Part, ...]:
 
 
 def flatten(env_id: str, parts: tuple[Part, ...], observation: Any) -> NDArray[np.float32]:
-    """The environment's observation -> one float32 vector; EnvError if it lacks a part.
+    """The environment's observation -> one float32 vector; EnvFault if it lacks a part.
 
     A number beyond float32 becomes infinite; how many numbers there are is the caller's to check.
     """
@@ -77,7 +77,7 @@ def flatten(env_id: str, parts: tuple[Part, ...], observation: Any) -> NDArray[n
                 value = value[key]
             flat.append(np.asarray(value, dtype=np.float64).ravel())
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise EnvError(
+            raise EnvFault(
                 f'"{env_id}" gave an observation without numbers for "{part.name}" of its '
                 f"observation space ({type(error).__name__}). Fix the environment: every "
                 "observation must have all the parts of the space."

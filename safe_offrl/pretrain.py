@@ -10,20 +10,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents import AGENTS, Agent, AgentConfigs
+from safe_offrl.agents.bc import BC
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.calibration import CalibrationReport, calibrate_critic
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, uniform_batches
 from safe_offrl.descent import CompileMode, Compute, Precision
-from safe_offrl.errors import ConfigError
+from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.lagrangian import LagrangianConfig, Multiplier
 from safe_offrl.nets import NetworkConfig, Networks
-from safe_offrl.safety import SafetySpec
+from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Record
@@ -61,9 +63,10 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
-        if self.agent not in AGENTS:
+        if self.agent not in (*AGENTS, "bc_safe"):
             raise ConfigError(
-                f'There is no agent "{self.agent}". Choose one of {", ".join(sorted(AGENTS))}.'
+                f'There is no agent "{self.agent}". Choose one of {", ".join(sorted(AGENTS))}, or '
+                "as a baseline bc_safe."
             )
         if self.steps < 1 or self.alignment_steps < 0 or self.batch_size < 2 or self.log_every < 1:
             raise ConfigError(
@@ -96,6 +99,23 @@ def discount_of(config: PretrainConfig) -> float:
     return config.agents.iql.discount if config.agent == "iql" else config.agents.cql.discount
 
 
+def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
+    """The episodes without an accident, or, of a cost constraint, with a cost within the limit.
+
+    DataError if there is none to imitate.
+    """
+    if limit.constraint == "accident":
+        safe = ~dataset.episode_accidents
+    else:
+        safe = dataset.episode_costs <= limit.value
+    if not safe.any():
+        raise DataError(
+            "No episode of the dataset is within the limit, so bc_safe has nothing to imitate. "
+            "Raise the limit, or take another agent."
+        )
+    return dataset.subset(np.flatnonzero(safe))
+
+
 class Pretraining:
     """State and loop of the offline phase; resumable at every record it yields."""
 
@@ -116,20 +136,26 @@ class Pretraining:
             self.generator,
             discrete=dataset.discrete,
         )
-        self.agent = AGENTS[config.agent](
-            self.networks, layout, config.networks, config.agents, self.generator, compute
-        )
-        self.extraction = Extraction(
-            self.networks.actor,
-            layout.observation_size,
-            layout.action_size,
-            config.networks.actor_hidden,
-            config.extraction,
-            self.generator,
-            compute,
-        )
-        self.learner = RLPD(self.networks, layout.action_size, config.alignment, compute)
         self.limit = config.safety.limit(dataset.horizon, dataset.cost_max)
+        self.agent: Agent | BC
+        self.extraction: Extraction | None = None
+        if config.agent == "bc_safe":
+            self.agent = BC(self.networks.actor, config.agents.bc, compute)
+            self._imitated = safe_episodes(self.train, self.limit)
+        else:
+            self.agent = AGENTS[config.agent](
+                self.networks, layout, config.networks, config.agents, self.generator, compute
+            )
+            self.extraction = Extraction(
+                self.networks.actor,
+                layout.observation_size,
+                layout.action_size,
+                config.networks.actor_hidden,
+                config.extraction,
+                self.generator,
+                compute,
+            )
+        self.learner = RLPD(self.networks, layout.action_size, config.alignment, compute)
         self.critic = SafetyCritic(
             layout.observation_size,
             layout.action_size,
@@ -174,7 +200,12 @@ class Pretraining:
         (batch,) = uniform_batches(self.train.rows, self.train.layout, 1, size, generator)
         if aligning:
             metrics = self.learner.update_critics(batch, generator)
+        elif isinstance(self.agent, BC):
+            rows = self._imitated.rows
+            (imitated,) = uniform_batches(rows, self.train.layout, 1, size, generator)
+            metrics = self.agent.update(imitated)
         else:
+            assert self.extraction is not None
             advantages, metrics = self.agent.update(batch, generator)
             metrics |= self.extraction.update(
                 batch,
@@ -234,7 +265,10 @@ class Pretraining:
     def _parts(self) -> dict[str, Part]:
         return {
             **{f"agent.{k}": v for k, v in self.agent.parts().items()},
-            **{f"extraction.{k}": v for k, v in self.extraction.parts().items()},
+            **{
+                f"extraction.{k}": v
+                for k, v in (self.extraction.parts() if self.extraction else {}).items()
+            },
             **{f"learner.{k}": v for k, v in self.learner.parts().items()},
             **self.critic.parts(),
             "normalizer_mean": torch.from_numpy(self.normalizer.mean),

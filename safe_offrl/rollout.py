@@ -2,51 +2,109 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.acting import NumpyActor
+from safe_offrl.acting import Sampler
 from safe_offrl.env import AccidentEnv
-from safe_offrl.errors import EnvError
+from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.shield import Shield
 from safe_offrl.types import Episode, Normalizer
+from safe_offrl.user_code import sentence
+
+FAULTS_IN_A_ROW = 3  # episodes that the environment may fail in before the run stops
 
 
 class PlayedEpisode(NamedTuple):
-    """What happened; ``rows`` [n, D] are transitions with the EXECUTED actions."""
+    """What happened; ``rows`` [n, D] are transitions with the EXECUTED actions.
+
+    ``fault`` says in words how the environment failed. Whether the step that it failed in was an
+    accident is unknown, so it counts as one, and nothing of the episode is to be learnt from.
+    """
 
     rows: Tensor
+    steps: int  # taken, the one that failed included
     episode_return: float
     cost: float
     accident: bool
     accident_steps: int
     shield_interventions: int
+    fault: str = ""
 
     def recorded(
-        self, *, index: int, seed: int, steps_before: int, version: int, phase: str
+        self,
+        *,
+        index: int,
+        seed: int,
+        steps_before: int,
+        worst_cost: float,
+        version: int,
+        phase: str,
     ) -> Episode:
-        """What the ledger keeps of it; ``steps_before`` were charged by earlier episodes."""
+        """What the ledger keeps of it; ``steps_before`` were charged by earlier episodes.
+
+        ``worst_cost`` is the most that an episode can cost: what a fault counts as.
+        """
+        fault = bool(self.fault)
         return Episode(
             index=index,
             seed=seed,
-            steps=len(self.rows),
-            total_steps=steps_before + len(self.rows),
+            steps=self.steps,
+            total_steps=steps_before + self.steps,
             episode_return=self.episode_return,
-            cost=self.cost,
-            accident=self.accident,
-            accident_steps=self.accident_steps,
+            cost=max(self.cost, worst_cost) if fault else self.cost,
+            accident=self.accident or fault,
+            accident_steps=max(self.accident_steps, int(fault)),
             version=version,
             phase=phase,
             shield_interventions=self.shield_interventions,
+            outcome="fault" if fault else "complete",
+        )
+
+
+class Reservation(NamedTuple):
+    """An episode is about to begin; until its end is known it counts as ``worst``."""
+
+    worst: Episode
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        index: int,
+        seed: int,
+        steps: int,
+        steps_before: int,
+        worst_cost: float,
+        version: int,
+        phase: str,
+    ) -> Reservation:
+        """The most that an episode can take: all its steps, this cost, and an accident."""
+        return cls(
+            Episode(
+                index=index,
+                seed=seed,
+                steps=steps,
+                total_steps=steps_before + steps,
+                episode_return=0.0,
+                cost=worst_cost,
+                accident=True,
+                accident_steps=1,
+                version=version,
+                phase=phase,
+                shield_interventions=0,
+                outcome="lost",
+            )
         )
 
 
 def play_episode(
     env: AccidentEnv,
-    actor: NumpyActor,
+    actor: Sampler,
     shield: Shield,
     normalizer: Normalizer,
     seed: int,
@@ -57,42 +115,75 @@ def play_episode(
     """Reset with ``seed`` and act until the episode ends.
 
     Observations are standardised by ``normalizer``, in what the policy sees and in the rows.
-    Return-to-go is left at 0 in the rows: only Cal-QL reads it, from the log. Raises EnvError when
-    the policy wants a non-finite action, which is never sent.
+    Return-to-go is left at 0 in the rows: only Cal-QL reads it, from the log. Where the environment
+    fails, the episode ends, and its ``fault`` says how. Raises EnvError when the policy wants a
+    non-finite action, which is never sent, and for settings that do not fit the environment.
     """
-    observation = normalizer(env.reset(seed=seed)[0])
     shield.start_episode()
     rows: list[np.ndarray] = []
     total = cost = 0.0
-    accidents = interventions = 0
+    steps = accidents = interventions = 0
     ended = False
-    while not ended:
-        time_to_go = 1.0 - len(rows) / env.horizon
-        action, replaced = shield.choose(
-            actor, observation, time_to_go, rng, mean_action=mean_action
-        )
-        if not np.isfinite(action).all():
-            raise EnvError(
-                "The policy's action is not finite, so nothing was sent to the environment. Go "
-                "back to an earlier checkpoint, or lower the learning rate."
+    fault = ""
+    try:
+        observation = normalizer(_ask(env.reset, seed=seed)[0])
+        while not ended:
+            time_to_go = 1.0 - len(rows) / env.horizon
+            action, replaced = shield.choose(
+                actor, observation, time_to_go, rng, mean_action=mean_action
             )
-        raw, reward, terminated, truncated, info = env.step(action)
-        following = normalizer(raw)
-        accident = bool(info["accident"])
-        tail = (reward, accident, info["cost"], terminated, time_to_go, 0.0)
-        rows.append(
-            np.concatenate([observation, action, following, np.asarray(tail, dtype=np.float32)])
-        )
-        observation, ended = following, terminated or truncated
-        total += float(reward)
-        cost += float(info["cost"])
-        accidents += accident
-        interventions += replaced
+            if not np.isfinite(action).all():
+                raise EnvError(
+                    "The policy's action is not finite, so nothing was sent to the environment. Go "
+                    "back to an earlier checkpoint, or lower the learning rate."
+                )
+            steps += 1
+            interventions += replaced
+            raw, reward, terminated, truncated, info = _ask(env.step, action)
+            following = normalizer(raw)
+            accident = bool(info["accident"])
+            tail = (reward, accident, info["cost"], terminated, time_to_go, 0.0)
+            rows.append(
+                np.concatenate([observation, action, following, np.asarray(tail, dtype=np.float32)])
+            )
+            observation, ended = following, terminated or truncated
+            total += float(reward)
+            cost += float(info["cost"])
+            accidents += accident
+    except EnvFault as error:
+        fault = str(error)
     return PlayedEpisode(
-        rows=torch.from_numpy(np.stack(rows)),
+        rows=torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0),
+        steps=steps,
         episode_return=total,
         cost=cost,
         accident=accidents > 0,
         accident_steps=accidents,
         shield_interventions=interventions,
+        fault=fault,
     )
+
+
+def _ask(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What the environment answers; whatever it raises of its own is an EnvFault."""
+    try:
+        return function(*arguments, **named)
+    except EnvError:
+        raise
+    except Exception as error:
+        raise EnvFault(
+            f"The environment raised {type(error).__name__}: {sentence(error)} Repair it."
+        ) from error
+
+
+def faults_in_a_row(before: int, fault: str) -> int:
+    """How many episodes in a row have failed, this one included; EnvError if it is enough."""
+    if not fault:
+        return 0
+    if before + 1 == FAULTS_IN_A_ROW:
+        raise EnvError(
+            f"The environment failed in {FAULTS_IN_A_ROW} episodes in a row, the last time so: "
+            f"{fault} Each counts as an accident of unknown outcome. Repair the environment before "
+            "you continue."
+        )
+    return before + 1

@@ -8,6 +8,8 @@
       ledger.jsonl       one line an episode: the record of accidents, see ledger.py
       metrics.jsonl      one line a logged step             iterations.jsonl  one line a decision
       checkpoints/step-000012345/   what a resumed run continues from, see checkpoints.py
+      calibration.png    the safety critic against what happened
+      videos/            the first accidents, if asked for
       events.out.tfevents.*         TensorBoard: a view, never the record
 
 Nothing that depends on the clock enters the ledger, the metrics or a checkpoint, so an interrupted
@@ -17,6 +19,7 @@ and resumed run is compared with an uninterrupted one byte by byte.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -36,7 +39,7 @@ from safe_offrl import checkpoints
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, json_line, write_atomic, write_file
-from safe_offrl.ledger import append_to_ledger, read_ledger, reopen_ledger
+from safe_offrl.ledger import Ledger, LedgerWriter, chain_start, read_ledger
 from safe_offrl.types import Episode
 
 if TYPE_CHECKING:
@@ -90,7 +93,8 @@ class RunDir:
         self._board: SummaryWriter | None = None
         self._purge_step = 0
         self._counts = {"metrics": 0, "iterations": 0, "ledger": 0}
-        self._recorded: list[Episode] = []
+        self.recorded: list[Episode] = []  # what the ledger held when the run was resumed
+        self._writer: LedgerWriter | None = None
 
     @classmethod
     def create(
@@ -156,7 +160,8 @@ class RunDir:
         """Record how the run stands: "running", "interrupted" or "finished"."""
         self._require_lock()
         self._sync_lines()
-        self.write_json("run.json", {**self.state, "status": status, **details})
+        counted = {"episodes": self._counts["ledger"]}  # so that a ledger cut short is found
+        self.write_json("run.json", {**self.state, "status": status, **counted, **details})
 
     def read_json(self, filename: str) -> dict[str, Any]:
         """Read one of the run's JSON files; RunError if it is missing or damaged."""
@@ -215,9 +220,34 @@ class RunDir:
 
     # --- the record ---
 
+    def ledger(self) -> Ledger:
+        """The ledger as it is on disk; a torn last line is left out.
+
+        Raises RunError if it is damaged, does not belong to these settings, or is cut short.
+        """
+        path = self.path / "ledger.jsonl"
+        ledger = read_ledger(path, self._chain_start)
+        counted = int(self.state.get("episodes", 0))
+        if len(ledger.episodes) < counted:
+            raise RunError(
+                f'"{path}" has {len(ledger.episodes)} episodes, run.json counted {counted}. '
+                "Restore it from a backup."
+            )
+        return ledger
+
     def episodes(self) -> list[Episode]:
-        """Every episode in the ledger, in order; a torn last line is left out."""
-        return read_ledger(self.path / "ledger.jsonl")
+        """Every episode that began, in order; one whose end is not on record counts as lost."""
+        return self.ledger().counted
+
+    @property
+    def _chain_start(self) -> str:
+        return chain_start((self.path / "config.yaml").read_bytes())
+
+    def _ledger_writer(self) -> LedgerWriter:
+        self._require_lock()
+        if self._writer is None:
+            self._writer = LedgerWriter(self.path / "ledger.jsonl", self._chain_start)
+        return self._writer
 
     def append_episode(self, episode: Episode) -> None:
         """Write one episode to the ledger and fsync it BEFORE the next one may begin.
@@ -225,20 +255,26 @@ class RunDir:
         After a resume the loop replays the episodes since the checkpoint; those must equal what
         the ledger already holds, else RunError: the run is then not the run it continues.
         """
-        self._require_lock()
-        index = self._counts["ledger"]
+        writer, index = self._ledger_writer(), self._counts["ledger"]
         if episode.index != index:
             raise RuntimeError(f"episode {episode.index} cannot follow {index - 1} in the ledger")
-        if index < len(self._recorded):
-            if self._recorded[index] != episode:
+        if index < len(self.recorded):
+            if self.recorded[index] != episode:
                 raise RunError(
                     f"Episode {index} came out differently when replayed: the ledger has "
-                    f"{self._recorded[index]}, now it is {episode}. Resume with the versions and "
+                    f"{self.recorded[index]}, now it is {episode}. Resume with the versions and "
                     "threads in versions.json and a deterministic environment."
                 )
         else:
-            append_to_ledger(self.path / "ledger.jsonl", episode)
+            writer.append(episode)
         self._counts["ledger"] = index + 1
+
+    def reserve_episode(self, worst: Episode) -> None:
+        """Write and fsync, BEFORE the next episode's first step, the most it can take and cost.
+
+        Until its end is appended, it counts as that.
+        """
+        self._ledger_writer().reserve(worst)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and the same numbers to TensorBoard at x = step."""
@@ -292,6 +328,19 @@ class RunDir:
             self._board.add_custom_scalars(_LAYOUT)
         return self._board
 
+    def add_picture(self, tag: str, step: int, data: bytes, description: str = "") -> None:
+        """Show an encoded picture (PNG, or a GIF, which may move) in TensorBoard at x = step."""
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+        self._require_lock()
+        with Image.open(io.BytesIO(data)) as picture:
+            width, height = picture.size
+        image = Summary.Image(width=width, height=height, encoded_image_string=data)
+        metadata = SummaryMetadata(summary_description=description)
+        value = Summary.Value(tag=tag, image=image, metadata=metadata)
+        self.board()._get_file_writer().add_summary(Summary(value=[value]), step)
+
     def describe(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """Tell TensorBoard's HParams page the settings, and which curves to hold against them.
 
@@ -334,7 +383,10 @@ class RunDir:
         return checkpoints.load_checkpoint(self.path / "checkpoints", self.name)
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Go back to ``checkpoint``: cut metrics and iterations, expect the ledger's rest again."""
+        """Go back to ``checkpoint``: cut metrics and iterations, expect the ledger's rest again.
+
+        An episode that was reserved and has no end is closed as lost.
+        """
         self._require_lock()
         checkpoints.remove_unfinished(self.path / "checkpoints")
         for stem in ("metrics", "iterations"):
@@ -348,7 +400,11 @@ class RunDir:
                 )
             if len(lines) > kept:
                 write_atomic(path, b"".join(lines[:kept]))
-        self._recorded = reopen_ledger(self.path / "ledger.jsonl", checkpoint.counts["ledger"])
+        self._writer = LedgerWriter(
+            self.path / "ledger.jsonl", self._chain_start, checkpoint.counts["ledger"]
+        )
+        self._writer.close_lost()
+        self.recorded = list(self._writer.episodes)
         self._counts = dict(checkpoint.counts)
         self._purge_step = checkpoint.step + 1
         self.set_status("running")

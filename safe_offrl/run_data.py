@@ -6,6 +6,7 @@ The ledger is the record of accidents; nothing is taken from TensorBoard.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class Evaluation(NamedTuple):
     return_standard_error: float
     mean_cost: float
     cost_standard_error: float
+    mean_length: float  # steps; NaN in evaluations from before it was written
 
 
 class Decision(NamedTuple):
@@ -43,6 +45,28 @@ class Decision(NamedTuple):
     v_candidate: float  # estimates in the unit of the limit: a probability, or a cost per episode
     v_deployed: float  # of the policy that acted, measured again in this iteration
     limit: float
+    rolled_back: bool = False  # an alarm put an earlier policy back, which was measured as well
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything was: without any constraint nothing is."""
+        return not (math.isnan(self.kl) and math.isnan(self.v_deployed))
+
+    @property
+    def satisfied(self) -> bool:
+        """The policy that acts from here on has both measured values below their limits.
+
+        The verdict counts only as far as the numbers bear it out, so NaN is not satisfied. A policy
+        that stays has not moved; of it the verdict says whether its estimate is below the limit.
+        """
+        moved = self.accepted or self.rolled_back
+        within = self.kl < self.delta and self.v_candidate < self.limit
+        return self.verdict and (within or not moved)
+
+    @property
+    def movement(self) -> float:
+        """KL between the policy that acts from here on and the one before; 0 if it is the same."""
+        return self.kl if self.accepted or self.rolled_back else 0.0
 
     @property
     def recovering(self) -> bool:
@@ -57,8 +81,14 @@ class Decision(NamedTuple):
         The verdict is checked against the numbers: an acceptance that they do not bear out (NaN
         included) is a violation too.
         """
-        satisfied = self.verdict and self.kl < self.delta and self.v_candidate < self.limit
-        return self.accepted and not satisfied and not self.recovering
+        return self.accepted and not self.satisfied and not self.recovering
+
+
+class Source(NamedTuple):
+    """A run folder, and the group folder that it was found in (None: it was named itself)."""
+
+    path: Path
+    group: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,16 +124,50 @@ def method_label(settings: Mapping[str, Any]) -> str:
     'rlpd (all off)'
     """
     off = [label for key, label in _SWITCHES.items() if not settings.get(key, True)]
+    learner = str(_baseline(settings, "learner"))
+    start = " from scratch" if _baseline(settings, "from_scratch") else ""
+    multiplier = _baseline(settings, "multiplier")
+    if multiplier != "ours":
+        return f"{learner}-lagrangian ({multiplier}){start}"
     if len(off) == len(_SWITCHES):
-        return "rlpd (all off)"
+        return f"{learner} (all off){start}"
     return " ".join(off) or "constrained"
 
 
-def read_run(path: Path, group_by: str | None = None) -> RunData:
+def _baseline(settings: Mapping[str, Any], key: str) -> Any:
+    """A setting of ``baseline``, which runs of earlier versions do not have."""
+    values = {"learner": "rlpd", "from_scratch": False, "multiplier": "ours"}
+    return (values | dict(settings.get("baseline") or {}))[key]
+
+
+def find_runs(reference: str | Path, root: Path) -> list[Source]:
+    """The run, or every run directly in the folder, that a path or a name under ``root`` means.
+
+    RunError if it is neither.
+    """
+    for path in (Path(reference), Path(root) / reference):
+        if (path / "run.json").is_file():
+            return [Source(path)]
+        runs = sorted((p.parent for p in path.glob("*/run.json")), key=_natural)
+        if runs:
+            return [Source(run, path) for run in runs]
+    raise RunError(
+        f'"{reference}" is not a run folder, and holds none. Give the name or the path of a run, '
+        "or of a folder whose folders are the runs of one method."
+    )
+
+
+def _natural(path: Path) -> tuple[tuple[bool, int, str], ...]:
+    """Sorts 2 before 10."""
+    parts = re.findall(r"\d+|\D+", path.name)
+    return tuple((not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts)
+
+
+def read_run(path: Path, group_by: str | None = None, group: str | None = None) -> RunData:
     """Read one run folder; RunError if it is none or is damaged.
 
     ``group_by``: dotted key of the stored settings ("utd", "safety.epsilon") to group runs by,
-    instead of :func:`method_label`.
+    instead of ``group``, the folder's label, or else :func:`method_label`.
     """
     run = RunDir(Path(path))
     kind, status = run.kind, str(run.state.get("status", "unknown"))
@@ -112,13 +176,19 @@ def read_run(path: Path, group_by: str | None = None) -> RunData:
     try:
         if group_by is not None:
             method = f"{group_by}={_lookup(settings, group_by, run.name)}"
+        elif group is not None:
+            method = group
         else:
             method = method_label(settings) if kind == "finetune" else "pretrained (frozen)"
-        origin = inputs.get("pretrained_sha256") or inputs.get("pretrained") or settings.get("run")
+        evaluated = _evaluation_file(run)
+        if kind == "pretrain":  # it is paired with what started from it
+            origin = evaluated.get("checkpoint_sha256")
+        else:
+            origin = inputs.get("pretrained_sha256") or inputs.get("pretrained")
         decisions = [_decision(line) for line in run.iterations()]
         constraint = str(safety.get("constraint", "accident"))
         return RunData(
-            name=run.name,
+            name=run.name if group is None else f"{group}/{run.path.name}",
             kind=kind,
             status=status,
             method=method,
@@ -130,9 +200,11 @@ def read_run(path: Path, group_by: str | None = None) -> RunData:
             limit=float(safety.get(_LIMIT_KEYS[constraint], math.nan)),
             confidence=float(safety.get("confidence", 0.95)),
             episodes=run.episodes(),
-            constrained=kind == "finetune" and any(settings.get(key, True) for key in _SWITCHES),
+            constrained=kind == "finetune"
+            and _baseline(settings, "multiplier") == "ours"
+            and any(settings.get(key, True) for key in _SWITCHES),
             decisions=decisions,
-            evaluation=_read_evaluation(run),
+            evaluation=_evaluation(evaluated) if evaluated else None,
             estimate=_estimate(run, decisions),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -167,11 +239,13 @@ def _lookup(settings: Mapping[str, Any], dotted: str, name: str) -> Any:
     return value
 
 
-def _read_evaluation(run: RunDir) -> Evaluation | None:
-    if not (run.path / "evaluation.json").is_file():
-        return None
-    values = run.read_json("evaluation.json")
-    error = values.get("return_standard_error")
+def _evaluation_file(run: RunDir) -> dict[str, Any]:
+    """evaluation.json; empty if there is none."""
+    return run.read_json("evaluation.json") if (run.path / "evaluation.json").is_file() else {}
+
+
+def _evaluation(values: Mapping[str, Any]) -> Evaluation:
+    error, length = values.get("return_standard_error"), values.get("mean_length")
     return Evaluation(
         episodes=int(values["episodes"]),
         accidents=int(values["accidents"]),
@@ -179,6 +253,7 @@ def _read_evaluation(run: RunDir) -> Evaluation | None:
         return_standard_error=math.nan if error is None else float(error),
         mean_cost=float(values["mean_cost"]),
         cost_standard_error=float(values["cost_standard_error"]),
+        mean_length=math.nan if length is None else float(length),
     )
 
 
@@ -206,4 +281,5 @@ def _decision(line: Mapping[str, Any]) -> Decision:
         v_candidate=float(number["v_candidate"]),
         v_deployed=float(number["v_previous"]),
         limit=float(number["limit"]),
+        rolled_back=bool(line.get("rolled_back", False)),
     )

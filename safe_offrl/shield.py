@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safe_offrl.acting import NumpyActor
+from safe_offrl.acting import Sampler
 from safe_offrl.errors import ConfigError
 from safe_offrl.safety_critic import SafetyCritic
 
@@ -60,7 +60,7 @@ class Shield:
         self.config = config
         self.safe_controller = safe_controller
         self.net = copy.deepcopy(critic.net).requires_grad_(False)
-        self._reference = critic.config.reference
+        self.reference = critic.config.reference  # members that learn by plain TD have no say
         self.previous: Vector | None = None  # action that was accepted last in this episode
 
     @property
@@ -74,7 +74,7 @@ class Shield:
 
     def choose(
         self,
-        actor: NumpyActor,
+        actor: Sampler,
         observation: Vector,
         time_to_go: float,
         rng: np.random.Generator,
@@ -108,4 +108,4 @@ class Shield:
             observations = torch.from_numpy(observation).expand(len(actions), -1)
             left = torch.full((len(actions), 1), time_to_go)
             inputs = torch.cat([observations, left, torch.from_numpy(actions)], dim=-1)
-            return torch.sigmoid(self.net(inputs)[self._reference :]).mean(0).numpy()
+            return torch.sigmoid(self.net(inputs)[self.reference :]).mean(0).numpy()

@@ -287,9 +287,15 @@ def iqm(values: ArrayLike) -> float:
 
     Agarwal et al. 2021 (rliable), which uses scipy's trim_mean(0.25). NaN when there is no value.
     """
-    ordered = np.sort(np.asarray(values, dtype=np.float64), axis=None)
+    flat = np.ravel(np.asarray(values, dtype=np.float64))
+    return float(iqm_of_curves(flat)) if len(flat) else math.nan
+
+
+def iqm_of_curves(curves: ArrayLike) -> NDArray[np.float64]:
+    """Interquartile mean over the first axis, point by point: [n, ...] -> [...]."""
+    ordered = np.sort(np.asarray(curves, dtype=np.float64), axis=0)
     cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean()) if len(ordered) else math.nan
+    return np.asarray(ordered[cut : len(ordered) - cut].mean(axis=0))
 
 
 def bootstrap_interval(

@@ -1,22 +1,24 @@
-"""The text of a comparison: three tables of runs and groups, paired comparisons, notes."""
+"""The tables of a comparison, as text cells: for the terminal, for Markdown and for the page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from safe_offrl.report import (
+from safe_offrl.pairings import Pairing
+from safe_offrl.report import Comparison
+from safe_offrl.statistics import RateRatio
+from safe_offrl.summaries import (
     EARLY_STEPS,
     LAST_EPISODES,
     LAST_SHARE,
-    Comparison,
     Interval,
     Mean,
-    Pairing,
     Row,
 )
-from safe_offrl.statistics import RateRatio
+
+MANY_RUNS = 20  # more are left out of the terminal's tables where their groups are shown
 
 
 class Table(NamedTuple):
@@ -25,71 +27,91 @@ class Table(NamedTuple):
     title: str
     header: list[str]
     rows: list[list[str]]  # one a run
-    groups: list[list[str]]  # one a method with several runs
+    groups: list[list[str]]  # one a method with several runs, or a pairing
 
 
-LEGEND = (
-    "eval.: of the final policy (safe-offrl evaluate); estimate: its V_accident(s0) in %, or\n"
-    "its expected cost per episode, by the safety critic; violations: accepted without both\n"
-    "measured constraints; recovering: accepted while the acting policy exceeded the limit,\n"
-    "with a lower estimate than its predecessor; est. >= limit: iterations whose acting\n"
-    "policy, measured again, was not below the limit."
-)
+LEGEND = """\
+IQM: interquartile mean over runs, [bootstrap interval over runs]; +-: standard error.
+exact: for these runs as given, the chance of accidents alone (Poisson totals). over seeds:
+how much other seeds would change it (bootstrap of pairs; too narrow for fewer than about ten;
+p of all sign flips of the differences, which n pairs cannot bring below 2 / 2^n).
+eval.: of the final policy (safe-offrl evaluate); estimate: its V_accident(s0) in %, or
+its expected cost per episode, by the safety critic; both held: iterations after which the
+acting policy satisfied both measured constraints; violations: accepted without both;
+recovering: accepted while the acting policy exceeded the limit, with a lower estimate than
+its predecessor; est. >= limit: iterations whose acting policy, measured again, was not
+below the limit."""
 
 
 def tables_of(comparison: Comparison) -> list[Table]:
-    """Accidents, returns and costs, constraints."""
-    confidence = f"{100 * min(run.confidence for run in comparison.runs):g} %"
-    early = f"first {EARLY_STEPS // 1000}k"
-    return [
-        _table(
-            comparison,
+    """Over seeds and paired (both only with several runs), then accidents, returns, constraints."""
+    confidence = comparison.confidence
+    per_row: list[tuple[str, str, Callable[[Row], list[str]]]] = [
+        (
             f"Accidents while learning (every episode counts; anytime intervals, {confidence})",
             "run|method|episodes|steps|accidents|"
-            + early
-            + "|per episode|per 1000 steps|certified <|cost/episode",
+            f"first {EARLY_STEPS // 1000}k|per episode|per 1000 steps|certified <|cost/episode",
             _accident_cells,
         ),
-        _table(
-            comparison,
+        (
             f"Return and cost per episode (final: last {LAST_SHARE:.0%} of the steps, at most "
             f"{LAST_EPISODES} episodes; +- standard error)",
             "run|method|final return|final cost|eval. return|eval. cost|eval. accidents",
             _return_cells,
         ),
-        _table(
-            comparison,
+        (
             "Constraints",
-            "run|method|estimate|accepted|violations|recovering|est. >= limit",
+            "run|method|estimate|accepted|both held|violations|recovering|est. >= limit",
             _constraint_cells,
         ),
+    ]
+    tables = []
+    if comparison.groups:
+        title = f"Over seeds (interquartile means over runs, {confidence} bootstrap intervals)"
+        header = "run|method|final return|eval. return|accidents a run|worst run|both held"
+        tables.append(_table(title, header, groups=map(_seed_cells, comparison.groups)))
+    if pairings := comparison.pairings:
+        what = "Paired comparison (same pretrained policy, same seed)"
+        title = f"{what}: accidents while learning, ratio of totals per step"
+        header = "method|against|pairs|accidents|ratio|exact|exact p|over seeds|p over seeds"
+        tables.append(_table(title, header, groups=map(_paired_accident_cells, pairings)))
+        title = f"{what}: returns, costs and final policies"
+        header = "method|against|final return, difference|ratio|cost/step, ratio"
+        header += "|eval. return, difference|eval. accidents|exact ratio"
+        tables.append(_table(title, header, groups=map(_paired_return_cells, pairings)))
+    return tables + [
+        _table(title, header, map(cells, comparison.rows), map(cells, comparison.groups))
+        for title, header, cells in per_row
     ]
 
 
 def _table(
-    comparison: Comparison, title: str, header: str, cells: Callable[[Row], list[str]]
+    title: str, header: str, rows: Iterable[list[str]] = (), groups: Iterable[list[str]] = ()
 ) -> Table:
-    rows, groups = ([cells(row) for row in rows] for rows in (comparison.rows, comparison.groups))
-    return Table(title, header.split("|"), rows, groups)
+    return Table(title, header.split("|"), list(rows), list(groups))
 
 
-def format_table(comparison: Comparison) -> str:
-    """The comparison as text: accidents, returns and constraints, paired summary, notes."""
-    blocks = [_block(table) for table in tables_of(comparison)]
-    if comparison.pairings:
-        lines = ["Paired comparison (same pretrained policy, same seed)"]
-        for pairing in comparison.pairings:
-            head, *rest = pairing_lines(pairing)
-            lines += [f"  {head}", *(f"    {line}" for line in rest)]
-        blocks.append("\n".join(lines))
+def format_table(comparison: Comparison, *, by_run: bool | None = None) -> str:
+    """The comparison as text: every table, the legend, notes.
+
+    ``by_run``: whether to list every run beside the groups; None: if there are at most MANY_RUNS.
+    """
+    if by_run is None:
+        by_run = len(comparison.rows) <= MANY_RUNS
+    hidden = bool(comparison.groups) and not by_run
+    tables = tables_of(comparison)
+    blocks = [_block(table._replace(rows=[]) if hidden else table) for table in tables]
     blocks.append(LEGEND)
-    if comparison.notes:
-        blocks.append("\n".join(f"Note: {note}" for note in comparison.notes))
+    notes = list(comparison.notes)
+    if hidden:
+        notes.append(f"--by-run lists each of the {len(comparison.rows)} runs.")
+    if notes:
+        blocks.append("\n".join(f"Note: {note}" for note in notes))
     return "\n\n".join(blocks)
 
 
 def _block(table: Table) -> str:
-    """Text columns, the first two left-aligned; groups below a rule."""
+    """Text columns, the first two left-aligned; runs and groups below rules."""
     names, rows, groups = table.header, table.rows, table.groups
     everything = [names, *rows, *groups]
     widths = [max(len(row[i]) for row in everything) for i in range(len(names))]
@@ -100,10 +122,28 @@ def _block(table: Table) -> str:
         return "  ".join(left + right).rstrip()
 
     rule = "  ".join("-" * w for w in widths)
-    lines = [table.title, line(names), rule, *map(line, rows)]
-    if groups:
-        lines += [rule, *map(line, groups)]
+    lines = [table.title, line(names)]
+    for part in (rows, groups):
+        lines += [rule, *map(line, part)] if part else []
     return "\n".join(lines)
+
+
+def _seed_cells(row: Row) -> list[str]:
+    worst = "-" if row.most_accidents is None else f"{row.most_accidents:,}"
+    return [
+        *_head_cells(row),
+        _bounds(row.final_return_iqm, ".3f"),
+        _bounds(row.evaluated_return_iqm, ".3f"),
+        _bounds(row.accidents_iqm, ".1f"),
+        worst,
+        _held(row),
+    ]
+
+
+def _held(row: Row) -> str:
+    if row.satisfied is None:
+        return "-"
+    return f"{row.satisfied}/{row.iterations} ({row.satisfied_share:.1%})"
 
 
 def _accident_cells(row: Row) -> list[str]:
@@ -136,10 +176,11 @@ def _return_cells(row: Row) -> list[str]:
 
 
 def _constraint_cells(row: Row) -> list[str]:
-    cells = ["-"] * 4
+    cells = ["-", _held(row), "-", "-", "-"]
     if row.violations is not None:
         cells = [
             f"{row.accepted}/{row.iterations} ({row.accepted_share:.0%})",
+            _held(row),
             f"{row.violations}",
             f"{row.recovering}",
             "-" if row.above_limit is None else f"{row.above_limit}",
@@ -157,21 +198,45 @@ def _head_cells(row: Row) -> list[str]:
     return [row.label, row.method if row.pooled else f"{row.method}, seed {row.seeds[0]}"]
 
 
-def pairing_lines(pairing: Pairing) -> list[str]:
-    """Who against whom, and then what was found, a line each."""
+def _paired_accident_cells(pairing: Pairing) -> list[str]:
+    head = [pairing.first, pairing.second, f"{pairing.pairs}"]
+    if pairing.accidents is None or pairing.accident_ratio is None:
+        return head + ["-"] * 6
     a, b = pairing.accidents
-    ratio, returns = pairing.accident_ratio, pairing.return_ratio
-    pairs = f"{pairing.pairs} pair" + ("s" if pairing.pairs > 1 else "")
-    lines = [
-        f"{pairing.first} vs {pairing.second}, {pairs}:",
-        f"accidents {a} vs {b}, per-step ratio {_bounds(ratio, '.2f')}, p = {ratio.p_value:.2g}",
+    return [
+        *head,
+        f"{a} vs {b}",
+        _number(pairing.accident_ratio.ratio, ".2f"),
+        _range(pairing.accident_ratio, ".2f"),
+        f"{pairing.accident_ratio.p_value:.2g}",
+        _range(pairing.accident_ratio_over_seeds, ".2f"),
+        _number(pairing.p_value_over_seeds, ".2g"),
     ]
-    if not math.isnan(pairing.cost_ratio.value):
-        lines.append(f"cost per step, ratio {_bounds(pairing.cost_ratio, '.2f')}")
-    if not math.isnan(returns.value):
-        lines.append(f"final return, ratio {_bounds(returns, '.3f')}")
-    lines.append(f"final return, difference {_bounds(pairing.return_difference, '+.3f')}")
-    return lines
+
+
+def _paired_return_cells(pairing: Pairing) -> list[str]:
+    accidents, ratio = "-", "-"
+    if pairing.evaluated_accidents is not None and pairing.evaluated_ratio is not None:
+        a, b = pairing.evaluated_accidents
+        accidents, ratio = f"{a} vs {b}", _bounds(pairing.evaluated_ratio, ".2f")
+    return [
+        pairing.first,
+        pairing.second,
+        _bounds(pairing.return_difference, "+.3f"),
+        _bounds(pairing.return_ratio, ".3f"),
+        _bounds(pairing.cost_ratio, ".2f"),
+        _bounds(pairing.evaluated_difference, "+.3f"),
+        accidents,
+        ratio,
+    ]
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
+def _range(interval: Interval | RateRatio, form: str) -> str:
+    return "-" if math.isnan(interval.low) else f"[{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def _percent(interval: Interval) -> str:
@@ -181,12 +246,11 @@ def _percent(interval: Interval) -> str:
 
 
 def _bounds(interval: Interval | RateRatio, form: str) -> str:
-    if math.isnan(interval.value if isinstance(interval, Interval) else interval.ratio):
-        return "undefined"
-    value = interval.value if isinstance(interval, Interval) else interval.ratio
-    if math.isnan(interval.low):
-        return f"{value:{form}} (one pair, no interval)"
-    return f"{value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+    """Value and bounds; without bounds (a single run or pair) the value alone."""
+    if math.isnan(interval[0]):
+        return "-"
+    bounds = _range(interval, form)
+    return f"{interval[0]:{form}}" + ("" if bounds == "-" else f" {bounds}")
 
 
 def _plus_minus(mean: Mean) -> str:

@@ -116,6 +116,9 @@ class Episode(NamedTuple):
     version: int  # of the deployed policy that acted; 0 is the pretrained policy
     phase: str  # "warmup" or "online"
     shield_interventions: int  # steps whose action the shield replaced
+    # "complete"; "fault" (the environment failed) or "lost" (the process died): whether there was
+    # an accident is then unknown, and it counts as one. In the ledger alone, also "reserved".
+    outcome: str = "complete"
 
 
 class Record(NamedTuple):

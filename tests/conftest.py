@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 from safe_offrl.behaviours import random_behaviour, scripted_behaviours
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.env import make_env
-from safe_offrl.ledger import ledger_line
+from safe_offrl.ledger import chain_start, ledger_line
 from safe_offrl.mixture import collect
 from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
 from safe_offrl.types import Episode
+from tests import promises
 
 torch.set_num_threads(1)  # results depend on the number, and CI has two cores
+settings.register_profile("untimed", deadline=None)  # a busy machine is no bug
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,6 +57,56 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+_FIGURES = pytest.StashKey[dict[str, list[str]]]()
+_OUTCOMES = pytest.StashKey[dict[bool, dict[str, int]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    figures: dict[str, list[str]] = {}
+    config.stash[_FIGURES] = figures
+    outcomes: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    config.stash[_OUTCOMES] = outcomes
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> promises.Record:
+    """``figure("R1", "100/100 ...")``: what a test of a promise reached."""
+    return lambda number, text: request.config.stash[_FIGURES].setdefault(number, []).append(text)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" or report.failed:
+        counts = item.config.stash[_OUTCOMES][report.passed]
+        for mark in item.iter_markers("promise"):
+            counts[mark.args[0]] = counts.get(mark.args[0], 0) + 1
+    return report
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """After `make test-slow`: every promise, and what was reached."""
+    if "promise" in str(config.option.markexpr):
+        outcomes = config.stash[_OUTCOMES]
+        terminalreporter.section("promises")
+        terminalreporter.write_line(
+            promises.table(config.stash[_FIGURES], outcomes[True], outcomes[False])
+        )
+
+
+def ledger_lines(episodes: Sequence[Episode], start: str = "") -> list[bytes]:
+    """Each episode's line, chained; many at once, without a file."""
+    lines, head = [], start
+    for episode in episodes:
+        line, head = ledger_line(episode, head)
+        lines.append(line)
+    return lines
+
+
 def _write_run(
     root: Path,
     name: str,
@@ -66,6 +120,8 @@ def _write_run(
     evaluation: dict[str, Any] | None = None,
     kind: str = "finetune",
     status: str = "finished",
+    origin: str = "pi0",
+    env: str = "PointHazard-v0",
     **settings: Any,
 ) -> Path:
     """A run folder with given accidents [episodes], ``steps`` each.
@@ -79,7 +135,7 @@ def _write_run(
         **(flags or {"kl": True, "safety_constraint": True, "shield": True}),
         **settings,
     }
-    inputs = {"env_id": "PointHazard-v0", "pretrained_sha256": f"pi0-{seed}"}
+    inputs = {"env_id": env, "pretrained_sha256": f"{origin}-{seed}"}
     text = yaml.safe_dump({"inputs": inputs, kind: settings})
     with RunDir.create(root, kind=kind, config_text=text, name=name) as run:
         run.set_status(status)
@@ -100,7 +156,8 @@ def _write_run(
             )
             for i, accident in enumerate(accidents)
         ]
-        (run.path / "ledger.jsonl").write_bytes(b"".join(map(ledger_line, lines)))
+        start = chain_start((run.path / "config.yaml").read_bytes())
+        (run.path / "ledger.jsonl").write_bytes(b"".join(ledger_lines(lines, start)))
         for index, changes in enumerate(iterations):
             decision = {
                 "index": index,
@@ -125,6 +182,20 @@ def _write_run(
 def write_run(tmp_path: Path) -> Callable[..., Path]:
     """``write_run(name, accidents, ...)``: see :func:`_write_run`; returns the folder."""
     return functools.partial(_write_run, tmp_path)
+
+
+@pytest.fixture
+def write_group(tmp_path: Path) -> Callable[..., Path]:
+    """``write_group(name, accidents of each run, first=0, ...)``: a folder of runs, by seed."""
+
+    def write(name: str, runs: Sequence[Any], first: int = 0, **settings: Any) -> Path:
+        for seed, accidents in enumerate(runs, first):
+            returns = settings.get("returns", [1.0]) * max(1, len(accidents))
+            options = {**settings, "returns": returns, "seed": seed}
+            _write_run(tmp_path / name, f"{seed}", accidents, **options)
+        return tmp_path / name
+
+    return write
 
 
 @pytest.fixture

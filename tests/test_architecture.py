@@ -17,13 +17,15 @@ LAYERS = [
         "losses",
         "distributions",
         "statistics",
+        "resampling",
         "device",
         "descent",
         "processes",
     ],  # L1: the mathematics
     ["nets", "observations", "user_code"],
+    ["env_process"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
-    ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints"],
+    ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints", "baselines"],
     [
         "finetune_config",
         "rollout",
@@ -33,6 +35,9 @@ LAYERS = [
         "frozen",
         "mixture",
         "penalty",
+        "policy_graph",
+        "videos",
+        "calibration_curves",
         "fitted_features",
         "importance_sampling",
     ],
@@ -42,15 +47,18 @@ LAYERS = [
         "calibration",
         "certificate",
         "check_env",
+        "export",
         "learners",
         "evaluate",
         "run",
     ],  # L3: the loops
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
-    ["report"],
+    ["summaries"],
+    ["pairings"],
+    ["report", "benchmark"],
     ["tables", "charts"],
-    ["data_chart", "page"],
+    ["data_chart", "calibration_chart", "markdown", "page"],
     ["commands"],
     ["policy"],
     ["cli"],  # L5
@@ -60,12 +68,13 @@ LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Third-party packages that only these modules may import ...
 ONLY_IN = {
     "omegaconf": {"config"},
+    "onnxruntime": {"export"},
     "stable_baselines3": {"learners"},
     "tensorboard": {"run"},
     "typer": {"cli"},
 }
 # ... and that are not imported before they are needed, because they are slow or not always there.
-LAZY = {"stable_baselines3", "tensorboard", "matplotlib"}
+LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime", "PIL"}
 
 SOURCES = sorted((ROOT / "safe_offrl").rglob("*.py"))
 ENVIRONMENTS = sorted((ROOT / "envs").rglob("*.py"))

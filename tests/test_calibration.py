@@ -83,9 +83,12 @@ def test_window_outcomes_continue_with_the_critic() -> None:
 # --- the report: an accident follows exactly where the action is above .5 ---
 
 
-def critic_of(*, observation: float, action: float, base: float) -> SafetyCritic:
+def critic_of(
+    *, observation: float, action: float, base: float, cost_max: float | None = None
+) -> SafetyCritic:
     """Q_C = sigmoid(observation * o + action * a + base)."""
-    critic = SafetyCritic(1, 1, 10, SafetyCriticConfig(hidden=()), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    critic = SafetyCritic(1, 1, 10, SafetyCriticConfig(hidden=()), generator, cost_max)
     with torch.no_grad():
         critic.net.output.weight.copy_(torch.tensor([observation, 0.0, action])[None, :, None])
         critic.net.output.bias.fill_(base)
@@ -108,9 +111,9 @@ def one_step_episodes(n: int = 600) -> Dataset:
 LIMIT = Limit("accident", 0.1, 1.0)
 
 
-def report_of(critic: SafetyCritic, data: Dataset) -> CalibrationReport:
+def report_of(critic: SafetyCritic, data: Dataset, limit: Limit = LIMIT) -> CalibrationReport:
     actor = Actor(1, 1, (4,), torch.Generator().manual_seed(0))
-    return calibrate_critic(critic, actor, data, RiskEstimate(0.12, 0.15, 0.1), LIMIT)
+    return calibrate_critic(critic, actor, data, RiskEstimate(0.12, 0.15, 0.1), limit)
 
 
 def test_a_perfect_critic_may_shield() -> None:
@@ -179,3 +182,42 @@ def test_reliability_by_hand() -> None:
     assert report.ece == pytest.approx(0.0, abs=1e-6)
     report = report_of(critic_of(observation=0.0, action=0.0, base=math.log(0.35 / 0.65)), data)
     assert report.ece == pytest.approx(0.1, abs=1e-6)
+
+
+# --- the curves of the figure ---
+
+
+def test_the_curves_are_those_of_the_reports_own_numbers() -> None:
+    data = one_step_episodes()
+    report = report_of(PERFECT, data)
+    assert sum(b.transitions for b in report.bins) == len(data.rows)
+    assert report.limit == 0.1
+    # The threshold is no percentile of the other half's risks, but lies between two of them.
+    below = max(t for t in report.trade_offs if t.threshold <= report.threshold)
+    above = min(t for t in report.trade_offs if t.threshold > report.threshold)
+    assert below.false_safe <= report.false_safe <= above.false_safe
+    assert below.false_alarm >= report.false_alarm >= above.false_alarm
+    # One step an episode: everything that follows is in the log, nothing is the critic's word.
+    assert all(b.outcome == b.seen for b in report.bins)
+
+
+def test_what_lies_beyond_the_window_is_not_seen() -> None:
+    """A critic that says .5 everywhere; ten safe steps, of which the window covers one."""
+    half = critic_of(observation=0.0, action=0.0, base=0.0)
+    (only,) = report_of(half, dataset([10] * 12, flags(120))).bins
+    # The last step of an episode has nothing after it, the nine before it the critic's own .5.
+    assert only.outcome == pytest.approx(0.45)
+    assert only.seen == 0.0
+    assert (only.transitions, only.episodes) == (120, 12)
+
+
+def test_of_a_cost_only_the_window_is_seen() -> None:
+    """As above with costs: one step of 1 in 12 episodes of ten steps, the rest the critic's .5."""
+    half = critic_of(observation=0.0, action=0.0, base=0.0, cost_max=1.0)
+    g = half.config.cost_discount
+    costs = torch.zeros(120)
+    costs[55] = 1.0
+    data = dataset([10] * 12, flags(120, 55), costs=costs)
+    (only,) = report_of(half, data, Limit("cost", 0.1, 10.0)).bins
+    assert only.seen == pytest.approx((1.0 - g) / 120)
+    assert only.outcome == pytest.approx((1.0 - g) / 120 + 0.9 * g * 0.5)

@@ -11,9 +11,8 @@ from scipy import special
 
 from safe_offrl import commands
 from safe_offrl.certificate import Claim, episodes_without_accident, finished, judge, verify
-from safe_offrl.commands import certify
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.ledger import append_to_ledger
+from safe_offrl.ledger import LedgerWriter
 from safe_offrl.run import RunDir
 
 TINY = ["alignment_steps=20", "log_every=10", "batch_size=32"]
@@ -237,16 +236,16 @@ def test_an_interrupted_attempt_goes_on_and_another_one_pays(
     class Killed(Exception):
         pass
 
-    append, written = append_to_ledger, [0]
+    append, written = LedgerWriter.append, [0]
 
-    def dying(path: Path, episode: Any) -> None:
-        append(path, episode)
+    def dying(self: LedgerWriter, episode: Any) -> None:
+        append(self, episode)
         written[0] += 1
         if written[0] == 3:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(certify, "append_to_ledger", dying)
+        patch.setattr(LedgerWriter, "append", dying)
         with pytest.raises(Killed):
             commands.certify_run("offline", epsilon=0.9, episodes=8, runs=root, say=silent)
     begun = root / "offline" / "certificates" / "2"

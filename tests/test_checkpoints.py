@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from safe_offrl.checkpoints import load_checkpoint, remove_unfinished, save_checkpoint
 from safe_offrl.errors import RunError
+from tests.promises import Record
 
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "rng": torch.tensor([1, 2], dtype=torch.uint8)}
 COUNTS = {"metrics": 3, "iterations": 2, "ledger": 5}
@@ -58,6 +60,7 @@ def test_tensors_that_share_storage_are_saved(tmp_path: Path) -> None:
     assert loaded["c"].tolist() == [[0.0, 2.0], [1.0, 3.0]]
 
 
+@pytest.mark.promise("R5")
 @pytest.mark.parametrize("filename", ["state.safetensors", "info.json", "manifest.json"])
 def test_damage_falls_back_then_refuses(tmp_path: Path, filename: str) -> None:
     save_checkpoint(tmp_path, 10, TENSORS, {"step": 10}, COUNTS)
@@ -87,6 +90,7 @@ def test_a_discarded_future_is_removed(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path, "a").step == 15
 
 
+@pytest.mark.promise("R5")
 def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r'"a" has no checkpoint yet'):
         load_checkpoint(tmp_path, "a")
@@ -98,3 +102,50 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".tmp-123" / "state.safetensors").write_bytes(b"half")
     remove_unfinished(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000010"]
+
+
+def found(
+    folder: Path, rng: random.Random, damage: str, times: int, newest: str = "step-000000030"
+) -> int:
+    """How often of ``times`` a random damage of the newest checkpoint falls back to the one before.
+
+    Damage of white space in manifest.json may change nothing; it is not drawn.
+    """
+    fell_back = 0
+    for _ in range(times):
+        path = folder / newest / rng.choice(["state.safetensors", "info.json", "manifest.json"])
+        whole = path.read_bytes()
+        if damage == "flip":
+            written = [k for k in range(len(whole)) if not whole[k : k + 1].isspace()]
+            position = rng.choice(written)
+            changed = bytearray(whole)
+            changed[position] ^= 1 << rng.randrange(8)
+        else:
+            changed = bytearray(whole[: rng.randrange(len(whole) - 1)])
+        path.write_bytes(changed)
+        fell_back += load_checkpoint(folder, "a").step == 20
+        path.write_bytes(whole)
+    assert load_checkpoint(folder, "a").step == 30
+    return fell_back
+
+
+@pytest.mark.promise("R5")
+@pytest.mark.parametrize(
+    "share", [0.1, pytest.param(1.0, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_random_flips_and_truncations_fall_back(
+    tmp_path: Path, figure: Record, share: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"w": torch.randn(64, 64, generator=generator), **TENSORS}
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, step, tensors, {"step": step, "recent": [0.5] * 50}, COUNTS)
+    rng = random.Random(0)
+    flips, cuts = round(200 * share), round(60 * share)
+    flipped, cut = found(tmp_path, rng, "flip", flips), found(tmp_path, rng, "cut", cuts)
+    figure("R5", f"{flipped}/{flips} bit flips and {cut}/{cuts} truncations fall back")
+    assert (flipped, cut) == (flips, cuts)
+    for step in (10, 20, 30):
+        (tmp_path / f"step-{step:09d}" / "info.json").write_bytes(b"")
+    with pytest.raises(RunError, match="is intact"):
+        load_checkpoint(tmp_path, "a")

@@ -210,6 +210,7 @@ def test_dataset_gone_or_changed(call: Call, tiny_dataset: Path, tmp_path: Path)
 # --- what scripts and people rely on ---
 
 
+@pytest.mark.promise("R14")
 @pytest.mark.parametrize("command", ["", "pretrain", "finetune", "demo"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
@@ -266,6 +267,14 @@ def test_finetune_evaluate_compare(call: Call, pretrained: Path, tmp_path: Path)
     outcome = call("compare", "online", "--png", "c.png", "--json")
     assert json.loads(outcome.out)["runs"][0]["label"] == "online"
     assert Path("c.png").stat().st_size > 1000
+    options = ["--svg", "c.svg", "--html", "c.html", "--markdown", "c.md", "--by-group"]
+    outcome = call("compare", "online", "--runs", "runs", *options)
+    assert outcome.code == 0, outcome.err
+    assert "<svg" in Path("c.svg").read_text()
+    assert "<table>" in Path("c.html").read_text()
+    assert "(<c.svg>)" in Path("c.md").read_text()
+    group = json.loads(call("compare", "runs", "--json").out)  # a folder of runs is a method
+    assert {row["method"] for row in group["runs"]} == {"runs"}
     refused(call("finetune", "--resume", "online"), r"is finished already")
 
 

@@ -150,6 +150,7 @@ def test_every_preset_is_found_by_its_environment() -> None:
     assert config.load_preset("Unknown-v0") == {}
 
 
+@pytest.mark.promise("R13")
 @given(st.text(max_size=40))
 def test_any_override_text_gives_a_config_or_a_user_error(text: str) -> None:
     with contextlib.suppress(UserError):  # any other exception fails the test

@@ -26,7 +26,8 @@ def test_the_guide_goes_from_an_empty_file_to_a_comparison(
     folder, outputs = followed
     names = {command.split()[1] for command in outputs if command.startswith("safe-offrl")}
     assert names == {
-        *("check-env", "collect", "inspect", "pretrain", "finetune", "evaluate", "compare")
+        *("check-env", "collect", "inspect", "pretrain", "finetune", "evaluate", "compare"),
+        "export",
     }
     for name in ("safe", "free"):
         ledger = (folder / "runs" / name / "ledger.jsonl").read_text().splitlines()

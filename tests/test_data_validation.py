@@ -65,6 +65,7 @@ FAULTS: dict[str, tuple[dict[str, np.ndarray], str]] = {
 }
 
 
+@pytest.mark.promise("R10")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_has_its_error(fault: str, tmp_path: Path) -> None:
     arrays, match = FAULTS[fault]

@@ -111,6 +111,7 @@ class Trace:
             if isinstance(item, Episode):
                 self.episodes.append(item)
             else:
+                assert isinstance(item, Iteration)
                 self.iterations.append(item)
                 self.policies[item.version] = copy.deepcopy(self.tuning.deployment.actor)
             yield item
@@ -478,6 +479,7 @@ def test_resume_is_bitwise_where_an_episode_pays_for_no_update(
     )
 
 
+@pytest.mark.promise("R8")
 def test_two_runs_are_equal_and_seeds_matter(dataset: Dataset, pretraining: Pretraining) -> None:
     runs = []
     for seed in (0, 0, 1):

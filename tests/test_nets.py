@@ -57,6 +57,22 @@ def test_every_member_is_a_plain_network(norm: bool) -> None:
         torch.testing.assert_close(outputs[member], plain(inputs)[:, 0])
 
 
+def test_selected_members_are_a_network_of_their_own() -> None:
+    net = StackedMLP(5, 4, (8, 8), layer_norm=True, generator=seeded())
+    inputs, states = torch.randn(7, 4, generator=seeded(1)), torch.randn(7, 3, generator=seeded(2))
+    actions = torch.randn(6, 7, 1, generator=seeded(3))
+    some = net.select(slice(2, None))
+    assert some.members == 3
+    torch.testing.assert_close(some(inputs), net(inputs)[2:])
+    torch.testing.assert_close(
+        some.over_actions(states, actions), net.over_actions(states, actions)[2:]
+    )
+    before = some(inputs)
+    with torch.no_grad():
+        net.output.bias.add_(1.0)
+    assert torch.equal(some(inputs), before)
+
+
 def test_members_are_independent() -> None:
     net = StackedMLP(3, 5, (8,), layer_norm=True, generator=seeded())
     inputs = torch.randn(7, 5, generator=seeded(1))

@@ -5,9 +5,14 @@ import numpy as np
 import pytest
 
 from safe_offrl.errors import RunError
+from safe_offrl.ledger import chain_start, read_ledger
 from safe_offrl.report import compare
 from safe_offrl.statistics import run_level_interval, run_level_upper
+from safe_offrl.summaries import ALL_ENVIRONMENTS
+from tests.conftest import ledger_lines
 
+EVALUATION = {"episodes": 500, "accidents": 10, "mean_return": 2.5, "mean_length": 50.0}
+EVALUATION |= {"return_standard_error": 0.25, "mean_cost": 1.5, "cost_standard_error": 0.1}
 RLPD = {"kl": False, "safety_constraint": False, "shield": False}
 
 
@@ -76,6 +81,7 @@ def test_groups_and_pairs(paired_runs):
     (pairing,) = result.pairings
     assert (pairing.first, pairing.second, pairing.pairs) == ("constrained", "rlpd (all off)", 5)
     assert pairing.accidents == (safe.accidents, free.accidents)
+    assert pairing.accident_ratio is not None
     assert pairing.accident_ratio.ratio == pytest.approx(safe.accidents / free.accidents)
     assert pairing.accident_ratio.low < pairing.accident_ratio.ratio < pairing.accident_ratio.high
     assert pairing.return_ratio.value == pytest.approx(
@@ -86,18 +92,19 @@ def test_groups_and_pairs(paired_runs):
     assert result.notes == []
 
 
-def test_pairing_needs_the_same_policy_and_seed(write_run):
+def test_pairing_needs_the_same_seed(write_run):
     safe = write_run("safe", [0] * 40, seed=0)
     free = write_run("free", [1] * 40, seed=1, flags=RLPD)
     result = compare([safe, free])
     assert result.pairings == []
-    assert any("no run for the pretrained policy and seed of: 1" in note for note in result.notes)
+    assert any("no run of seed: 1" in note for note in result.notes)
 
 
 def test_accident_ratio_is_per_step(write_run):
     safe = write_run("safe", [1] * 2 + [0] * 38, steps=50)
     free = write_run("free", [1] * 4 + [0] * 36, steps=25, flags=RLPD)
     (pairing,) = compare([safe, free]).pairings
+    assert pairing.accident_ratio is not None
     assert pairing.accident_ratio.ratio == pytest.approx((2 / 2000) / (4 / 1000))
 
 
@@ -137,3 +144,170 @@ def test_notes_warn_of_unequal_runs(write_run):
 def test_no_run_is_an_error():
     with pytest.raises(RunError, match="no run to compare"):
         compare([])
+
+
+def test_a_folder_of_runs_is_a_method(tmp_path, write_group):
+    write_group("ours", [[0, 1], [0, 0]])
+    write_group("frozen", [[], []], kind="pretrain", evaluation=EVALUATION)
+    result = compare(["ours", tmp_path / "frozen"], root=tmp_path)
+    assert [(g.method, g.label, g.accidents) for g in result.groups] == [
+        ("ours", "ALL 2 runs", 1),
+        ("frozen", "ALL 2 runs", 0),
+    ]
+    assert [row.label for row in result.rows] == ["ours/0", "ours/1", "frozen/0", "frozen/1"]
+    assert result.groups[1].evaluated_return_iqm == (2.5, 2.5, 2.5)
+    assert result.notes == []
+
+
+def test_runs_of_a_folder_come_in_the_order_of_their_numbers(tmp_path, write_group):
+    write_group("ours", [[0]] * 11)
+    assert compare(["ours"], root=tmp_path).groups[0].seeds == list(range(11))
+
+
+def test_folders_of_one_name_are_told_apart_in_one_environment_only(tmp_path, write_group):
+    write_group("a/ours", [[0]])
+    write_group("b/ours", [[1]])
+    write_group("c/ours", [[1]], env="HazardLine-v0")
+    same = compare([tmp_path / "a" / "ours", tmp_path / "b" / "ours"])
+    assert [row.method for row in same.rows] == ["a/ours", "b/ours"]
+    across = compare([tmp_path / "a" / "ours", tmp_path / "c" / "ours"])
+    assert [row.method for row in across.rows] == ["ours", "ours"]
+
+
+def test_of_many_methods_the_first_is_compared_with_each(tmp_path, write_group):
+    names = ["frozen", "ours", "b", "c", "d"]
+    write_group("frozen", [[]], kind="pretrain", evaluation=EVALUATION)
+    for name in names[1:]:
+        write_group(name, [[0, 1]], evaluation=EVALUATION)
+    result = compare([*names], root=tmp_path)
+    pairs = [(p.first, p.second) for p in result.pairings]
+    assert pairs == [("ours", "b"), ("ours", "c"), ("ours", "d"), ("ours", "frozen")]
+    assert result.pairings[-1].accidents is None  # it never learned
+    assert result.pairings[-1].evaluated_accidents == (10, 10)
+    few = compare(names[1:4], root=tmp_path)
+    assert len(few.pairings) == 3
+
+
+def test_iqm_over_seeds_by_hand(write_group):
+    # Five seeds: floor(5 / 4) = 1 is dropped at each end, (2 + 3 + 4) / 3 = 3 stays.
+    path = write_group("ours", [[1] * k + [0] * (9 - k) for k in (9, 2, 3, 4, 1)])
+    (group,) = compare([path]).groups
+    assert group.accidents_iqm.value == 3.0
+    assert 1.0 <= group.accidents_iqm.low < 3.0 < group.accidents_iqm.high <= 9.0
+    assert group.most_accidents == 9
+    assert group.final_return_iqm == (1.0, 1.0, 1.0)  # every run the same
+
+
+def test_an_iqm_of_one_run_has_no_bounds(write_group):
+    path = write_group("ours", [[1]])
+    (row,) = compare([path]).rows
+    assert row.accidents_iqm.value == 1.0
+    assert math.isnan(row.accidents_iqm.low)
+
+
+def test_constraints_held_by_hand(write_run):
+    iterations = [
+        {},  # held
+        {"accepted": False, "v_candidate": 0.5},  # refused, and what acts is below the limit: held
+        {"accepted": False, "constraints_satisfied": False},  # what acts is not
+        {"kl_reverse_mean": 0.06},  # the verdict is not borne out
+        {"v_previous": 0.2, "v_candidate": 0.15, "constraints_satisfied": False},  # recovering
+        {"accepted": False, "rolled_back": True, "kl_reverse_mean": 0.06},
+        {"accepted": False, "rolled_back": True},  # to a policy that was measured: held
+        {"v_candidate": math.nan},
+    ]
+    row = compare([write_run("a", [0], iterations=iterations)]).rows[0]
+    assert (row.satisfied, row.iterations, row.satisfied_share) == (3, 8, 3 / 8)
+    nothing = {"v_previous": math.nan, "v_candidate": math.nan, "kl_reverse_mean": math.nan}
+    free = compare([write_run("b", [0], flags=RLPD, iterations=[nothing])])
+    assert free.rows[0].satisfied is None
+    assert free.as_dict()["runs"][0]["satisfied_share"] is None
+
+
+def test_other_policies_are_paired_by_seed_alone_and_the_notes_say_so(write_group):
+    ours = write_group("ours", [[0, 0], [0, 1]])
+    other = write_group("other", [[1, 1], [1, 1]], origin="bc")
+    result = compare([ours, other])
+    (pairing,) = result.pairings
+    assert (pairing.pairs, pairing.same_policy, pairing.accidents) == (2, False, (1, 4))
+    assert any("paired by seed alone" in note for note in result.notes)
+
+
+def test_the_return_is_of_episodes_that_were_seen_to_their_end(write_run):
+    path = write_run("cut", [0] * 19 + [1], returns=[0.0] * 16 + [3.0, 4.0, 5.0, 9.0])
+    start = chain_start((path / "config.yaml").read_bytes())
+    *whole, last = read_ledger(path / "ledger.jsonl", start).episodes
+    lines = ledger_lines([*whole, last._replace(outcome="lost")], start)
+    (path / "ledger.jsonl").write_bytes(b"".join(lines))
+    (row,) = compare([path]).rows
+    assert (row.accidents, row.final_return.value) == (1, 4.0)  # of three in the last fifth
+
+
+def test_pairs_over_seeds_by_hand(write_group):
+    """Per step 1 : 4 in every pair: the ratio is 1/4 however the pairs are drawn."""
+    ours = write_group("ours", [[1] * k + [0] * (40 - k) for k in (1, 2, 3)])
+    other = write_group("other", [[1] * 4 * k + [0] * (40 - 4 * k) for k in (1, 2, 3)])
+    (pairing,) = compare([ours, other]).pairings
+    assert pairing.accidents == (6, 24)
+    assert pairing.accident_ratio_over_seeds == pytest.approx((0.25, 0.25, 0.25))
+    assert pairing.p_value_over_seeds == 2 / 2**3
+    assert pairing.accident_ratio is not None
+    assert pairing.accident_ratio.low < 0.25 < pairing.accident_ratio.high
+
+
+def test_differences_that_cancel_over_seeds_are_no_difference(write_group):
+    ours = write_group("ours", [[1] * k + [0] * (9 - k) for k in (3, 1, 2)])
+    other = write_group("other", [[1] * k + [0] * (9 - k) for k in (1, 3, 2)])
+    assert compare([ours, other]).pairings[0].p_value_over_seeds == 1.0
+
+
+def test_a_frozen_policy_is_paired_with_what_started_from_it(tmp_path, write_group):
+    write_group("ours", [[0], [0]], evaluation=EVALUATION | {"accidents": 5})
+    # The name of its policy is the hash of the checkpoint that was evaluated.
+    for seed in (0, 1):
+        evaluation = EVALUATION | {"checkpoint_sha256": f"pi0-{seed}"}
+        write_group("frozen", [[]], kind="pretrain", first=seed, evaluation=evaluation)
+    (pairing,) = compare(["ours", "frozen"], root=tmp_path).pairings
+    assert (pairing.pairs, pairing.same_policy) == (2, True)
+    assert pairing.evaluated_accidents == (10, 20)
+    assert pairing.evaluated_ratio is not None
+    assert pairing.evaluated_ratio.ratio == pytest.approx(0.5)
+
+
+def test_several_environments_are_pooled_as_scores(write_group):
+    """In Line returns are a hundred times as large; in both the second method gets half."""
+    a = write_group("x/ours", [[0], [0]], returns=[2.0])
+    b = write_group("y/ours", [[0], [1]], returns=[200.0], env="HazardLine-v0")
+    c = write_group("x/half", [[1], [1]], returns=[1.0])
+    d = write_group("y/half", [[1], [1]], returns=[100.0], env="HazardLine-v0")
+    result = compare([a, b, c, d])
+    found = {(g.method, g.environment): g for g in result.groups}
+    assert len(found) == 6
+    assert found["half", "HazardLine-v0"].final_return_iqm.value == 100.0
+    assert found["half", ALL_ENVIRONMENTS].final_return_iqm == (0.5, 0.5, 0.5)
+    assert found["ours", ALL_ENVIRONMENTS].final_return_iqm.value == 1.0
+    assert found["half", ALL_ENVIRONMENTS].accidents == 4
+    (pairing,) = result.pairings
+    assert (pairing.pairs, pairing.accidents) == (4, (1, 4))
+    assert pairing.return_ratio == pytest.approx((2.0, 2.0, 2.0))
+    assert pairing.return_difference == pytest.approx((0.5, 0.5, 0.5))
+    assert any("divided by the mean of ours" in note for note in result.notes)
+
+
+def test_seeds_are_drawn_within_environments(write_group):
+    """Half and one and a half times the first method: 1 on average, whichever seeds are drawn."""
+    paths = []
+    for env, ours, other in (("PointHazard-v0", 2.0, 1.0), ("HazardLine-v0", 2.0, 3.0)):
+        paths.append(write_group(f"{env}/ours", [[0], [0]], returns=[ours], env=env))
+        paths.append(write_group(f"{env}/other", [[0], [0]], returns=[other], env=env))
+    overall = compare(paths).groups[-1]
+    assert (overall.method, overall.environment) == ("other", ALL_ENVIRONMENTS)
+    assert overall.final_return_iqm == (1.0, 1.0, 1.0)
+
+
+def test_a_mean_that_is_not_positive_is_no_unit(write_group):
+    a = write_group("x/ours", [[0]], returns=[-2.0])
+    b = write_group("y/ours", [[0]], returns=[2.0], env="HazardLine-v0")
+    overall = compare([a, b]).groups[-1]
+    assert overall.environment == ALL_ENVIRONMENTS
+    assert math.isnan(overall.final_return_iqm.value)

@@ -59,8 +59,8 @@ def pretrained(root: Path, pretrain_plan: commands.PretrainPlan) -> RunDir:
     return commands.pretrain_run(pretrain_plan, name="offline", runs=root, say=silent)
 
 
-def online_plan(pretrained: RunDir) -> commands.FinetunePlan:
-    config = commands.finetune_config(pretrained, budget=BUDGET, overrides=ONLINE)
+def online_plan(pretrained: RunDir, *overrides: str) -> commands.FinetunePlan:
+    config = commands.finetune_config(pretrained, budget=BUDGET, overrides=[*ONLINE, *overrides])
     return commands.plan_finetune(pretrained, config, accept_risk=True)
 
 
@@ -177,6 +177,7 @@ def test_kill_9_in_mid_run_through_the_command_line(
     assert record(RunDir(root / "killed")) == record(online)
 
 
+@pytest.mark.promise("R7")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_names_the_resume_command(
     root: Path, pretrained: RunDir, online: RunDir, number: signal.Signals

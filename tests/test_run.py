@@ -16,9 +16,9 @@ import torch
 
 from safe_offrl import run as run_module
 from safe_offrl.errors import RunError
-from safe_offrl.ledger import ledger_line
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Episode
+from tests.conftest import ledger_lines
 
 
 def episode(index: int, accident: bool = False) -> Episode:
@@ -55,10 +55,11 @@ def test_an_episode_is_on_disk_before_append_returns(
     with make(tmp_path) as run:
         monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
         run.append_episode(episode(0))
-        assert synced == [len(ledger_line(episode(0)))]
+        assert synced == [len(ledger_lines([episode(0)], "x" * 64)[0])]
         assert run.episodes() == [episode(0)]
 
 
+@pytest.mark.promise("R6")
 def test_full_disk_raises_and_keeps_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +94,7 @@ def test_rewind_cuts_metrics_and_verifies_the_replay(tmp_path: Path) -> None:
         run.log(20, {"online/return": 2.0})
         run.log_iteration({"index": 1, "reason": "kl"})
     with (run.path / "ledger.jsonl").open("ab") as file:
-        file.write(ledger_line(episode(2))[:-20])  # killed in mid-write
+        file.write(ledger_lines([episode(2)])[0][:-20])  # killed in mid-write
     again = RunDir(run.path)
     again.lock()
     with again:
@@ -120,9 +121,27 @@ def test_rewind_refuses_lost_records(tmp_path: Path) -> None:
             run.rewind(checkpoint)
 
 
+def test_a_ledger_cut_short_or_of_other_settings_is_found(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        for index in range(3):
+            run.append_episode(episode(index))
+        run.set_status("finished")
+    path = run.path / "ledger.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    with pytest.raises(RunError, match=r"has 2 episodes, run\.json counted 3"):
+        run.episodes()
+    path.write_bytes(whole)
+    assert len(run.episodes()) == 3
+    (run.path / "config.yaml").write_text("budget: 2\n")  # not what this ledger is chained to
+    with pytest.raises(RunError, match=r"damaged in line 1 \(chain; or the settings"):
+        run.episodes()
+
+
 # --- one writer, names, finding ---
 
 
+@pytest.mark.promise("R12")
 def test_second_writer_fails_at_once_naming_the_holder(tmp_path: Path) -> None:
     with make(tmp_path, name="busy") as run:
         script = (

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from safe_offrl.errors import RunError
-from safe_offrl.run_data import Decision, method_label, read_run
+from safe_offrl.run_data import Decision, find_runs, method_label, read_run
 
 CONSTRAINED = {"kl": True, "safety_constraint": True, "shield": True}
 RLPD = {"kl": False, "safety_constraint": False, "shield": False}
@@ -72,3 +72,30 @@ def test_errors(tmp_path, write_run):
     broken = write_run("broken", [0], evaluation={"episodes": 3})
     with pytest.raises(RunError, match="cannot be read"):
         read_run(broken)
+
+
+def test_a_reference_is_a_run_or_a_folder_of_runs(tmp_path, write_group, write_run):
+    write_group("ours", [[0], [1]])
+    (tmp_path / "ours" / "chart.png").write_bytes(b"")
+    assert [s.path.name for s in find_runs("ours", tmp_path)] == ["0", "1"]
+    assert {s.group for s in find_runs(tmp_path / "ours", tmp_path / "x")} == {tmp_path / "ours"}
+    (alone,) = find_runs(tmp_path / "ours" / "1", tmp_path)
+    assert alone == (tmp_path / "ours" / "1", None)
+    for nothing in ("x", tmp_path / "ours" / "chart.png", tmp_path / "ours" / "1" / "checkpoints"):
+        with pytest.raises(RunError, match="is not a run folder, and holds none"):
+            find_runs(nothing, tmp_path)
+
+
+def test_a_group_names_the_method_unless_a_setting_does(write_run):
+    path = write_run("7", [0], utd=4)
+    run = read_run(path, group="ours")
+    assert (run.method, run.name) == ("ours", "ours/7")
+    assert read_run(path, "utd", "ours").method == "utd=4"
+
+
+def test_an_old_evaluation_has_no_length(write_run):
+    values = {"episodes": 3, "accidents": 0, "mean_return": 1.0}
+    values |= {"mean_cost": 0.0, "cost_standard_error": 0.0}
+    run = read_run(write_run("a", [0], evaluation=values))
+    assert run.evaluation is not None
+    assert math.isnan(run.evaluation.mean_length)

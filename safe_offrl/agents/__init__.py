@@ -1,4 +1,4 @@
-"""Offline agents by name: the whole registry."""
+"""Offline agents and online learners by name: the whole registry."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from safe_offrl.agents.cql import CQL, CQLConfig
-from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.agents.bc import BCConfig
+from safe_offrl.agents.cql import CQL, CQLConfig, OnlineCQL
+from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
+from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.descent import EAGER, Compute
-from safe_offrl.nets import NetworkConfig, Networks
+from safe_offrl.nets import Actor, NetworkConfig, Networks, Risk
 from safe_offrl.state import Part
 from safe_offrl.types import Batch, Layout
 
@@ -34,6 +36,7 @@ class Agent(Protocol):
 class AgentConfigs:
     """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter."""
 
+    bc: BCConfig = field(default_factory=BCConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
 
@@ -90,3 +93,51 @@ def _calql(
 
 
 AGENTS: dict[str, AgentFactory] = {"iql": _iql, "cql": _cql, "calql": _calql}
+
+
+class OnlineLearner(Protocol):
+    """What the online loop knows of a learner."""
+
+    networks: Networks
+
+    def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """One step of all values; scalars to log."""
+        ...
+
+    def update_actor(
+        self,
+        batch: Batch,
+        risk: Risk | None,
+        multiplier: Tensor,
+        anchor: Actor | None,
+        kl_weight: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """One step of the actor, see :meth:`safe_offrl.agents.rlpd.RLPD.actor_loss`."""
+        ...
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        ...
+
+
+def online_learner(
+    name: str,
+    networks: Networks,
+    layout: Layout,
+    sizes: NetworkConfig,
+    config: RLPDConfig,
+    configs: AgentConfigs,
+    generator: torch.Generator,
+    compute: Compute = EAGER,
+) -> OnlineLearner:
+    """ "rlpd", or as a baseline "iql" or "calql", on networks that a policy was pretrained with."""
+    if name == "iql":
+        values = IQL(
+            networks, layout.observation_size, sizes.critic_hidden, configs.iql, generator, compute
+        )
+        return OnlineIQL(values, configs.iql, compute)
+    rlpd = RLPD(networks, layout.action_size, config, compute)
+    if name == "calql":
+        return OnlineCQL(CQL(networks, configs.cql, compute, calibrated=True), rlpd)
+    return rlpd

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.distributions import Categorical, Policy, sample
 from safe_offrl.losses import calibrate, conservative_gap, td_target
-from safe_offrl.nets import Networks, polyak_
+from safe_offrl.nets import Actor, Networks, Risk, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
 
@@ -112,6 +113,38 @@ class CQL:
             q = self.networks.target_q(policy.repeat(batch.observations), policy.actions).amin(0)
             advantages = logged - policy.expect(q)
         return advantages, {"agent/critic_loss": loss, "agent/conservative_gap": gap}
+
+
+class OnlineCQL:
+    """Cal-QL that goes on online (section 6 of its paper): its critics, and SAC's actor.
+
+    The actor is the online learner's, whose critics are left alone.
+    """
+
+    def __init__(self, values: CQL, actor: RLPD) -> None:
+        self.networks = values.networks
+        self.values = values
+        self.actor = actor
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return {**self.actor.parts(), **self.values.parts()}
+
+    def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The conservative critics."""
+        return self.values.update(batch, generator)[1]
+
+    def update_actor(
+        self,
+        batch: Batch,
+        risk: Risk | None,
+        multiplier: Tensor,
+        anchor: Actor | None,
+        kl_weight: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """One actor step and one temperature step."""
+        return self.actor.update_actor(batch, risk, multiplier, anchor, kl_weight, generator)
 
 
 def _parts(

@@ -1,6 +1,7 @@
 """IQL (Kostrikov et al. 2021, arXiv:2110.06169): values without ever asking about unlogged actions.
 
-Its values are as published; the actor comes from agents/extraction.py instead of plain AWR.
+Its values are as published; offline the actor comes from agents/extraction.py instead of plain AWR,
+online, as a baseline, from AWR.
 """
 
 from __future__ import annotations
@@ -11,20 +12,26 @@ import torch
 from torch import Tensor
 
 from safe_offrl.descent import EAGER, Compute, Descent
-from safe_offrl.losses import expectile_loss, td_target
-from safe_offrl.nets import Networks, StackedMLP, polyak_
+from safe_offrl.losses import expectile_loss, exponential_weight, td_target
+from safe_offrl.nets import Actor, Networks, Risk, StackedMLP, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
 
 
 @dataclass(frozen=True)
 class IQLConfig:
-    """Reference settings of IQL on MuJoCo; expectile .9 on AntMaze."""
+    """Reference settings of IQL on MuJoCo; expectile .9 on AntMaze.
+
+    ``inverse_temperature`` and ``weight_limit`` are those of the actor online (AWR); offline
+    extraction has its own.
+    """
 
     learning_rate: float = 3e-4
     discount: float = 0.99
     tau: float = 5e-3
     expectile: float = 0.7
+    inverse_temperature: float = 3.0
+    weight_limit: float = 100.0
 
 
 class IQL:
@@ -84,3 +91,51 @@ class IQL:
             "agent/value_loss": value_loss,
             "agent/critic_loss": critic_loss,
         }
+
+
+class OnlineIQL:
+    """IQL that goes on online (section 5.3 of the paper): the same values, and AWR for the actor.
+
+    Nothing restrains it but the data, half of which is the log.
+    """
+
+    def __init__(self, values: IQL, config: IQLConfig, compute: Compute = EAGER) -> None:
+        self.networks = values.networks
+        self.values = values
+        self.config = config
+        self.actor_optimizer = torch.optim.Adam(
+            self.networks.actor.parameters(), lr=config.learning_rate, fused=True
+        )
+        self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return {**self.values.parts(), "actor_optimizer": self.actor_optimizer}
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor]:
+        """Advantage-weighted regression (eq. 7): ``-min(exp(beta A), limit) log pi(a|s)``, mean."""
+        with torch.no_grad():
+            target_q = self.networks.target_q(batch.observations, batch.actions).amin(0)
+            advantages = target_q - self.values.value(batch.observations)[0]
+            weights = exponential_weight(
+                advantages, self.config.inverse_temperature, self.config.weight_limit
+            )
+        log_prob = self.networks.actor(batch.observations).log_prob(batch.actions)
+        return (-(weights * log_prob).mean(),)
+
+    def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """V, then the critics."""
+        return self.values.update(batch, generator)[1]
+
+    def update_actor(
+        self,
+        batch: Batch,
+        risk: Risk | None,
+        multiplier: Tensor,
+        anchor: Actor | None,
+        kl_weight: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """One actor step; the constraints of other learners have no place in it."""
+        (loss,) = self._descend_actor(batch)
+        return {"learner/actor_loss": loss}

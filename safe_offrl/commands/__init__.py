@@ -6,10 +6,13 @@ checkpoints, TensorBoard and the progress line all happen here.
 """
 
 from safe_offrl.commands.assess import assess_runs
+from safe_offrl.commands.benchmark import benchmark_run, benchmark_text
 from safe_offrl.commands.certify import certify_run, verify_certificate
 from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.convert import convert_dataset
 from safe_offrl.commands.demo import demo
+from safe_offrl.commands.export import export_run
+from safe_offrl.commands.ledger import show_ledger
 from safe_offrl.commands.offline import (
     PretrainPlan,
     plan_pretrain,
@@ -37,6 +40,8 @@ __all__ = [
     "FinetunePlan",
     "PretrainPlan",
     "assess_runs",
+    "benchmark_run",
+    "benchmark_text",
     "certify_run",
     "check_env_run",
     "collect_config",
@@ -45,6 +50,7 @@ __all__ = [
     "convert_dataset",
     "demo",
     "evaluate_run",
+    "export_run",
     "finetune_config",
     "finetune_run",
     "inspect_dataset",
@@ -56,5 +62,6 @@ __all__ = [
     "resume_finetune",
     "resume_pretrain",
     "say_plain",
+    "show_ledger",
     "verify_certificate",
 ]

@@ -23,6 +23,7 @@ from safe_offrl.certificate import (
     outcome,
     play,
     policy_sha256,
+    reserve,
     shield_sha256,
     verify,
 )
@@ -31,8 +32,9 @@ from safe_offrl.commands.tools import final_policy
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune import Finetuning
-from safe_offrl.ledger import append_to_ledger, reopen_ledger
+from safe_offrl.ledger import LedgerWriter
 from safe_offrl.progress import Interrupted, ProgressLine, Say, StopSignal
+from safe_offrl.rollout import faults_in_a_row
 from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.types import Episode
 
@@ -71,12 +73,9 @@ def certify_run(
         loop = final_policy(run)
         with contextlib.closing(loop.env):
             claim = _claim(loop, epsilon, cost_limit, confidence, episodes, seed)
-            identity = {
-                "policy_sha256": policy_sha256(loop.deployment.actor, loop.normalizer),
-                "shield_sha256": shield_sha256(loop.deployment.shield),
-            }
+            subject = subject_of(run, loop)
+            identity = {f"{part}_sha256": subject[part]["sha256"] for part in ("policy", "shield")}
             claim, folder = _attempt(run, claim, identity)
-            subject = _subject(run, loop, identity)
             say(_header(run, loop, claim))
             played = _play(loop, claim, folder / RECORD, run, say)
         record = (folder / RECORD).read_bytes()
@@ -175,8 +174,8 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, str]) -> tuple[Claim
     return claim, folder
 
 
-def _subject(run: RunDir, loop: Finetuning, identity: dict[str, str]) -> dict[str, Any]:
-    """What a certificate is about."""
+def subject_of(run: RunDir, loop: Finetuning) -> dict[str, Any]:
+    """What a certificate, or an exported file, is about."""
     safety, shield = loop.config.safety, loop.deployment.shield
     return {
         "policy": {
@@ -184,13 +183,13 @@ def _subject(run: RunDir, loop: Finetuning, identity: dict[str, str]) -> dict[st
             "kind": run.kind,
             "version": loop.deployment.version,
             "checkpoint_sha256": run.load_checkpoint().sha256,
-            "sha256": identity["policy_sha256"],
+            "sha256": policy_sha256(loop.deployment.actor, loop.normalizer),
         },
         "shield": {
             "abstains": shield.abstains,
             "threshold": shield.threshold,
             "candidates": shield.config.candidates,
-            "sha256": identity["shield_sha256"],
+            "sha256": shield_sha256(shield),
         },
         "environment": {
             "id": loop.env.env_id,
@@ -205,14 +204,20 @@ def _subject(run: RunDir, loop: Finetuning, identity: dict[str, str]) -> dict[st
 
 def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:
     """Episodes until the claim is settled, each on disk before the next begins."""
-    played = reopen_ledger(path, 0)
+    record = LedgerWriter(path)
+    record.close_lost()
+    played, faults, real = record.episodes, 0, loop.config.env.kind == "real"
     total = math.fsum(outcome(claim, episode) for episode in played)
     actor = NumpyActor(loop.deployment.actor)
     show = None if say is say_plain else say
     progress = ProgressLine(claim.episodes, len(played), show, "episodes")
     with StopSignal() as stop:
         while not finished(claim, total, len(played)):
-            episode = play(
+            before = played[-1].total_steps if played else 0
+            if real:
+                version = loop.deployment.version
+                record.reserve(reserve(claim, len(played), loop.env, version, before).worst)
+            episode, fault = play(
                 claim,
                 len(played),
                 loop.env,
@@ -220,10 +225,10 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
                 loop.deployment.shield,
                 loop.normalizer,
                 loop.deployment.version,
-                played[-1].total_steps if played else 0,
+                before,
             )
-            append_to_ledger(path, episode)
-            played.append(episode)
+            record.append(episode)
+            faults = faults_in_a_row(faults, fault)
             total += outcome(claim, episode)
             progress.update(len(played), _line(claim, total, len(played)))
             if stop.number:

@@ -11,7 +11,8 @@ from safe_offrl.config import RunInputs
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.descent import CompileMode, Precision
-from safe_offrl.errors import ConfigError, DataError, RunError
+from safe_offrl.errors import ConfigError, DataError, EnvError, RunError
+from safe_offrl.files import write_atomic
 from safe_offrl.progress import Interrupted
 from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
@@ -99,6 +100,16 @@ def interrupted(run: RunDir, number: int, step: int) -> Interrupted:
     )
 
 
+@contextlib.contextmanager
+def stopped_by_environment(run: RunDir) -> Iterator[None]:
+    """Mark a run that its environment brought to an end as interrupted: it can be continued."""
+    try:
+        yield
+    except EnvError:
+        run.set_status("interrupted")
+        raise
+
+
 def data_line(dataset: Dataset, inputs: RunInputs) -> str:
     """Header line: what the run learns from."""
     share = float(dataset.episode_accidents.mean())
@@ -137,6 +148,12 @@ def stored_mode(inputs: RunInputs) -> CompileMode:
 def numbers(values: dict[str, Any]) -> dict[str, float]:
     """The entries that a curve can show."""
     return {k: float(v) for k, v in values.items() if isinstance(v, bool | int | float)}
+
+
+def save_calibration(run: RunDir, tag: str, step: int, png: bytes) -> None:
+    """Write a figure as the run's calibration.png and show it in TensorBoard."""
+    write_atomic(run.path / "calibration.png", png)
+    run.add_picture(f"calibration/{tag}", step, png)
 
 
 def parse_overrides(arguments: Iterable[str]) -> list[str]:

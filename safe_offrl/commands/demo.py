@@ -33,7 +33,7 @@ def demo(
     name = _free_demo_name(runs)
     pretrained = pretrain_run(plan, name=name, runs=runs, say=say)
     base = [sys.executable, "-m", "safe_offrl.cli", "finetune", str(pretrained.path)]
-    base += ["--runs", str(runs), "--seed", str(seed), "--budget", str(budget)]
+    base += ["--runs", str(runs), "--seed", str(seed), "--budget", str(budget), "--videos", "5"]
     # The point of it is to see how the constraints bring down what the log cannot show to be safe.
     base += ["--accept-risk"]
     off = ["--no-kl", "--no-safety-constraint", "--no-shield"]
@@ -48,7 +48,7 @@ def demo(
     png = runs / f"{name}-comparison.png"
     say("")
     compare_runs(names, png=png, runs=runs, say=say)
-    say(f"\nCharts of both runs: tensorboard --logdir {runs}")
+    say(f"\nCharts and accidents of both runs: tensorboard --logdir {runs}")
     return [RunDir(runs / n) for n in names]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safe_offrl.calibration_chart import report_png
 from safe_offrl.collect import CollectConfig, default_dataset
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
@@ -19,6 +20,7 @@ from safe_offrl.commands.common import (
     numbers,
     require_both_outcomes,
     require_unfinished,
+    save_calibration,
     say_plain,
     stored_dataset,
     stored_mode,
@@ -198,6 +200,7 @@ def _drive_pretraining(run: RunDir, loop: Pretraining, checkpoint_seconds: float
         run.write_json("calibration.json", content)
         curves = {f"offline/calibration/{k}": v for k, v in numbers(content).items()}
         run.log(loop.total_steps, curves)
+        save_calibration(run, "safety_critic", loop.total_steps, report_png(report))
         run.set_status("finished")
     say(str(report))
     say(f"finished    {run.path}")

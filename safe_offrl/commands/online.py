@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safe_offrl.calibration_chart import online_blocks, online_png
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.commands.assess import Subject, gate
 from safe_offrl.commands.common import (
@@ -20,11 +21,14 @@ from safe_offrl.commands.common import (
     interrupted,
     loading,
     require_unfinished,
+    save_calibration,
     say_plain,
+    stopped_by_environment,
     stored_dataset,
     stored_mode,
     stored_pretrain_run,
 )
+from safe_offrl.commands.filming import filming
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, to_dict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.validation import check_matches_env
@@ -38,9 +42,11 @@ from safe_offrl.finetune_config import COST_DEFAULTS, FinetuneConfig
 from safe_offrl.monitor import Certifiable, certifiable
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
+from safe_offrl.rollout import Reservation
 from safe_offrl.run import RunDir, find_run, versions
 from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
+from safe_offrl.videos import require_pictures
 
 # What settings are held against on TensorBoard's HParams page.
 FINAL_CURVES = (
@@ -48,6 +54,11 @@ FINAL_CURVES = (
     "safety/accidents_total",
     "safety/cost_mean",
     "online/return",
+)
+
+REAL_LINE = (
+    "kind        real: an episode's steps are on record before its first one, and one that is cut "
+    "off counts as an accident"
 )
 
 
@@ -93,6 +104,7 @@ class FinetunePlan:
                 constraint_line(safety, self.env.horizon),
                 f"active      {', '.join(on) if on else 'nothing: plain RLPD'}"
                 + (why if self.shield_refusals else ""),
+                *([REAL_LINE] if config.env.kind == "real" else []),
                 f"warm-up     {warm_up}",
                 f"provable    {self.certifiable}",
                 f"risk        {self.inputs.risk}",
@@ -109,6 +121,7 @@ def finetune_config(
     cost_limit: float | None = None,
     delta: float | None = None,
     accident_budget: int | None = None,
+    videos: int | None = None,
     seed: int | None = None,
     kl: bool | None = None,
     safety_constraint: bool | None = None,
@@ -123,6 +136,7 @@ def finetune_config(
         "safety.cost_limit": cost_limit,
         "safety.delta": delta,
         "accident_budget": accident_budget,
+        "videos": videos,
         "seed": seed,
         "kl": kl,
         "safety_constraint": safety_constraint,
@@ -140,10 +154,16 @@ def finetune_config(
             **defaults,
             "networks": to_dict(source.networks),
             "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
+            "baseline": {"agents": to_dict(source.agents)},
         },
         flags=flags,
         overrides=overrides,
     )
+    if config.baseline.learner == "iql" and source.agent != "iql":
+        raise ConfigError(
+            f'baseline.learner is iql, but "{pretrained.name}" was pretrained by {source.agent}, '
+            "which has no value network. Pretrain with --agent iql."
+        )
     shapes = ("members", "reference", "hidden")
     if config.networks != source.networks or any(
         getattr(config.critic, key) != getattr(source.critic, key) for key in shapes
@@ -179,12 +199,14 @@ def plan_finetune(
             f'The run "{pretrained.name}" is not finished. '
             f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
         )
-    env = make_env(source.env_id, config.safety)
+    env = make_env(source.env_id, config.safety, timeout=config.env.timeout)
     try:
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
         limit = config.safety.limit(env.horizon, dataset.cost_max)
+        if config.videos:
+            require_pictures(env)
         checkpoint = pretrained.load_checkpoint()
         refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
         provable = certifiable(config.budget, env.horizon, limit, config.safety.confidence)
@@ -255,8 +277,9 @@ def resume_finetune(
 ) -> RunDir:
     """Continue an interrupted online phase.
 
-    Episodes after the last checkpoint are played again and must come out as the ledger has them;
-    the result is bitwise that of an uninterrupted run.
+    In a simulation, episodes after the last checkpoint are played again and must come out as the
+    ledger has them; the result is bitwise that of an uninterrupted run. In reality, they are
+    counted as the ledger has them, and one that was cut off counts as an accident.
     """
     run = find_run(reference, Path(runs), "finetune")
     run.lock()
@@ -313,13 +336,28 @@ def _drive_finetuning(
     progress = ProgressLine(plan.config.budget, curves.step, None if say is say_plain else say)
     run.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     saved = time.monotonic()
-    with StopSignal() as stop:
-        for event in loop.run():
-            if isinstance(event, Episode):
+    real = plan.config.env.kind == "real"
+    with (
+        StopSignal() as stop,
+        stopped_by_environment(run),
+        filming(run, loop, say) as show,
+    ):
+        for event in loop.run(run.recorded):
+            if isinstance(event, Reservation):
+                if stop.number:
+                    raise interrupted(run, stop.number, curves.step)
+                run.reserve_episode(event.worst)  # on disk before the first of its steps
+            elif isinstance(event, Episode):
                 run.append_episode(event)  # before anything else can happen
+                show(event)
+                if event.outcome == "fault" and loop.fault:
+                    say(f"fault       in episode {event.index:,}: {loop.fault}")
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())
+                if real:  # what was lived cannot be lived again
+                    run.save_checkpoint(event.total_steps, loop.state_dict(), loop.info())
+                    saved = time.monotonic()
                 if stop.number and time.monotonic() - stop.since > STOP_SECONDS:
                     # The iteration takes too long. Its episodes are in the ledger, and a resume
                     # plays them again from the last checkpoint.
@@ -338,6 +376,10 @@ def _drive_finetuning(
     # The last line comes after the last checkpoint, so that a resume from it writes it once.
     run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
     run.log(curves.step, curves.values())
+    constraint = plan.limit.constraint
+    if blocks := online_blocks(run.episodes(), run.iterations(), constraint):
+        png = online_png(blocks, constraint, plan.limit.value)
+        save_calibration(run, "online", curves.step, png)
     run.set_status("finished", reason=loop.stopped)
     say(f"finished    {run.path}: {loop.stopped}")
 

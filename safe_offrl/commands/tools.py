@@ -14,6 +14,7 @@ from safe_offrl.acting import NumpyActor
 from safe_offrl.check_env import check_environment
 from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
 from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
+from safe_offrl.commands.filming import filming_evaluation
 from safe_offrl.commands.offline import DEFAULT_ENV
 from safe_offrl.commands.online import (
     FinetunePlan,
@@ -30,6 +31,7 @@ from safe_offrl.evaluate import evaluate
 from safe_offrl.files import plain
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.markdown import write_markdown
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import Say
 from safe_offrl.run import RunDir, find_run
@@ -45,19 +47,21 @@ def evaluate_run(
     episodes: int = 100,
     mean_action: bool = False,
     seed: int = 0,
+    videos: int = 0,
     runs: str | Path = "runs",
     say: Say = say_plain,
 ) -> dict[str, Any]:
     """Play episodes with a run's final policy and write evaluation.json; returns its content.
 
-    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number.
+    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number. The first
+    ``videos`` accidents are filmed.
     """
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")
     run = find_run(reference, Path(runs))
     loop = final_policy(run)
     safety = loop.config.safety
-    with contextlib.closing(loop.env):
+    with contextlib.closing(loop.env), filming_evaluation(run, loop, seed, videos, say) as watch:
         played = list(
             evaluate(
                 loop.env,
@@ -68,6 +72,8 @@ def evaluate_run(
                 seed,
                 version=loop.deployment.version,
                 mean_action=mean_action,
+                watch=watch,
+                worst_cost=loop.limit.scale,
             )
         )
     accidents = sum(episode.accident for episode in played)
@@ -137,19 +143,30 @@ def compare_runs(
     references: Sequence[str | Path],
     *,
     png: str | Path | None = None,
+    svg: str | Path | None = None,
     html: str | Path | None = None,
+    markdown: str | Path | None = None,
     group_by: str | None = None,
+    by_run: bool | None = None,
     runs: str | Path = "runs",
     say: Say = say_plain,
 ) -> dict[str, Any]:
-    """Print the comparison of runs, write figure and page if asked for; returns plain values."""
-    paths = [find_run(reference, Path(runs)).path for reference in references]
-    comparison = report.compare(paths, group_by=group_by)
-    say(tables.format_table(comparison))
-    if png is not None:
-        Path(png).parent.mkdir(parents=True, exist_ok=True)
-        charts.write_png(comparison, Path(png))
-        say(f"figure      {png}")
+    """Print the comparison of runs, write what is asked for; returns it as plain values.
+
+    A reference is a run, or a folder of runs: the seeds of one method, named like the folder.
+    ``by_run``: whether the printed tables list each run; None: unless there are many.
+    """
+    comparison = report.compare(references, group_by=group_by, root=Path(runs))
+    say(tables.format_table(comparison, by_run=by_run))
+    figures = [Path(path) for path in (png, svg) if path is not None]
+    for path in figures:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        charts.write_figure(comparison, path)
+        say(f"figure      {path}")
+    if markdown is not None:
+        Path(markdown).parent.mkdir(parents=True, exist_ok=True)
+        write_markdown(comparison, Path(markdown), figures)
+        say(f"markdown    {markdown}")
     if html is not None:
         Path(html).parent.mkdir(parents=True, exist_ok=True)
         page.write_html(comparison, Path(html))

@@ -1,0 +1,221 @@
+"""A benchmark as a command: every run of a suite in a process of its own, then the comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safe_offrl.benchmark import METHODS, Job, Suite, folder_name, jobs_of, settings_of
+from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.offline import pretrain_config
+from safe_offrl.commands.tools import compare_runs
+from safe_offrl.config import load_config
+from safe_offrl.errors import RunError
+from safe_offrl.files import json_bytes, write_atomic
+from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.progress import Interrupted, Say, StopSignal
+from safe_offrl.run import RunDir
+
+POLL_SECONDS = 0.5
+TELL_SECONDS = 60.0  # between two lines of progress while nothing ends
+STOP_SECONDS = 60.0  # that a run has for saving itself
+
+
+@dataclass
+class _Running:
+    job: Job
+    command: list[str]
+    process: subprocess.Popen[bytes]
+    begun: float
+
+
+@dataclass
+class _Progress:
+    """What is waiting, running and done."""
+
+    suite: Suite
+    root: Path
+    workers: int
+    waiting: list[Job]
+    running: list[_Running] = field(default_factory=list)
+    done: set[Path] = field(default_factory=set)
+    failed: list[Job] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of the fine-tunings that ended here
+    begun: float = field(default_factory=time.monotonic)
+
+
+def benchmark_text(suite: Suite, root: Path) -> str:
+    """What a suite would run, for people; ConfigError if a setting of it is wrong."""
+    for env in suite.environments:
+        for name in suite.methods:
+            offline, online = settings_of(suite, name)
+            pretrain_config(env=env, overrides=offline)
+            load_config(FinetuneConfig, section="finetune", env_id=env, overrides=online)
+    jobs = jobs_of(suite, root)
+    finished = sum(_next_command(job, suite) is None for job in jobs)
+    width = max(map(len, suite.methods))
+    return "\n".join(
+        [
+            f"benchmark   {suite.name}: {', '.join(suite.environments)}; {len(suite.methods)} "
+            f"methods, {len(suite.seeds)} seeds, {suite.budget:,} steps each",
+            f"runs        {len(jobs)} in {root}, {finished} of them finished",
+            *(f"  {name:<{width}}  {METHODS[name].source}" for name in suite.methods),
+        ]
+    )
+
+
+def benchmark_run(
+    suite: Suite, *, root: Path, workers: int, say: Say = say_plain
+) -> dict[str, dict[str, Any]]:
+    """Run what is missing of a suite, ``workers`` at a time, and compare: {environment: JSON}.
+
+    Finished runs are kept and interrupted ones resumed, so the same command goes on after
+    anything. The comparison lies beside the runs, as a page, tables, chart and JSON. RunError in
+    the end if a run failed.
+    """
+    say(benchmark_text(suite, root))
+    (root / "logs").mkdir(parents=True, exist_ok=True)
+    jobs = jobs_of(suite, root)
+    state = _Progress(suite, root, workers, [j for j in jobs if _next_command(j, suite)])
+    state.done = {j.folder for j in jobs} - {j.folder for j in state.waiting}
+    with StopSignal() as stop:
+        try:
+            _work(state, stop, say)
+        finally:
+            _end(state)
+    if stop.number:
+        raise Interrupted(
+            stop.number,
+            f"Interrupted with {len(state.done)} of {len(jobs)} runs done. The same command goes "
+            "on from there.",
+        )
+    results = {env: _compare(state, env, say) for env in suite.environments}
+    if state.failed:
+        names = ", ".join(job.label for job in state.failed)
+        raise RunError(
+            f"{len(state.failed)} of {len(jobs)} runs failed ({names}); their output is in "
+            f'"{root / "logs"}". Repair the cause, then the same command goes on.'
+        )
+    return results
+
+
+def _work(state: _Progress, stop: StopSignal, say: Say) -> None:
+    told = -TELL_SECONDS
+    while (state.waiting or state.running) and not stop.number:
+        ended = _reap(state, say)
+        _launch(state)
+        if ended or time.monotonic() - told > TELL_SECONDS:
+            say(_line(state))
+            told = time.monotonic()
+        time.sleep(POLL_SECONDS)
+
+
+def _launch(state: _Progress) -> None:
+    """Start waiting jobs whose needs are met; drop those whose needs have failed."""
+    lost = {job.folder for job in state.failed}
+    for job in [job for job in state.waiting if job.needs in lost]:
+        state.waiting.remove(job)
+        state.failed.append(job)
+    ready = [job for job in state.waiting if job.needs is None or job.needs in state.done]
+    ready = ready[: state.workers - len(state.running)]
+    for job in ready:
+        state.waiting.remove(job)
+        command = _next_command(job, state.suite)
+        assert command is not None  # it would be done
+        with _log_of(job, state.root).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "safe_offrl.cli", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a signal of the terminal reaches it through us alone
+            )
+        state.running.append(_Running(job, command, process, time.monotonic()))
+
+
+def _log_of(job: Job, root: Path) -> Path:
+    return root / "logs" / f"{job.label.replace('/', '-')}.log"
+
+
+def _next_command(job: Job, suite: Suite) -> list[str] | None:
+    """What is left to do of a job: learn, go on learning, evaluate, or nothing."""
+    where = ["--runs", str(job.folder.parent)]
+    if not (job.folder / "run.json").is_file():
+        return [job.kind, *job.arguments, *where, "--name", job.folder.name]
+    run = RunDir(job.folder)
+    if run.state["status"] != "finished":
+        return [job.kind, "--resume", str(job.folder), *where]
+    episodes = suite.evaluation_episodes
+    evaluated = (job.folder / "evaluation.json").is_file()
+    if not evaluated or run.read_json("evaluation.json").get("episodes") != episodes:
+        return ["evaluate", str(job.folder), "--episodes", str(episodes), *where]
+    return None
+
+
+def _reap(state: _Progress, say: Say) -> bool:
+    """Take note of the processes that have ended; whether a run is done, or has failed."""
+    before = len(state.done) + len(state.failed)
+    ended = [running for running in state.running if running.process.poll() is not None]
+    for running in ended:
+        state.running.remove(running)
+        job, code = running.job, running.process.returncode
+        following = _next_command(job, state.suite)
+        if code == 0 and following is None:
+            state.done.add(job.folder)
+        elif code == 0 and following != running.command:
+            state.waiting.insert(0, job)
+        else:
+            state.failed.append(job)
+            lines = _log_of(job, state.root).read_text(errors="replace").splitlines() or [""]
+            say(f"failed      {job.label}, exit code {code}: {lines[-1]}")
+        if code == 0 and running.command[0] == "finetune":
+            state.seconds.append(time.monotonic() - running.begun)
+    return len(state.done) + len(state.failed) > before
+
+
+def _end(state: _Progress) -> None:
+    """End what still runs; each run saves itself first."""
+    for running in state.running:
+        running.process.terminate()
+    for running in state.running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.process.wait(timeout=STOP_SECONDS)
+        if running.process.poll() is None:
+            running.process.kill()
+
+
+def _line(state: _Progress) -> str:
+    count = len(state.waiting) + len(state.running) + len(state.done) + len(state.failed)
+    failed = f", {len(state.failed)} failed" if state.failed else ""
+    elapsed = (time.monotonic() - state.begun) / 60
+    mean = sum(state.seconds) / len(state.seconds) / 60 if state.seconds else math.nan
+    left = mean * (len(state.waiting) + len(state.running)) / state.workers
+    more = "" if math.isnan(left) else f", about {left:.0f} min left"
+    now = ", ".join(running.job.label for running in state.running) or "nothing"
+    done = f"{len(state.done)} of {count} runs done{failed}, {elapsed:.0f} min so far{more}"
+    return f"{done} | now {now}"
+
+
+def _compare(state: _Progress, env: str, say: Say) -> dict[str, Any]:
+    """Each method's folder is a group: its settings alone may be those of another method."""
+    base = state.root / folder_name(env)
+    finished = {run.parent for run in state.done}
+    methods = [base / name for name in state.suite.methods if base / name in finished]
+    if not methods:
+        return {}
+    say("")
+
+    def beside(suffix: str) -> Path:
+        return state.root / f"{base.name}.{suffix}"
+
+    result = compare_runs(
+        methods, png=beside("png"), markdown=beside("md"), html=beside("html"), say=say
+    )
+    write_atomic(beside("json"), json_bytes(result))
+    return result

@@ -1,0 +1,170 @@
+"""`safe-offrl export`: a run's final policy behind its shield, for use without Python."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from gymnasium import spaces
+
+from safe_offrl.acting import NumpyActor
+from safe_offrl.commands.certify import subject_of
+from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.tools import final_policy
+from safe_offrl.env import AccidentEnv
+from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.export import compare, require_format
+from safe_offrl.files import json_bytes, plain, write_atomic
+from safe_offrl.policy_graph import PolicyGraph
+from safe_offrl.progress import Say
+from safe_offrl.run import find_run
+
+FOLDER = "exports"
+FORMAT = 1  # of the manifest
+
+
+def export_run(
+    reference: str | Path,
+    *,
+    file_format: str = "onnx",
+    out: str | Path | None = None,
+    runs: str | Path = "runs",
+    say: Say = say_plain,
+) -> dict[str, Any]:
+    """Write a run's final policy as one graph, and a manifest beside it; returns the manifest.
+
+    A pretrained policy has no shield, as in :func:`safe_offrl.load_policy`. The file is run and
+    compared with the policy before it is written: RunError, and nothing written, if they differ.
+    """
+    chosen = require_format(file_format)
+    run = find_run(reference, Path(runs))
+    path = Path(out) if out is not None else run.path / FOLDER / f"policy{chosen.suffix}"
+    if path.is_dir():
+        raise ConfigError(f'"{path}" is a folder. Give --out a file.')
+    run.lock()  # no newer checkpoint between the policy and its hashes
+    with run:
+        loop = final_policy(run)
+        with contextlib.closing(loop.env):
+            actor, shield = loop.deployment.actor, loop.deployment.shield
+            space = loop.env.env.action_space
+            assert isinstance(space, spaces.Box | spaces.Discrete)  # others are refused
+            graph = PolicyGraph(actor, shield, loop.normalizer, space)
+            data = chosen.write(graph)
+            found = compare(
+                chosen.open(data), graph, loop.env, NumpyActor(actor), shield, loop.normalizer
+            )
+            if not found.same:
+                raise RunError(
+                    f"The exported policy is not the run's: actions differ by up to "
+                    f"{found.difference:g} at {found.observations} observations. Nothing was "
+                    "written; try another --format, or the versions of constraints.txt."
+                )
+            content = {
+                "format": FORMAT,
+                "file": {
+                    "name": path.name,
+                    "format": file_format,
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                },
+                **subject_of(run, loop),
+                **_interface(graph, loop.env),
+                "compared": found,
+            }
+    manifest: dict[str, Any] = plain(content)
+    packages = manifest["versions"]["packages"]
+    packages |= {name: importlib.metadata.version(name) for name in chosen.packages}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+    beside = path.with_name(f"{path.name}.json")
+    write_atomic(beside, json_bytes(manifest))
+    guard = "abstains" if shield.abstains else f"acts, in {found.interventions} of them"
+    say(
+        f"exported    {run.name} (version {loop.deployment.version}) as {file_format}\n"
+        f"compared    {found.observations} observations, largest difference of two actions "
+        f"{found.difference:.1e}\n"
+        f"shield      {guard}\n"
+        f"file        {path}\n"
+        f"manifest    {beside}"
+    )
+    return manifest
+
+
+def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
+    """How the graph is fed and read: sizes, order, units, and an episode in words."""
+    o, a, k = env.observation_size, env.action_size, graph.draws
+    space = env.env.action_space
+    parts = [
+        {"name": part.name, "shape": part.box.shape, "start": part.start, "stop": part.stop}
+        for part in env.layout
+    ]
+    if env.sums_cost:
+        name = "min(cost of the episode so far / cost_threshold, 2)"
+        parts.append({"name": name, "shape": (), "start": o - 1, "stop": o})
+    if isinstance(space, spaces.Discrete):
+        action = {"kind": "discrete", "count": a, "start": int(space.start)}
+        drawn = "standard Gumbel draws, -log(-log(u))"
+        rows = "row 0 makes the first choice, row 1 the order in which the shield tries all actions"
+        result: dict[str, Any] = {
+            "shape": ["batch"],
+            "dtype": "int64",
+            "meaning": "number of the action; start - 1, which is none, for a NaN observation",
+        }
+        zero = "the most probable action"
+    else:
+        assert isinstance(space, spaces.Box)
+        action = {"kind": "box", "shape": space.shape, "low": space.low, "high": space.high}
+        drawn = "standard normal draws"
+        rows = "row 0 makes the first choice, the others the shield's further candidates"
+        result = {
+            "shape": ["batch", *space.shape],
+            "dtype": "float32",
+            "meaning": "in the environment's own units; NaN if the observation is not finite",
+        }
+        zero = "the policy's mean"
+    memory = {"shape": ["batch", a], "dtype": "float32"}
+    flag = {"shape": ["batch"], "dtype": "bool"}
+    return {
+        "observation": {
+            "size": o,
+            "order": parts,
+            "meaning": "the environment's own numbers, not scaled; matrices row by row",
+        },
+        "action": action,
+        "inputs": [
+            {
+                "name": "observation",
+                "shape": ["batch", o],
+                "dtype": "float32",
+                "meaning": 'in the order of "observation"',
+            },
+            {
+                "name": "time_to_go",
+                "shape": ["batch"],
+                "dtype": "float32",
+                "meaning": "max(0, 1 - steps of the episode so far / horizon)",
+            },
+            {"name": "previous", **memory, "meaning": "next_previous of the step before"},
+            {"name": "has_previous", **flag, "meaning": "next_has_previous of the step before"},
+            {
+                "name": "noise",
+                "shape": ["batch", k, a],
+                "dtype": "float32",
+                "meaning": f"{drawn}, all independent and new at each step; {rows}; "
+                f"row 0 all zero makes the first choice {zero}",
+            },
+        ],
+        "outputs": [
+            {"name": "action", **result},
+            {"name": "next_previous", **memory, "meaning": "the action accepted last, as it is"},
+            {"name": "next_has_previous", **flag, "meaning": "whether there is one"},
+            {"name": "intervened", **flag, "meaning": "whether the shield replaced the action"},
+        ],
+        "episode": "Begin with time_to_go 1, previous all zero and has_previous false. At each "
+        "step draw noise, run the graph, execute action, hand next_previous and next_has_previous "
+        "back, and lower time_to_go by 1 / horizon.",
+        "certificate": "A certificate with the same sha256 of policy and of shield is about this "
+        "file, as long as noise is drawn and what the graph hands out is handed back.",
+    }

@@ -1,0 +1,102 @@
+"""Accidents filmed while episodes are played: clips in ``videos/`` and in TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safe_offrl.errors import ConfigError
+from safe_offrl.files import write_atomic
+from safe_offrl.finetune import Finetuning
+from safe_offrl.progress import Say
+from safe_offrl.rollout import PlayedEpisode
+from safe_offrl.run import RunDir
+from safe_offrl.types import Batch, Episode
+from safe_offrl.videos import AccidentCamera, require_pictures
+
+FOLDER = "videos"
+
+
+@contextlib.contextmanager
+def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episode], None]]:
+    """What to call with each episode of an online phase: the first ``videos`` accidents are filmed.
+
+    A clip is ``videos/episode-000123.gif`` and "accidents/episode-000123" in TensorBoard. An
+    episode that is played again after a resume is shown again, since TensorBoard forgets what came
+    after the checkpoint, but not filmed again.
+    """
+    accidents = loop.monitor.accidents  # before the checkpoint that this goes on from
+    if accidents >= loop.config.videos:
+        yield lambda _: None
+        return
+    folder = run.path / FOLDER
+    with contextlib.closing(_camera(loop, say)) as camera:
+
+        def show(episode: Episode) -> None:
+            nonlocal accidents
+            accidents += episode.accident
+            seen = episode.accident and episode.outcome == "complete"
+            if not seen or accidents > loop.config.videos:
+                return
+            name = f"episode-{episode.index:06d}"
+            path = folder / f"{name}.gif"
+            if not path.is_file():
+                transitions = loop.experience.visited(episode.steps)  # the last ones: this episode
+                _write(camera, episode, transitions, path)
+            if path.is_file():
+                run.add_picture(
+                    f"accidents/{name}", episode.total_steps, path.read_bytes(), _caption(episode)
+                )
+
+        yield show
+
+
+@contextlib.contextmanager
+def filming_evaluation(
+    run: RunDir, loop: Finetuning, seed: int, most: int, say: Say
+) -> Iterator[Callable[[Episode, PlayedEpisode], None] | None]:
+    """What ``evaluate`` shows its episodes to: ``videos/evaluate-SEED-000012.gif``."""
+    if not most:
+        yield None
+        return
+    if loop.config.env.kind == "real":
+        raise ConfigError(
+            "A video plays an episode again, which a real environment cannot. Leave --videos out."
+        )
+    require_pictures(loop.env)
+    folder = run.path / FOLDER
+    filmed = 0
+    with contextlib.closing(_camera(loop, say)) as camera:
+
+        def watch(episode: Episode, played: PlayedEpisode) -> None:
+            nonlocal filmed
+            if episode.accident and not played.fault and filmed < most:
+                path = folder / f"evaluate-{seed}-{episode.index:06d}.gif"
+                transitions = loop.experience.dataset.layout.unpack(played.rows)
+                filmed += _write(camera, episode, transitions, path)
+
+        yield watch
+    if filmed:
+        say(f"videos      {filmed} of accidents in {folder}")
+
+
+def _camera(loop: Finetuning, say: Say) -> AccidentCamera:
+    return AccidentCamera(loop.env.env_id, loop.config.safety, loop.normalizer, say)
+
+
+def _write(camera: AccidentCamera, episode: Episode, transitions: Batch, path: Path) -> bool:
+    """Film an episode's accident into a file; whether there is one."""
+    clip = camera.clip(episode.seed, transitions)
+    if clip is None:
+        return False
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, clip)
+    return True
+
+
+def _caption(episode: Episode) -> str:
+    return (
+        f"The last two seconds before the first accident of episode {episode.index:,}, played by "
+        f"policy version {episode.version} ({episode.phase}); the last frame is the accident."
+    )

@@ -1,0 +1,238 @@
+"""Environments that fail: the episode is closed, charged, and counts as an accident."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from safe_offrl import commands
+from safe_offrl.env import AccidentEnv, episode_seed, make_env
+from safe_offrl.env_process import ProcessEnv
+from safe_offrl.errors import ConfigError, EnvError, EnvFault
+from safe_offrl.finetune_config import EnvironmentConfig
+from safe_offrl.ledger import LedgerWriter
+from safe_offrl.run import RunDir
+from safe_offrl.safety import SafetySpec
+from safe_offrl.types import Episode
+from tests.fault_environments import HORIZON
+from tests.test_faults import ENV, OFFLINE, ONLINE, dataset_of
+from tests.test_resume import Killed, kill_at, silent
+
+MODULE = "tests.fault_environments"
+# What fails, how, and after how many steps.
+FAULTS = {
+    "Failing": ("ConnectionError: the robot does not answer", 3),
+    "FailsWithNan": ("an observation with NaN", 3),
+    "FailsWithInfiniteReward": ("the reward inf at step 3", 3),
+    "FailsWithWrongShape": ("an observation of 1 numbers", 3),
+    "FailsWithWrongType": ("an observation without numbers", 3),
+    "FailsWithoutInfo": ("ValueError: not enough values to unpack", 3),
+    "FailsInReset": ("TimeoutError: not in its start position", 0),
+}
+IN_A_PROCESS = {
+    "FailsByHanging": ("no answer within 1 seconds", 3),
+    "FailsByDying": ("process died", 3),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with the pretrain run "offline"."""
+    path = tmp_path_factory.mktemp("failing")
+    dataset = dataset_of(path)
+    config = commands.pretrain_config(env=ENV, dataset=str(dataset), overrides=OFFLINE)
+    plan = commands.plan_pretrain(config, say=silent)
+    commands.pretrain_run(plan, name="offline", runs=path, say=silent)
+    return path
+
+
+def plan_with(
+    folder: Path, name: str, *overrides: str, budget: int = 300, timeout: float | None = None
+) -> commands.FinetunePlan:
+    """A plan of an online phase in the failing environment ``name``."""
+    pretrained = RunDir(folder / "offline")
+    config = commands.finetune_config(
+        pretrained, budget=budget, overrides=[*ONLINE[:-2], "warmup_steps=60", *overrides]
+    )
+    plan = commands.plan_finetune(pretrained, config, accept_risk=True)
+    env = make_env(f"{MODULE}:{name}-v0", SafetySpec(), timeout=timeout)
+    plan.env.close()
+    return dataclasses.replace(plan, env=env)
+
+
+def fails(episode: Episode) -> bool:
+    return episode.seed % 3 == 0
+
+
+@pytest.mark.promise("R11")
+@pytest.mark.parametrize("name", [*FAULTS, *IN_A_PROCESS])
+def test_a_fault_is_charged_ledgered_and_an_accident(folder: Path, name: str) -> None:
+    words, steps = (FAULTS | IN_A_PROCESS)[name]
+    said: list[str] = []
+    timeout = 1.0 if name in IN_A_PROCESS else None
+    plan = plan_with(folder, name, budget=200, timeout=timeout)
+    run = commands.finetune_run(plan, name=name, runs=folder, say=said.append)
+    episodes = run.episodes()
+    faulty = [e for e in episodes if e.outcome == "fault"]
+    assert faulty == [e for e in episodes if fails(e)]
+    assert len(faulty) >= 2
+    assert len(episodes) > len(faulty)  # learning goes on with the next one
+    for episode in faulty:
+        assert (episode.steps, episode.accident, episode.cost) == (steps, True, 1.0)
+    assert run.state["status"] == "finished"
+    assert sum(words in text for text in said) == len(faulty)
+    checkpoint = run.load_checkpoint()
+    assert checkpoint.info["steps"] == sum(e.steps for e in episodes) <= 200
+    assert checkpoint.info["monitor"]["accidents"] == sum(e.accident for e in episodes)
+    # Nothing is learnt from an episode in which the environment failed.
+    learnt = sum(e.steps for e in episodes if e.outcome == "complete")
+    assert len(checkpoint.tensors["experience/rows"]) == learnt
+
+
+@pytest.mark.promise("R11")
+def test_three_in_a_row_stop_the_run_until_the_environment_is_repaired(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_with(folder, "Logged")
+    whole = commands.finetune_run(plan, name="unbroken", runs=folder, say=silent).episodes()
+    plan = plan_with(folder, "Logged")
+    step, broken_from = plan.env.unwrapped.step, 4
+
+    def broken(action: Any) -> Any:
+        if RunDir(folder / "broken").ledger().lines >= broken_from:
+            raise ConnectionError("unplugged")
+        return step(action)
+
+    monkeypatch.setattr(plan.env.unwrapped, "step", broken)
+    with pytest.raises(EnvError, match=r"failed in 3 episodes in a row.*unplugged.*Repair"):
+        commands.finetune_run(plan, name="broken", runs=folder, say=silent)
+    run = RunDir(folder / "broken")
+    assert run.state["status"] == "interrupted"
+    assert [e.outcome for e in run.episodes()] == ["complete"] * 4 + ["fault"] * 3
+    assert run.episodes()[:4] == whole[:4]
+    # Repaired: what failed stays on record, and is not played again.
+    again = resume(folder, "broken", monkeypatch, "Logged")
+    assert again.state["status"] == "finished"
+    assert [e.outcome for e in again.episodes()[4:7]] == ["fault"] * 3
+    assert {e.outcome for e in again.episodes()[7:]} == {"complete"}
+
+
+def resume(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, env: str) -> RunDir:
+    """Resume a run in the environment ``env``."""
+    with monkeypatch.context() as patch:
+        make = lambda _id, spec, **_: make_env(f"{MODULE}:{env}-v0", spec)  # noqa: E731
+        patch.setattr("safe_offrl.commands.online.make_env", make)
+        return commands.resume_finetune(name, runs=folder, say=silent)
+
+
+@pytest.mark.promise("R11")
+@pytest.mark.parametrize("method", ["append_episode", "log_iteration"])
+def test_a_run_with_faults_is_resumed_bitwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def record(run: RunDir) -> list[object]:
+        names = ("metrics.jsonl", "iterations.jsonl", "ledger.jsonl")
+        return [*((run.path / n).read_bytes() for n in names), run.load_checkpoint().sha256]
+
+    name = f"cut-{method}"
+    plan = plan_with(folder, "Failing")
+    whole = commands.finetune_run(plan, name=f"whole-{method}", runs=folder, say=silent)
+    with monkeypatch.context() as patch:
+        kill_at(patch, method, 9 if method == "append_episode" else 2)
+        with pytest.raises(Killed):
+            commands.finetune_run(
+                plan_with(folder, "Failing"),
+                name=name,
+                runs=folder,
+                checkpoint_seconds=1e9,
+                say=silent,
+            )
+    assert any(e.outcome == "fault" for e in RunDir(folder / name).episodes())
+    assert record(resume(folder, name, monkeypatch, "Failing")) == record(whole)
+
+
+def test_settings_that_do_not_fit_are_no_fault(folder: Path) -> None:
+    plan = plan_with(folder, "Logged")
+    plan.env.unwrapped.step = lambda action: (np.zeros(2), 0.0, False, False, {})  # type: ignore[method-assign]
+    with pytest.raises(EnvError, match="no accident signal"):
+        commands.finetune_run(plan, name="no-signal", runs=folder, say=silent)
+    assert RunDir(folder / "no-signal").episodes() == []
+
+
+def test_evaluation_and_certificate_count_faults(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_id: str, spec: SafetySpec, **_: Any) -> AccidentEnv:
+        return make_env(f"{MODULE}:Failing-v0", spec)
+
+    monkeypatch.setattr("safe_offrl.commands.online.make_env", failing)
+    seeds = [episode_seed(0, index, "evaluate") for index in range(8)]
+    expected = sum(seed % 3 == 0 for seed in seeds)
+    assert expected
+    result = commands.evaluate_run("offline", episodes=8, runs=folder, say=silent)
+    assert result["accidents"] >= expected
+    certificate = commands.certify_run("offline", epsilon=0.95, episodes=6, runs=folder, say=silent)
+    record = LedgerWriter(folder / "offline/certificates/1/episodes.jsonl").episodes
+    assert [e.outcome == "fault" for e in record] == [fails(e) for e in record]
+    unknown = certificate["unknown_outcomes"]
+    assert 1 <= unknown == sum(map(fails, record)) <= certificate["accidents"]
+
+
+# --- in a process of its own ---
+
+
+def test_a_process_gives_the_same_episode_as_no_process() -> None:
+    envs = [make_env(f"{MODULE}:Logged-v0", SafetySpec(), timeout=t) for t in (None, 60.0)]
+    rng = np.random.default_rng(0)
+    try:
+        assert envs[0].versions() == envs[1].versions()
+        assert envs[0].horizon == envs[1].horizon == HORIZON
+        assert isinstance(envs[1].unwrapped, ProcessEnv)
+        first, second = (env.reset(seed=4)[0] for env in envs)
+        np.testing.assert_array_equal(first, second)
+        for _ in range(5):
+            action = rng.uniform(-1, 1, 1).astype(np.float32)
+            one, other = (env.step(action) for env in envs)
+            np.testing.assert_array_equal(one[0], other[0])
+            assert one[1:] == other[1:]
+    finally:
+        for env in envs:
+            env.close()
+
+
+def failing_process(name: str) -> AccidentEnv:
+    return make_env(f"{MODULE}:{name}-v0", SafetySpec(), timeout=1.0)
+
+
+def test_a_process_that_hangs_is_ended_and_the_next_reset_starts_another() -> None:
+    env = failing_process("FailsByHanging")
+    env.reset(seed=3)
+    for _ in range(2):
+        env.step(np.zeros(1, np.float32))
+    begin = time.monotonic()
+    with pytest.raises(EnvFault, match="no answer within 1 seconds"):
+        env.step(np.zeros(1, np.float32))
+    assert time.monotonic() - begin < 5.0
+    with pytest.raises(EnvFault, match="process has ended"):
+        env.step(np.zeros(1, np.float32))
+    env.reset(seed=4)
+    env.step(np.zeros(1, np.float32))
+    env.close()
+    env.close()
+
+
+def test_an_environment_that_cannot_be_made_there_is_no_fault() -> None:
+    with pytest.raises(EnvError, match="no environment") as caught:
+        make_env(f"{MODULE}:Nothing-v0", SafetySpec(), timeout=1.0)
+    assert not isinstance(caught.value, EnvFault)
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_must_be_a_number_of_seconds(timeout: float) -> None:
+    with pytest.raises(ConfigError, match=r"env\.timeout"):
+        EnvironmentConfig(timeout=timeout)

@@ -1,0 +1,484 @@
+"""An exported file does what the policy behind its shield does, and says which policy that is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from safe_offrl import cli, commands, export
+from safe_offrl.acting import NumpyActor
+from safe_offrl.calibration import CalibrationReport
+from safe_offrl.certificate import policy_sha256, shield_sha256
+from safe_offrl.commands.export import _interface
+from safe_offrl.commands.tools import final_policy
+from safe_offrl.env import make_env
+from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.export import FORMATS, Arrays, Runner, compare
+from safe_offrl.finetune import Finetuning
+from safe_offrl.nets import Actor
+from safe_offrl.policy import load_policy
+from safe_offrl.policy_graph import Inputs, Outputs, PolicyGraph
+from safe_offrl.run import RunDir
+from safe_offrl.safety import SafetySpec
+from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.shield import Shield, ShieldConfig
+from safe_offrl.types import Normalizer
+
+TINY = ["steps=60", "alignment_steps=20", "log_every=20", "batch_size=32"]
+TINY += ["networks.actor_hidden=[16]", "networks.critic_hidden=[16]", "critic.hidden=[16,16]"]
+# With two candidates each of the fall-backs is needed now and then.
+ONLINE = ["warmup_steps=200", "iteration_steps=200", "batch_size=32", "shielding.candidates=2"]
+THRESHOLD = {"PointHazard-v0": 0.05, "HazardGrid-v0": 0.075}  # of untrained critics: half fail
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def make_run(env_id: str, dataset: Path, root: Path) -> RunDir:
+    """A run whose shield acts, whatever its calibration report says of an untrained critic."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CalibrationReport, "shield_threshold", THRESHOLD[env_id])
+        config = commands.pretrain_config(env=env_id, dataset=str(dataset), overrides=TINY)
+        plan = commands.plan_pretrain(config, say=silent)
+        pretrained = commands.pretrain_run(plan, name="offline", runs=root, say=silent)
+    settings = commands.finetune_config(pretrained, budget=400, overrides=ONLINE)
+    online = commands.plan_finetune(pretrained, settings, accept_risk=True)
+    return commands.finetune_run(online, name="online", runs=root, say=silent)
+
+
+@pytest.fixture(scope="module")
+def continuous(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> RunDir:
+    return make_run("PointHazard-v0", tiny_dataset, tmp_path_factory.mktemp("continuous"))
+
+
+@pytest.fixture(scope="module")
+def discrete(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    root = tmp_path_factory.mktemp("discrete")
+    log, overrides = root / "grid.hdf5", ["learners.ppo.steps=0"]
+    commands.collect_run(
+        env="HazardGrid-v0", out=log, transitions=2500, overrides=overrides, say=silent
+    )
+    return make_run("HazardGrid-v0", log, root)
+
+
+@pytest.fixture(scope="module")
+def loop(continuous: RunDir) -> Finetuning:
+    return final_policy(continuous)
+
+
+def exported(run: RunDir, file_format: str, folder: Path) -> tuple[dict[str, Any], Runner]:
+    path = folder / "made" / f"policy.{file_format}"
+    commands.export_run(run.path, file_format=file_format, out=path, say=silent)
+    manifest = json.loads(path.with_name(f"policy.{file_format}.json").read_bytes())
+    return manifest, FORMATS[file_format].open(path.read_bytes())
+
+
+def play_both(
+    run: RunDir, play: Runner, manifest: dict[str, Any], steps: int, *, deterministic: bool = False
+) -> tuple[list[Any], list[Any], Counter[str]]:
+    """Episodes in which predict and the file see the same and draw the same, each with its memory.
+
+    Returns the actions of both, and how often the policy took which option of its shield.
+    """
+    policy = load_policy(run.path, seed=5)
+    actor, choose = policy._actor, policy._shield.choose
+    chosen: list[tuple[Any, bool]] = []
+
+    def spy(*arguments: Any, **options: Any) -> tuple[Any, bool]:
+        chosen.append(choose(*arguments, **options))
+        return chosen[-1]
+
+    policy._shield.choose = spy  # type: ignore[method-assign]
+    env = gymnasium.make(manifest["environment"]["id"])
+    (draws, size), horizon = manifest["inputs"][4]["shape"][1:], manifest["environment"]["horizon"]
+    wanted, given = [], []
+    options: Counter[str] = Counter()
+    ended, episodes, played, state, memory = True, 0, 0, None, {}
+    observation: Any = None
+    for _ in range(steps):
+        if ended:
+            observation, _ = env.reset(seed=episodes)
+            episodes, played, state = episodes + 1, 0, None
+            memory = {
+                "previous": np.zeros((1, size), np.float32),
+                "has_previous": np.zeros(1, bool),
+            }
+        rng = copy.deepcopy(policy._rng)
+        noise = np.stack([actor.noise(rng) for _ in range(draws)])
+        if deterministic:
+            noise = np.stack([np.zeros_like(noise[0]), *noise[:-1]])
+        arrays = {
+            "observation": np.asarray(observation, np.float32).reshape(1, -1),
+            "time_to_go": np.asarray([max(0.0, 1.0 - played / horizon)], np.float32),
+            **memory,
+            "noise": noise[None].astype(np.float32),
+        }
+        result = play(arrays)
+        memory = {name: result[f"next_{name}"] for name in ("previous", "has_previous")}
+        before: Any = state[0].previous if state is not None else None
+        action, state = policy.predict(observation, state, deterministic=deterministic)
+        assert bool(result["intervened"][0]) == chosen[-1][1]
+        wanted.append(action)
+        given.append(result["action"][0])
+        after: Any = state[0].previous
+        assert bool(result["next_has_previous"][0]) == (after is not None)
+        if after is not None:
+            np.testing.assert_allclose(result["next_previous"][0], after, atol=1e-5)
+        mean = actor.mean_action(policy._normalizer(arrays["observation"][0]))
+        if not result["intervened"][0]:
+            option = "first"
+        elif after is before:
+            option = "none"
+        elif before is not None and np.array_equal(after, before):
+            option = "previous"
+        else:
+            option = "mean" if np.array_equal(after, mean) else "candidate"
+        options[option] += 1
+        observation, _, terminated, truncated, _ = env.step(action)
+        ended, played = terminated or truncated, played + 1
+    return wanted, given, options
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_thousand_actions_are_those_of_predict(
+    continuous: RunDir, tmp_path: Path, file_format: str
+) -> None:
+    manifest, play = exported(continuous, file_format, tmp_path)
+    wanted, given, options = play_both(continuous, play, manifest, 1000)
+    np.testing.assert_allclose(given, wanted, rtol=0.0, atol=1e-5)
+    assert set(options) == {"first", "candidate", "mean", "previous", "none"}
+    assert min(options.values()) >= 3
+    assert 200 <= options["first"] <= 800
+
+
+def test_with_the_first_draw_zero_they_are_those_of_deterministic_predict(
+    continuous: RunDir, tmp_path: Path
+) -> None:
+    manifest, play = exported(continuous, "torchscript", tmp_path)
+    wanted, given, options = play_both(continuous, play, manifest, 300, deterministic=True)
+    np.testing.assert_allclose(given, wanted, rtol=0.0, atol=1e-5)
+    assert min(options[name] for name in ("first", "candidate", "previous", "none")) >= 3
+
+
+@pytest.mark.parametrize(
+    ("file_format", "deterministic"),
+    [("onnx", False), ("torchscript", False), ("torchscript", True)],
+)
+def test_discrete_actions_are_those_of_predict(
+    discrete: RunDir, tmp_path: Path, file_format: str, deterministic: bool
+) -> None:
+    manifest, play = exported(discrete, file_format, tmp_path)
+    wanted, given, options = play_both(discrete, play, manifest, 1000, deterministic=deterministic)
+    assert given == wanted
+    assert len(set(wanted)) > 2
+    replaced = 1000 - options["first"] - options["none"]  # by another action that passes
+    assert min(options["first"], options["none"], replaced) >= 5
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_policy_without_a_shield(continuous: RunDir, tmp_path: Path, file_format: str) -> None:
+    run = RunDir(continuous.path.parent / "offline")
+    manifest, play = exported(run, file_format, tmp_path)
+    wanted, given, options = play_both(run, play, manifest, 150)
+    np.testing.assert_allclose(given, wanted, rtol=0.0, atol=1e-5)
+    assert set(options) == {"first"}
+    assert manifest["shield"]["abstains"]
+    assert manifest["shield"]["threshold"] is None
+    assert manifest["inputs"][4]["shape"] == ["batch", 1, 2]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_rows_of_a_batch_are_independent_and_nan_is_no_action(
+    loop: Finetuning, file_format: str
+) -> None:
+    graph = graph_of(loop)
+    play = FORMATS[file_format].open(FORMATS[file_format].write(graph))
+    actor = NumpyActor(loop.deployment.actor)
+    arrays = export._examples(graph, loop.env, actor, loop.normalizer)
+    together = play(arrays)
+    assert 0 < together["intervened"].sum() < len(together["intervened"])
+    for row in range(5):
+        alone = play({name: x[row : row + 1] for name, x in arrays.items()})
+        for name, values in alone.items():
+            np.testing.assert_allclose(values[0], together[name][row], rtol=0.0, atol=1e-6)
+    arrays["observation"][3, 1] = np.nan
+    arrays["observation"][4, 1] = np.inf
+    arrays["time_to_go"][6] = np.nan
+    broken = play(arrays)
+    np.testing.assert_array_equal(
+        np.isnan(broken["action"]).all(1), np.isin(np.arange(len(broken["action"])), [3, 4, 6])
+    )
+    # Nor is it remembered.
+    for name in ("previous", "has_previous"):
+        np.testing.assert_array_equal(broken[f"next_{name}"][[3, 4, 6]], arrays[name][[3, 4, 6]])
+
+
+# --- the graph by itself ---
+
+
+def graph_of(loop: Finetuning) -> PolicyGraph:
+    space = loop.env.env.action_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    return PolicyGraph(loop.deployment.actor, loop.deployment.shield, loop.normalizer, space)
+
+
+def by_hand(
+    *, mean: float, slope: float, space: gymnasium.spaces.Box, candidates: int = 2
+) -> PolicyGraph:
+    """Action tanh(mean + noise) with risk sigmoid(slope * action), threshold 1/2."""
+    actor = Actor(1, 1, (), torch.Generator().manual_seed(0))
+    config = SafetyCriticConfig(hidden=())
+    critic = SafetyCritic(1, 1, 10, config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        weight, bias = actor.parameters()
+        weight.zero_()
+        bias.copy_(torch.tensor([mean, math.atanh(5.0 / 3.5 - 1.0)]))  # standard deviation 1
+        critic.net.output.weight.zero_()
+        critic.net.output.weight[config.reference :, 2] = slope
+        critic.net.output.weight[: config.reference, 2] = -100.0  # they have no say
+        critic.net.output.bias.zero_()
+    shield = Shield(critic, 0.5, ShieldConfig(candidates=candidates))
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+    return PolicyGraph(actor, shield, Normalizer(zero, one), space)
+
+
+def act(graph: PolicyGraph, *noise: float, previous: float | None = None) -> tuple[Any, Any, bool]:
+    """(action, what is remembered, whether the shield intervened) at one observation."""
+    inputs = Inputs(
+        torch.zeros(1, 1),
+        torch.ones(1),
+        torch.full((1, 1), 0.0 if previous is None else previous),
+        torch.tensor([previous is not None]),
+        torch.tensor(noise).view(1, -1, 1),
+    )
+    result = Outputs(*graph(*inputs))
+    remembered = result.next_previous.item() if result.next_has_previous.item() else None
+    return result.action.item(), remembered, bool(result.intervened.item())
+
+
+UNIT = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+
+def test_every_fall_back_by_hand() -> None:
+    """An action passes if it is at most 0."""
+    tanh = math.tanh
+    high = by_hand(mean=0.5, slope=10.0, space=UNIT)
+    close = functools.partial(pytest.approx, abs=1e-6)
+    assert act(high, -1.0, 0.0) == (close(tanh(-0.5)), close(tanh(-0.5)), False)
+    assert act(high, 0.3, -2.0) == (close(tanh(-1.5)), close(tanh(-1.5)), True)
+    assert act(high, 0.3, 0.2, previous=-0.7) == (close(-0.7), close(-0.7), True)
+    # Nothing passes: the mean, which is not remembered; what was, stays.
+    assert act(high, 0.3, 0.2) == (close(tanh(0.5)), None, True)
+    assert act(high, 0.3, 0.2, previous=0.9) == (close(tanh(0.5)), close(0.9), True)
+    # The mean comes before the previous action.
+    low = by_hand(mean=-0.5, slope=10.0, space=UNIT)
+    assert act(low, 0.8, 0.9, previous=-0.7) == (close(tanh(-0.5)), close(tanh(-0.5)), True)
+    # The first that passes, not the least risky.
+    three = by_hand(mean=0.0, slope=10.0, space=UNIT, candidates=3)
+    assert act(three, 1.0, -0.1, -3.0)[0] == close(tanh(-0.1))
+
+
+def test_nan_does_not_pass_where_a_runtime_swallows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ReLU that makes 0 of a NaN gives an action that is none a risk that looks fine."""
+    graph = by_hand(mean=0.5, slope=10.0, space=UNIT)
+    monkeypatch.setattr(graph, "_risks", lambda _, options: torch.zeros(options.shape[:2]))
+    assert act(graph, 0.0, 0.0)[2] is False
+    # The samples are NaN, the mean action is not.
+    close = functools.partial(pytest.approx, abs=1e-6)
+    mean = math.tanh(0.5)
+    assert act(graph, math.nan, math.nan, previous=-0.7) == (close(mean), close(mean), True)
+
+
+def test_actions_are_in_the_environments_units() -> None:
+    space = gymnasium.spaces.Box(np.float32(10.0), np.float32(30.0), (1,), np.float32)
+    graph = by_hand(mean=0.5, slope=0.0, space=space)
+    action, remembered, _ = act(graph, -1.0, 0.0)
+    assert action == pytest.approx(20.0 + 10.0 * math.tanh(-0.5))
+    assert remembered == pytest.approx(math.tanh(-0.5), abs=1e-6)  # the memory is in [-1, 1]
+    assert act(graph, 1e6, 0.0)[0] == 30.0
+    # -0.7 + (0.5 - -0.7) is 0.50000006 in float32.
+    space = gymnasium.spaces.Box(np.float32(-0.7), np.float32(0.5), (1,), np.float32)
+    assert act(by_hand(mean=0.5, slope=0.0, space=space), 1e6, 0.0)[0] == 0.5
+
+
+def test_numbers_of_discrete_actions_start_where_the_space_does(discrete: RunDir) -> None:
+    loop = final_policy(discrete)
+    parts = loop.deployment.actor, loop.deployment.shield, loop.normalizer
+    at_zero = PolicyGraph(*parts, gymnasium.spaces.Discrete(4))
+    at_seven = PolicyGraph(*parts, gymnasium.spaces.Discrete(4, start=7))
+    arrays = export._examples(at_zero, loop.env, NumpyActor(parts[0]), loop.normalizer)
+    arrays["observation"][5] = np.nan
+    inputs = [torch.from_numpy(arrays[name]) for name in Inputs._fields]
+    numbers = Outputs(*at_zero(*inputs)).action
+    assert set(numbers.tolist()) == {-1, 0, 1, 2, 3}
+    assert (numbers == -1).nonzero().tolist() == [[5]]
+    assert torch.equal(Outputs(*at_seven(*inputs)).action, numbers + 7)
+    loop.env.close()
+
+
+def test_a_safe_controller_cannot_be_exported(loop: Finetuning) -> None:
+    shield = copy.copy(loop.deployment.shield)
+    shield.safe_controller = lambda observation: observation
+    space = loop.env.env.action_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    with pytest.raises(ConfigError, match="safe controller"):
+        PolicyGraph(loop.deployment.actor, shield, loop.normalizer, space)
+
+
+# --- what is written ---
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda graph: graph.mean.add_(0.01),
+        lambda graph: graph.std.mul_(1.01),
+        lambda graph: graph.actor.layers[-1].bias.add_(0.001),
+        lambda graph: graph.risk_net.output.bias.add_(0.02),
+        lambda graph: graph.high.add_(0.001),
+        lambda graph: setattr(graph, "threshold", 1.0),
+    ],
+    ids=["mean", "std", "policy", "risk", "units", "threshold"],
+)
+def test_a_file_that_is_another_policy_is_noticed(loop: Finetuning, damage: Any) -> None:
+    graph, damaged = graph_of(loop), graph_of(loop)
+    with torch.no_grad():
+        damage(damaged)
+    actor, shield = NumpyActor(loop.deployment.actor), loop.deployment.shield
+
+    def compared(which: PolicyGraph) -> export.Comparison:
+        play = export.open_torchscript(export.to_torchscript(which))
+        return compare(play, graph, loop.env, actor, shield, loop.normalizer)
+
+    assert compared(graph).same
+    assert compared(graph).difference < 1e-5
+    assert not compared(damaged).same
+
+
+@pytest.mark.parametrize("name", Outputs._fields)
+def test_every_output_is_compared(loop: Finetuning, name: str) -> None:
+    graph = graph_of(loop)
+    honest = export.open_torchscript(export.to_torchscript(graph))
+
+    def wrong(arrays: Arrays) -> Arrays:
+        result = honest(arrays)
+        changed = result[name].copy()
+        changed[::10] = ~changed[::10] if changed.dtype == bool else changed[::10] + 0.001
+        return {**result, name: changed}
+
+    actor, shield = NumpyActor(loop.deployment.actor), loop.deployment.shield
+    parts = graph, loop.env, actor, shield, loop.normalizer
+    assert compare(honest, *parts).same
+    assert not compare(wrong, *parts).same
+
+
+def test_nothing_is_written_if_they_differ(
+    continuous: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(graph: PolicyGraph) -> bytes:
+        assert graph.threshold is not None
+        graph.threshold /= 2.0
+        data = export.to_torchscript(graph)
+        graph.threshold *= 2.0
+        return data
+
+    path = tmp_path / "policy.pt"
+    path.write_bytes(b"the one before")
+    wrong = FORMATS["torchscript"]._replace(write=half)
+    monkeypatch.setitem(FORMATS, "torchscript", wrong)
+    with pytest.raises(RunError, match="Nothing was written"):
+        commands.export_run(continuous.path, file_format="torchscript", out=path, say=silent)
+    assert [f.name for f in tmp_path.iterdir()] == ["policy.pt"]
+    assert path.read_bytes() == b"the one before"
+
+
+def test_the_manifest_says_which_policy_it_is(loop: Finetuning, continuous: RunDir) -> None:
+    lines: list[str] = []
+    returned = commands.export_run(continuous.path, file_format="torchscript", say=lines.append)
+    path = continuous.path / "exports" / "policy.pt"
+    manifest = json.loads(path.with_name("policy.pt.json").read_bytes())
+    assert manifest == returned
+    assert manifest["file"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    # As in a certificate.
+    assert manifest["policy"]["sha256"] == policy_sha256(loop.deployment.actor, loop.normalizer)
+    assert manifest["shield"]["sha256"] == shield_sha256(loop.deployment.shield)
+    assert manifest["shield"]["threshold"] == THRESHOLD["PointHazard-v0"]
+    assert manifest["policy"]["run"] == "online"
+    assert manifest["environment"]["horizon"] == 100
+    names = [[part["name"] for part in manifest[side]] for side in ("inputs", "outputs")]
+    assert names == [list(Inputs._fields), list(Outputs._fields)]
+    (shown,) = re.findall(r"difference of two actions (\S+)", "\n".join(lines))
+    assert float(shown) < 1e-5
+
+
+class Sensors(gymnasium.Env[Any, Any]):
+    observation_space = gymnasium.spaces.Dict(
+        wheel=gymnasium.spaces.Box(-1.0, 1.0, (), np.float32),
+        arm=gymnasium.spaces.Box(-1.0, 1.0, (2, 3), np.float32),
+    )
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2, 1), np.float32)
+
+
+gymnasium.register("ExportSensors-v0", lambda **_: Sensors(), max_episode_steps=10)
+
+
+def test_the_manifest_says_where_each_number_stands(loop: Finetuning) -> None:
+    env = make_env("ExportSensors-v0", SafetySpec(accident="episode_cost", cost_threshold=5.0))
+    described = _interface(graph_of(loop), env)
+    order = [(p["name"], p["start"], p["stop"]) for p in described["observation"]["order"]]
+    assert order[:2] == [("wheel", 0, 1), ("arm", 1, 7)]
+    assert order[2][1:] == (7, 8)
+    assert "cost" in order[2][0]
+    assert described["inputs"][0]["shape"] == ["batch", 8]
+    assert described["outputs"][0]["shape"] == ["batch", 2, 1]
+
+
+def test_from_the_command_line(
+    continuous: RunDir,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["safe-offrl", "export", str(continuous.path), "--out", str(tmp_path / "it.pt")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--format", "torchscript", "--json"])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    assert json.loads(capsys.readouterr().out)["file"]["name"] == "it.pt"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["it.pt", "it.pt.json"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--format", "coreml"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        'error: There is no format "coreml". Give --format onnx or torchscript.\n'
+    )
+
+
+def test_bad_input_is_one_sentence(
+    continuous: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="onnx or torchscript"):
+        commands.export_run(continuous.path, file_format="onyx", say=silent)
+    with pytest.raises(ConfigError, match="is a folder"):
+        commands.export_run(continuous.path, file_format="torchscript", out=tmp_path, say=silent)
+    with pytest.raises(RunError):
+        commands.export_run("nothing", runs=tmp_path, say=silent)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"onnx and onnxscript and onnxruntime.*\[export\]"):
+        commands.export_run(continuous.path, say=silent)
