@@ -1,12 +1,14 @@
 """Fitted evaluation: systems by hand, bootstrap weights, and dynamic programming on HazardLine."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.assess_coverage import CASES, LIMIT, log, policy_of, truth
+from safe_offrl import fitted_evaluation
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.fitted_evaluation import (
     ALONE,
@@ -17,7 +19,14 @@ from safe_offrl.fitted_evaluation import (
     gather,
     solve,
 )
-from safe_offrl.fitted_features import RETURN, RISK, FittedConfig, take
+from safe_offrl.fitted_features import (
+    RETURN,
+    RISK,
+    Features,
+    FittedConfig,
+    learn_features,
+    take,
+)
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
 from safe_offrl.types import Batch, Layout
@@ -196,3 +205,71 @@ def test_a_discrete_policy_is_averaged_over_exactly() -> None:
     found = evaluate_fitted(dataset, actor, LIMIT, config)
     assert found.risk.value == pytest.approx(0.75, abs=1e-3)
     assert found.returns.value == pytest.approx(0.25, abs=1e-3)
+
+
+# --- the two halves ---
+
+
+def test_networks_learn_from_their_own_half_alone() -> None:
+    """Other rewards in half 1 leave the networks of half 0 as they were, to the last bit."""
+    case = CASES["random log, careful policy"]
+    one, other = log(case, 0), log(case, 0)
+    half = torch.from_numpy(np.repeat(np.arange(one.episodes) % 2, one.episode_lengths))
+    # The same total spread, by which outcomes are scaled: two episodes' rewards change places.
+    won = one.episode_returns > 0
+    lost, gained = (
+        int(np.flatnonzero((won == value) & (np.arange(one.episodes) % 2 == 1))[0])
+        for value in (False, True)
+    )
+    last = other.episode_starts[1:] - 1
+    other.transitions.rewards[[last[lost], last[gained]]] = torch.tensor([1.0, 0.0])
+    config = FittedConfig(steps=30, networks=1)
+    nets = [
+        learn_features(
+            d,
+            policy_of(case.target),
+            LIMIT,
+            half,
+            config,
+            torch.Generator().manual_seed(0),
+            lambda _: None,
+        )
+        for d in (one, other)
+    ]
+    # Members: risk of half 0, of half 1, return of half 0, of half 1.
+    first, second = (list(net.parameters()) for net in nets)
+    same = [
+        all(torch.equal(a[m], b[m]) for a, b in zip(first, second, strict=True)) for m in range(4)
+    ]
+    assert same == [True, True, True, False]
+
+
+def test_the_system_of_a_half_has_the_features_of_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[set[int], Features]] = []
+    halves: list[torch.Tensor] = []
+
+    def gathered(dataset: Dataset, limit: Limit, groups: Any, features: Features, rng: Any) -> Any:
+        seen.append(({int(e) for group in groups for e in group}, features))
+        return gather(dataset, limit, groups, features, rng)
+
+    def learnt(dataset: Dataset, actor: Actor, limit: Limit, half: Any, *rest: Any) -> Any:
+        halves.append(half)
+        return learn_features(dataset, actor, limit, half, *rest)
+
+    monkeypatch.setattr(fitted_evaluation, "gather", gathered)
+    monkeypatch.setattr(fitted_evaluation, "learn_features", learnt)
+    case = CASES["random log, careful policy"]
+    dataset = log(case, 0)
+    config = FittedConfig(steps=5, networks=1, replicates=2)
+    evaluate_fitted(dataset, policy_of(case.target), LIMIT, config)
+    half_of_episode = halves[0][torch.from_numpy(dataset.episode_starts[:-1])]
+    assert len(seen) == 2
+    assert not seen[0][0] & seen[1][0]
+    assert len(seen[0][0] | seen[1][0]) == dataset.episodes
+    for episodes, features in seen:
+        own = {int(half_of_episode[e]) for e in episodes}
+        # Members 0 and 2 learnt from half 0, 1 and 3 from half 1.
+        assert {int(m) % 2 for m in features._members} == {1 - h for h in own}
+        assert len(own) == 1
