@@ -122,4 +122,5 @@ class FailsByDying(Failing):
 _TIME_LIMITED = [n for n, c in vars().items() if isinstance(c, type) and issubclass(c, Failing)]
 for _name in (*_TIME_LIMITED, "Logged"):
     if f"{_name}-v0" not in gymnasium.registry:  # pytest imports this file under two names
-        gymnasium.register(f"{_name}-v0", f"{__name__}:{_name}", max_episode_steps=HORIZON)
+        point = f"tests.fault_environments:{_name}"
+        gymnasium.register(f"{_name}-v0", point, max_episode_steps=HORIZON)
