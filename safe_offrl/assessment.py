@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import special
-from torch import Tensor
 
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.distributions import Gaussian, log_prob
+from safe_offrl.distributions import Gaussian
 from safe_offrl.errors import DataError
 from safe_offrl.fitted_evaluation import (
     Evaluation,
@@ -239,13 +238,6 @@ def support(dataset: Dataset, actor: Actor, seed: int, rows: int = 20_000) -> fl
 
 
 @torch.no_grad()
-def _log_probs(actor: Actor, observations: Tensor, actions: Tensor) -> Tensor:
-    policy = actor(observations)
-    if isinstance(policy, Gaussian):
-        return log_prob(*policy, actions)
-    return (policy.log_probs * actions).sum(-1)
-
-
 def _reweighed(
     dataset: Dataset,
     actor: Actor,
@@ -258,7 +250,7 @@ def _reweighed(
     assert dataset.behaviour_log_probs is not None
     assert evaluation.q_values is not None
     batch = dataset.transitions
-    ratios = _log_probs(actor, batch.observations, batch.actions).double().numpy()
+    ratios = actor(batch.observations).log_prob(batch.actions).double().numpy()
     ratios = ratios - dataset.behaviour_log_probs
     accidents = batch.accidents.double().numpy()
     before = np.zeros(len(accidents), dtype=bool)  # whether an accident came before this step
