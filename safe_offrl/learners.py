@@ -269,14 +269,20 @@ def _model(job: _Job, envs: Any) -> Any:
 
 @contextlib.contextmanager
 def _isolated_torch() -> Iterator[None]:
-    """One thread, and the global generators (which SB3 seeds) restored at the end."""
+    """torch as it ships and with one thread, whoever calls: a log must not depend on which command
+    builds it (:func:`safe_offrl.device.configure` changes products in the last bit). Everything,
+    and the global generators, which SB3 seeds, is restored at the end.
+    """
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     numpy_state = np.random.get_state()  # noqa: NPY002
-    threads = torch.get_num_threads()
+    threads, matmul = torch.get_num_threads(), torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    precision = matmul.fp32_precision
     torch.set_num_threads(1)
+    matmul.fp32_precision = "none"
     try:
         yield
     finally:
+        matmul.fp32_precision = precision
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(torch_state)

@@ -51,6 +51,27 @@ def test_training_leaves_the_global_state_alone() -> None:
     assert [b.name for b in behaviours] == ["ppo-256", "ppo-512", "ppo-768"]  # whole rollouts
 
 
+def test_what_is_learnt_does_not_depend_on_how_the_caller_multiplies_matrices() -> None:
+    """`pretrain` configures torch before it builds a missing log, `collect` does not."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set up at import
+    before = matmul.fp32_precision
+    config = LearnersConfig(ppo=PPOConfig(steps=2000))
+    size = make_env("PointHazard-v0", SPEC).observation_size
+    actions = []
+    try:
+        for precision in ("none", "bf16"):  # "bf16" chooses oneDNN, see device.configure
+            matmul.fp32_precision = precision
+            *_, last = learnt_behaviours("PointHazard-v0", SPEC, config, seed=0)
+            assert matmul.fp32_precision == precision
+            controller = last.factory(np.random.default_rng(0))
+            rng = np.random.default_rng(1)
+            seen = rng.normal(size=(50, size)).astype(np.float32)
+            actions.append(np.stack([controller(x) for x in seen]))
+    finally:
+        matmul.fp32_precision = before
+    np.testing.assert_array_equal(actions[0], actions[1])
+
+
 def test_frozen_ppo_policy_equals_the_model() -> None:
     with module._isolated_torch():
         model = model_of(job())
