@@ -49,7 +49,15 @@ def save_checkpoint(
 
     Serialised in memory first, so that a full disk cannot leave half a checkpoint. Checkpoints
     of later steps belong to a future that a fall-back threw away, and are removed.
+    FloatingPointError, with nothing touched, if a tensor is not finite: three of these would leave
+    no checkpoint that is worth continuing from.
     """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(
+                f'"{name}" is not finite at step {step:,}: learning diverged. The checkpoints are '
+                "from before. Start again with a lower learning rate"
+            )
     # Contiguous clones, because safetensors refuses tensors that share storage.
     copies = {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()

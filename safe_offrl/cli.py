@@ -615,7 +615,7 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, FloatingPointError) as error:  # a full disk, a diverged loss: not the input
+    except OSError as error:  # a full disk: not the input
         if "--debug" in sys.argv:
             raise
         print(
@@ -623,6 +623,11 @@ def main() -> None:
             "with --resume.",
             file=sys.stderr,
         )
+        sys.exit(1)
+    except FloatingPointError as error:  # learning diverged, at once or after days
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}.", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         from safe_offrl.progress import Interrupted  # not at the top: it needs torch

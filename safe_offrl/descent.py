@@ -7,6 +7,7 @@ differ from eager mode by rounding alone.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -100,9 +101,12 @@ class Descent:
         )
 
     def __call__(self, *arguments: object) -> Values:
-        """Evaluate the loss at these arguments and step; returns its values, detached."""
+        """Evaluate the loss at these arguments and step; returns its values, detached.
+
+        FloatingPointError, before anything has moved, if the loss or a gradient is not finite.
+        """
         values, gradients = self._gradients(*arguments)
-        self._step(gradients)
+        self._step(values[0], gradients)
         return values
 
     def in_parts(self, parts: Sequence[tuple[float, tuple[object, ...]]]) -> Values:
@@ -118,10 +122,19 @@ class Descent:
         for share, arguments in parts[1:]:
             more = self._gradients(*arguments)
             torch._foreach_add_([*values, *gradients], [*more[0], *more[1]], alpha=share)
-        self._step(gradients)
+        self._step(values[0], gradients)
         return values
 
-    def _step(self, gradients: tuple[Tensor, ...]) -> None:
+    def _step(self, loss: Tensor, gradients: tuple[Tensor, ...]) -> None:
+        # NaN and infinity survive every sum. The sums take half a per cent of an update, and on a
+        # CPU reading a number costs nothing.
+        if not math.isfinite(sum((float(g.sum()) for g in gradients), start=float(loss))):
+            what = "a gradient of it is not finite" if torch.isfinite(loss) else "learning diverged"
+            raise FloatingPointError(
+                f"{self._loss.__qualname__} is {float(loss):.3g}: {what}. The optimiser did not "
+                "step, and the checkpoints are from before. Look at this loss in TensorBoard, and "
+                "start again with a lower learning rate"
+            )
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         self._optimizer.step()

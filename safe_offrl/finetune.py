@@ -207,7 +207,6 @@ class Finetuning:
             metrics: dict[str, Tensor] = {}
             for _ in range(due):
                 metrics |= self._update(critics_only=warming_up)
-            self._check_finite(metrics)
             self.stopped = self._reason_to_stop()
             propose = (config.untested and not warming_up) or self.steps >= self.next_proposal
             if propose and self.experience.buffer.size:
@@ -327,11 +326,6 @@ class Finetuning:
                 generator,
             )
         return metrics
-
-    def _check_finite(self, metrics: Mapping[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            if not math.isfinite(float(value)):
-                raise FloatingPointError(f"{name} is {float(value)} after {self.steps} steps")
 
     def _reason_to_stop(self) -> str:
         allowed = self.config.accident_budget

@@ -84,6 +84,15 @@ def test_damage_falls_back_then_refuses(tmp_path: Path, filename: str) -> None:
         load_checkpoint(tmp_path, "a")
 
 
+@pytest.mark.promise("R9")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, value: float) -> None:
+    save_checkpoint(tmp_path, 1, TENSORS, {}, COUNTS)
+    with pytest.raises(FloatingPointError, match='"w" is not finite at step 2'):
+        save_checkpoint(tmp_path, 2, {**TENSORS, "w": torch.tensor([1.0, value])}, {}, COUNTS)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
+
+
 def test_a_discarded_future_is_removed(tmp_path: Path) -> None:
     for step in (10, 20, 30, 15):
         save_checkpoint(tmp_path, step, TENSORS, {}, COUNTS)

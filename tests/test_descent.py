@@ -1,5 +1,6 @@
 """Gradient steps: only the optimiser's own parameters, in parts, and compiled as in eager mode."""
 
+import math
 import sysconfig
 from pathlib import Path
 
@@ -69,6 +70,38 @@ def test_parts_of_a_batch_make_the_step_of_the_whole() -> None:
 
 
 # --- what a run computes with ---
+
+
+def square_root(x: Tensor, factor: Tensor) -> tuple[Tensor]:  # at 0: finite, its slope is not
+    return ((factor * x).sqrt().sum(),)
+
+
+@pytest.mark.promise("R9")
+@pytest.mark.parametrize(
+    ("start", "factor"),
+    [(1.0, math.nan), (1.0, math.inf), (math.nan, 1.0), (0.0, 1.0)],
+    ids=["loss is NaN", "loss is infinite", "parameter is NaN", "gradient alone is infinite"],
+)
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in parts"])
+def test_the_optimiser_never_steps_on_what_is_not_finite(
+    start: float, factor: float, in_parts: bool
+) -> None:
+    x = torch.tensor([4.0, 9.0], requires_grad=True)
+    optimizer = torch.optim.Adam([x], lr=0.1)
+    descend = Descent(square_root, optimizer, EAGER)
+    descend(x, torch.tensor(1.0))  # so that Adam has moments that could be spoilt
+    with torch.no_grad():
+        x[1] = start
+    before = [t.clone() for t in (x, *optimizer.state[x].values())]
+    shares = [(1.0, (x, torch.tensor(factor)))]
+    if in_parts:
+        shares = [(0.5, (x + 1.0, torch.tensor(1.0))), (0.5, shares[0][1])]
+    with pytest.raises(FloatingPointError, match=r"^square_root is .* did not step"):
+        descend.in_parts(shares)
+    after = [x, *optimizer.state[x].values()]
+    assert len(after) == 4
+    for now, then in zip(after, before, strict=True):
+        assert torch.equal(now.nan_to_num(nan=-1.0), then.nan_to_num(nan=-1.0))
 
 
 def test_a_short_run_does_not_compile() -> None:

@@ -130,6 +130,7 @@ def test_truncates_at_the_horizon_and_a_termination_is_no_truncation() -> None:
     assert act(last)[2:4] == (True, False)
 
 
+@pytest.mark.promise("R9")
 def test_actions_are_clipped_and_rescaled_to_the_environments_bounds() -> None:
     box = spaces.Box(np.array([0.0, -2.0]), np.array([10.0, 4.0]), dtype=np.float64)
     script = Script([step_of()] * 4, action_space=box)

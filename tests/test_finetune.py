@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -513,11 +513,31 @@ def test_settings_that_cannot_run_are_refused(settings: dict[str, Any]) -> None:
         config_of(**settings)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    dataset: Dataset, pretraining: Pretraining, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.promise("R9")
+@pytest.mark.parametrize(
+    ("spoil", "loss"),
+    [
+        (lambda loop: loop.networks.critics, "RLPD.critic_loss"),
+        (lambda loop: loop.networks.actor, "RLPD.critic_loss"),  # its actions are in the targets
+        (lambda loop: loop.critic.net, "SafetyCritic.loss"),
+        (lambda loop: [loop.multiplier.value], "RLPD.actor_loss"),
+    ],
+    ids=["critics", "actor", "safety critic", "multiplier"],
+)
+def test_learning_that_diverges_stops_before_an_optimiser_steps(
+    dataset: Dataset, pretraining: Pretraining, spoil: Callable[[Finetuning], Any], loss: str
 ) -> None:
-    nan = torch.tensor(math.nan)
-    monkeypatch.setattr(RLPD, "update_critics", lambda *_: {"learner/critic_loss": nan})
     trace = begin(config_of(), dataset, pretraining)
-    with pytest.raises(FloatingPointError, match="learner/critic_loss is nan"):
-        list(trace.run())
+    loop = trace.tuning
+    running = trace.run()
+    while not trace.iterations:
+        next(running)
+    spoilt = spoil(loop)
+    tensors = list(spoilt.parameters() if isinstance(spoilt, torch.nn.Module) else spoilt)
+    with torch.no_grad():
+        tensors[0].fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=f"^{loss} is nan"):
+        list(running)
+    networks = (loop.networks.critics, loop.networks.actor, loop.critic.net)
+    for parameter in (p for net in networks for p in net.parameters()):
+        assert any(parameter is t for t in tensors) or parameter.isfinite().all()
