@@ -12,17 +12,14 @@ from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN
 from safe_offrl.nets import Actor
 
 Vector = NDArray[np.float32]
+Rows = NDArray[np.float32]
 
 
 class Sampler(Protocol):
     """What the shield needs of whoever acts."""
 
-    def sample(self, observation: Vector, rng: np.random.Generator) -> Vector:
-        """Draw an action [A]."""
-        ...
-
-    def candidates(self, observation: Vector, count: int, rng: np.random.Generator) -> list[Vector]:
-        """Actions to choose among, in an order in which any first is a draw."""
+    def draw(self, observation: Vector, count: int, rng: np.random.Generator) -> Rows:
+        """Independent actions of the policy, [count, A]."""
         ...
 
     def mean_action(self, observation: Vector) -> Vector:
@@ -37,15 +34,13 @@ class UniformActor:
         self.action_size = action_size
         self.discrete = discrete
 
-    def sample(self, observation: Vector, rng: np.random.Generator) -> Vector:
-        """Draw an action [A]."""
-        return self.candidates(observation, 1, rng)[0]
-
-    def candidates(self, observation: Vector, count: int, rng: np.random.Generator) -> list[Vector]:
-        """``count`` draws; discrete: every action once, in random order."""
+    def draw(self, observation: Vector, count: int, rng: np.random.Generator) -> Rows:
+        """Independent actions, [count, A]."""
         if self.discrete:
-            return list(rng.permutation(np.eye(self.action_size, dtype=np.float32)))
-        return list(rng.uniform(-1.0, 1.0, (count, self.action_size)).astype(np.float32))
+            return np.eye(self.action_size, dtype=np.float32)[
+                rng.integers(self.action_size, size=count)
+            ]
+        return rng.uniform(-1.0, 1.0, (count, self.action_size)).astype(np.float32)
 
     def mean_action(self, observation: Vector) -> Vector:
         """The middle of the box, or the first of the discrete actions [A]."""
@@ -79,47 +74,32 @@ class NumpyActor:
         half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
         return mean, np.exp(LOG_STD_MIN + half_range * (np.tanh(raw) + 1.0))
 
-    def noise(self, rng: np.random.Generator) -> NDArray[np.floating]:
-        """What one action is made of [A]: standard normal draws; discrete: standard Gumbel ones."""
+    def noise(self, count: int, rng: np.random.Generator) -> NDArray[np.floating]:
+        """What actions are made of [count, A]: normal draws; discrete: Gumbel ones."""
         outputs = len(self._biases[-1])
         if self.discrete:
-            return rng.gumbel(size=outputs)
-        return rng.standard_normal(outputs // 2, dtype=np.float32)
+            return rng.gumbel(size=(count, outputs))
+        return rng.standard_normal((count, outputs // 2), dtype=np.float32)
 
-    def sample(self, observation: Vector, rng: np.random.Generator) -> Vector:
-        """Draw an action [A]."""
-        if self.discrete:
-            return self._ranking(observation, rng)[0]
-        mean, std = self.distribution(observation)
-        return np.tanh(mean + std * self.noise(rng))
+    def draw(self, observation: Vector, count: int, rng: np.random.Generator) -> Rows:
+        """Independent actions of the policy, [count, A].
 
-    def candidates(self, observation: Vector, count: int, rng: np.random.Generator) -> list[Vector]:
-        """Actions to choose among, in an order in which any first is a draw from the policy.
-
-        ``count`` samples; discrete: every action once, so that the first one that passes a test is
-        a draw from the policy given that it passes.
+        Discrete: the largest of logits plus Gumbel noise is a draw from their softmax.
         """
         if self.discrete:
-            return list(self._ranking(observation, rng))
-        return [self.sample(observation, rng) for _ in range(count)]
+            return _one_hot_rows(self._outputs(observation) + self.noise(count, rng))
+        mean, std = self.distribution(observation)
+        return np.tanh(mean + std * self.noise(count, rng))
 
     def mean_action(self, observation: Vector) -> Vector:
         """The action at the Gaussian's mean, or the most probable of discrete ones [A]."""
         if self.discrete:
-            return _one_hot_rows(self._outputs(observation))[0]
+            return _one_hot_rows(self._outputs(observation)[None])[0]
         return np.tanh(self.distribution(observation)[0])
 
-    def _ranking(self, observation: Vector, rng: np.random.Generator) -> NDArray[np.float32]:
-        """All A actions [A, A] as if drawn one after the other without replacement.
 
-        The Gumbel-max trick: the largest of logits plus Gumbel noise is a draw from their softmax,
-        the next largest one from what is left (Kool et al. 2019, arXiv:1903.06059).
-        """
-        return _one_hot_rows(self._outputs(observation) + self.noise(rng))
-
-
-def _one_hot_rows(scores: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Actions [A, A] as one-hot rows, the highest score first; NaN if a score is not finite."""
-    if not np.isfinite(scores).all():
-        return np.full((len(scores), len(scores)), np.nan, dtype=np.float32)
-    return np.eye(len(scores), dtype=np.float32)[np.argsort(-scores)]
+def _one_hot_rows(scores: NDArray[np.floating]) -> Rows:
+    """The best action of each row of scores [n, A], one-hot; NaN where a score is not finite."""
+    rows = np.eye(scores.shape[1], dtype=np.float32)[scores.argmax(axis=1)]
+    rows[~np.isfinite(scores).all(axis=1)] = np.nan
+    return rows

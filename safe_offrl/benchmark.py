@@ -47,6 +47,10 @@ METHODS: dict[str, Method] = {
     ),
     "ours-no-shield": Method("ours without the shield", finetune={"shield": False}),
     "frozen": Method("the pretrained policy, nothing learnt online", finetune=_FROZEN),
+    "frozen-shield": Method(
+        "the pretrained policy behind the shield, nothing learnt online",
+        finetune={**_FROZEN, "shield": True},
+    ),
     "rlpd": Method("RLPD (arXiv:2302.02948), started from our pretrained policy", finetune=_OFF),
     "rlpd-scratch": Method(
         "RLPD as published: fresh networks, 5000 random steps",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safe_offrl.calibration_curves import Bin, TradeOff, reliability_bins, trade_offs
+from safe_offrl.calibration_curves import Bin, reliability_bins
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
@@ -26,13 +26,10 @@ from safe_offrl.statistics import clopper_pearson
 Floats = NDArray[np.float32]
 
 WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
-MISS_TARGET = 0.1  # share of dangerous actions that the threshold may let pass
 # What the shield needs before it may act, each with the reason it is refused for.
 MIN_ACCIDENT_EPISODES = 10
 MIN_AUROC = 0.8
-MIN_RANKING = 0.55
-MAX_FALSE_SAFE = 0.25
-MAX_FALSE_ALARM = 0.25
+MIN_RANKING = 0.5  # of the lower 95 % limit: shown to be better than chance
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,10 @@ class CalibrationReport:
 
     ``reliability``: (mean prediction, mean outcome, transitions) per bin; ``ece`` its weighted mean
     gap. ``auroc`` and ``ranking`` are shares of correctly ordered pairs: of any two transitions,
-    and of two actions at (nearly) one state, the comparison a shield makes. ``false_safe`` and
-    ``false_alarm`` are what ``threshold`` does on episodes it was not chosen on. The estimates are
-    of what ``constraint`` names: V_accident(s0), or the expected cost per episode. ``bins`` and
-    ``trade_offs`` are the curves of the figure.
+    and of two actions at (nearly) one state, the comparison a shield makes; ``contrasts`` are what
+    the critic makes of these, the risk of the dangerous action less that of the other, by size. The
+    estimates are of what ``constraint`` names: V_accident(s0), or the expected cost per episode.
+    ``bins`` are the curve of the figure.
     """
 
     episodes: int
@@ -52,12 +49,9 @@ class CalibrationReport:
     auroc: float
     ranking: float
     ranking_low: float
-    ranking_pairs: int
+    contrasts: tuple[float, ...]
     reliability: tuple[tuple[float, float, int], ...]
     ece: float
-    threshold: float
-    false_safe: float
-    false_alarm: float
     constraint: str
     limit: float
     estimate: float
@@ -67,21 +61,15 @@ class CalibrationReport:
     behaviour_cost: float
     shield_refusals: tuple[str, ...]
     bins: tuple[Bin, ...]
-    trade_offs: tuple[TradeOff, ...]
 
     @property
-    def shield_threshold(self) -> float | None:
-        """The shield's threshold, or None when the shield must abstain."""
-        return None if self.shield_refusals else self.threshold
+    def shield_acts(self) -> bool:
+        """Whether the shield may act; if not it must abstain."""
+        return not self.shield_refusals
 
     def __str__(self) -> str:
         """The report as a person reads it."""
-        shield = (
-            f"allowed, threshold {self.threshold:.3f}: lets {self.false_safe:.0%} of dangerous "
-            f"actions pass, stops {self.false_alarm:.0%} of safe ones"
-            if not self.shield_refusals
-            else "abstains: " + "; ".join(self.shield_refusals)
-        )
+        shield = "allowed" if self.shield_acts else "abstains: " + "; ".join(self.shield_refusals)
         form = ".3f" if self.constraint == "accident" else ".1f"
         return "\n".join(
             [
@@ -99,7 +87,7 @@ class CalibrationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able content of the report file."""
-        return {**asdict(self), "shield_threshold": self.shield_threshold}
+        return asdict(self)
 
 
 def auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
@@ -165,7 +153,7 @@ def window_outcomes(dataset: Dataset, values: Floats, window: int) -> Floats:
 def calibrate_critic(
     critic: SafetyCritic, actor: Actor, held_out: Dataset, estimate: RiskEstimate, limit: Limit
 ) -> CalibrationReport:
-    """Judge the critic on held-out episodes and find the shield's threshold."""
+    """Judge the critic on held-out episodes, and whether a shield may act on it."""
     t = held_out.transitions
     risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
     noise = torch.randn(t.actions.shape, generator=torch.Generator().manual_seed(0))
@@ -178,16 +166,10 @@ def calibrate_critic(
         outcomes = window_cost(held_out, values, window, critic)
         seen = window_cost(held_out, np.zeros_like(values), window, critic)
     reliability, ece = _reliability(risk, outcomes)
-    concordant, pairs = _ranking(critic, held_out, danger)
+    contrasts = _contrasts(critic, held_out, danger)
+    concordant, pairs = int((contrasts > 0.0).sum()), len(contrasts)
     ranking_low = clopper_pearson(concordant, pairs, 0.9)[0] if pairs else 0.0
-    # The threshold is chosen on every other episode and judged on the rest.
     episode = np.repeat(np.arange(held_out.episodes), held_out.episode_lengths)
-    chosen_on = episode % 2 == 0
-    chosen = risk[chosen_on & danger]
-    threshold = float(np.quantile(chosen, MISS_TARGET)) if len(chosen) else float("nan")
-    judged, safe = risk[~chosen_on & danger], risk[~chosen_on & ~danger]
-    false_safe = float((judged <= threshold).mean()) if len(judged) else float("nan")
-    false_alarm = float((safe > threshold).mean()) if len(safe) else float("nan")
     score = auroc(risk, danger)
     accident_episodes = int(held_out.episode_accidents.sum())
     # Written so that a NaN is a refusal.
@@ -196,14 +178,8 @@ def calibrate_critic(
             accident_episodes >= MIN_ACCIDENT_EPISODES
         ),
         f"AUROC {score:.2f}, {MIN_AUROC} needed": score >= MIN_AUROC,
-        f"ranking among actions is {ranking_low:.2f} at least, {MIN_RANKING} needed": (
-            ranking_low >= MIN_RANKING
-        ),
-        f"false-safe rate {false_safe:.2f}, at most {MAX_FALSE_SAFE} allowed": (
-            false_safe <= MAX_FALSE_SAFE
-        ),
-        f"false-alarm rate {false_alarm:.2f}, at most {MAX_FALSE_ALARM} allowed": (
-            false_alarm <= MAX_FALSE_ALARM
+        f"ranking among actions is {ranking_low:.2f} at least, above {MIN_RANKING} needed": (
+            ranking_low > MIN_RANKING
         ),
     }
     return CalibrationReport(
@@ -212,12 +188,9 @@ def calibrate_critic(
         auroc=score,
         ranking=concordant / pairs if pairs else float("nan"),
         ranking_low=ranking_low,
-        ranking_pairs=pairs,
+        contrasts=tuple(sorted(contrasts.tolist())),
         reliability=reliability,
         ece=ece,
-        threshold=threshold,
-        false_safe=false_safe,
-        false_alarm=false_alarm,
         constraint=limit.constraint,
         limit=limit.value,
         estimate=estimate.value * limit.scale,
@@ -227,7 +200,6 @@ def calibrate_critic(
         behaviour_cost=float(held_out.episode_costs.mean()),
         shield_refusals=tuple(text for text, met in demands.items() if not met),
         bins=reliability_bins(risk, outcomes, seen, episode),
-        trade_offs=trade_offs(judged, safe),
     )
 
 
@@ -243,19 +215,18 @@ def _reliability(
     return rows, float(sum(n * abs(p - o) for p, o, n in rows) / len(predicted))
 
 
-def _ranking(critic: SafetyCritic, held_out: Dataset, danger: NDArray[np.bool_]) -> tuple[int, int]:
-    """(pairs ordered correctly, pairs): a dangerous action against its neighbour's safe one.
+def _contrasts(critic: SafetyCritic, held_out: Dataset, danger: NDArray[np.bool_]) -> Floats:
+    """Risk of dangerous actions less that of others at the SAME states, [P].
 
-    Each dangerous transition is paired with the safe transition of another episode whose state is
-    nearest (standardised distance, the nearer half of the pairs kept) and whose action differs
-    clearly. Both actions are then scored at the SAME state.
+    Each dangerous transition is paired with the safe transition whose state is nearest
+    (standardised distance, the nearer half of the pairs kept) and whose action differs clearly.
     """
     t = held_out.transitions
     spread, centre = torch.std_mean(t.observations, dim=0)
     states = (t.observations - centre) / (spread + 1e-6)
     bad, good = torch.from_numpy(np.flatnonzero(danger)), torch.from_numpy(np.flatnonzero(~danger))
     if not len(bad) or not len(good):
-        return 0, 0
+        return np.zeros(0, dtype=np.float32)
     nearest = [torch.cdist(chunk, states[good]).min(dim=1) for chunk in states[bad].split(256)]
     distance = torch.cat([x.values for x in nearest])
     partner = good[torch.cat([x.indices for x in nearest])]
@@ -264,4 +235,4 @@ def _ranking(critic: SafetyCritic, held_out: Dataset, danger: NDArray[np.bool_])
     bad, partner = bad[keep], partner[keep]
     mine = critic.risk(t.observations[bad], t.time_to_go[bad], t.actions[bad])
     other = critic.risk(t.observations[bad], t.time_to_go[bad], t.actions[partner])
-    return int((mine > other).sum()), len(bad)
+    return (mine - other).numpy()

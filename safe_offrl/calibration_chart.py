@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from safe_offrl.calibration import MAX_FALSE_ALARM, MAX_FALSE_SAFE, CalibrationReport
+from safe_offrl.calibration import CalibrationReport
 from safe_offrl.calibration_curves import EDGES
 from safe_offrl.charts import COLOURS, LIGHT, finish
 from safe_offrl.statistics import clopper_pearson
@@ -30,7 +30,7 @@ _DASHED = (0, (4, 3))
 
 
 def report_png(report: CalibrationReport) -> bytes:
-    """The calibration report as a PNG: reliability, counts, the shield's trade-off, estimates."""
+    """The calibration report as a PNG: reliability, counts, ranking, estimates."""
     import matplotlib as mpl
 
     with mpl.rc_context(LIGHT):
@@ -39,7 +39,7 @@ def report_png(report: CalibrationReport) -> bytes:
         reliability = figure.add_subplot(grid[0, 0])
         _draw_reliability(reliability, report)
         _draw_counts(figure.add_subplot(grid[1, 0], sharex=reliability), report)
-        _draw_trade_off(figure.add_subplot(grid[0, 1]), report)
+        _draw_ranking(figure.add_subplot(grid[0, 1]), report)
         _draw_estimates(figure.add_subplot(grid[1, 1]), report)
         title = (
             f"Safety critic on {report.episodes:,} held-out episodes, "
@@ -78,8 +78,6 @@ def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
         markersize=7,
         label="the logged part of it",
     )
-    if math.isfinite(report.threshold):
-        axis.axvline(report.threshold, color=_GREEN, linewidth=1.2, label="shield's threshold")
     axis.set_yscale("log")
     axis.set_ylim(floor, 1.05)
     _risk_axis(axis, floor)
@@ -126,37 +124,28 @@ def _risk_axis(axis: Axes, floor: float) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
 
 
-def _draw_trade_off(axis: Axes, report: CalibrationReport) -> None:
-    from matplotlib.patches import Rectangle
-
-    box = Rectangle((0, 0), MAX_FALSE_ALARM, MAX_FALSE_SAFE, color=_GREEN, alpha=0.12)
-    box.set_label("where a shield is allowed")
-    axis.add_patch(box)
-    axis.step(
-        [t.false_alarm for t in report.trade_offs],
-        [t.false_safe for t in report.trade_offs],
-        where="post",
-        color=_BLUE,
-        linewidth=1.8,
-        label="every threshold",
-    )
-    axis.plot(
-        [report.false_alarm],
-        [report.false_safe],
-        "o",
-        color=_ORANGE,
-        markersize=8,
-        label=f"the shield's, {report.threshold:.3g}",
-    )
+def _draw_ranking(axis: Axes, report: CalibrationReport) -> None:
+    """Each pair of actions at one state, from the one that is most in error to the clearest."""
+    contrasts = np.array(report.contrasts)
+    share = (np.arange(len(contrasts)) + 0.5) / max(1, len(contrasts))
+    for right, colour, label in (
+        (False, _ORANGE, "the safe action called riskier"),
+        (True, _BLUE, "the dangerous action called riskier"),
+    ):
+        some = (contrasts > 0.0) == right
+        axis.fill_between(share[some], contrasts[some], step="mid", color=colour, alpha=0.5)
+        axis.plot(share[some], contrasts[some], color=colour, linewidth=1.6, label=label)
+    axis.axhline(0.0, color=_INK, linewidth=0.8)
+    axis.axvline(0.5, color=_INK, linestyle=_DASHED, linewidth=1.0, label="chance")
     axis.set_xlim(0.0, 1.0)
-    axis.set_ylim(0.0, 1.0)
-    axis.legend(loc="upper right", fontsize=8.5, framealpha=0.85)
-    verdict = "acts" if report.shield_threshold is not None else "abstains"
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.legend(loc="upper left", fontsize=8.5, framealpha=0.85)
+    verdict = "acts" if report.shield_acts else "abstains"
     finish(
         axis,
-        f"AUROC {report.auroc:.2f}, ranking {report.ranking:.2f}: the shield {verdict}",
-        "dangerous actions let pass",
-        "safe actions stopped",
+        f"Ranking {report.ranking:.2f} (at least {report.ranking_low:.2f}): the shield {verdict}",
+        "difference in risk",
+        f"{len(contrasts):,} pairs of a dangerous and a safe action at one state",
     )
 
 

@@ -1,4 +1,4 @@
-"""The curves behind a calibration figure: risk against outcome, and what every threshold would do.
+"""The curve behind a calibration figure: risk against outcome.
 
 Risks are small numbers, nearly all below a tenth. Hence bins in the steps 1, 2, 5 of a logarithmic
 scale, where ten bins of equal width would put nearly every transition into the first.
@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # the first and last bin are open
-POINTS = 101  # thresholds of a trade-off
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
@@ -28,14 +27,6 @@ class Bin(NamedTuple):
     low: float  # 95 % interval of the outcome
     high: float
     seen: float  # the part of the outcome that is in the log, not the critic's own word
-
-
-class TradeOff(NamedTuple):
-    """What a shield would do that stops every action with a risk above ``threshold``."""
-
-    threshold: float
-    false_safe: float  # share of dangerous actions that pass
-    false_alarm: float  # share of safe actions that are stopped
 
 
 def reliability_bins(
@@ -76,17 +67,3 @@ def wilson_interval(mean: float, n: int, z: float = 1.96) -> tuple[float, float]
     half = z * math.sqrt(mean * (1.0 - mean) / n + (z / (2 * n)) ** 2)
     scale = 1.0 + z * z / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def trade_offs(dangerous: Floats, safe: Floats) -> tuple[TradeOff, ...]:
-    """Every threshold's two errors, by rising threshold; () without actions of both kinds.
-
-    The thresholds are the percentiles of the risks of the dangerous actions.
-    """
-    if not len(dangerous) or not len(safe):
-        return ()
-    thresholds = np.unique(np.quantile(dangerous, np.linspace(0.0, 1.0, POINTS)))
-    return tuple(
-        TradeOff(float(t), float((dangerous <= t).mean()), float((safe > t).mean()))
-        for t in thresholds
-    )

@@ -195,9 +195,8 @@ def policy_sha256(actor: Actor, normalizer: Normalizer) -> str:
 
 
 def shield_sha256(shield: Shield) -> str:
-    """Hash of a shield's networks, threshold and number of candidates."""
-    threshold = math.nan if shield.threshold is None else shield.threshold
-    numbers = np.asarray([threshold, shield.config.candidates], dtype=np.float64)
+    """Hash of a shield's networks, margin and number of draws."""
+    numbers = np.asarray([shield.margin, shield.draws], dtype=np.float64)
     return _sha256({k: v.numpy() for k, v in shield.net.state_dict().items()} | {"n": numbers})
 
 
@@ -244,7 +243,7 @@ def make_certificate(
         "record_sha256": hashlib.sha256(record).hexdigest(),
         "does_not_cover": [
             "any other policy: a further gradient step makes another one",
-            "another shield, threshold, environment, version or distribution of start states",
+            "another shield, environment, version or distribution of start states",
             "changes of the environment after these episodes: wear, weather, other people",
             "accidents that the accident rule does not see",
         ],

@@ -28,7 +28,7 @@ class Deployment:
     """The deployed policy with its version, shield and trust region.
 
     ``kl_limited`` and ``safety_limited`` say which constraints a candidate must meet.
-    ``shield_threshold`` None makes the shield abstain. ``delta`` and ``kl_weight`` (of the penalty
+    Unless ``shield_acts`` the shield abstains. ``delta`` and ``kl_weight`` (of the penalty
     that keeps the learner near) are scalar tensors, moved in place.
     """
 
@@ -43,7 +43,7 @@ class Deployment:
         *,
         kl_limited: bool,
         safety_limited: bool,
-        shield_threshold: float | None,
+        shield_acts: bool,
     ) -> None:
         self.limit = limit
         self.initial_delta = delta
@@ -51,7 +51,6 @@ class Deployment:
         self.shielding = shielding
         self.kl_limited = kl_limited
         self.safety_limited = safety_limited
-        self.shield_threshold = shield_threshold
         self.actor = copy.deepcopy(actor)
         self.version = 0
         self.certified = copy.deepcopy(actor)  # the pretrained policy, to begin with
@@ -59,13 +58,13 @@ class Deployment:
         self.delta = torch.tensor(delta)
         self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0)
         self._critic = critic
-        self.shield = Shield(critic, shield_threshold, shielding)
+        self.shield = Shield(critic, shielding, limit.share, acts=shield_acts)
 
     def deploy(self, actor: Actor) -> None:
         """Let a copy of this policy act from now on, with a shield of today's critic."""
         self.version += 1
         self.actor = copy.deepcopy(actor)
-        self.shield = Shield(self._critic, self.shield_threshold, self.shielding)
+        self.shield = Shield(self._critic, self.shielding, self.limit.share, acts=self.shield.acts)
 
     def propose(
         self,

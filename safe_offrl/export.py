@@ -31,7 +31,7 @@ Runner = Callable[[Arrays], Arrays]  # arrays by the names of Inputs -> by those
 
 EXAMPLES = 256
 TOLERANCE = 1e-5  # of the range of an action: rounding of another runtime
-TOO_CLOSE = 1e-5  # to the threshold, as a share of it: rounding decides which side a risk is on
+TOO_CLOSE = 1e-5  # of a risk to the most that is let pass: rounding decides which side it is on
 
 
 class Format(NamedTuple):
@@ -133,25 +133,20 @@ def compare(
     """Compare a file with the policy behind its shield at observations like those of the log.
 
     They are drawn from a Gaussian with the log's mean and variance: the environment may be a real
-    thing, and is left alone. Where a risk is as good as on the threshold, rounding decides, and
-    nothing is compared.
+    thing, and is left alone. Where a risk is as good as the most that is let pass, rounding
+    decides, and nothing is compared.
     """
     arrays = _examples(graph, env, actor, normalizer)
     with torch.no_grad():
-        margin = graph.margin(Inputs(*(torch.from_numpy(arrays[n]) for n in Inputs._fields)))
-    clear = np.flatnonzero(margin.numpy() > TOO_CLOSE)
+        closeness = graph.closeness(Inputs(*(torch.from_numpy(arrays[n]) for n in Inputs._fields)))
+    clear = np.flatnonzero(closeness.numpy() > TOO_CLOSE)
     if not len(clear):
         return Comparison(0, 0, 0.0, False)
     wanted = _chosen(arrays, clear, env, actor, shield, normalizer)
     given = run(arrays)
     difference = np.abs(given["action"][clear] - wanted["action"])
-    same = (
-        bool(np.all(difference <= _tolerance(env)))
-        and np.allclose(given["next_previous"][clear], wanted["next_previous"], 0.0, TOLERANCE)
-        and all(
-            np.array_equal(given[name][clear], wanted[name])
-            for name in ("next_has_previous", "intervened")
-        )
+    same = bool(np.all(difference <= _tolerance(env))) and np.array_equal(
+        given["intervened"][clear], wanted["intervened"]
     )
     interventions = int(wanted["intervened"].sum())
     return Comparison(len(clear), interventions, float(difference.max()), same)
@@ -163,16 +158,10 @@ def _examples(
     """Inputs of the graph; the draws of row b are those of a generator with the seed b."""
     rng = np.random.default_rng(0)
     standard = rng.standard_normal((EXAMPLES, env.observation_size), dtype=np.float32)
-    previous = rng.uniform(-1.0, 1.0, (EXAMPLES, env.action_size)).astype(np.float32)
-    noise = [
-        [actor.noise(draw) for _ in range(graph.draws)]
-        for draw in map(np.random.default_rng, range(EXAMPLES))
-    ]
+    noise = [actor.noise(graph.draws, np.random.default_rng(row)) for row in range(EXAMPLES)]
     return {
         "observation": normalizer.mean + normalizer.std * standard,
         "time_to_go": rng.random(EXAMPLES, dtype=np.float32),
-        "previous": np.stack([env.executed(action) for action in previous]),
-        "has_previous": np.arange(EXAMPLES) % 3 > 0,
         "noise": np.asarray(noise, dtype=np.float32),
     }
 
@@ -188,17 +177,13 @@ def _chosen(
     """What the policy behind its shield does at these rows of the examples."""
     chosen: dict[str, list[Any]] = {name: [] for name in Outputs._fields}
     for row in rows:
-        shield.previous = arrays["previous"][row] if arrays["has_previous"][row] else None
         action, intervened = shield.choose(
             actor,
             normalizer(arrays["observation"][row]),
             float(arrays["time_to_go"][row]),
             np.random.default_rng(row),
         )
-        known = shield.previous is not None
         chosen["action"].append(env.own_action(action))
-        chosen["next_previous"].append(shield.previous if known else arrays["previous"][row])
-        chosen["next_has_previous"].append(known)
         chosen["intervened"].append(intervened)
     return {name: np.stack(values) for name, values in chosen.items()}
 
@@ -214,13 +199,10 @@ def _tolerance(env: AccidentEnv) -> Any:
 
 def _zeros(graph: PolicyGraph, b: int) -> tuple[torch.Tensor, ...]:
     """Inputs of the right shapes for b observations."""
-    a = graph.action_size
     return Inputs(
         observation=torch.zeros(b, len(graph.mean)),
         time_to_go=torch.zeros(b),
-        previous=torch.zeros(b, a),
-        has_previous=torch.zeros(b, dtype=torch.bool),
-        noise=torch.zeros(b, graph.draws, a),
+        noise=torch.zeros(b, graph.draws, graph.action_size),
     )
 
 

@@ -152,7 +152,6 @@ class Finetuning:
         if isinstance(self.multiplier, PIDMultiplier):
             self.multiplier.integral.copy_(self.multiplier.value)
         self.monitor = SafetyMonitor(self.limit, config.safety.confidence)
-        threshold = pretrained_info["shield_threshold"]
         self.deployment = Deployment(
             self.networks.actor,
             self.critic,
@@ -162,7 +161,7 @@ class Finetuning:
             config.shielding,
             kl_limited=config.kl,
             safety_limited=config.safety_constraint,
-            shield_threshold=float(threshold) if config.shield and threshold is not None else None,
+            shield_acts=config.shield and pretrained_info["shield_acts"],
         )
         self.recent: list[float] = []
         self.steps = self.episodes = self.iterations = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,6 @@ from safe_offrl.env import AccidentEnv
 from safe_offrl.run import find_run
 from safe_offrl.shield import Shield
 from safe_offrl.types import Normalizer
-
-
-class Memory(NamedTuple):
-    """What a policy carries from one step of an episode to the next, for its shield."""
-
-    steps: int = 0
-    previous: NDArray[np.float32] | None = None  # the action that was accepted last
 
 
 class Policy:
@@ -46,13 +39,13 @@ class Policy:
     def predict(
         self,
         observation: Any,
-        state: Sequence[Memory] | None = None,
+        state: Sequence[int] | None = None,
         episode_start: Sequence[bool] | NDArray[np.bool_] | None = None,
         deterministic: bool = False,
         *,
         episode_cost: float = 0.0,
-    ) -> tuple[Any, tuple[Memory, ...]]:
-        """The action to execute, and the state to hand back at the next step.
+    ) -> tuple[Any, tuple[int, ...]]:
+        """The action to execute, and the state to hand back at the next step: the steps so far.
 
         ``observation`` is one of the environment's own, or a stack [n, ...] of a Box's from n
         environments; so is the action. Accident probabilities were learnt, and certified, for
@@ -63,24 +56,19 @@ class Policy:
         shape = getattr(self.observation_space, "shape", None)
         stacked = shape is not None and np.ndim(observation) == len(shape) + 1
         observations = list(observation) if stacked else [observation]
-        memories = list(state) if state is not None else [Memory()] * len(observations)
+        steps = list(state) if state is not None else [0] * len(observations)
         if episode_start is not None:
             started = np.atleast_1d(np.asarray(episode_start, dtype=bool))
-            memories = [
-                Memory() if begins else memory
-                for begins, memory in zip(started, memories, strict=True)
-            ]
-        actions, carried = [], []
-        for one, memory in zip(observations, memories, strict=True):
+            steps = [0 if begins else k for begins, k in zip(started, steps, strict=True)]
+        actions = []
+        for one, k in zip(observations, steps, strict=True):
             flat = self._normalizer(self._env.observe(one, episode_cost))
-            self._shield.previous = memory.previous
-            left = max(0.0, 1.0 - memory.steps / self.horizon)
+            left = max(0.0, 1.0 - k / self.horizon)
             action, _ = self._shield.choose(
                 self._actor, flat, left, self._rng, mean_action=deterministic
             )
             actions.append(self._env.own_action(action))
-            carried.append(Memory(memory.steps + 1, self._shield.previous))
-        return (np.stack(actions) if stacked else actions[0]), tuple(carried)
+        return (np.stack(actions) if stacked else actions[0]), tuple(k + 1 for k in steps)
 
 
 def load_policy(run: str | Path, *, runs: str | Path = "runs", seed: int = 0) -> Policy:

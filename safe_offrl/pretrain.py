@@ -190,7 +190,7 @@ class Pretraining:
                 metrics |= self._update(aligning=self.step >= config.steps)
                 self.step += 1
             if self.step == self.total_steps:
-                # Part of the result, and so of the last checkpoint: the shield needs its threshold.
+                # Part of the result, and so of the last checkpoint: may the shield act?
                 self.report = self._calibrate()
             yield Record(self.step, {f"offline/{k}": float(v) for k, v in metrics.items()})
 
@@ -283,8 +283,8 @@ class Pretraining:
 
     def info(self) -> dict[str, Any]:
         """The part of the state that is not tensors; JSON-able."""
-        threshold = self.report.shield_threshold if self.report else None
-        return {"step": self.step, "shield_threshold": threshold}
+        acts = self.report.shield_acts if self.report else False
+        return {"step": self.step, "shield_acts": acts}
 
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` and :meth:`info`, bitwise."""

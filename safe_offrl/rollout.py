@@ -119,7 +119,6 @@ def play_episode(
     fails, the episode ends, and its ``fault`` says how. Raises EnvError when the policy wants a
     non-finite action, which is never sent, and for settings that do not fit the environment.
     """
-    shield.start_episode()
     rows: list[np.ndarray] = []
     total = cost = 0.0
     steps = accidents = interventions = 0

@@ -1,15 +1,13 @@
-"""The shield: actions that the safety critic calls dangerous are drawn again, or replaced.
+"""The shield: of a few actions that the policy draws, the first that is not clearly riskier.
 
-It compares actions of one state, so it is worth exactly what the critic's ranking is worth: without
-a threshold from a passed calibration report it abstains, and never picks the least dangerous of
-many actions it knows nothing about (an argmin over unsupported actions finds the critic's blind
-spots).
+It compares actions of one state, so it is worth exactly what the critic's ranking is worth: until
+held-out episodes have shown that the critic ranks actions it abstains. What it compares the policy
+has drawn itself. An argmin over actions that nobody has tried would find the critic's blind spots.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,56 +19,50 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.safety_critic import SafetyCritic
 
 Vector = NDArray[np.float32]
-Controller = Callable[[Vector], Vector]
 
 
 @dataclass(frozen=True)
 class ShieldConfig:
-    """``candidates``: how many samples of the policy may be tried before falling back.
+    """``candidates``: how many draws of the policy it chooses among, K.
 
-    Discrete actions are all tried, in an order drawn from the policy.
+    ``margin``: what an action's risk may lie above the least of the K, as a share of the limit.
+    At 0 the least risky is always taken, and the policy gives up return for differences that do not
+    matter. Whatever the critic says, a choice among K draws makes no action more than K times as
+    probable as under the policy.
     """
 
-    candidates: int = 16
+    candidates: int = 4
+    margin: float = 0.02
 
     def __post_init__(self) -> None:
-        """Refuse a shield that would draw no action."""
-        if self.candidates < 1:
+        """Refuse a shield that has nothing to choose among, and a margin that is none."""
+        if self.candidates < 2:
             raise ConfigError(
-                f"shielding.candidates is {self.candidates}, but at least 1 is needed. Try 16."
+                f"shielding.candidates is {self.candidates}, but a choice takes 2 at least. Try 4, "
+                "or --no-shield."
+            )
+        if not 0.0 <= self.margin < 1.0:
+            raise ConfigError(
+                f"shielding.margin is {self.margin}, but a share of the limit in [0, 1) is needed. "
+                "Try 0.02."
             )
 
 
 class Shield:
-    """A frozen copy of the safety critic, a threshold, and a chain of fall-backs.
+    """A frozen copy of the safety critic, and how far above the least risk an action may lie.
 
-    First of K samples below the threshold; else the policy's mean action, the previously accepted
-    action, the user's safe controller, in this order, whichever is below the threshold first; else
-    the controller's action, or without a controller the mean action.
+    ``limit`` is what is constrained, in the critic's unit. A shield that does not ``act`` lets the
+    policy's first draw pass unseen.
     """
 
     def __init__(
-        self,
-        critic: SafetyCritic,
-        threshold: float | None,
-        config: ShieldConfig,
-        safe_controller: Controller | None = None,
+        self, critic: SafetyCritic, config: ShieldConfig, limit: float, *, acts: bool
     ) -> None:
-        self.threshold = threshold
         self.config = config
-        self.safe_controller = safe_controller
+        self.acts = acts
+        self.margin = config.margin * limit
         self.net = copy.deepcopy(critic.net).requires_grad_(False)
         self.reference = critic.config.reference  # members that learn by plain TD have no say
-        self.previous: Vector | None = None  # action that was accepted last in this episode
-
-    @property
-    def abstains(self) -> bool:
-        """Whether every action passes unseen, for want of a calibrated threshold."""
-        return self.threshold is None
-
-    def start_episode(self) -> None:
-        """Forget the previous episode's action."""
-        self.previous = None
 
     def choose(
         self,
@@ -81,25 +73,24 @@ class Shield:
         *,
         mean_action: bool = False,
     ) -> tuple[Vector, bool]:
-        """The action to execute [A], and whether it differs from the policy's first choice."""
-        first = actor.mean_action(observation) if mean_action else actor.sample(observation, rng)
-        if self.threshold is None:
-            return first, False
-        if self._risk(observation, time_to_go, first[None])[0] <= self.threshold:
-            self.previous = first
-            return first, False
-        fallbacks = [actor.mean_action(observation)]
-        if self.previous is not None:
-            fallbacks.append(self.previous)
-        if self.safe_controller is not None:
-            fallbacks.append(self.safe_controller(observation))
-        candidates = actor.candidates(observation, self.config.candidates - 1, rng)
-        options = np.stack([*candidates, *fallbacks])
-        passing = np.flatnonzero(self._risk(observation, time_to_go, options) <= self.threshold)
-        if len(passing):
-            self.previous = options[passing[0]]
-            return options[passing[0]], True
-        return (fallbacks[-1] if self.safe_controller is not None else fallbacks[0]), True
+        """The action to execute [A], and whether it differs from the policy's first choice.
+
+        The first choice is a draw, or the mean action; the other candidates are always draws.
+        """
+        drawn = actor.draw(observation, self.draws - mean_action, rng)
+        options = np.stack([actor.mean_action(observation), *drawn]) if mean_action else drawn
+        if not self.acts:
+            return options[0], False
+        risk = self._risk(observation, time_to_go, options)
+        # Not a number is never least; if there is nothing else, nothing is known.
+        least = np.fmin.reduce(risk)
+        taken = int(np.argmax(risk <= least + self.margin))
+        return options[taken], taken > 0
+
+    @property
+    def draws(self) -> int:
+        """How many actions an action is chosen among: one where the shield abstains."""
+        return self.config.candidates if self.acts else 1
 
     def _risk(
         self, observation: Vector, time_to_go: float, actions: NDArray[np.float32]

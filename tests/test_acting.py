@@ -28,7 +28,7 @@ def assert_agree(actor: Actor, acting: NumpyActor) -> None:
         np.testing.assert_allclose(acting.mean_action(observation), mean.tanh().numpy(), atol=1e-6)
         noise = np.random.default_rng(7).standard_normal(3, dtype=np.float32)
         expected, _ = sample(mean, log_std, torch.from_numpy(noise))
-        action = acting.sample(observation, np.random.default_rng(7))
+        (action,) = acting.draw(observation, 1, np.random.default_rng(7))
         np.testing.assert_allclose(action, expected.numpy(), atol=1e-6)
         assert action.dtype == np.float32
 
@@ -78,7 +78,7 @@ def test_discrete_samples_follow_the_network() -> None:
     assert isinstance(policy, Categorical)
     probabilities = policy.log_probs.exp().numpy()
     rng = np.random.default_rng(1)
-    draws = np.stack([acting.sample(observation, rng) for _ in range(8000)])
+    draws = acting.draw(observation, 8000, rng)
     assert draws.dtype == np.float32
     assert (draws.sum(1) == 1.0).all()
     assert set(np.unique(draws)) == {0.0, 1.0}
@@ -86,32 +86,19 @@ def test_discrete_samples_follow_the_network() -> None:
     assert acting.mean_action(observation).tolist() == np.eye(3)[probabilities.argmax()].tolist()
 
 
-def test_discrete_candidates_are_every_action_in_the_order_of_draws() -> None:
-    _, acting = make_discrete(np.log(0.6), np.log(0.3), np.log(0.1))
-    rng, observation = np.random.default_rng(2), np.zeros(6, dtype=np.float32)
-    orders = [acting.candidates(observation, 99, rng) for _ in range(8000)]
-    assert all(len(order) == 3 for order in orders)
-    index = np.argmax(np.array(orders), axis=-1)
-    assert (np.sort(index, axis=1) == np.arange(3)).all()
-    np.testing.assert_allclose(np.bincount(index[:, 0]) / 8000, [0.6, 0.3, 0.1], atol=0.025)
-    # The first one that is not action 0 is a draw given that it is not: .3 / .4 and .1 / .4.
-    rest = np.where(index[:, 0] == 0, index[:, 1], index[:, 0])
-    assert (rest == 1).mean() == pytest.approx(0.75, abs=0.025)
-
-
-def test_continuous_candidates_are_samples() -> None:
-    _, acting = make()
+@pytest.mark.parametrize("actor", [make()[1], make_discrete()[1]], ids=["box", "discrete"])
+def test_draws_at_once_are_draws_one_by_one(actor: NumpyActor) -> None:
     observation = np.ones(6, dtype=np.float32)
     rng, same = np.random.default_rng(3), np.random.default_rng(3)
-    candidates = acting.candidates(observation, 4, rng)
-    expected = [acting.sample(observation, same) for _ in range(4)]
-    assert np.array_equal(candidates, expected)
-    assert acting.candidates(observation, 0, rng) == []
+    together = actor.draw(observation, 4, rng)
+    alone = np.concatenate([actor.draw(observation, 1, same) for _ in range(4)])
+    np.testing.assert_array_equal(together, alone)
+    assert actor.draw(observation, 0, rng).shape == (0, 3)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_diverged_network_chooses_no_action(broken: float) -> None:
     _, acting = make_discrete(0.0, broken, 0.0)
     observation = np.zeros(6, dtype=np.float32)
-    assert np.isnan(acting.sample(observation, np.random.default_rng(0))).all()
+    assert np.isnan(acting.draw(observation, 2, np.random.default_rng(0))).all()
     assert np.isnan(acting.mean_action(observation)).all()

@@ -138,15 +138,14 @@ def test_online_learners_move_actor_and_critics(name: str) -> None:
 def test_uniform_actions_fill_the_box_evenly_and_take_every_choice() -> None:
     rng = np.random.default_rng(0)
     box = UniformActor(2, discrete=False)
-    drawn = np.stack([box.sample(np.zeros(3, np.float32), rng) for _ in range(4000)])
+    drawn = box.draw(np.zeros(3, np.float32), 4000, rng)
     assert drawn.dtype == np.float32
     assert np.abs(drawn).max() <= 1.0
     np.testing.assert_allclose(drawn.mean(0), 0.0, atol=0.05)
     np.testing.assert_allclose(drawn.var(0), 1 / 3, atol=0.02)  # of a uniform law on [-1, 1]
     choice = UniformActor(3, discrete=True)
-    counts = sum(choice.sample(np.zeros(3, np.float32), rng) for _ in range(3000))
+    counts = choice.draw(np.zeros(3, np.float32), 3000, rng).sum(0)
     np.testing.assert_allclose(counts, 1000, atol=100)
-    assert len(choice.candidates(np.zeros(3, np.float32), 1, rng)) == 3
 
 
 # --- in the loop ---
@@ -224,7 +223,7 @@ def test_the_learner_acts_after_every_episode_untested(
     assert len(iterations) == len(online) > 3
     assert [e.version for e in online] == list(range(len(online)))
     assert all(i.accepted and math.isnan(i.v_candidate) for i in iterations)
-    assert tuning.deployment.shield.abstains
+    assert not tuning.deployment.shield.acts
 
 
 def test_from_scratch_forgets_the_policy_and_begins_at_random(
@@ -250,13 +249,13 @@ def test_only_the_warm_up_is_random(
 ) -> None:
     tuning = tuning_of(config_of({"from_scratch": True}, **OFF), dataset, by_iql)
     drawn_at = []
-    sample = UniformActor.sample
+    draw = UniformActor.draw
 
     def watched(self: UniformActor, *arguments: Any) -> Any:
         drawn_at.append(tuning.steps)
-        return sample(self, *arguments)
+        return draw(self, *arguments)
 
-    monkeypatch.setattr(UniformActor, "sample", watched)
+    monkeypatch.setattr(UniformActor, "draw", watched)
     episodes = [event for event in tuning.run() if isinstance(event, Episode)]
     warm = [e for e in episodes if e.phase == "warmup"]
     assert len(drawn_at) == sum(e.steps for e in warm)

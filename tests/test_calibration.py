@@ -119,12 +119,10 @@ def report_of(critic: SafetyCritic, data: Dataset, limit: Limit = LIMIT) -> Cali
 def test_a_perfect_critic_may_shield() -> None:
     report = report_of(PERFECT, one_step_episodes())
     assert report.shield_refusals == ()
-    assert report.shield_threshold == report.threshold
+    assert report.shield_acts
     assert report.auroc == 1.0
     assert report.ranking == 1.0
     assert report.ranking_low > 0.9
-    assert report.false_safe == pytest.approx(0.1, abs=0.06)  # the share asked for
-    assert report.false_alarm == 0.0
     assert report.ece < 0.05
     assert report.behaviour_accident_rate == pytest.approx(0.25, abs=0.05)
     assert (report.estimate, report.estimate_upper, report.estimate_plain_td) == (0.12, 0.15, 0.1)
@@ -134,12 +132,11 @@ def test_a_perfect_critic_may_shield() -> None:
 @pytest.mark.parametrize("critic", [RANDOM, BACKWARDS])
 def test_a_useless_critic_must_abstain_and_is_told_why(critic: SafetyCritic) -> None:
     report = report_of(critic, one_step_episodes())
-    assert report.shield_threshold is None
+    assert not report.shield_acts
     reasons = " ".join(report.shield_refusals)
     assert "AUROC" in reasons
     assert "ranking" in reasons
     assert "abstains" in str(report)
-    assert report.as_dict()["shield_threshold"] is None
 
 
 def test_a_state_critic_that_cannot_compare_actions_is_refused() -> None:
@@ -151,8 +148,44 @@ def test_a_state_critic_that_cannot_compare_actions_is_refused() -> None:
     data = dataset([1] * 600, accidents, actions=actions, observations=observations)
     report = report_of(critic_of(observation=40.0, action=0.0, base=-24.0), data)
     assert report.auroc == 1.0
-    assert report.shield_threshold is None
+    assert not report.shield_acts
     assert any("ranking" in reason for reason in report.shield_refusals)
+
+
+def test_contrasts_by_hand() -> None:
+    """Dangerous .9 beside safe .1 at one state, and .8 beside .3 at another: sigmoid(a) apart."""
+    states = torch.tensor([[0.0], [0.0], [5.0], [5.0]])
+    actions = torch.tensor([[0.9], [0.1], [0.8], [0.3]])
+    data = dataset([1] * 4, flags(4, 0, 2), observations=states, actions=actions)
+    critic = critic_of(observation=0.0, action=1.0, base=0.0)
+
+    def risk(action: float) -> float:
+        return 1.0 / (1.0 + math.exp(-action))
+
+    expected = [risk(0.8) - risk(0.3), risk(0.9) - risk(0.1)]
+    report = report_of(critic, data)
+    assert report.contrasts == pytest.approx(expected)
+    backwards = report_of(critic_of(observation=0.0, action=-1.0, base=0.0), data)
+    assert backwards.contrasts == pytest.approx([-x for x in reversed(expected)])
+    assert (report.ranking, backwards.ranking) == (1.0, 0.0)
+
+
+def test_a_ranking_no_better_than_chance_is_refused_and_one_just_better_is_not() -> None:
+    """Pairs at one state each; the critic, which likes small actions, is right in a share."""
+
+    def refusals(right: int, pairs: int = 200) -> str:
+        states = torch.arange(pairs).repeat_interleave(2)[:, None] * 10.0
+        small = torch.tensor([[0.2], [0.8]]).repeat(pairs, 1)
+        first = torch.arange(2 * pairs) // 2 >= right  # then the small action is the dangerous one
+        dangerous = (small[:, 0] > 0.5) ^ first
+        data = dataset([1] * 2 * pairs, dangerous.numpy(), observations=states, actions=small)
+        return " ".join(
+            report_of(critic_of(observation=0.0, action=1.0, base=0.0), data).shield_refusals
+        )
+
+    # Clopper and Pearson: the lower 95 % limit of 112 in 200 is .4994, of 113 it is .5045.
+    assert "ranking" in refusals(112)
+    assert "ranking" not in refusals(113)
 
 
 @pytest.mark.parametrize("accidents", [0, 8])
@@ -162,14 +195,14 @@ def test_too_few_accidents_refuse_whatever_the_critic(accidents: int) -> None:
     good = np.flatnonzero(~data.episode_accidents)
     report = report_of(PERFECT, data.subset(np.sort(np.concatenate([bad, good]))))
     assert report.accident_episodes == accidents
-    assert report.shield_threshold is None
+    assert not report.shield_acts
     assert f"{accidents} held-out accident episodes" in report.shield_refusals[0]
 
 
 def test_nothing_but_accidents_is_refused() -> None:
     data = one_step_episodes()
     report = report_of(PERFECT, data.subset(np.flatnonzero(data.episode_accidents)))
-    assert report.shield_threshold is None
+    assert not report.shield_acts
 
 
 def test_reliability_by_hand() -> None:
@@ -192,11 +225,8 @@ def test_the_curves_are_those_of_the_reports_own_numbers() -> None:
     report = report_of(PERFECT, data)
     assert sum(b.transitions for b in report.bins) == len(data.rows)
     assert report.limit == 0.1
-    # The threshold is no percentile of the other half's risks, but lies between two of them.
-    below = max(t for t in report.trade_offs if t.threshold <= report.threshold)
-    above = min(t for t in report.trade_offs if t.threshold > report.threshold)
-    assert below.false_safe <= report.false_safe <= above.false_safe
-    assert below.false_alarm >= report.false_alarm >= above.false_alarm
+    assert np.mean(np.array(report.contrasts) > 0.0) == report.ranking == 1.0
+    assert list(report.contrasts) == sorted(report.contrasts)
     # One step an episode: everything that follows is in the log, nothing is the critic's word.
     assert all(b.outcome == b.seen for b in report.bins)
 

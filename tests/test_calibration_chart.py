@@ -13,7 +13,7 @@ from PIL import Image
 
 from safe_offrl.calibration import CalibrationReport
 from safe_offrl.calibration_chart import BLOCKS, Block, online_blocks, online_png, report_png
-from safe_offrl.calibration_curves import reliability_bins, trade_offs
+from safe_offrl.calibration_curves import reliability_bins
 from safe_offrl.statistics import clopper_pearson
 from safe_offrl.types import Episode
 
@@ -108,12 +108,9 @@ def report(seed: int = 0, count: int = 2000, **changes: Any) -> CalibrationRepor
         auroc=0.9,
         ranking=0.7,
         ranking_low=0.6,
-        ranking_pairs=100,
+        contrasts=tuple(np.linspace(-0.03, 0.07, 100)),
         reliability=(),
         ece=0.01,
-        threshold=0.1,
-        false_safe=0.1,
-        false_alarm=0.2,
         constraint="accident",
         limit=0.05,
         estimate=0.04,
@@ -123,7 +120,6 @@ def report(seed: int = 0, count: int = 2000, **changes: Any) -> CalibrationRepor
         behaviour_cost=0.3,
         shield_refusals=(),
         bins=reliability_bins(risk, danger.astype(float), danger.astype(float), episode),
-        trade_offs=trade_offs(risk[danger], risk[~danger]),
     )
     return dataclasses.replace(base, **changes)
 
@@ -143,14 +139,11 @@ NAN = math.nan
     [
         {},
         {"constraint": "cost", "limit": 25.0, "estimate": 30.0, "shield_refusals": ("why",)},
-        # No accident at all: no threshold, no curve, every outcome 0, which a logarithm has not.
+        # No accident at all: no pairs, every outcome 0, which a logarithm has not.
         {
-            "threshold": NAN,
-            "false_safe": NAN,
-            "false_alarm": NAN,
             "auroc": NAN,
             "ranking": NAN,
-            "trade_offs": (),
+            "contrasts": (),
             "bins": reliability_bins(np.full(9, 0.01), np.zeros(9), np.zeros(9), np.arange(9)),
         },
         # A handful of steps of one episode: no point has an interval that says anything.
@@ -165,5 +158,5 @@ def test_any_report_is_drawn(changes: dict[str, Any]) -> None:
 def test_the_figure_shows_the_report() -> None:
     first = report_png(report())
     assert report_png(report()) == first
-    assert report_png(report(false_alarm=0.4)) != first
+    assert report_png(report(contrasts=(-0.01, 0.02))) != first
     assert report_png(report(estimate=0.09)) != first

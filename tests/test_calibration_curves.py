@@ -1,11 +1,9 @@
-"""The bins, intervals and trade-offs behind the calibration figure, by hand."""
-
-import itertools
+"""The bins and intervals behind the calibration figure, by hand."""
 
 import numpy as np
 import pytest
 
-from safe_offrl.calibration_curves import TradeOff, reliability_bins, trade_offs, wilson_interval
+from safe_offrl.calibration_curves import reliability_bins, wilson_interval
 
 
 def test_wilson_by_hand() -> None:
@@ -50,18 +48,3 @@ def test_a_risk_on_an_edge_belongs_to_the_bin_above() -> None:
     values = np.array([0.0, 0.001, 1.0])
     bins = reliability_bins(values, values, values, np.array([0, 0, 0]))
     assert [b.predicted for b in bins] == [0.0, 0.001, 1.0]
-
-
-def test_trade_offs_by_hand() -> None:
-    dangerous, safe = np.array([0.2, 0.4]), np.array([0.1, 0.25, 0.3, 0.4])
-    curve = trade_offs(dangerous, safe)
-    assert curve[0] == TradeOff(0.2, 0.5, 0.75)  # .2 itself passes
-    assert curve[-1] == TradeOff(0.4, 1.0, 0.0)
-    assert len(curve) == 101
-    assert all(a.false_safe <= b.false_safe for a, b in itertools.pairwise(curve))
-    assert all(a.false_alarm >= b.false_alarm for a, b in itertools.pairwise(curve))
-
-
-def test_without_both_kinds_there_is_no_trade_off() -> None:
-    some, none = np.array([0.2]), np.array([])
-    assert trade_offs(none, some) == trade_offs(some, none) == ()

@@ -47,7 +47,7 @@ def deployment(epsilon: float = 0.2) -> Deployment:
         ShieldConfig(),
         kl_limited=True,
         safety_limited=True,
-        shield_threshold=None,
+        shield_acts=False,
     )
 
 

@@ -32,6 +32,7 @@ from safe_offrl.nets import Actor, NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.shield import ShieldConfig
 from safe_offrl.types import Batch, Episode
 
 ENV = "HazardLine-v0"
@@ -121,10 +122,11 @@ def begin(
     config: FinetuneConfig,
     dataset: Dataset,
     pretraining: Pretraining,
-    threshold: float | None = None,
+    *,
+    shield: bool = False,
 ) -> Trace:
     env = make_env(ENV, config.safety)
-    info = {**pretraining.info(), "shield_threshold": threshold}
+    info = {**pretraining.info(), "shield_acts": shield}
     trace = Trace(Finetuning(config, env, dataset, pretraining.state_dict(), info))
     watch(env, trace)
     return trace
@@ -175,7 +177,7 @@ def test_every_action_is_the_deployed_policys_from_the_first_on(
     for episode in trace.episodes:
         actor = NumpyActor(trace.policies[episode.version])
         for observation, action in trace.sent[episode.index]:
-            expected = actor.sample(pretraining.normalizer(observation), rng)
+            (expected,) = actor.draw(pretraining.normalizer(observation), 1, rng)
             np.testing.assert_array_equal(action, expected)
             replayed += 1
     assert replayed == trace.tuning.steps
@@ -212,26 +214,24 @@ def test_warmup_is_the_frozen_pretrained_policys(
 def test_the_shield_acts_and_executed_actions_are_stored(
     dataset: Dataset, pretraining: Pretraining
 ) -> None:
-    """With a threshold below most of the critic's values many actions are replaced."""
-    observations = dataset.normalised(pretraining.normalizer).transitions
-    risk = pretraining.critic.risk(
-        observations.observations, observations.time_to_go, observations.actions
-    )
-    trace = begin(config_of(), dataset, pretraining, threshold=risk.quantile(0.5).item())
+    """Without a margin the first of four draws is the least risky one in every fourth step."""
+    config = config_of(shielding=ShieldConfig(margin=0.0))
+    trace = begin(config, dataset, pretraining, shield=True)
     list(trace.run())
-    assert sum(e.shield_interventions for e in trace.episodes) > 20
+    interventions = sum(e.shield_interventions for e in trace.episodes)
+    assert interventions / sum(e.steps for e in trace.episodes) == pytest.approx(0.75, abs=0.08)
     experience = trace.tuning.experience
     stored = experience.visited(experience.buffer.size).actions.numpy()
     sent = [action for e in trace.episodes for _, action in trace.sent[e.index]]
     np.testing.assert_array_equal(stored, np.stack(sent))
 
 
-def test_without_shield_the_threshold_is_ignored(
+def test_a_shield_that_is_switched_off_does_not_act_though_it_might(
     dataset: Dataset, pretraining: Pretraining
 ) -> None:
-    trace = begin(config_of(shield=False, budget=200), dataset, pretraining, threshold=0.0)
+    trace = begin(config_of(shield=False, budget=200), dataset, pretraining, shield=True)
     list(trace.run())
-    assert trace.tuning.deployment.shield.abstains
+    assert not trace.tuning.deployment.shield.acts
     assert sum(e.shield_interventions for e in trace.episodes) == 0
 
 
@@ -401,7 +401,7 @@ def test_the_accident_budget_stops_the_run(dataset: Dataset, pretraining: Pretra
 def test_all_off_is_plain_learning_from_the_same_policy(
     dataset: Dataset, pretraining: Pretraining
 ) -> None:
-    trace = begin(config_of(epsilon=0.01, **ALL_OFF), dataset, pretraining, threshold=0.0)
+    trace = begin(config_of(epsilon=0.01, **ALL_OFF), dataset, pretraining, shield=True)
     tuning = trace.tuning
     before = parameters(tuning.critic.net)
     for item in trace.run():
@@ -450,14 +450,13 @@ def test_resume_equals_uninterrupted_bitwise(
     dataset: Dataset, pretraining: Pretraining, stop_at: int, settings: dict[str, Any]
 ) -> None:
     config = config_of(**settings)
-    threshold = 0.5
-    whole = begin(config, dataset, pretraining, threshold)
+    whole = begin(config, dataset, pretraining, shield=True)
     kept: tuple[dict[str, Tensor], str, int] | None = None
     for item in whole.run():
         if isinstance(item, Iteration) and item.index + 1 == stop_at:
             kept = whole.tuning.state_dict(), json.dumps(whole.tuning.info()), len(whole.episodes)
     assert kept is not None
-    rest = begin(config, dataset, pretraining, threshold)
+    rest = begin(config, dataset, pretraining, shield=True)
     rest.tuning.load(kept[0], json.loads(kept[1]))
     list(rest.run())
     assert rest.episodes == whole.episodes[kept[2] :]

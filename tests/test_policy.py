@@ -12,7 +12,7 @@ from safe_offrl import commands
 from safe_offrl.acting import NumpyActor
 from safe_offrl.commands.tools import final_policy
 from safe_offrl.errors import EnvError, RunError
-from safe_offrl.policy import Memory, load_policy
+from safe_offrl.policy import load_policy
 from safe_offrl.rollout import play_episode
 from safe_offrl.run import RunDir
 
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> RunDir:
 def test_it_plays_the_episode_that_the_loop_plays(run: RunDir) -> None:
     loop = final_policy(run)
     shield = loop.deployment.shield
-    shield.threshold = 0.05  # of an untrained critic: some actions pass, some do not
+    shield.acts, shield.margin = True, 1e-4  # an untrained critic: some draws pass, some do not
     rng = np.random.default_rng(3)
     played = play_episode(
         loop.env, NumpyActor(loop.deployment.actor), shield, loop.normalizer, 11, rng
@@ -50,7 +50,7 @@ def test_it_plays_the_episode_that_the_loop_plays(run: RunDir) -> None:
     loop.env.close()
 
     policy = load_policy(run.path, seed=3)
-    policy._shield.threshold = 0.05
+    policy._shield.acts, policy._shield.margin = True, 1e-4
     env = gymnasium.make("PointHazard-v0")
     observation, _ = env.reset(seed=11)
     state, ended = None, False
@@ -62,14 +62,14 @@ def test_it_plays_the_episode_that_the_loop_plays(run: RunDir) -> None:
         rewards.append(float(reward))
         ended = terminated or truncated
     assert state is not None
-    assert state[0].steps == len(rewards) == len(played.rows)
+    assert state[0] == len(rewards) == len(played.rows)
     assert sum(rewards) == pytest.approx(played.episode_return)
     assert played.shield_interventions > 0
 
 
 def test_deterministic_is_the_mean_action(run: RunDir) -> None:
     policy = load_policy(run.path)
-    policy._shield.threshold = None
+    policy._shield.acts = False
     loop = final_policy(run)
     observation = loop.env.env.reset(seed=0)[0]
     flat = torch.from_numpy(loop.normalizer(np.asarray(observation, dtype=np.float32)))
@@ -92,7 +92,7 @@ def test_a_stack_of_observations_is_taken_one_by_one(run: RunDir) -> None:
         )
     # An episode that begins anew forgets; the others go on.
     _, states = load_policy(run.path).predict(observations, states, [False, True, False])
-    assert [memory.steps for memory in states] == [2, 1, 2]
+    assert states == (2, 1, 2)
 
 
 def test_stable_baselines_evaluates_it(run: RunDir) -> None:
@@ -107,7 +107,7 @@ def test_stable_baselines_evaluates_it(run: RunDir) -> None:
 @pytest.mark.parametrize("bad", [np.zeros(3), [np.nan] * 6, "north"])
 def test_what_is_no_observation_is_refused(run: RunDir, bad: Any) -> None:
     with pytest.raises(EnvError, match="PointHazard-v0"):
-        load_policy(run.path).predict(bad, [Memory()])
+        load_policy(run.path).predict(bad, [0])
 
 
 def test_the_package_offers_it_without_loading_torch_for_others() -> None:

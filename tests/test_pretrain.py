@@ -90,8 +90,8 @@ def test_the_report_is_made_at_the_end(dataset: Dataset) -> None:
     assert report is pretraining.calibration()
     assert report.episodes == pretraining.held_out.episodes
     # Fifty steps make no critic that may shield.
-    assert report.shield_threshold is None
-    assert pretraining.info() == {"step": 50, "shield_threshold": None}
+    assert not report.shield_acts
+    assert pretraining.info() == {"step": 50, "shield_acts": False}
 
 
 @pytest.mark.parametrize(

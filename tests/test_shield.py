@@ -1,16 +1,20 @@
+"""The shield: by hand, abstaining, and what a choice among a few draws can and cannot do."""
+
 import math
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from safe_offrl.acting import NumpyActor
+from safe_offrl.acting import NumpyActor, Rows, Sampler, UniformActor, Vector
+from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.shield import Shield, ShieldConfig, Vector
+from safe_offrl.shield import Shield, ShieldConfig
 
 OBSERVATION = np.zeros(1, dtype=np.float32)
+UNIFORM = UniformActor(1, discrete=False)
 
 
 def policy(mean: float = 0.0, std: float = 0.8) -> NumpyActor:
@@ -35,15 +39,14 @@ def critic_of(slope: float, *, time: float = 0.0, base: float = 0.0) -> SafetyCr
 
 
 def shield_of(
-    critic: SafetyCritic,
-    threshold: float | None,
-    candidates: int = 16,
-    controller: Callable[[Vector], Vector] | None = None,
+    critic: SafetyCritic, *, acts: bool = True, candidates: int = 4, margin: float = 0.1
 ) -> Shield:
-    return Shield(critic, threshold, ShieldConfig(candidates=candidates), controller)
+    """Under a limit of 1, so that a margin is one in risk."""
+    config = ShieldConfig(candidates=candidates, margin=margin)
+    return Shield(critic, config, 1.0, acts=acts)
 
 
-def stream(shield: Shield, actor: NumpyActor, n: int = 300) -> tuple[np.ndarray, int]:
+def stream(shield: Shield, actor: Sampler, n: int = 300) -> tuple[np.ndarray, int]:
     """Actions of n steps, and how many were replaced."""
     rng = np.random.default_rng(0)
     chosen = [shield.choose(actor, OBSERVATION, 0.5, rng) for _ in range(n)]
@@ -54,118 +57,125 @@ def v(value: float) -> Vector:
     return np.array([value], dtype=np.float32)
 
 
-def test_without_a_threshold_it_abstains() -> None:
-    """A useless critic gets no threshold; then not one action differs, nor one random number."""
-    shield = shield_of(critic_of(50.0), None)
-    assert shield.abstains
+def test_it_abstains_unless_it_may_act() -> None:
+    """With a useless critic not one action differs, nor one random number."""
+    shield = shield_of(critic_of(50.0), acts=False)
     actions, replaced = stream(shield, policy())
     rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(actions, [policy().sample(OBSERVATION, rng)[0] for _ in actions])
+    drawn = [policy().draw(OBSERVATION, 1, rng)[0, 0] for _ in actions]
+    np.testing.assert_array_equal(actions, drawn)
     assert replaced == 0
+    assert shield.draws == 1
 
 
-def test_a_safe_policy_is_not_touched() -> None:
-    actions, replaced = stream(shield_of(critic_of(0.0, base=-3.0), 0.5), policy())
-    unshielded, _ = stream(shield_of(critic_of(0.0), None), policy())
-    np.testing.assert_array_equal(actions, unshielded)
-    assert replaced == 0
+def test_where_actions_do_not_matter_the_policy_is_not_touched() -> None:
+    """However dangerous the state is: nothing that can be chosen is better."""
+    for base in (-3.0, 9.0):
+        actions, replaced = stream(shield_of(critic_of(0.0, base=base)), policy())
+        rng = np.random.default_rng(0)
+        drawn = [policy().draw(OBSERVATION, 4, rng)[0, 0] for _ in actions]
+        np.testing.assert_array_equal(actions, drawn)
+        assert replaced == 0
 
 
-def test_no_action_above_the_threshold_is_sent() -> None:
-    # sigmoid(10 a) <= .5 is a <= 0: half of the policy's actions.
-    shield = shield_of(critic_of(10.0), 0.5)
-    assert not shield.abstains
-    actions, replaced = stream(shield, policy())
-    unshielded, _ = stream(shield_of(critic_of(0.0), None), policy())
-    assert actions.max() <= 0.0
-    assert (unshielded > 0.0).sum() > 100
-    assert 100 < replaced < 200
+def test_the_first_draw_within_the_margin_of_the_least_risk_by_hand() -> None:
+    # Risks .1, .5, .9 and so on of the draws; the critic is the logit of the action's own value.
+    class Script:
+        def draw(self, observation: Vector, count: int, rng: np.random.Generator) -> Rows:
+            return np.array(self.values[:count], dtype=np.float32)[:, None]
+
+        def mean_action(self, observation: Vector) -> Vector:
+            return v(self.mean)
+
+        def __init__(self, *values: float, mean: float = 0.0) -> None:
+            self.values, self.mean = values, mean
+
+    critic, rng = critic_of(1.0), np.random.default_rng(0)  # risk = sigmoid(action)
+
+    def logit(risk: float) -> float:
+        return math.log(risk / (1.0 - risk))
+
+    def taken(*risks: float, margin: float, mean: float | None = None) -> Any:
+        actor = Script(*map(logit, risks), mean=logit(mean or 0.5))
+        shield = shield_of(critic, margin=margin)
+        action, replaced = shield.choose(actor, OBSERVATION, 0.0, rng, mean_action=mean is not None)
+        return 1.0 / (1.0 + math.exp(-action[0])), replaced
+
+    assert taken(0.35, 0.6, 0.3, 0.9, margin=0.1) == (pytest.approx(0.35), False)
+    assert taken(0.45, 0.6, 0.3, 0.9, margin=0.1) == (pytest.approx(0.3), True)
+    assert taken(0.45, 0.38, 0.3, 0.9, margin=0.1) == (pytest.approx(0.38), True)
+    assert taken(0.45, 0.38, 0.3, 0.9, margin=0.0) == (pytest.approx(0.3), True)
+    # The mean action takes the place of the first draw, and the last draw is not made.
+    assert taken(0.6, 0.3, 0.9, 0.01, margin=0.1, mean=0.35) == (pytest.approx(0.35), False)
+    assert taken(0.6, 0.3, 0.9, 0.01, margin=0.1, mean=0.45) == (pytest.approx(0.3), True)
 
 
-def test_the_first_passing_sample_is_taken_not_the_least_risky() -> None:
-    """An argmin over candidates would pile up at the edge; rejection keeps the policy's spread."""
-    actions, _ = stream(shield_of(critic_of(10.0), 0.5), policy())
-    expected = -np.abs(np.tanh(0.8 * np.random.default_rng(1).standard_normal(10_000)))
-    assert actions.mean() == pytest.approx(expected.mean(), abs=0.06)
-    rng = np.random.default_rng(3)
-    draws = [policy().sample(OBSERVATION, rng)[0] for _ in range(16)]
-    first = next(a for a in draws if a <= 0.0)
-    chosen, _ = shield_of(critic_of(10.0), 0.5).choose(
-        policy(), OBSERVATION, 0.5, np.random.default_rng(3)
-    )
-    assert chosen[0] == first
+def test_the_least_risky_of_four_uniform_draws() -> None:
+    """Without a margin: the least of 4 uniform numbers, whose mean is 1/5 of the way."""
+    actions, replaced = stream(shield_of(critic_of(1.0), margin=0.0), UNIFORM, 4000)
+    assert actions.mean() == pytest.approx(-1.0 + 2.0 / 5.0, abs=0.02)
+    assert replaced / 4000 == pytest.approx(3 / 4, abs=0.03)
+    # Seen by a critic that has it the wrong way round, the most dangerous: why it must be licensed.
+    actions, _ = stream(shield_of(critic_of(-1.0), margin=0.0), UNIFORM, 4000)
+    assert actions.mean() == pytest.approx(1.0 - 2.0 / 5.0, abs=0.02)
+
+
+def test_no_action_becomes_more_than_k_times_as_probable() -> None:
+    """Of 4 draws and the most one-sided critic, the lowest tenth of the actions: 1 - .9^4 < .4."""
+    actions, _ = stream(shield_of(critic_of(50.0), margin=0.0), UNIFORM, 4000)
+    share = (actions < -0.8).mean()
+    assert share == pytest.approx(1.0 - 0.9**4, abs=0.03)
+    assert share < 4 * 0.1
 
 
 def test_time_to_go_reaches_the_critic() -> None:
-    shield = shield_of(critic_of(0.0, time=10.0, base=-5.0), 0.5)  # dangerous in the first half
-    rng = np.random.default_rng(0)
-    assert shield.choose(policy(), OBSERVATION, 1.0, rng)[1]
-    assert not shield.choose(policy(), OBSERVATION, 0.1, rng)[1]
+    """Near the end of the episode everything is safe, and the same draws pass."""
+    shield = shield_of(critic_of(5.0, time=20.0, base=-20.0), margin=0.1)
+
+    def replaced(time_to_go: float) -> int:
+        rng = np.random.default_rng(0)
+        return sum(shield.choose(policy(), OBSERVATION, time_to_go, rng)[1] for _ in range(100))
+
+    assert replaced(1.0) > 50
+    assert replaced(0.1) == 0
 
 
-def test_the_mean_action_is_shielded_too() -> None:
-    shield = shield_of(critic_of(10.0), 0.5)
-    action, replaced = shield.choose(
-        policy(0.5), OBSERVATION, 0.5, np.random.default_rng(0), mean_action=True
-    )
-    assert replaced
-    assert action[0] <= 0.0
-
-
-# --- fall-backs, in their order; a narrow policy at tanh(1) never passes "a <= 0" by itself ---
-
-NARROW = policy(1.0, 0.02)
-
-
-def test_first_fallback_is_the_mean_action() -> None:
-    # The policy is wide, one candidate only, and just the mean is below the threshold.
-    shield = shield_of(critic_of(-30.0, base=29.0 * math.tanh(1.0)), 0.5, 1, lambda _: v(1.0))
-    actor, rng = policy(1.0, 0.8), np.random.default_rng(0)
-    seen = [shield.choose(actor, OBSERVATION, 0.5, rng) for _ in range(50)]
-    replaced = [float(a[0]) for a, was_replaced in seen if was_replaced]
-    assert len(replaced) > 10
-    assert replaced == pytest.approx([math.tanh(1.0)] * len(replaced))
-
-
-def test_second_fallback_is_the_previously_accepted_action() -> None:
-    shield, rng = shield_of(critic_of(10.0), 0.5, 4, lambda _: v(-0.9)), np.random.default_rng(0)
-    accepted, replaced = shield.choose(policy(-1.0, 0.02), OBSERVATION, 0.5, rng)
+def test_a_risk_that_is_not_a_number_is_never_the_least() -> None:
+    """Where all are, nothing is known, and the policy acts."""
+    rng, same = np.random.default_rng(0), np.random.default_rng(0)
+    action, replaced = shield_of(critic_of(math.nan)).choose(policy(), OBSERVATION, 0.5, rng)
+    np.testing.assert_array_equal(action, policy().draw(OBSERVATION, 4, same)[0])
     assert not replaced
-    action, replaced = shield.choose(NARROW, OBSERVATION, 0.5, rng)
-    assert replaced
-    np.testing.assert_array_equal(action, accepted)
-    # A new episode forgets it; then the controller is next.
-    shield.start_episode()
-    action, _ = shield.choose(NARROW, OBSERVATION, 0.5, rng)
-    assert action[0] == np.float32(-0.9)
 
+    class Broken(UniformActor):
+        def draw(self, observation: Vector, count: int, rng: np.random.Generator) -> Rows:
+            rows = super().draw(observation, count, rng)
+            rows[0] = np.nan
+            return rows
 
-def test_last_resorts() -> None:
-    """Nothing passes: the user's controller, and without one the policy's mean, never an argmin."""
-    rng = np.random.default_rng(0)
-    everything_is_deadly = critic_of(1.0, base=9.0)
-    action, replaced = shield_of(everything_is_deadly, 0.5, 4, lambda _: v(0.3)).choose(
-        NARROW, OBSERVATION, 0.5, rng
+    action, replaced = shield_of(critic_of(1.0)).choose(
+        Broken(1, discrete=False), OBSERVATION, 0.5, rng
     )
-    assert (action[0], replaced) == (np.float32(0.3), True)
-    action, replaced = shield_of(everything_is_deadly, 0.5, 4).choose(NARROW, OBSERVATION, 0.5, rng)
-    assert action[0] == pytest.approx(math.tanh(1.0))
+    assert np.isfinite(action).all()
     assert replaced
 
 
-def test_a_nan_risk_does_not_pass() -> None:
-    shield = shield_of(critic_of(math.nan), 0.5, 4, lambda _: v(-0.9))
-    action, replaced = shield.choose(policy(), OBSERVATION, 0.5, np.random.default_rng(0))
-    assert (action[0], replaced) == (np.float32(-0.9), True)
+@pytest.mark.parametrize(
+    "settings",
+    [{"candidates": 1}, {"margin": -0.1}, {"margin": 1.0}, {"margin": math.nan}],
+    ids=str,
+)
+def test_settings_that_make_no_shield_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"shielding\."):
+        ShieldConfig(**settings)
 
 
 def test_the_critic_is_frozen_when_the_shield_is_made() -> None:
     critic = critic_of(10.0)
-    shield = shield_of(critic, 0.5)
+    shield = shield_of(critic)
     before, _ = stream(shield, policy(), 50)
     with torch.no_grad():
         critic.net.output.weight.neg_()
-    shield.start_episode()
     np.testing.assert_array_equal(stream(shield, policy(), 50)[0], before)
     assert not any(p.requires_grad for p in shield.net.parameters())
     assert all(p.requires_grad for p in critic.net.parameters())
@@ -194,28 +204,22 @@ def discrete_critic(*logits: float) -> SafetyCritic:
     return critic
 
 
-def chosen_shares(shield: Shield, actor: NumpyActor, n: int = 3000) -> tuple[np.ndarray, int]:
+def test_discrete_actions_are_draws_too_so_what_the_policy_avoids_stays_rare() -> None:
+    # Action 0 is taken with .9 and dangerous. It is left only if four draws are all of it, and an
+    # action of 1e-6 that looks safest is not dug out.
+    shield = shield_of(discrete_critic(3.0, -3.0, -9.0), margin=0.1)
     rng = np.random.default_rng(0)
-    chosen = [shield.choose(actor, OBSERVATION, 0.5, rng) for _ in range(n)]
-    return np.mean([a for a, _ in chosen], axis=0), sum(replaced for _, replaced in chosen)
+    actor = discrete_policy(0.9, 0.1 - 1e-6, 1e-6)
+    chosen = [shield.choose(actor, OBSERVATION, 0.5, rng) for _ in range(3000)]
+    shares = np.mean([action for action, _ in chosen], axis=0)
+    np.testing.assert_allclose(shares, [0.9**4, 1.0 - 0.9**4, 0.0], atol=0.03)
+    assert np.mean([replaced for _, replaced in chosen]) == pytest.approx(0.9 - 0.9**4, abs=0.03)
 
 
-def test_discrete_actions_are_drawn_from_the_policy_given_that_they_pass() -> None:
-    # Action 0, taken with .9, is dangerous; the others are then taken as .06 to .04.
-    shield = shield_of(discrete_critic(3.0, -3.0, -3.0), 0.5, candidates=1)
-    shares, replaced = chosen_shares(shield, discrete_policy(0.9, 0.06, 0.04))
-    np.testing.assert_allclose(shares, [0.0, 0.6, 0.4], atol=0.03)
-    assert replaced == pytest.approx(0.9 * 3000, abs=60)
-
-
-def test_the_only_passing_action_is_found_however_improbable() -> None:
-    shield = shield_of(discrete_critic(3.0, 3.0, -3.0), 0.5, candidates=1)
-    shares, _ = chosen_shares(shield, discrete_policy(0.7, 0.3 - 1e-6, 1e-6), 50)
-    assert shares.tolist() == [0.0, 0.0, 1.0]
-
-
-def test_the_most_probable_action_where_none_passes() -> None:
-    shield = shield_of(discrete_critic(3.0, 3.0, 2.0), 0.5)
-    shares, replaced = chosen_shares(shield, discrete_policy(0.2, 0.5, 0.3), 50)
-    assert shares.tolist() == [0.0, 1.0, 0.0]  # not the argmin of the risk
-    assert replaced == 50
+def test_the_most_probable_action_is_shielded_too() -> None:
+    shield = shield_of(discrete_critic(3.0, -3.0), margin=0.1)
+    action, replaced = shield.choose(
+        discrete_policy(0.51, 0.49), OBSERVATION, 0.5, np.random.default_rng(0), mean_action=True
+    )
+    assert action.tolist() == [0.0, 1.0]
+    assert replaced

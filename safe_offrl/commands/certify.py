@@ -186,9 +186,9 @@ def subject_of(run: RunDir, loop: Finetuning) -> dict[str, Any]:
             "sha256": policy_sha256(loop.deployment.actor, loop.normalizer),
         },
         "shield": {
-            "abstains": shield.abstains,
-            "threshold": shield.threshold,
-            "candidates": shield.config.candidates,
+            "acts": shield.acts,
+            "draws": shield.draws,
+            "margin": shield.margin,
             "sha256": shield_sha256(shield),
         },
         "environment": {
@@ -299,7 +299,7 @@ def page(certificate: dict[str, Any]) -> str:
     policy, shield, env = (certificate[key] for key in ("policy", "shield", "environment"))
     packages = certificate["versions"]["packages"]
     made_with = ", ".join(f"{name} {packages[name]}" for name in ("safe-offrl", "torch"))
-    guard = "abstains" if shield["abstains"] else f"acts above a risk of {shield['threshold']:.3g}"
+    guard = f"chooses among {shield['draws']} draws" if shield["acts"] else "abstains"
     rows = {
         "Claim": f"{_quantity(claim)}, confidence {claim.confidence:g}",
         "Seen": f"{_seen(claim, certificate['total_outcome'], certificate['episodes'])}, "

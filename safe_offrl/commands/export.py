@@ -80,7 +80,7 @@ def export_run(
     write_atomic(path, data)
     beside = path.with_name(f"{path.name}.json")
     write_atomic(beside, json_bytes(manifest))
-    guard = "abstains" if shield.abstains else f"acts, in {found.interventions} of them"
+    guard = f"acts, in {found.interventions} of them" if shield.acts else "abstains"
     say(
         f"exported    {run.name} (version {loop.deployment.version}) as {file_format}\n"
         f"compared    {found.observations} observations, largest difference of two actions "
@@ -106,7 +106,6 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
     if isinstance(space, spaces.Discrete):
         action = {"kind": "discrete", "count": a, "start": int(space.start)}
         drawn = "standard Gumbel draws, -log(-log(u))"
-        rows = "row 0 makes the first choice, row 1 the order in which the shield tries all actions"
         result: dict[str, Any] = {
             "shape": ["batch"],
             "dtype": "int64",
@@ -117,15 +116,12 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
         assert isinstance(space, spaces.Box)
         action = {"kind": "box", "shape": space.shape, "low": space.low, "high": space.high}
         drawn = "standard normal draws"
-        rows = "row 0 makes the first choice, the others the shield's further candidates"
         result = {
             "shape": ["batch", *space.shape],
             "dtype": "float32",
             "meaning": "in the environment's own units; NaN if the observation is not finite",
         }
         zero = "the policy's mean"
-    memory = {"shape": ["batch", a], "dtype": "float32"}
-    flag = {"shape": ["batch"], "dtype": "bool"}
     return {
         "observation": {
             "size": o,
@@ -146,25 +142,26 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
                 "dtype": "float32",
                 "meaning": "max(0, 1 - steps of the episode so far / horizon)",
             },
-            {"name": "previous", **memory, "meaning": "next_previous of the step before"},
-            {"name": "has_previous", **flag, "meaning": "next_has_previous of the step before"},
             {
                 "name": "noise",
                 "shape": ["batch", k, a],
                 "dtype": "float32",
-                "meaning": f"{drawn}, all independent and new at each step; {rows}; "
-                f"row 0 all zero makes the first choice {zero}",
+                "meaning": f"{drawn}, all independent and new at each step; row 0 makes the first "
+                f"choice, the others what the shield may take instead; row 0 all zero makes the "
+                f"first choice {zero}",
             },
         ],
         "outputs": [
             {"name": "action", **result},
-            {"name": "next_previous", **memory, "meaning": "the action accepted last, as it is"},
-            {"name": "next_has_previous", **flag, "meaning": "whether there is one"},
-            {"name": "intervened", **flag, "meaning": "whether the shield replaced the action"},
+            {
+                "name": "intervened",
+                "shape": ["batch"],
+                "dtype": "bool",
+                "meaning": "whether the shield replaced the first choice",
+            },
         ],
-        "episode": "Begin with time_to_go 1, previous all zero and has_previous false. At each "
-        "step draw noise, run the graph, execute action, hand next_previous and next_has_previous "
-        "back, and lower time_to_go by 1 / horizon.",
+        "episode": "Begin with time_to_go 1. At each step draw noise, run the graph, execute "
+        "action, and lower time_to_go by 1 / horizon.",
         "certificate": "A certificate with the same sha256 of policy and of shield is about this "
-        "file, as long as noise is drawn and what the graph hands out is handed back.",
+        "file, as long as noise is drawn.",
     }

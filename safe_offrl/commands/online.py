@@ -209,6 +209,11 @@ def plan_finetune(
             require_pictures(env)
         checkpoint = pretrained.load_checkpoint()
         refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
+        if "shield_acts" not in checkpoint.info:
+            raise RunError(
+                f'The run "{pretrained.name}" is of an earlier version, whose shield worked by a '
+                "threshold. Pretrain again."
+            )
         provable = certifiable(config.budget, env.horizon, limit, config.safety.confidence)
         # Last, for it may take a minute: every other mistake is found before.
         accepted = "accepted by --accept-risk" if accept_risk else None
