@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from safe_offrl.descent import Compute
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.iteration import UNTESTED, Iteration
 from safe_offrl.lagrangian import Multiplier, PIDMultiplier
 from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Networks
@@ -34,33 +35,6 @@ from safe_offrl.rollout import Reservation, faults_in_a_row, play_episode
 from safe_offrl.safety_critic import SafetyCritic
 from safe_offrl.state import Part, collect_state, restore_state
 from safe_offrl.types import Episode, Normalizer, States
-
-
-class Iteration(NamedTuple):
-    """One round of collect, update, propose; what was measured and decided."""
-
-    index: int  # type: ignore[assignment]  # tuple has a method of this name
-    step: int  # interactions charged so far
-    version: int  # of the policy that acts from now on
-    accepted: bool
-    fraction: float
-    reason: str
-    kl_forward_mean: float
-    kl_reverse_mean: float
-    kl_forward_tail: float
-    kl_reverse_tail: float
-    v_previous: float  # both estimates in the unit of the limit: probability, or cost per episode
-    v_candidate: float
-    constraint: str
-    limit: float
-    delta: float
-    constraints_satisfied: bool
-    multiplier: float
-    kl_weight: float
-    alpha: float
-    rolled_back: bool
-    metrics: dict[str, float]
-
 
 REFERENCE_STATES = 32  # start (and visited) states per update of the safety critic
 ESTIMATE_STATES = 1000  # states behind one estimate of what is constrained
@@ -341,7 +315,7 @@ class Finetuning:
         self.next_proposal = self.steps + config.iteration_steps
         if config.untested:
             self.deployment.deploy(self.networks.actor)
-            return self._iteration(_UNTESTED, metrics, rolled_back=False)
+            return self._record(UNTESTED, metrics, rolled_back=False)
         decision, rolled_back = self.deployment.propose(
             self.networks.actor,
             self.experience.visited(config.visited_steps),
@@ -352,32 +326,19 @@ class Finetuning:
         )
         # The learner goes on from the policy that acts: KL is anchored there, not where it drifted.
         self.networks.actor.load_state_dict(self.deployment.actor.state_dict())
-        return self._iteration(decision, metrics, rolled_back=rolled_back)
+        return self._record(decision, metrics, rolled_back=rolled_back)
 
-    def _iteration(
+    def _record(
         self, decision: Decision, metrics: dict[str, float], *, rolled_back: bool
     ) -> Iteration:
-        limit, delta = self.limit, float(self.deployment.delta)
-        # Of the policy that acts from now on: the candidate, or the one that stays as it was.
-        if decision.accepted or rolled_back:
-            tail_limit = self.config.acceptance.tail_ratio * delta
-            near = decision.kl_mean < delta and decision.kl_tail < tail_limit
-            satisfied = near and decision.v_candidate < limit.share
-        else:
-            satisfied = decision.v_previous < limit.share
-        decision = decision._replace(
-            v_previous=decision.v_previous * limit.scale,
-            v_candidate=decision.v_candidate * limit.scale,
-        )
-        return Iteration(
+        return Iteration.of(
+            decision,
+            self.limit,
             index=self.iterations - 1,
             step=self.steps,
             version=self.deployment.version,
-            **decision._asdict(),
-            constraint=limit.constraint,
-            limit=limit.value,
-            delta=delta,
-            constraints_satisfied=satisfied,
+            delta=float(self.deployment.delta),
+            tail_ratio=self.config.acceptance.tail_ratio,
             multiplier=float(self.multiplier.value),
             kl_weight=float(self.deployment.kl_weight),
             alpha=float(self.critic.alpha),
@@ -434,16 +395,3 @@ class Finetuning:
         self.recent = list(info["recent"])
         self.monitor.load_state_dict(info["monitor"])
         self.rng.bit_generator.state = info["rng"]
-
-
-_UNTESTED = Decision(
-    accepted=True,
-    fraction=1.0,
-    reason="no acceptance step: the learner acts",
-    kl_forward_mean=math.nan,
-    kl_reverse_mean=math.nan,
-    kl_forward_tail=math.nan,
-    kl_reverse_tail=math.nan,
-    v_previous=math.nan,
-    v_candidate=math.nan,
-)

@@ -30,6 +30,7 @@ LAYERS = [
         "finetune_config",
         "rollout",
         "deployment",
+        "iteration",
         "replay",
         "env_report",
         "frozen",

@@ -21,8 +21,9 @@ from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError
-from safe_offrl.finetune import Finetuning, Iteration
+from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.iteration import Iteration
 from safe_offrl.losses import cost_rate_target
 from safe_offrl.mixture import collect
 from safe_offrl.monitor import SafetyMonitor, certifiable

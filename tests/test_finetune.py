@@ -25,8 +25,9 @@ from safe_offrl.data.loading import load_dataset
 from safe_offrl.distributions import kl
 from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError
-from safe_offrl.finetune import Finetuning, Iteration
+from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.iteration import Iteration
 from safe_offrl.mixture import collect
 from safe_offrl.nets import Actor, NetworkConfig
 from safe_offrl.pretrain import PretrainConfig, Pretraining

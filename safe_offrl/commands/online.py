@@ -37,8 +37,9 @@ from safe_offrl.device import configure
 from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import plain
-from safe_offrl.finetune import Finetuning, Iteration
+from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import COST_DEFAULTS, FinetuneConfig
+from safe_offrl.iteration import Iteration
 from safe_offrl.monitor import Certifiable, certifiable
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
