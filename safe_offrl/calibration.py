@@ -39,9 +39,9 @@ class CalibrationReport:
     ``reliability``: (mean prediction, mean outcome, transitions) per bin; ``ece`` its weighted mean
     gap. ``auroc`` and ``ranking`` are shares of correctly ordered pairs: of any two transitions,
     and of two actions at (nearly) one state, the comparison a shield makes; ``contrasts`` are what
-    the critic makes of these, the risk of the dangerous action less that of the other, by size. The
-    estimates are of what ``constraint`` names: V_accident(s0), or the expected cost per episode.
-    ``bins`` are the curve of the figure.
+    the critic's plain members make of these, the risk of the dangerous action less that of the
+    other, by size. The estimates are of what ``constraint`` names: V_accident(s0), or the expected
+    cost per episode. ``bins`` are the curve of the figure.
     """
 
     episodes: int
@@ -233,6 +233,6 @@ def _contrasts(critic: SafetyCritic, held_out: Dataset, danger: NDArray[np.bool_
     differs = (t.actions[bad] - t.actions[partner]).norm(dim=-1) > 0.25
     keep = differs & (distance <= distance.median())
     bad, partner = bad[keep], partner[keep]
-    mine = critic.risk(t.observations[bad], t.time_to_go[bad], t.actions[bad])
-    other = critic.risk(t.observations[bad], t.time_to_go[bad], t.actions[partner])
+    mine = critic.plain_risk(t.observations[bad], t.time_to_go[bad], t.actions[bad])
+    other = critic.plain_risk(t.observations[bad], t.time_to_go[bad], t.actions[partner])
     return (mine - other).numpy()

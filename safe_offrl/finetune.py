@@ -292,7 +292,7 @@ class Finetuning:
         if not critics_only:
             metrics |= self.learner.update_actor(
                 batches[-1],
-                self.critic.risk if config.safety_constraint else None,
+                self.critic.plain_risk if config.safety_constraint else None,
                 self.multiplier.value,
                 self.deployment.actor if config.kl else None,
                 self.deployment.kl_weight,

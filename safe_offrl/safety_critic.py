@@ -10,6 +10,10 @@ the others are also pushed up at the policy's actions with weight alpha, and alp
 ascent such that their V_accident(s0) exceeds the reference's by a stated gap (and, online, the
 accident rate that was really seen). A fixed alpha is a lottery: the same number is nothing on one
 task and makes everything look deadly on the next.
+
+The pushed members are for judging, the others for steering. The push lifts the policy's own actions
+above their neighbours: so an estimate errs on the safe side, and so a gradient leads away from what
+the policy does, wherever that is, and a comparison of actions is blurred.
 """
 
 from __future__ import annotations
@@ -140,7 +144,7 @@ class SafetyCritic:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._pushed = slice(config.reference, None)
+        self.plain, self._pushed = slice(config.reference), slice(config.reference, None)
         self._descend = Descent(self.loss, self.optimizer, compute)
 
     @torch.no_grad()
@@ -180,8 +184,13 @@ class SafetyCritic:
         return logits
 
     def risk(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
-        """Q_C, the mean probability of the pushed members: [B, O], [B], [B, A] -> [B]."""
+        """Q_C for estimates, the mean of the pushed members: [B, O], [B], [B, A] -> [B]."""
         logits = self.logits(observations, time_to_go, actions, self._pushed)
+        return torch.sigmoid(logits).mean(0)
+
+    def plain_risk(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+        """Q_C for comparing actions, the mean of the members that learn by plain TD; as above."""
+        logits = self.logits(observations, time_to_go, actions, self.plain)
         return torch.sigmoid(logits).mean(0)
 
     def risk_under(
@@ -288,7 +297,7 @@ class SafetyCritic:
         )
         push = push_up_loss(acted, policy.spread(weights))
         loss = td.sum() + self.alpha * push.sum()
-        return loss, estimates[self._pushed].mean(), estimates[: self.config.reference].mean()
+        return loss, estimates[self._pushed].mean(), estimates[self.plain].mean()
 
     def update(
         self,
@@ -342,7 +351,7 @@ class SafetyCritic:
             policy.actions,
         )
         values = policy.expect(torch.sigmoid(logits))
-        pushed = values[self.config.reference :]
+        pushed = values[self._pushed]
         members = reference.total(pushed)
         variance = pushed.mean(0).var() * reference.squared_weights
         if len(members) > 1:
@@ -351,5 +360,5 @@ class SafetyCritic:
         return RiskEstimate(
             value=float(value),
             upper=float(value + 1.645 * variance.sqrt()),
-            reference=float(reference.total(values[: self.config.reference]).mean()),
+            reference=float(reference.total(values[self.plain]).mean()),
         )

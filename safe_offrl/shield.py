@@ -62,7 +62,7 @@ class Shield:
         self.acts = acts
         self.margin = config.margin * limit
         self.net = copy.deepcopy(critic.net).requires_grad_(False)
-        self.reference = critic.config.reference  # members that learn by plain TD have no say
+        self.members = critic.plain  # what the others are pushed by is no comparison of actions
 
     def choose(
         self,
@@ -99,4 +99,4 @@ class Shield:
             observations = torch.from_numpy(observation).expand(len(actions), -1)
             left = torch.full((len(actions), 1), time_to_go)
             inputs = torch.cat([observations, left, torch.from_numpy(actions)], dim=-1)
-            return torch.sigmoid(self.net(inputs)[self.reference :]).mean(0).numpy()
+            return torch.sigmoid(self.net(inputs, self.members)).mean(0).numpy()

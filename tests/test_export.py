@@ -221,8 +221,8 @@ def by_hand(
         weight.zero_()
         bias.copy_(torch.tensor([mean, math.atanh(5.0 / 3.5 - 1.0)]))  # standard deviation 1
         critic.net.output.weight.zero_()
-        critic.net.output.weight[config.reference :, 2] = slope
-        critic.net.output.weight[: config.reference, 2] = -100.0  # they have no say
+        critic.net.output.weight[: config.reference, 2] = slope
+        critic.net.output.weight[config.reference :, 2] = -100.0  # they have no say
         critic.net.output.bias.zero_()
     shield = Shield(critic, ShieldConfig(candidates=candidates, margin=0.2), 0.5, acts=True)
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)

@@ -227,6 +227,21 @@ def test_the_shield_acts_and_executed_actions_are_stored(
     np.testing.assert_array_equal(stored, np.stack(sent))
 
 
+def test_the_actor_is_steered_by_members_that_nothing_pushes(
+    dataset: Dataset, pretraining: Pretraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, asked = RLPD.update_actor, []
+
+    def watched(self: RLPD, batch: Batch, risk: Any, *arguments: Any) -> dict[str, Tensor]:
+        asked.append(risk)
+        return update(self, batch, risk, *arguments)
+
+    monkeypatch.setattr(RLPD, "update_actor", watched)
+    trace = begin(config_of(), dataset, pretraining)
+    next(item for item in trace.run() if isinstance(item, Iteration))
+    assert set(asked) == {trace.tuning.critic.plain_risk}
+
+
 def test_a_shield_that_is_switched_off_does_not_act_though_it_might(
     dataset: Dataset, pretraining: Pretraining
 ) -> None:

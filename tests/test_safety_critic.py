@@ -133,6 +133,39 @@ def test_only_the_pushed_members_are_pushed_and_upwards() -> None:
     torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, -0.25, -0.25, -0.25]))
 
 
+def test_each_kind_of_member_has_its_own_word() -> None:
+    """Members that say .1, .3 (plain) and .6, .8, 1 (pushed): means of .2 and of .8."""
+    critic = make()
+    constant_(critic.net, 0.0)
+    with torch.no_grad():
+        critic.net.output.bias.copy_(
+            torch.logit(torch.tensor([0.1, 0.3, 0.6, 0.8, 1.0 - 1e-7]))[:, None, None]
+        )
+    at = torch.zeros(4, 1), torch.ones(4), torch.zeros(4, 1)
+    assert critic.plain_risk(*at).tolist() == pytest.approx([0.2] * 4)
+    assert critic.risk(*at).tolist() == pytest.approx([0.8] * 4)
+
+
+def test_the_push_tilts_the_members_that_are_pushed_and_no_others() -> None:
+    """Half of all actions end in an accident, whichever: there is nothing to prefer.
+
+    The pushed members are right to call the policy's own action riskier than it is, for an
+    estimate; a policy that descended their gradient would flee from wherever it is.
+    """
+    critic = make(alpha_init=0.3, alpha_max=0.3, target_gap=0.9)
+    generator, actor = seeded(1), constant_actor(1, 0.5)
+    actions = torch.linspace(-1.0, 1.0, 200).repeat_interleave(2)[:, None]  # each once with, and
+    hit = (torch.arange(400) % 2).float()  # once without
+    batch = one_step(400, steps_left=1)._replace(actions=actions, accidents=hit)
+    start = States.at_start(torch.zeros(3, 1))
+    for _ in range(300):
+        critic.update(batch, torch.ones(400), actor, start, generator)
+    here, there = torch.full((1, 1), 0.5), torch.full((1, 1), -0.5)
+    at = torch.zeros(1, 1), torch.full((1,), 1 / HORIZON)
+    assert (critic.risk(*at, here) - critic.risk(*at, there)).item() > 0.1
+    assert abs((critic.plain_risk(*at, here) - critic.plain_risk(*at, there)).item()) < 0.05
+
+
 def test_fixed_point_is_the_closed_form() -> None:
     """Where pi = beta, Q* = (y + alpha) / (1 + alpha); with plain TD, Q* = y."""
     critic = make(members=2, reference=1, alpha_init=0.25, alpha_learning_rate=0.0, alpha_max=1.0)

@@ -128,6 +128,15 @@ def test_no_action_becomes_more_than_k_times_as_probable() -> None:
     assert share < 4 * 0.1
 
 
+def test_members_that_are_pushed_have_no_say() -> None:
+    critic = critic_of(1.0)
+    with torch.no_grad():
+        critic.net.output.weight[critic.config.reference :, 2] = -50.0
+    np.testing.assert_array_equal(
+        stream(shield_of(critic), policy())[0], stream(shield_of(critic_of(1.0)), policy())[0]
+    )
+
+
 def test_time_to_go_reaches_the_critic() -> None:
     """Near the end of the episode everything is safe, and the same draws pass."""
     shield = shield_of(critic_of(5.0, time=20.0, base=-20.0), margin=0.1)
