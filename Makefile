@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow  what is promised, with a hundred kills and the like, as a table"
 	@echo "make check   formatting, lint and types as well as the fast tests"
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
-	@echo "make results the results section of the README (twenty-five minutes)"
+	@echo "make results the results section of the README: a suite of methods, ten seeds (hours)"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
 	@echo "make precision  does bfloat16 learn as well? five paired seeds (a quarter of an hour)"
 	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (an hour and a quarter)"
@@ -54,26 +54,20 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-# The results section of the README: 5 paired seeds, about half an hour on 2 cores. Runs go to
-# runs/results (remove it first), table and chart to docs/results.
-SEEDS ?= 0 1 2 3 4
-RESULTS := runs/results
-OFF := --no-kl --no-safety-constraint --no-shield
+# The results section of the README: every method of the suite, ten paired seeds, hours on 2 cores.
+# The same command goes on after anything; METHODS and SEEDS narrow it. Runs go to
+# runs/benchmark-point, tables, chart and page to docs/results.
 RUN := $(BIN)/safe-offrl
+RESULTS := runs/benchmark-point/PointHazard-v0
+METHODS ?=
+SEEDS ?= 0,1,2,3,4,5,6,7,8,9
+FIVE := 0 1 2 3 4
+OFF := --no-kl --no-safety-constraint --no-shield
 
 results: setup
 	@mkdir -p docs/results
-	@$(RUN) collect
-	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} sh -ec '\
-		$(RUN) pretrain --seed {} --runs $(RESULTS) --name pretrained-{}; \
-		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(RESULTS)'
-	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} sh -ec '\
-		$(RUN) finetune pretrained-{} --budget 50k --accept-risk --seed {} --runs $(RESULTS) --name constrained-{}; \
-		$(RUN) evaluate constrained-{} --episodes 500 --runs $(RESULTS); \
-		$(RUN) finetune pretrained-{} --budget 50k --seed {} $(OFF) --runs $(RESULTS) --name rlpd-{}; \
-		$(RUN) evaluate rlpd-{} --episodes 500 --runs $(RESULTS)'
-	$(RUN) compare $(RESULTS)/* --png docs/results/point_hazard.png > docs/results/point_hazard.txt
-	@cat docs/results/point_hazard.txt
+	$(RUN) benchmark --suite point --seeds $(SEEDS) $(if $(METHODS),--methods $(METHODS))
+	cp $(RESULTS).* docs/results
 
 # Two questions to the results (after `make results`): the other agents' pretrained policies, and how
 # much of the difference is the narrower exploration alone. Runs go to runs/ablations.
@@ -83,12 +77,12 @@ ablations: setup
 	printf '%s\n' cql calql | xargs -P 2 -I{} sh -ec '\
 		$(RUN) pretrain --agent {} --runs $(ABLATIONS) --name pretrained-{}; \
 		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(ABLATIONS)'
-	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} sh -ec '\
-		$(RUN) finetune $(RESULTS)/pretrained-{} --budget 50k --seed {} $(OFF) \
+	printf '%s\n' $(FIVE) | xargs -P 2 -I{} sh -ec '\
+		$(RUN) finetune $(RESULTS)/pretrained-ours/{} --budget 50k --seed {} $(OFF) \
 			learner.target_entropy=-1 --runs $(ABLATIONS) --name rlpd-narrow-{}; \
 		$(RUN) evaluate rlpd-narrow-{} --episodes 500 --runs $(ABLATIONS)'
-	$(RUN) compare $(RESULTS)/pretrained-0 $(ABLATIONS)/pretrained-* > docs/results/agents.txt
-	$(RUN) compare $(RESULTS)/rlpd-* $(ABLATIONS)/rlpd-narrow-* \
+	$(RUN) compare $(RESULTS)/pretrained-ours/0 $(ABLATIONS)/pretrained-* > docs/results/agents.txt
+	$(RUN) compare $(FIVE:%=$(RESULTS)/rlpd/%) $(ABLATIONS)/rlpd-narrow-* \
 		--group-by learner.target_entropy > docs/results/exploration.txt
 	@cat docs/results/agents.txt docs/results/exploration.txt
 
@@ -96,15 +90,15 @@ ablations: setup
 PRECISION := runs/precision
 
 precision: setup
-	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} sh -ec '\
+	printf '%s\n' $(FIVE) | xargs -P 2 -I{} sh -ec '\
 		$(RUN) pretrain --seed {} precision=bf16 --runs $(PRECISION) --name pretrained-{}; \
 		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(PRECISION); \
 		$(RUN) finetune pretrained-{} precision=bf16 --budget 50k --accept-risk --seed {} \
 			--runs $(PRECISION) --name constrained-{}; \
 		$(RUN) evaluate constrained-{} --episodes 500 --runs $(PRECISION)'
-	for kind in pretrained constrained; do \
-		$(RUN) compare $(RESULTS)/$$kind-* $(PRECISION)/$$kind-* --group-by precision; \
-	done > docs/results/precision.txt
+	( $(RUN) compare $(FIVE:%=$(RESULTS)/pretrained-ours/%) $(PRECISION)/pretrained-* --group-by precision; \
+		$(RUN) compare $(FIVE:%=$(RESULTS)/ours/%) $(PRECISION)/constrained-* --group-by precision \
+	) > docs/results/precision.txt
 	@cat docs/results/precision.txt
 
 # Two tasks of Safety-Gymnasium from nothing: data, 3 paired seeds, constrained and RLPD. Runs and
