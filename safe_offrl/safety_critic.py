@@ -11,9 +11,10 @@ ascent such that their V_accident(s0) exceeds the reference's by a stated gap (a
 accident rate that was really seen). A fixed alpha is a lottery: the same number is nothing on one
 task and makes everything look deadly on the next.
 
-The pushed members are for judging, the others for steering. The push lifts the policy's own actions
-above their neighbours: so an estimate errs on the safe side, and so a gradient leads away from what
-the policy does, wherever that is, and a comparison of actions is blurred.
+The pushed members are for judging; the plain ones compare actions, for the shield and for the
+policy that learns online. The push lifts the policy's own actions above their neighbours: so an
+estimate errs on the safe side, and so a gradient leads away from what the policy does, wherever
+that is. (Offline, where alpha ends near 0, it made no difference which members steer.)
 """
 
 from __future__ import annotations
