@@ -88,6 +88,7 @@ def pretrain(
     """Learn a policy and its safety critic from a dataset, offline."""
     from safe_offrl import commands
     from safe_offrl.config import to_yaml
+    from safe_offrl.run import require_runs_folder
 
     say = _say(as_json)
     writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
@@ -107,6 +108,8 @@ def pretrain(
         if print_config:
             print(to_yaml(config), end="")
             return
+        if not dry_run:
+            require_runs_folder(runs, name)
         plan = commands.plan_pretrain(config, threads=threads, say=say)
         if dry_run:
             say(plan.header)
@@ -195,7 +198,7 @@ def finetune(
     """
     from safe_offrl import commands
     from safe_offrl.config import to_yaml
-    from safe_offrl.run import find_run
+    from safe_offrl.run import find_run, require_runs_folder
 
     say = _say(as_json)
     writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
@@ -227,6 +230,8 @@ def finetune(
         if print_config:
             print(to_yaml(config), end="")
             return
+        if not dry_run:
+            require_runs_folder(runs, name)
         plan = commands.plan_finetune(
             source, config, threads=threads, accept_risk=accept_risk, say=say
         )

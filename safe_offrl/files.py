@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,21 @@ def write_file(path: Path, data: bytes, *, append: bool = False, sync: bool = Tr
     """
     mode = os.O_APPEND if append else os.O_TRUNC
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | mode | getattr(os, "O_BINARY", 0), 0o644)
-    try:
+    with _named(path, fd):
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
         if sync:
             os.fsync(fd)
+
+
+@contextlib.contextmanager
+def _named(path: Path, fd: int) -> Iterator[None]:
+    """Closes ``fd``; what goes wrong meanwhile names the file, which os.write and fsync do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
 
@@ -49,10 +59,8 @@ def fsync_folder(path: Path) -> None:
     if os.name == "nt":  # Windows cannot open a folder; NTFS journals the rename itself
         return
     fd = os.open(path, os.O_RDONLY)
-    try:
+    with _named(path, fd):
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def plain(value: Any) -> Any:

@@ -151,6 +151,7 @@ class LedgerWriter:
         self.episodes = ledger.episodes
         self.reserved = ledger.reserved
         self._head = ledger.head
+        self._failed = False
 
     def append(self, episode: Episode) -> None:
         """Write how an episode ended."""
@@ -173,6 +174,10 @@ class LedgerWriter:
             self.reserved and not _closes(episode, self.reserved)
         ):
             raise RuntimeError(f"{episode} cannot follow {len(self.episodes)} episodes")
+        if self._failed:  # half a line may be there, and a failed fsync cannot be made good
+            raise RuntimeError("a write to this ledger failed; read it anew before another one")
         line, head = ledger_line(episode, self._head)
+        self._failed = True
         write_file(self.path, line, append=True)
+        self._failed = False
         self._head = head

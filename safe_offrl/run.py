@@ -112,16 +112,13 @@ class RunDir:
         Without a name it is the first free ``<stem>-<k>`` (stem: the kind, say "pretrain-X-iql").
         """
         root = Path(root)
-        root.mkdir(parents=True, exist_ok=True)
+        require_runs_folder(root, name)
         if name is not None:
-            path = root / check_name(name)
+            path = root / name
             try:
                 path.mkdir()
-            except FileExistsError as error:
-                raise RunError(
-                    f'The run "{name}" already exists in "{root}". Choose another --name, or '
-                    f"continue it with --resume {name}."
-                ) from error
+            except FileExistsError as error:  # just now
+                raise _taken(root, name) from error
         else:
             path = _first_free(root, re.sub(r"[^A-Za-z0-9._-]+", "-", stem or kind)[:56])
         (path / "checkpoints").mkdir()
@@ -421,6 +418,34 @@ def check_name(name: str) -> str:
             f'"{name}" cannot name a run. Use 1 to 64 letters, digits, dots, dashes, underscores.'
         )
     return name
+
+
+def require_runs_folder(root: Path, name: str | None = None) -> None:
+    """Make the folder of runs; RunError unless a run, called ``name``, can be written into it.
+
+    For the time before anything that takes long.
+    """
+    if name is not None and (root / check_name(name)).exists():
+        raise _taken(root, name)
+    probe = root / f".writable-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(probe, b"?")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f'Nothing can be written into the runs folder "{root}" ({error.strerror}). '
+            "Repair that, or choose another folder with --runs."
+        ) from error
+
+
+def _taken(root: Path, name: str) -> RunError:
+    return RunError(
+        f'The run "{name}" already exists in "{root}". Choose another --name, or '
+        f"continue it with --resume {name}."
+    )
 
 
 def _first_free(root: Path, stem: str) -> Path:

@@ -12,7 +12,6 @@ import pytest
 from safe_offrl import commands
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import ConfigError
-from safe_offrl.files import write_file
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import EnvironmentConfig
 from safe_offrl.ledger import LedgerWriter
@@ -179,35 +178,6 @@ def test_a_killed_run_loses_at_most_the_episode_it_was_in(
     learnt = sum(e.steps for e in episodes if e.outcome == "complete")
     rows = len(checkpoint.tensors["experience/rows"])
     assert rows == learnt - (before[-1].steps if counted_alone else 0)
-
-
-@pytest.mark.promise("R6")
-@pytest.mark.parametrize("failing", ["reserved", "complete"])
-def test_no_step_is_taken_after_a_failed_write_to_the_ledger(
-    root: Path, pretrained: RunDir, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    plan = real_plan(pretrained)
-    taken: list[int] = []
-    step = plan.env.step
-
-    def counted(action: np.ndarray) -> Any:
-        taken.append(1)
-        return step(action)
-
-    monkeypatch.setattr(plan.env, "step", counted)
-    at_failure: list[int] = []
-
-    def full(path: Path, data: bytes, **options: Any) -> None:
-        if path.name == "ledger.jsonl" and f'"outcome":"{failing}"'.encode() in data:
-            at_failure.append(len(taken))
-            raise OSError(28, "No space left on device")
-        write_file(path, data, **options)
-
-    monkeypatch.setattr("safe_offrl.ledger.write_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        commands.finetune_run(plan, name=f"full-{failing}", runs=root, say=silent)
-    assert at_failure == [len(taken)]
-    assert (at_failure == [0]) == (failing == "reserved")
 
 
 def test_a_certificate_counts_an_episode_that_was_cut_off(

@@ -59,28 +59,6 @@ def test_an_episode_is_on_disk_before_append_returns(
         assert run.episodes() == [episode(0)]
 
 
-@pytest.mark.promise("R6")
-def test_full_disk_raises_and_keeps_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with make(tmp_path) as run:
-        run.append_episode(episode(0))
-        run.save_checkpoint(10, TENSORS, {"step": 10})
-
-        def full(fd: int, data: bytes) -> int:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "write", full)
-        with pytest.raises(OSError, match="No space"):
-            run.append_episode(episode(1))
-        with pytest.raises(OSError, match="No space"):
-            run.save_checkpoint(20, TENSORS, {"step": 20})
-        monkeypatch.undo()
-        assert run.load_checkpoint().step == 10
-        assert run.episodes() == [episode(0)]
-        assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000000010"]
-
-
 # --- resume ---
 
 

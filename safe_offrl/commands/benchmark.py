@@ -20,7 +20,7 @@ from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.progress import Interrupted, Say, StopSignal
-from safe_offrl.run import RunDir
+from safe_offrl.run import RunDir, require_runs_folder
 
 POLL_SECONDS = 0.5
 TELL_SECONDS = 60.0  # between two lines of progress while nothing ends
@@ -79,6 +79,7 @@ def benchmark_run(
     anything. The comparison lies beside the runs, as a page, tables, chart and JSON. RunError in
     the end if a run failed.
     """
+    require_runs_folder(root)
     say(benchmark_text(suite, root))
     (root / "logs").mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(suite, root)

@@ -12,7 +12,7 @@ from safe_offrl.commands.offline import plan_pretrain, pretrain_config, pretrain
 from safe_offrl.commands.tools import compare_runs
 from safe_offrl.errors import RunError
 from safe_offrl.progress import Say
-from safe_offrl.run import RunDir
+from safe_offrl.run import RunDir, require_runs_folder
 
 
 def demo(
@@ -29,6 +29,7 @@ def demo(
     three runs.
     """
     runs = Path(runs)
+    require_runs_folder(runs)
     plan = plan_pretrain(pretrain_config(steps=steps, seed=seed), say=say)
     name = _free_demo_name(runs)
     pretrained = pretrain_run(plan, name=name, runs=runs, say=say)

@@ -1,0 +1,60 @@
+"""A disk that fails: the operating system's own calls raise for the files that are chosen."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FAULTS = {"full": errno.ENOSPC, "denied": errno.EACCES, "broken": errno.EIO}
+Chosen = Callable[[Path, bytes], bool]  # which call fails: the path, and what was written last
+
+
+def fail(patch: pytest.MonkeyPatch, call: str, fault: str, chosen: Chosen) -> list[Path]:
+    """Let os.``call`` (write, fsync or rename) raise as a ``fault`` of the disk does.
+
+    Returns the list of paths where it did, which grows. Half of a write gets through.
+    """
+    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "rename")}
+    opened: dict[int, Path] = {}
+    written: dict[Path, bytes] = {}
+    failed: list[Path] = []
+
+    def check(path: Path) -> None:
+        if chosen(path, written.get(path, b"")):
+            failed.append(path)
+            raise OSError(FAULTS[fault], os.strerror(FAULTS[fault]))
+
+    def opening(path: Any, *arguments: Any, **named: Any) -> Any:
+        fd = real["open"](path, *arguments, **named)
+        opened[fd] = Path(path)
+        return fd
+
+    def writing(fd: int, data: Any) -> Any:
+        if fd not in opened:  # a pipe, say
+            return real["write"](fd, data)
+        written[opened[fd]] = bytes(data)
+        if call == "write" and chosen(opened[fd], bytes(data)):
+            real["write"](fd, data[: len(data) // 2])
+            check(opened[fd])
+        return real["write"](fd, data)
+
+    def syncing(fd: int) -> None:
+        if call == "fsync" and fd in opened:
+            check(opened[fd])
+        real["fsync"](fd)
+
+    def renaming(source: Any, target: Any, **named: Any) -> None:
+        if call == "rename":
+            check(Path(target))
+        real["rename"](source, target, **named)
+
+    patch.setattr(os, "open", opening)
+    patch.setattr(os, "write", writing)
+    patch.setattr(os, "fsync", syncing)
+    patch.setattr(os, "rename", renaming)
+    return failed
