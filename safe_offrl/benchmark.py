@@ -14,9 +14,11 @@ from typing import Any
 
 from safe_offrl.config import coerce, read_yaml, suggestion
 from safe_offrl.errors import ConfigError
+from safe_offrl.run import NAME
 
 Settings = Mapping[str, Any]  # dotted key -> value
 
+MOST_SEEDS = 1_000
 _NEVER = 1_000_000_000  # steps: more than any budget has
 _OFF: Settings = {"kl": False, "safety_constraint": False, "shield": False}
 _FROZEN: Settings = {**_OFF, "warmup_steps": _NEVER, "update_every": _NEVER}
@@ -183,6 +185,22 @@ def parse_suite(text: str, name: str) -> Suite:
             raise ConfigError(
                 f'"settings.{method}" may hold "pretrain" and "finetune" alone. Correct it.'
             )
+        for phase, settings in phases.items():
+            if not isinstance(settings, dict | None):
+                raise ConfigError(
+                    f'"settings.{method}.{phase}" holds no key: value pairs. Correct it.'
+                )
+    for env_id, path in nested["datasets"].items():
+        coerce(str, path, f"datasets.{env_id}")
+    if plain["seeds"] > MOST_SEEDS:
+        raise ConfigError(f"The suite {name} has more than {MOST_SEEDS:,} seeds. Lower the number.")
+    for env_id in plain["environments"]:
+        folder = folder_name(env_id)
+        if not NAME.fullmatch(folder) or set(folder) == {"."}:
+            raise ConfigError(
+                f'The environment "{env_id}" of the suite {name} cannot name a folder of runs. '
+                "Give the id of an environment."
+            )
     if min(plain["seeds"], plain["evaluation_episodes"]) < 1 or not plain["environments"]:
         raise ConfigError(
             f"The suite {name} needs at least 1 environment, 1 seed and 1 evaluation episode. "
@@ -282,7 +300,9 @@ def flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in settings.items():
         inner = (
-            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
         )
         result |= inner
     return result

@@ -76,9 +76,9 @@ def schema_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def suggestion(key: str, known: Iterable[str]) -> str:
+def suggestion(key: object, known: Iterable[str]) -> str:
     """The known key that was probably meant: same last part first, then similar spelling."""
-    known = list(known)
+    key, known = str(key), list(known)  # YAML has keys that are no text
     leaf = key.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

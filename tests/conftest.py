@@ -68,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_OUTCOMES] = outcomes
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figure(request: pytest.FixtureRequest) -> promises.Record:
     """``figure("R1", "100/100 ...")``: what a test of a promise reached."""
     return lambda number, text: request.config.stash[_FIGURES].setdefault(number, []).append(text)

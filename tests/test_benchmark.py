@@ -83,6 +83,12 @@ def test_settings_of_the_suite_the_method_and_what_is_tuned_in_this_order() -> N
     )
 
 
+def test_a_key_that_is_no_text_is_refused_as_unknown() -> None:
+    suite = suite_of(**{"batch_size: 32}": "1: 32}"})
+    with pytest.raises(ConfigError, match='Unknown key "1"'):
+        benchmark_text(suite, Path("root"))
+
+
 def test_only_some_methods_and_other_seeds() -> None:
     suite = narrowed(load_suite("point"), "rlpd,marvel", "100,101")
     assert (suite.methods, suite.seeds) == (("rlpd", "marvel"), (100, 101))
@@ -96,9 +102,14 @@ def test_only_some_methods_and_other_seeds() -> None:
         ("budget", "buget", 'Unknown key "buget".*"budget"'),
         ("[ours, rlpd]", "[ours, rlpt]", 'no method "rlpt".*"rlpd"'),
         ("seeds: 1", "seeds: 0", "at least 1 environment, 1 seed"),
+        ("seeds: 1", "seeds: 1e9", "more than 1,000 seeds"),
+        ("budget", "2.5", 'Unknown key "2.5"'),
+        ("environments: [HazardLine-v0]", "environments: ['m:..']", "cannot name a folder"),
         ("budget: 300\n", "", 'does not say "budget"'),
         ("finetune: {warmup_steps: 100, batch_size: 32}", "finetune: 3", "no key: value pairs"),
         ("finetune:", "settings: {ours: {online: {}}}\nfinetune:", '"settings.ours" may hold'),
+        ("finetune:", "settings: {ours: {finetune: 1}}\nfinetune:", "no key: value pairs"),
+        ("finetune:", "datasets: {HazardLine-v0: 3}\nfinetune:", "text is needed"),
     ],
 )
 def test_a_wrong_suite_is_one_sentence(old: str, new: str, message: str) -> None:

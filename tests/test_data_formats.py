@@ -216,6 +216,20 @@ def test_integer_actions_become_one_hot(path: Path) -> None:
         load(d4rl(path, actions=index - (index == 0)), TERMINATED)
 
 
+def test_what_is_no_row_for_each_transition_is_named(path: Path) -> None:
+    for name in ("observations", "actions", "terminals", "timeouts"):
+        with pytest.raises(DataError, match=f'"{name}" is a single number'):
+            load(d4rl(path, **{name: np.float32(0)}), TERMINATED)
+    with pytest.raises(DataError, match='"timeouts" has 5 rows, but "observations" has 6'):
+        load(d4rl(path, timeouts=np.zeros(5)), TERMINATED)
+
+
+@pytest.mark.parametrize("largest", [10_000, 2**31, 2**62])
+def test_a_wrong_number_of_an_action_asks_for_no_memory(path: Path, largest: int) -> None:
+    with pytest.raises(DataError, match="discrete actions"):
+        load(d4rl(path, actions=np.array([0, 1, 0, 2, 1, largest])), TERMINATED)
+
+
 def test_actions_are_rescaled_where_their_bounds_are_known(path: Path) -> None:
     actions = np.array([[0.0], [5], [10], [2.5], [0], [0]])
     with pytest.raises(DataError, match="outside"):

@@ -17,7 +17,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.experience import Experience
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
-from safe_offrl.data.memory_map import verify_memory_map
+from safe_offrl.data.memory_map import _header_sha256, verify_memory_map
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.errors import DataError
 from safe_offrl.nets import NetworkConfig
@@ -245,6 +245,18 @@ def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
     header = json.loads((path / "dataset.json").read_bytes())
     (path / "dataset.json").write_text(json.dumps(header | {"observation_size": 1}))
     refused()
+    # Whoever changes the header can sign it again, so it is not believed.
+    for key, value in {
+        "metadata": None,
+        "sha256": None,
+        "transitions": float(header["transitions"]),
+        "action_size": -1,
+    }.items():
+        fresh()
+        forged = {k: v for k, v in {**header, key: value}.items() if v is not None}
+        forged["header_sha256"] = _header_sha256(forged)
+        (path / "dataset.json").write_text(json.dumps(forged))
+        refused()
     # A changed number is found where everything is read, not at each load.
     fresh()
     with (path / "tables.f32").open("rb+") as tables:

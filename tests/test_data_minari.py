@@ -88,6 +88,14 @@ def test_an_episode_that_nothing_ended_is_truncated(tmp_path: Path) -> None:
     assert dataset.truncated.tolist() == [False, True, False, True]
 
 
+def test_episodes_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "log", [0])
+    with h5py.File(path / "data" / "main_data.hdf5", "a") as file:
+        episode(file, 1, actions=np.zeros((2, 3)))
+    with pytest.raises(DataError, match=r"actions of the episodes of .* differ in shape"):
+        load(path)
+
+
 def test_all_ways_to_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "root" / "Team" / "reach-v0")
     expected = load(path).sha256

@@ -125,6 +125,9 @@ def test_costs_are_asked_for_by_name() -> None:
         from_replay_buffer(buffer)
     with pytest.raises(DataError, match=r"`costs` is \[10, 1\]"):
         from_replay_buffer(buffer, costs=costs[:, 0])
+    for wrong in (np.float32(1.0), np.zeros(0), np.zeros((10, 2, 1)), "x"):
+        with pytest.raises(DataError, match="`costs` is"):
+            from_replay_buffer(buffer, costs=wrong)  # type: ignore[arg-type]
     buffer.costs = costs  # type: ignore[attr-defined]
     assert len(from_replay_buffer(buffer)[0]["costs"]) == 8
 

@@ -79,8 +79,8 @@ def benchmark_run(
     anything. The comparison lies beside the runs, as a page, tables, chart and JSON. RunError in
     the end if a run failed.
     """
-    require_runs_folder(root)
     say(benchmark_text(suite, root))
+    require_runs_folder(root)
     (root / "logs").mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(suite, root)
     state = _Progress(suite, root, workers, [j for j in jobs if _next_command(j, suite)])

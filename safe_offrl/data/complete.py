@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import REQUIRED, TABLES, Arrays, Metadata, Raw
+from safe_offrl.data.content import MAX_BYTES, REQUIRED, TABLES, Arrays, Metadata, Raw
 from safe_offrl.errors import DataError
+
+MOST_ACTIONS = 10_000  # that are discrete: a wrong number must not ask for all memory
 
 
 def complete(arrays: Arrays, metadata: Metadata, horizon: int | None = None) -> Raw:
@@ -34,8 +36,7 @@ def complete(arrays: Arrays, metadata: Metadata, horizon: int | None = None) -> 
                 f'The dataset has no array "{name}". Write it in the DSRL layout: '
                 f"{', '.join(REQUIRED)}."
             )
-        if len(found[name]) != len(found["observations"]):
-            return found, noted  # the validation says what is wrong
+    _check_rows(found)
     actions, log_volume = _rescaled(_one_hot(found["actions"], noted), noted)
     found["actions"] = actions
     if log_volume and "behaviour_log_probs" in found:
@@ -56,6 +57,21 @@ def complete(arrays: Arrays, metadata: Metadata, horizon: int | None = None) -> 
     return found, noted
 
 
+def _check_rows(arrays: Arrays) -> None:
+    """Raise DataError unless every array has a row for each transition."""
+    rows = arrays["observations"].shape[:1]
+    for name, array in arrays.items():
+        if not array.shape:
+            raise DataError(
+                f'The array "{name}" is a single number. Store one row per transition in it.'
+            )
+        if array.shape[:1] != rows and rows and name != "episode_behaviours":
+            raise DataError(
+                f'The array "{name}" has {len(array)} rows, but "observations" has {rows[0]}. '
+                "Store one row per transition in every array."
+            )
+
+
 def _scalars(array: NDArray[Any]) -> NDArray[Any]:
     """[N] from (N, 1)."""
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
@@ -74,6 +90,11 @@ def _one_hot(actions: NDArray[Any], metadata: dict[str, Any]) -> NDArray[Any]:
         raise DataError(
             f"The dataset's actions are the integers {index.min()} to {index.max()}, but the "
             f"metadata's action_count is {count}. Store 0 to action_count - 1."
+        )
+    if count > MOST_ACTIONS or 4 * count * len(index) > MAX_BYTES:
+        raise DataError(
+            f"The dataset has {count:,} discrete actions, but one-hot rows are kept of at most "
+            f"{MOST_ACTIONS:,}, and of fewer in a large file. Check the actions and action_count."
         )
     rows = np.zeros((len(index), count), np.float32)
     rows[np.arange(len(index)), index] = 1.0

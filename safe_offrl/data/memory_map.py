@@ -229,6 +229,8 @@ def _open(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
         # A link could point to any file of this machine.
         sizes = {name: s.st_size for name, s in found.items() if stat.S_ISREG(s.st_mode)}
         complete = sizes == header["files"] and sizes["tables.f32"] == n * (2 * o + a) * 4
+        complete &= all(type(size) is int and size > 0 for size in (n, o, a))
+        complete &= isinstance(header["metadata"], str) and isinstance(header["sha256"], str)
         complete &= all(
             sizes[_file_name(key)] == n * stored_type(key).itemsize
             for key in REQUIRED

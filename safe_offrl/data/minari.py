@@ -86,6 +86,11 @@ def read_minari(path: Path) -> Raw:
             f'Only some episodes of "{path}" have {", ".join(sorted(set(_INFOS.values())))} in '
             "their infos. Log them for all episodes, or for none."
         )
+    for key in sorted(keys):
+        if len({part[key].shape[1:] for part in parts}) > 1:
+            raise DataError(
+                f'The {key} of the episodes of "{path}" differ in shape. Log them all alike.'
+            )
     arrays = {key: np.concatenate([part.pop(key) for part in parts]) for key in sorted(keys)}
     if ATTRIBUTE in description and all(b is not None for b in behaviours):
         arrays["episode_behaviours"] = np.array(behaviours, dtype=np.int32)

@@ -42,7 +42,9 @@ def from_replay_buffer(
             "The replay buffer holds no costs. Give them as `costs`, an array "
             f"[{buffer.buffer_size}, {buffer.n_envs}] in the buffer's own slots."
         )
-    costs = np.asarray(costs).reshape(len(costs), -1)
+    costs = np.asarray(costs)
+    if costs.ndim == 1:
+        costs = costs[:, None]
     if costs.shape != buffer.rewards.shape:
         raise DataError(
             f"`costs` is {list(costs.shape)}, but the replay buffer "

@@ -35,8 +35,16 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
     _check_shapes(checked)
     for name, array in checked.items():
         _check_values(name, array)
+    index = arrays.get("episode_behaviours")
+    if index is not None and (index.ndim != 1 or index.dtype.kind not in "iu"):
+        raise DataError(
+            f"episode_behaviours is {index.dtype} of the shape {list(index.shape)}. "
+            "Store one whole number for each episode, or leave the array out."
+        )
     actions = arrays["actions"]
-    largest = max(float(np.abs(actions[part]).max()) for part in chunks(len(actions)))
+    largest = max(
+        float(np.abs(np.asarray(actions[part], np.float64)).max()) for part in chunks(len(actions))
+    )
     if largest > 1.0 + ACTION_TOLERANCE:
         raise DataError(
             f"The dataset has an action of size {largest:.6g}, outside [-1, 1]. "
@@ -89,7 +97,9 @@ def _check_values(name: str, array: NDArray[np.generic]) -> None:
                 )
             continue
         # The limit of float32 catches infinity, NaN (by the negation), what would overflow to it.
-        bad = ~(np.abs(values) <= _LARGEST)
+        # In float64: no float16 is as large, and the smallest integer has no absolute value.
+        with np.errstate(over="ignore"):
+            bad = ~(np.abs(np.asarray(values, np.float64)) <= _LARGEST)
         if bad.any() and not wrong:
             first = part.start + int(np.argwhere(bad)[0][0])
         wrong += int(bad.sum())
