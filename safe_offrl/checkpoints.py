@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint:
             TypeError,
             AttributeError,
             RecursionError,
+            safetensors.SafetensorError,
         ) as error:
             problems.append(f"{path.name}: {error}")
     if problems:

@@ -1,0 +1,190 @@
+"""Twelve inputs that try to run code, read other files, write elsewhere or take all memory.
+
+Each is refused with one of our own errors, its marker file was not made, and what it asked for of
+this machine is in no error message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from safe_offrl.benchmark import load_suite
+from safe_offrl.config import parse_run_yaml
+from safe_offrl.data.hdf5 import write_dataset
+from safe_offrl.data.loading import load_dataset
+from safe_offrl.errors import UserError
+from safe_offrl.files import json_bytes
+from safe_offrl.pretrain import PretrainConfig
+from safe_offrl.run import RunDir, find_run
+from safe_offrl.safety import SafetySpec
+from tests.promises import Record
+from tests.test_data_hdf5 import METADATA, make_arrays
+from tests.test_run import TENSORS, make
+
+SECRET = "what-nobody-else-should-read"
+
+
+class Payload:
+    """Makes the marker file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def load(path: Path) -> Any:
+    return load_dataset(path, discount=0.9, spec=SafetySpec(), horizon=4)
+
+
+def hdf5(folder: Path, **rewards: Any) -> Path:
+    """A valid file but for its rewards: an argument of create_dataset, or a link."""
+    path = folder / "log.hdf5"
+    write_dataset(path, make_arrays(), METADATA)
+    with h5py.File(path, "a") as file:
+        del file["rewards"]
+        if "link" in rewards:
+            file["rewards"] = rewards["link"]
+        elif "layout" in rewards:
+            file.create_virtual_dataset("rewards", rewards["layout"])
+        else:
+            file.create_dataset("rewards", **rewards)
+    return path
+
+
+def pickle_in_npz(folder: Path, marker: Path) -> None:
+    rewards = np.array([Payload(marker)] * 6, dtype=object)
+    np.savez(folder / "log.npz", **{**make_arrays(), "rewards": rewards})
+    load(folder / "log.npz")
+
+
+def external_link(folder: Path, marker: Path) -> None:
+    load(hdf5(folder, link=h5py.ExternalLink(str(folder / "secret.hdf5"), "rewards")))
+
+
+def soft_link(folder: Path, marker: Path) -> None:
+    load(hdf5(folder, link=h5py.SoftLink("/costs")))
+
+
+def external_storage(folder: Path, marker: Path) -> None:
+    external = [(str(folder / "secret.txt"), 0, h5py.h5f.UNLIMITED)]
+    load(hdf5(folder, shape=(6,), dtype="f4", external=external))
+
+
+def virtual_dataset(folder: Path, marker: Path) -> None:
+    layout = h5py.VirtualLayout(shape=(6,), dtype="f4")
+    layout[:] = h5py.VirtualSource(str(folder / "secret.hdf5"), "rewards", shape=(6,))
+    load(hdf5(folder, layout=layout))
+
+
+def shape_of_terabytes(folder: Path, marker: Path) -> None:
+    load(hdf5(folder, shape=(10**12,), dtype="f8", chunks=(1024,)))
+
+
+def agent_zip(folder: Path, marker: Path) -> None:
+    """As Stable-Baselines3 saves one: a pickle in base64 beside the weights."""
+    with zipfile.ZipFile(folder / "agent.zip", "w") as archive:
+        archive.writestr("data", json.dumps({"policy_class": {":serialized:": "gASV"}}))
+        archive.writestr("policy.pth", pickle.dumps(Payload(marker)))
+    with pytest.raises(UserError):
+        find_run("agent.zip", folder)
+    (folder / "agent.zip").rename(folder / "agent.npz")
+    load(folder / "agent.npz")
+
+
+def resolver_in_yaml(folder: Path, marker: Path) -> None:
+    text = "inputs: {env_id: '${oc.env:SAFE_OFFRL_SECRET}', dataset: a, dataset_sha256: b}\n"
+    parse_run_yaml(text + "pretrain: {}\n", "pretrain", PretrainConfig)
+
+
+def python_tag_in_yaml(folder: Path, marker: Path) -> None:
+    tag = f"!!python/object/apply:os.mkdir ['{marker}']"
+    (folder / "suite.yaml").write_text(f"environments: [HazardLine-v0]\nmethods: {tag}\n")
+    load_suite(str(folder / "suite.yaml"))
+
+
+def nested_yaml(folder: Path, marker: Path) -> None:
+    parse_run_yaml("inputs: " + "{a: " * 5000, "pretrain", PretrainConfig)
+
+
+def run_name_outside(folder: Path, marker: Path) -> None:
+    (folder / "runs").mkdir()
+    make(folder / "runs", name=f"../{marker.name}")
+
+
+def pickle_as_weights(folder: Path, marker: Path) -> None:
+    """A checkpoint that was signed again, with a pickle where the weights were."""
+    with make(folder, name="run") as run:
+        run.save_checkpoint(10, TENSORS, {"step": 10})
+    inside = folder / "run" / "checkpoints" / "step-000000010"
+    (inside / "state.safetensors").write_bytes(pickle.dumps(Payload(marker)))
+    manifest = json.loads((inside / "manifest.json").read_bytes())
+    del manifest["crc32"]
+    for name in manifest["sha256"]:
+        manifest["sha256"][name] = hashlib.sha256((inside / name).read_bytes()).hexdigest()
+    manifest["crc32"] = zlib.crc32(json_bytes(manifest))
+    (inside / "manifest.json").write_bytes(json_bytes(manifest))
+    RunDir(folder / "run").load_checkpoint()
+
+
+HOSTILE: tuple[Callable[[Path, Path], None], ...] = (
+    pickle_in_npz,
+    external_link,
+    soft_link,
+    external_storage,
+    virtual_dataset,
+    shape_of_terabytes,
+    agent_zip,
+    resolver_in_yaml,
+    python_tag_in_yaml,
+    nested_yaml,
+    run_name_outside,
+    pickle_as_weights,
+)
+
+
+@pytest.fixture(scope="module")
+def refused(figure: Record) -> Iterator[list[str]]:
+    """Names of the inputs that were refused; their number is reported."""
+    names: list[str] = []
+    yield names
+    figure("R13", f"{len(names)}/{len(HOSTILE)} hostile inputs refused, no marker file")
+
+
+@pytest.mark.promise("R13")
+@pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack.__name__)
+def test_hostile_inputs_are_refused_and_do_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: list[str],
+    attack: Callable[[Path, Path], None],
+) -> None:
+    monkeypatch.setenv("SAFE_OFFRL_SECRET", SECRET)
+    folder, marker = tmp_path / "input", tmp_path / "input" / "marker"
+    folder.mkdir()
+    (folder / "secret.txt").write_text(SECRET)
+    write_dataset(folder / "secret.hdf5", make_arrays(), METADATA)
+    with pytest.raises(UserError) as caught:
+        attack(folder, marker)
+    assert not marker.exists()
+    assert SECRET not in str(caught.value)
+    assert not isinstance(caught.value.__cause__, MemoryError)
+    refused.append(attack.__name__)
+
+
+def test_the_payload_would_make_its_marker(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()
