@@ -45,7 +45,9 @@ Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Resume = Annotated[
     str | None, typer.Option(metavar="RUN", help="Continue this run; it keeps its settings.")
 ]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads of torch; stored in the run.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of torch, 1 if left out; stored in the run.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, the rest to stderr.")]
 CheckpointSeconds = Annotated[
     float, typer.Option(min=0.0, help="Seconds of work that a crash may cost.")
@@ -78,7 +80,7 @@ def pretrain(
     name: Name = None,
     runs: Runs = Path("runs"),
     resume: Resume = None,
-    threads: Threads = 1,
+    threads: Threads = None,
     checkpoint_seconds: CheckpointSeconds = 10.0,
     print_config: PrintConfig = False,
     dry_run: DryRun = False,
@@ -102,7 +104,7 @@ def pretrain(
     keys = commands.parse_overrides(overrides or [])
     if resume is not None:
         _refuse_settings_on_resume([*settings.values(), name, *keys])
-        run = commands.resume_pretrain(resume, **writing)
+        run = commands.resume_pretrain(resume, threads=threads, **writing)
     else:
         config = commands.pretrain_config(**settings, overrides=keys)
         if print_config:
@@ -110,7 +112,7 @@ def pretrain(
             return
         if not dry_run:
             require_runs_folder(runs, name)
-        plan = commands.plan_pretrain(config, threads=threads, say=say)
+        plan = commands.plan_pretrain(config, threads=threads or 1, say=say)
         if dry_run:
             say(plan.header)
             return
@@ -184,7 +186,7 @@ def finetune(
     name: Name = None,
     runs: Runs = Path("runs"),
     resume: Resume = None,
-    threads: Threads = 1,
+    threads: Threads = None,
     checkpoint_seconds: CheckpointSeconds = 10.0,
     print_config: PrintConfig = False,
     dry_run: DryRun = False,
@@ -223,7 +225,7 @@ def finetune(
         _refuse_settings_on_resume(
             [*settings.values(), name, accept_risk or None, *references, *keys]
         )
-        run = commands.resume_finetune(resume, **writing)
+        run = commands.resume_finetune(resume, threads=threads, **writing)
     else:
         source = find_run(references[0] if references else None, runs, "pretrain")
         config = commands.finetune_config(source, **settings, overrides=keys)
@@ -233,7 +235,7 @@ def finetune(
         if not dry_run:
             require_runs_folder(runs, name)
         plan = commands.plan_finetune(
-            source, config, threads=threads, accept_risk=accept_risk, say=say
+            source, config, threads=threads or 1, accept_risk=accept_risk, say=say
         )
         if dry_run:
             say(plan.header)

@@ -224,6 +224,11 @@ def test_what_is_no_row_for_each_transition_is_named(path: Path) -> None:
         load(d4rl(path, timeouts=np.zeros(5)), TERMINATED)
 
 
+@pytest.mark.parametrize("horizon", [6, 2**31, 2**64])
+def test_a_horizon_that_no_step_reaches_ends_no_episode(path: Path, horizon: int) -> None:
+    assert load(d4rl(path), TERMINATED, horizon=horizon).episode_starts.tolist() == [0, 2, 6]
+
+
 @pytest.mark.parametrize("largest", [10_000, 2**31, 2**62])
 def test_a_wrong_number_of_an_action_asks_for_no_memory(path: Path, largest: int) -> None:
     with pytest.raises(DataError, match="discrete actions"):

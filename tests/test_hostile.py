@@ -67,7 +67,8 @@ def hdf5(folder: Path, **rewards: Any) -> Path:
 
 def pickle_in_npz(folder: Path, marker: Path) -> None:
     rewards = np.array([Payload(marker)] * 6, dtype=object)
-    np.savez(folder / "log.npz", **{**make_arrays(), "rewards": rewards})
+    arrays: dict[str, Any] = {**make_arrays(), "rewards": rewards}
+    np.savez(folder / "log.npz", **arrays)
     load(folder / "log.npz")
 
 

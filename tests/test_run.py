@@ -19,6 +19,7 @@ from safe_offrl.errors import RunError
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Episode
 from tests.conftest import ledger_lines
+from tests.promises import Record
 
 
 def episode(index: int, accident: bool = False) -> Episode:
@@ -119,21 +120,42 @@ def test_a_ledger_cut_short_or_of_other_settings_is_found(tmp_path: Path) -> Non
 # --- one writer, names, finding ---
 
 
+HOLDS = """
+import sys
+from pathlib import Path
+from safe_offrl.run import RunDir
+run = RunDir(Path(sys.argv[1]))
+run.lock()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.mark.promise("R12")
-def test_second_writer_fails_at_once_naming_the_holder(tmp_path: Path) -> None:
-    with make(tmp_path, name="busy") as run:
-        script = (
-            "import sys; from pathlib import Path; from safe_offrl.run import RunDir\n"
-            f"RunDir(Path({str(run.path)!r})).lock()"
-        )
+def test_a_second_writer_fails_at_once_and_a_killed_one_holds_nothing(
+    tmp_path: Path, figure: Record
+) -> None:
+    run = make(tmp_path, name="busy")
+    run.close()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(run.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
         begin = time.monotonic()
-        with pytest.raises(RunError, match=f"pid {os.getpid()}"):
+        with pytest.raises(RunError, match=rf"another process \(pid {holder.pid}\)"):
             RunDir(run.path).lock()
-        assert time.monotonic() - begin < 1.0
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert f"pid {os.getpid()}" in done.stderr
+        seconds = time.monotonic() - begin
+        holder.kill()
+    assert seconds < 1.0
+    figure("R12", f"refused after {seconds:.3f} s, free after kill -9")
     with RunDir(run.path) as again:
         again.lock()
+        with pytest.raises(RunError, match=f"pid {os.getpid()}"):
+            RunDir(run.path).lock()  # nor twice in one process
 
 
 def test_writing_needs_the_lock(tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ def require_unfinished(run: RunDir) -> None:
         raise RunError(f'The run "{run.name}" is finished already. Start a new run instead.')
 
 
+def require_same_threads(run: RunDir, inputs: RunInputs, threads: int | None) -> None:
+    """Raise ConfigError if a run is to go on with another number of threads; None: as it was."""
+    if threads not in (None, inputs.threads):
+        raise ConfigError(
+            f'The run "{run.name}" computes with --threads {inputs.threads}, and with {threads} it '
+            "would come out differently. Leave --threads out, or start a new run."
+        )
+
+
 def require_both_outcomes(dataset: Dataset, path: Path, safety: SafetySpec) -> None:
     """Raise DataError if the data cannot tell safe from unsafe: all episodes of one kind."""
     if safety.constraint == "cost":

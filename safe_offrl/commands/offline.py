@@ -19,6 +19,7 @@ from safe_offrl.commands.common import (
     loading,
     numbers,
     require_both_outcomes,
+    require_same_threads,
     require_unfinished,
     save_calibration,
     say_plain,
@@ -159,6 +160,7 @@ def resume_pretrain(
     reference: str | Path,
     *,
     runs: str | Path = "runs",
+    threads: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     say: Say = say_plain,
 ) -> RunDir:
@@ -168,6 +170,7 @@ def resume_pretrain(
     with run:
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+        require_same_threads(run, inputs, threads)
         configure(inputs.threads)
         choose(stored_mode(inputs), config.precision, config.steps)  # refuses what cannot go on
         dataset = stored_dataset(inputs, config.safety, discount_of(config))

@@ -20,6 +20,7 @@ from safe_offrl.commands.common import (
     device_line,
     interrupted,
     loading,
+    require_same_threads,
     require_unfinished,
     save_calibration,
     say_plain,
@@ -278,6 +279,7 @@ def resume_finetune(
     reference: str | Path,
     *,
     runs: str | Path = "runs",
+    threads: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     say: Say = say_plain,
 ) -> RunDir:
@@ -292,6 +294,7 @@ def resume_finetune(
     with run:
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
+        require_same_threads(run, inputs, threads)
         plan = plan_finetune(
             stored_pretrain_run(inputs),
             config,

@@ -144,7 +144,7 @@ def at_horizon(ends: NDArray[np.bool_], horizon: Any) -> NDArray[np.bool_]:
     starts = np.concatenate([[0], stops[stops < len(ends)]]).astype(np.int64)
     lengths = np.diff(np.append(starts, len(ends)))
     steps = np.arange(len(ends)) - np.repeat(starts, lengths)
-    return np.asarray((steps + 1) % horizon == 0)
+    return np.asarray((steps + 1) % min(horizon, len(ends) + 1) == 0)
 
 
 def _shift(arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
