@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -94,9 +96,19 @@ class ProcessEnv(gymnasium.Env[Any, Any]):
         return EnvFault("The environment's process died. Look into what it printed last.")
 
 
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, however that came about."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _serve(pipe: Connection, make: Make) -> None:
     """What the other process does until its pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the loop decides when an episode is over
+    # The pipe ends with a parent that was killed too, but an environment that hangs never reads it.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         env, versions = make()
         spec = (env.spec.id, env.spec.max_episode_steps) if env.spec else (None, None)

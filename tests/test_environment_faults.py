@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import select
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -205,8 +210,8 @@ def test_a_process_gives_the_same_episode_as_no_process() -> None:
             env.close()
 
 
-def failing_process(name: str) -> AccidentEnv:
-    return make_env(f"{MODULE}:{name}-v0", SafetySpec(), timeout=1.0)
+def failing_process(name: str, timeout: float = 1.0) -> AccidentEnv:
+    return make_env(f"{MODULE}:{name}-v0", SafetySpec(), timeout=timeout)
 
 
 def test_a_process_that_hangs_is_ended_and_the_next_reset_starts_another() -> None:
@@ -224,6 +229,38 @@ def test_a_process_that_hangs_is_ended_and_the_next_reset_starts_another() -> No
     env.step(np.zeros(1, np.float32))
     env.close()
     env.close()
+
+
+HANGS = """
+import numpy as np
+from tests.test_environment_faults import failing_process
+
+env = failing_process("FailsByHanging", timeout=3600.0)
+env.reset(seed=3)
+env.step(np.zeros(1))
+env.step(np.zeros(1))
+print(env.unwrapped._process.pid, flush=True)
+env.step(np.zeros(1))
+"""
+
+
+@pytest.mark.promise("R11")
+def test_a_process_that_hangs_does_not_outlive_a_killed_run() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGS],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as run:
+        assert run.stdout is not None
+        pid = int(run.stdout.readline())
+        run.kill()
+        # Its output ends when the last process that could write to it has ended.
+        ended, _, _ = select.select([run.stdout], [], [], 5.0)
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+        assert ended, "the environment's process is still there"
+        assert run.stdout.read() == b""
 
 
 def test_an_environment_that_cannot_be_made_there_is_no_fault() -> None:
