@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-slow check results ablations precision safety-gym bench bench-data \
-	bench-assess clean
+	bench-assess bench-record clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
 	@echo "make bench-assess  do the intervals of assess hold the truth? (an hour)"
+	@echo "make bench-record  the share of a run that ledger and checkpoints take (a quarter of an hour)"
 	@echo "make clean   remove $(VENV), build products and caches; runs/ stays"
 	@echo "Another interpreter: make setup PYTHON=python3.12"
 
@@ -137,6 +138,11 @@ bench-data: setup
 bench-assess: setup
 	$(BIN)/python benchmarks/assess_coverage.py > docs/results/assess.txt
 	@cat docs/results/assess.txt
+
+# What the record costs, in a run of 50k steps; on the disk that the runs folder is on.
+bench-record: setup
+	$(BIN)/python benchmarks/record_keeping.py --folder runs > docs/results/record_keeping.txt
+	@cat docs/results/record_keeping.txt
 
 # Peers in environments of their own: their pins are not ours. d3rlpy's exclude our Gymnasium.
 PEERS := .venv-peers

@@ -11,6 +11,7 @@ import pytest
 
 from safe_offrl import commands
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.env import AccidentEnv
 from safe_offrl.errors import ConfigError
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import EnvironmentConfig
@@ -207,6 +208,17 @@ def test_a_certificate_counts_an_episode_that_was_cut_off(
 def test_no_second_copy_of_a_real_environment_films(root: Path, pretrained: RunDir) -> None:
     with pytest.raises(ConfigError, match=r"nothing of env\.kind real is played again"):
         commands.finetune_config(pretrained, overrides=["env.kind=real", "videos=3"])
-    run = commands.finetune_run(real_plan(pretrained), name="unfilmed", runs=root, say=silent)
-    with pytest.raises(ConfigError, match="which a real environment cannot"):
-        commands.evaluate_run(run.path, episodes=2, videos=1, say=silent)
+
+
+def test_no_episode_of_a_real_environment_is_off_the_record(
+    root: Path, pretrained: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = commands.finetune_run(real_plan(pretrained), name="unrecorded", runs=root, say=silent)
+
+    def resetting(self: AccidentEnv, **options: Any) -> Any:
+        raise AssertionError("an episode began")
+
+    monkeypatch.setattr(AccidentEnv, "reset", resetting)
+    with pytest.raises(ConfigError, match="Use `safe-offrl certify unrecorded --episodes 7`"):
+        commands.evaluate_run(run.path, episodes=7, say=silent)
+    assert not (run.path / "evaluation.json").exists()

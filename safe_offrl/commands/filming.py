@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safe_offrl.errors import ConfigError
 from safe_offrl.files import write_atomic
 from safe_offrl.finetune import Finetuning
 from safe_offrl.progress import Say
@@ -60,10 +59,6 @@ def filming_evaluation(
     if not most:
         yield None
         return
-    if loop.config.env.kind == "real":
-        raise ConfigError(
-            "A video plays an episode again, which a real environment cannot. Leave --videos out."
-        )
     require_pictures(loop.env)
     folder = run.path / FOLDER
     filmed = 0

@@ -54,12 +54,20 @@ def evaluate_run(
     """Play episodes with a run's final policy and write evaluation.json; returns its content.
 
     Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number. The first
-    ``videos`` accidents are filmed.
+    ``videos`` accidents are filmed. ConfigError where the environment is real: these episodes are
+    on no record, those of :func:`certify_run` are.
     """
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")
     run = find_run(reference, Path(runs))
     loop = final_policy(run)
+    if loop.config.env.kind == "real":
+        loop.env.close()
+        raise ConfigError(
+            f'The environment of "{run.name}" is real, where every episode must be on record and '
+            "evaluate keeps no record. Use "
+            f"`safe-offrl certify {run.name} --episodes {episodes}`, which does."
+        )
     safety = loop.config.safety
     with contextlib.closing(loop.env), filming_evaluation(run, loop, seed, videos, say) as watch:
         played = list(
