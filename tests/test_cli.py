@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from safe_offrl import cli
 from safe_offrl.data.hdf5 import write_dataset
+from tests.promises import Record
 
 TINY = ["steps=20", "alignment_steps=5", "log_every=10", "batch_size=32"]
 TINY += ["networks.actor_hidden=[16]", "networks.critic_hidden=[16]", "critic.hidden=[16,16]"]
@@ -223,6 +225,19 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.promise("R14")
+def test_help_takes_half_a_second(figure: Record) -> None:
+    seconds = []
+    for _ in range(9):
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-m", "safe_offrl.cli", "--help"], capture_output=True)
+        seconds.append(time.monotonic() - begin)
+    median = sorted(seconds)[4]
+    figure("R14", f"{median:.2f} s, median of {len(seconds)}")
+    assert median < 0.5
 
 
 def test_print_config(call: Call, pretrained: Path) -> None:
