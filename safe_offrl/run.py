@@ -113,6 +113,7 @@ class RunDir:
         """
         root = Path(root)
         require_runs_folder(root, name)
+        root.mkdir(parents=True, exist_ok=True)
         if name is not None:
             path = root / name
             try:
@@ -421,15 +422,16 @@ def check_name(name: str) -> str:
 
 
 def require_runs_folder(root: Path, name: str | None = None) -> None:
-    """Make the folder of runs; RunError unless a run, called ``name``, can be written into it.
+    """Raise RunError unless a run, called ``name``, can be written into the folder ``root``.
 
-    For the time before anything that takes long.
+    For the time before anything that takes long. Nothing is left behind: where ``root`` is still to
+    be made, the folder above it is tried.
     """
     if name is not None and (root / check_name(name)).exists():
         raise _taken(root, name)
-    probe = root / f".writable-{os.getpid()}"
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    probe = there / f".writable-{os.getpid()}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
         try:
             write_file(probe, b"?")
         finally:

@@ -168,8 +168,8 @@ def spoil(folder: Path, kind: str, patch: pytest.MonkeyPatch) -> Path:
     if kind == "below a file":
         (folder / "file").write_text("no folder")
         return folder / "file" / "runs"
-    fail(patch, "write", kind, lambda path, _: path.parent == folder / "runs")
-    return folder / "runs"
+    fail(patch, "write", kind, lambda path, _: path.parent == folder)
+    return folder / "not-there-yet" / "runs"
 
 
 @pytest.mark.promise("R6")
@@ -201,5 +201,6 @@ def test_a_name_that_is_taken_is_refused_before_any_work(tmp_path: Path) -> None
     make(tmp_path, name="one").close()
     with pytest.raises(RunError, match="already exists"):
         require_runs_folder(tmp_path, "one")
-    require_runs_folder(tmp_path / "new" / "folder", "two")
-    assert not list((tmp_path / "new" / "folder").iterdir())  # nothing is left behind
+    for runs in (tmp_path, tmp_path / "new" / "folder"):
+        require_runs_folder(runs, "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]  # nothing is left behind
