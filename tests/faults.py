@@ -100,6 +100,12 @@ def played(log: Path) -> list[EnvironmentEpisode]:
     return found
 
 
+def in_an_episode(log: Path) -> bool:
+    """Whether the last thing that the environment did was a step, with more to come."""
+    # In reality the reservation is on record before the environment has written anything.
+    return log.is_file() and log.read_bytes().endswith((b"step 0\n", b"step 1\n"))
+
+
 def where_it_fell(run: Path, log: Path | None) -> str:
     """Where a kill found the process: "checkpoint" (half written), "episode" or "between"."""
     if list((run / "checkpoints").glob(".tmp-*")):
@@ -132,7 +138,7 @@ def run_and_kill(
         wanted = lines_of(growing) + rng.randint(1, 4)
         waits_for = {
             "checkpoint": lambda: any((run / "checkpoints").glob(".tmp-*")),
-            "episode": lambda: log is None or log.read_bytes().endswith((b"step 0\n", b"step 1\n")),
+            "episode": lambda: log is None or in_an_episode(log),
             "anything": lambda: True,
         }
         chosen = rng.choice(list(waits_for))
