@@ -62,7 +62,7 @@ def test_methods_with_equal_offline_settings_share_their_pretrained_policies() -
     base = Path("root/PointHazard-v0")
     assert needs[base / "rlpd" / "3"] == base / "pretrained-ours" / "3"
     assert needs[base / "calql" / "3"] == base / "pretrained-wsrl" / "3"
-    assert len(jobs) == 10 * (4 + 14)
+    assert len(jobs) == 10 * (4 + 15)
 
 
 def test_a_run_comes_after_what_it_needs_and_seeds_after_whole_seeds() -> None:
