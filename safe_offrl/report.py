@@ -62,7 +62,10 @@ class Comparison:
 
 
 def compare(
-    references: Sequence[str | Path], *, group_by: str | None = None, root: Path = Path("runs")
+    references: Sequence[str | Path | Source],
+    *,
+    group_by: str | None = None,
+    root: Path = Path("runs"),
 ) -> Comparison:
     """Read runs, and folders of runs, and compute every row, group and paired comparison.
 

@@ -140,11 +140,13 @@ def _baseline(settings: Mapping[str, Any], key: str) -> Any:
     return (values | dict(settings.get("baseline") or {}))[key]
 
 
-def find_runs(reference: str | Path, root: Path) -> list[Source]:
+def find_runs(reference: str | Path | Source, root: Path) -> list[Source]:
     """The run, or every run directly in the folder, that a path or a name under ``root`` means.
 
     RunError if it is neither.
     """
+    if isinstance(reference, Source):
+        return [reference]
     for path in (Path(reference), Path(root) / reference):
         if (path / "run.json").is_file():
             return [Source(path)]

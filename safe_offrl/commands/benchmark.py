@@ -21,6 +21,7 @@ from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.progress import Interrupted, Say, StopSignal
 from safe_offrl.run import RunDir, require_runs_folder
+from safe_offrl.run_data import Source
 
 POLL_SECONDS = 0.5
 TELL_SECONDS = 60.0  # between two lines of progress while nothing ends
@@ -206,9 +207,13 @@ def _line(state: _Progress) -> str:
 def _compare(state: _Progress, env: str, say: Say) -> dict[str, Any]:
     """Each method's folder is a group: its settings alone may be those of another method."""
     base = state.root / folder_name(env)
-    finished = {run.parent for run in state.done}
-    methods = [base / name for name in state.suite.methods if base / name in finished]
-    if not methods:
+    # Not whole folders: they may hold other seeds, and runs that have not ended.
+    sources = [
+        Source(job.folder, job.folder.parent)
+        for job in jobs_of(state.suite, state.root)
+        if job.kind == "finetune" and job.folder in state.done and job.folder.parent.parent == base
+    ]
+    if not sources:
         return {}
     say("")
 
@@ -216,7 +221,7 @@ def _compare(state: _Progress, env: str, say: Say) -> dict[str, Any]:
         return state.root / f"{base.name}.{suffix}"
 
     result = compare_runs(
-        methods, png=beside("png"), markdown=beside("md"), html=beside("html"), say=say
+        sources, png=beside("png"), markdown=beside("md"), html=beside("html"), say=say
     )
     write_atomic(beside("json"), json_bytes(result))
     return result

@@ -35,6 +35,7 @@ from safe_offrl.markdown import write_markdown
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import Say
 from safe_offrl.run import RunDir, find_run
+from safe_offrl.run_data import Source
 from safe_offrl.safety import SafetySpec
 from safe_offrl.statistics import clopper_pearson
 
@@ -148,7 +149,7 @@ def _plan_acting(pretrained: RunDir, config: FinetuneConfig, threads: int) -> Fi
 
 
 def compare_runs(
-    references: Sequence[str | Path],
+    references: Sequence[str | Path | Source],
     *,
     png: str | Path | None = None,
     svg: str | Path | None = None,
