@@ -25,6 +25,7 @@ from safe_offrl.statistics import clopper_pearson
 
 Floats = NDArray[np.float32]
 
+CONTRASTS = 201  # that a report keeps: a long log has thousands
 WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
 # What the shield needs before it may act, each with the reason it is refused for.
 MIN_ACCIDENT_EPISODES = 10
@@ -39,9 +40,10 @@ class CalibrationReport:
     ``reliability``: (mean prediction, mean outcome, transitions) per bin; ``ece`` its weighted mean
     gap. ``auroc`` and ``ranking`` are shares of correctly ordered pairs: of any two transitions,
     and of two actions at (nearly) one state, the comparison a shield makes; ``contrasts`` are what
-    the critic's plain members make of these, the risk of the dangerous action less that of the
-    other, by size. The estimates are of what ``constraint`` names: V_accident(s0), or the expected
-    cost per episode. ``bins`` are the curve of the figure.
+    the critic's plain members make of these ``ranking_pairs``, the risk of the dangerous action
+    less that of the other, by size; of many pairs the CONTRASTS quantiles. The estimates are of
+    what ``constraint`` names: V_accident(s0), or the expected cost per episode. ``bins`` are the
+    curve of the figure.
     """
 
     episodes: int
@@ -49,6 +51,7 @@ class CalibrationReport:
     auroc: float
     ranking: float
     ranking_low: float
+    ranking_pairs: int
     contrasts: tuple[float, ...]
     reliability: tuple[tuple[float, float, int], ...]
     ece: float
@@ -188,7 +191,8 @@ def calibrate_critic(
         auroc=score,
         ranking=concordant / pairs if pairs else float("nan"),
         ranking_low=ranking_low,
-        contrasts=tuple(sorted(contrasts.tolist())),
+        ranking_pairs=pairs,
+        contrasts=tuple(_by_size(contrasts).tolist()),
         reliability=reliability,
         ece=ece,
         constraint=limit.constraint,
@@ -213,6 +217,13 @@ def _reliability(
         if b.any()
     )
     return rows, float(sum(n * abs(p - o) for p, o, n in rows) / len(predicted))
+
+
+def _by_size(contrasts: Floats) -> Floats:
+    """Sorted, and no more than CONTRASTS of them."""
+    if len(contrasts) <= CONTRASTS:
+        return np.sort(contrasts)
+    return np.quantile(contrasts, np.linspace(0.0, 1.0, CONTRASTS)).astype(np.float32)
 
 
 def _contrasts(critic: SafetyCritic, held_out: Dataset, danger: NDArray[np.bool_]) -> Floats:

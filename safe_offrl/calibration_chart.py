@@ -145,7 +145,7 @@ def _draw_ranking(axis: Axes, report: CalibrationReport) -> None:
         axis,
         f"Ranking {report.ranking:.2f} (at least {report.ranking_low:.2f}): the shield {verdict}",
         "difference in risk",
-        f"{len(contrasts):,} pairs of a dangerous and a safe action at one state",
+        f"{report.ranking_pairs:,} pairs of a dangerous and a safe action at one state",
     )
 
 

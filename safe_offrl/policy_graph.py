@@ -58,7 +58,7 @@ class PolicyGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.actor = copy.deepcopy(actor).requires_grad_(False)
-        self.risk_net = shield.net.select(shield.members).requires_grad_(False)
+        self.risk_net = copy.deepcopy(shield.net).requires_grad_(False)
         self.acts, self.draws, self.margin = shield.acts, shield.draws, shield.margin
         self.register_buffer("mean", torch.tensor(normalizer.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(normalizer.std, dtype=torch.float32))

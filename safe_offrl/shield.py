@@ -7,7 +7,6 @@ has drawn itself. An argmin over actions that nobody has tried would find the cr
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +48,7 @@ class ShieldConfig:
 
 
 class Shield:
-    """A frozen copy of the safety critic, and how far above the least risk an action may lie.
+    """A frozen copy of the safety critic's plain members, and how far above the least risk to go.
 
     ``limit`` is what is constrained, in the critic's unit. A shield that does not ``act`` lets the
     policy's first draw pass unseen.
@@ -61,8 +60,8 @@ class Shield:
         self.config = config
         self.acts = acts
         self.margin = config.margin * limit
-        self.net = copy.deepcopy(critic.net).requires_grad_(False)
-        self.members = critic.plain  # what the others are pushed by is no comparison of actions
+        # The others are pushed up at the policy's actions: no comparison of actions.
+        self.net = critic.net.select(critic.plain).requires_grad_(False)
 
     def choose(
         self,
@@ -99,4 +98,4 @@ class Shield:
             observations = torch.from_numpy(observation).expand(len(actions), -1)
             left = torch.full((len(actions), 1), time_to_go)
             inputs = torch.cat([observations, left, torch.from_numpy(actions)], dim=-1)
-            return torch.sigmoid(self.net(inputs, self.members)).mean(0).numpy()
+            return torch.sigmoid(self.net(inputs)).mean(0).numpy()

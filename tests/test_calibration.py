@@ -6,6 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.calibration import (
+    CONTRASTS,
     CalibrationReport,
     accident_within,
     auroc,
@@ -225,10 +226,20 @@ def test_the_curves_are_those_of_the_reports_own_numbers() -> None:
     report = report_of(PERFECT, data)
     assert sum(b.transitions for b in report.bins) == len(data.rows)
     assert report.limit == 0.1
+    assert len(report.contrasts) == report.ranking_pairs
     assert np.mean(np.array(report.contrasts) > 0.0) == report.ranking == 1.0
     assert list(report.contrasts) == sorted(report.contrasts)
     # One step an episode: everything that follows is in the log, nothing is the critic's word.
     assert all(b.outcome == b.seen for b in report.bins)
+
+
+def test_of_a_long_log_the_report_keeps_quantiles_of_the_contrasts() -> None:
+    data = one_step_episodes(6000)
+    report = report_of(critic_of(observation=0.0, action=1.0, base=0.0), data)
+    assert report.ranking_pairs > CONTRASTS == len(report.contrasts)
+    few = report_of(critic_of(observation=0.0, action=1.0, base=0.0), one_step_episodes(600))
+    assert report.contrasts[100] == pytest.approx(np.median(few.contrasts), abs=0.02)
+    assert list(report.contrasts) == sorted(report.contrasts)
 
 
 def test_what_lies_beyond_the_window_is_not_seen() -> None:

@@ -108,6 +108,7 @@ def report(seed: int = 0, count: int = 2000, **changes: Any) -> CalibrationRepor
         auroc=0.9,
         ranking=0.7,
         ranking_low=0.6,
+        ranking_pairs=100,
         contrasts=tuple(np.linspace(-0.03, 0.07, 100)),
         reliability=(),
         ece=0.01,
