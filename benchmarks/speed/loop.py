@@ -78,7 +78,7 @@ def online(
         safety_constraint=constrained,
         shield=constrained,
     )
-    info = pretrained.info() | {"shield_threshold": 0.5}
+    info = pretrained.info() | {"shield_acts": True}
     loop = Finetuning(config, env, data, pretrained.state_dict(), info, compiled=True)
     update, inside = loop._update, [0.0]
 
@@ -133,7 +133,7 @@ def calls(folder: Path) -> dict[str, float]:
     action, tail = np.zeros(2, np.float32), np.zeros(6, np.float32)
     row = microseconds(lambda: np.concatenate([observation, action, observation, tail]))
     return {
-        "policy, one observation": microseconds(lambda: actor.sample(observation, rng)),
+        "policy, one observation": microseconds(lambda: actor.draw(observation, 1, rng)),
         "  Stable-Baselines3 predict": microseconds(lambda: model.predict(observation)),
         "insert one transition": row + microseconds(lambda: buffer.append(episode)) / 1000,
         "draw a batch of 256": microseconds(lambda: store.batches(1)),

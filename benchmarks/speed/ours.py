@@ -68,7 +68,7 @@ def sac(
                     batch, weights, _ = risky.draw(BATCH, 0.125, generator)
                     reference = critic.reference_states(batch.observations[:32], None, 1000.0)
                     critic.update(batch, weights, store.networks.actor, reference, generator)
-                risk = critic.risk if safety else None
+                risk = critic.plain_risk if safety else None
                 learner.update_actor(batches[-1], risk, nothing, None, nothing, generator)
 
         return run
