@@ -15,7 +15,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ Precision = Literal["fp32", "bf16"]
 # A loss, and what is to be logged or handed on besides.
 Values = tuple[Tensor, ...]
 Gradients = Callable[..., tuple[Values, tuple[Tensor, ...]]]
+
+
+class Optimizer(Protocol):
+    """What steps, given the gradient of each of its parameters."""
+
+    parameters: list[Tensor]
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Move the parameters."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,14 +98,11 @@ class Descent:
     critics' weight gradients and leaves nothing behind to be cleared.
     """
 
-    def __init__(
-        self, loss: Callable[..., Values], optimizer: torch.optim.Optimizer, compute: Compute
-    ) -> None:
+    def __init__(self, loss: Callable[..., Values], optimizer: Optimizer, compute: Compute) -> None:
         """``loss`` returns a tuple of tensors; the first is the scalar that goes down."""
         self._loss = loss
         self._optimizer = optimizer
         self._bf16 = compute.precision == "bf16"
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._gradients: Gradients = (
             _compiled(self._differentiate) if compute.compiled else self._differentiate
         )
@@ -135,14 +142,12 @@ class Descent:
                 "step, and the checkpoints are from before. Look at this loss in TensorBoard, and "
                 "start again with a lower learning rate"
             )
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self._optimizer.step()
+        self._optimizer.step(gradients)
 
     def _differentiate(self, *arguments: object) -> tuple[Values, tuple[Tensor, ...]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
             values = self._loss(*arguments)
-        gradients = torch.autograd.grad(values[0], self._parameters)
+        gradients = torch.autograd.grad(values[0], self._optimizer.parameters)
         return tuple(value.detach() for value in values), gradients
 
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.errors import ConfigError
 from safe_offrl.losses import (
@@ -139,12 +140,7 @@ class SafetyCritic:
         # Accidents are rare: start from "unlikely" instead of from a coin flip.
         self.start_from(-3.0)
         self.log_alpha = torch.tensor(config.alpha_init).log()
-        self.optimizer = torch.optim.AdamW(
-            self.net.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = Adam(self.net.parameters(), config.learning_rate, config.weight_decay)
         self.plain, self._pushed = slice(config.reference), slice(config.reference, None)
         self._descend = Descent(self.loss, self.optimizer, compute)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from safe_offrl.adam import Adam
 from safe_offrl.agents import AGENTS, Agent, AgentConfigs
 from safe_offrl.agents.cql import CQL, CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
@@ -248,8 +249,8 @@ def test_state_round_trip_continues_bitwise(name: str) -> None:
 @everyone
 def test_every_trained_tensor_is_in_one_optimiser_and_moves(name: str) -> None:
     setup = MAKERS[name]()
-    optimisers = [p for p in setup.parts.values() if isinstance(p, torch.optim.Optimizer)]
-    held = [id(p) for o in optimisers for group in o.param_groups for p in group["params"]]
+    optimisers = [p for p in setup.parts.values() if isinstance(p, Adam)]
+    held = [id(p) for o in optimisers for p in o.parameters]
     trained: dict[str, Tensor] = {
         f"{part}.{key}": parameter
         for part, module in setup.parts.items()

@@ -255,7 +255,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 def test_every_trained_tensor_is_in_the_optimiser_and_in_the_checkpoint() -> None:
     critic, other = make(), make()
-    held = {id(p) for g in critic.optimizer.param_groups for p in g["params"]}
+    held = {id(p) for p in critic.optimizer.parameters}
     assert held == {id(p) for p in critic.net.parameters()}
     generator, batch, actor = seeded(3), one_step(8, steps_left=9), constant_actor(1, 0.2)
     critic.update(batch, torch.ones(8), actor, States.at_start(torch.zeros(3, 1)), generator)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.nets import Actor
 from safe_offrl.state import Part
@@ -30,7 +30,7 @@ class BC:
 
     def __init__(self, actor: Actor, config: BCConfig, compute: Compute = EAGER) -> None:
         self.actor = actor
-        self.optimizer = torch.optim.Adam(actor.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizer = Adam(actor.parameters(), config.learning_rate)
         self._descend = Descent(self.loss, self.optimizer, compute)
 
     def parts(self) -> dict[str, Part]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.adam import Adam
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.distributions import Categorical, Policy, sample
@@ -58,9 +59,7 @@ class CQL:
         self.networks = networks
         self.config = config
         self.calibrated = calibrated
-        self.critic_optimizer = torch.optim.Adam(
-            networks.critics.parameters(), lr=config.learning_rate, fused=True
-        )
+        self.critic_optimizer = Adam(networks.critics.parameters(), config.learning_rate)
         self._descend_critics = Descent(self.critic_loss, self.critic_optimizer, compute)
 
     def parts(self) -> dict[str, Part]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN, Gaussian, Policy, Quadrature
 from safe_offrl.losses import exponential_weight
@@ -140,12 +141,8 @@ class Extraction:
             if actor.discrete
             else MixturePolicy(*sizes, config.components, generator)
         )
-        self.mixture_optimizer = torch.optim.Adam(
-            self.mixture.parameters(), lr=config.learning_rate, fused=True
-        )
-        self.actor_optimizer = torch.optim.Adam(
-            actor.parameters(), lr=config.learning_rate, fused=True
-        )
+        self.mixture_optimizer = Adam(self.mixture.parameters(), config.learning_rate)
+        self.actor_optimizer = Adam(actor.parameters(), config.learning_rate)
         self._descend_mixture = Descent(self.mixture_loss, self.mixture_optimizer, compute)
         self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.losses import expectile_loss, exponential_weight, td_target
 from safe_offrl.nets import Actor, Networks, Risk, StackedMLP, polyak_
@@ -50,8 +51,8 @@ class IQL:
         self.config = config
         self.value = StackedMLP(1, observation_size, hidden, layer_norm=True, generator=generator)
         lr = config.learning_rate
-        self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(networks.critics.parameters(), lr=lr, fused=True)
+        self.value_optimizer = Adam(self.value.parameters(), lr)
+        self.critic_optimizer = Adam(networks.critics.parameters(), lr)
         self._descend_value = Descent(self.value_loss, self.value_optimizer, compute)
         self._descend_critics = Descent(self.critic_loss, self.critic_optimizer, compute)
 
@@ -103,9 +104,7 @@ class OnlineIQL:
         self.networks = values.networks
         self.values = values
         self.config = config
-        self.actor_optimizer = torch.optim.Adam(
-            self.networks.actor.parameters(), lr=config.learning_rate, fused=True
-        )
+        self.actor_optimizer = Adam(self.networks.actor.parameters(), config.learning_rate)
         self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
 
     def parts(self) -> dict[str, Part]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.losses import td_target
 from safe_offrl.nets import Actor, Networks, Risk, polyak_
@@ -61,9 +62,9 @@ class RLPD:
             else config.target_entropy * action_size
         )
         lr = config.learning_rate
-        self.actor_optimizer = torch.optim.Adam(networks.actor.parameters(), lr=lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(networks.critics.parameters(), lr=lr, fused=True)
-        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=lr, fused=True)
+        self.actor_optimizer = Adam(networks.actor.parameters(), lr)
+        self.critic_optimizer = Adam(networks.critics.parameters(), lr)
+        self.temperature_optimizer = Adam([self.log_temperature], lr)
         self._descend_critics = Descent(self.critic_loss, self.critic_optimizer, compute)
         self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
         self._descend_temperature = Descent(
