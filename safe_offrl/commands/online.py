@@ -354,17 +354,21 @@ def _drive_finetuning(
         for event in loop.run(run.recorded):
             if isinstance(event, Reservation):
                 if stop.number:
+                    run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
                     raise interrupted(run, stop.number, curves.step)
                 run.reserve_episode(event.worst)  # on disk before the first of its steps
             elif isinstance(event, Episode):
-                run.append_episode(event)  # before anything else can happen
+                # Before anything else can happen. What can be played again need not outlive a power
+                # cut; an environment that failed may not fail again.
+                run.append_episode(event, sync=real or event.outcome != "complete")
                 show(event)
                 if event.outcome == "fault" and loop.fault:
                     say(f"fault       in episode {event.index:,}: {loop.fault}")
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())
-                if real:  # what was lived cannot be lived again
+                # What was lived cannot be lived again: not only after an iteration.
+                if real and (stop.number or time.monotonic() - saved > checkpoint_seconds):
                     run.save_checkpoint(event.total_steps, loop.state_dict(), loop.info())
                     saved = time.monotonic()
                 if stop.number and time.monotonic() - stop.since > STOP_SECONDS:
