@@ -258,7 +258,7 @@ def test_a_signal_loses_nothing_of_a_real_run(
 
         def signalling(*arguments: Any, **named: Any) -> Any:
             calls[0] += 1  # noqa: B023
-            if calls[0] == 500 and name.startswith("signalled"):  # noqa: B023
+            if calls[0] == 550 and name.startswith("signalled"):  # noqa: B023
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*arguments, **named)  # noqa: B023
 
