@@ -15,6 +15,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +75,14 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        write_file(temporary / "state.safetensors", state)
-        write_file(temporary / "info.json", info_bytes)
-        write_file(temporary / "manifest.json", json_bytes(manifest))
+        files = {
+            "state.safetensors": state,
+            "info.json": info_bytes,
+            "manifest.json": json_bytes(manifest),
+        }
+        # At once: three fsyncs then share one commit of the file system's journal.
+        with ThreadPoolExecutor(len(files)) as pool:
+            list(pool.map(write_file, map(temporary.joinpath, files), files.values()))
         fsync_folder(temporary)
         if target.exists():
             shutil.rmtree(target)

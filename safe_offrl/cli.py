@@ -385,6 +385,21 @@ def ledger(
 
 
 @app.command()
+def trust(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its name.")],
+    runs: Runs = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """Let a run that was made elsewhere import the modules that its settings name; once is enough.
+
+    That executes them here, so it is asked for.
+    """
+    from safe_offrl import commands
+
+    commands.trust_run(run, runs=runs)
+
+
+@app.command()
 def compare(
     references: Annotated[
         list[str],

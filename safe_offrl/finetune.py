@@ -1,7 +1,7 @@
 """The online phase: collect, update, propose, measure, accept or keep.
 
 A generator of episodes and iterations. Whoever drives it writes each episode to the ledger before
-asking for the next, and may checkpoint at every Episode and Iteration: there the state is whole.
+asking for the next, and may checkpoint at every event: there the state is whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RECENT_EPISODES = {"accident": 100, "cost": 10}
 
 
 class Finetuning:
-    """State and loop of the online phase; resumable at every Episode, Iteration and at the end."""
+    """State and loop of the online phase; resumable at every event and at the end."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The ledger: the record of accidents, one line an episode, hash-chained, CRC-framed and fsynced.
+"""The ledger: the record of accidents, one line an episode, hash-chained and CRC-framed.
 
 A line is a JSON object. Its key "chain" is the sha256 of the chain of the line before it and of
 this line's own content, so a line that was changed, dropped, swapped or repeated breaks every line
@@ -9,8 +9,10 @@ Where lost episodes cannot be replayed, a line with the outcome "reserved" comes
 first step, with the most that it can take. Until the line of its end follows, the episode counts as
 lost: as many steps as were reserved, and an accident.
 
-A crash can tear the last line, which is then left out; damage anywhere else is an error, since a
-lost line could be a lost accident. The hashes find what was changed; they are no signature.
+A line is fsynced before anything goes on, unless its episode can be played again: then it is only
+written, which survives the end of the process but not of the machine, and fsynced before anything
+counts it. A crash can tear the last line, which is then left out; damage anywhere else is an error,
+since a lost line could be a lost accident. The hashes find what was changed; they are no signature.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ def read_ledger(path: Path, start: str = "") -> Ledger:
 
 
 class LedgerWriter:
-    """Appends to one ledger; each line is on disk when the call returns."""
+    """Appends to one ledger; each line is on disk when the call returns, unless told otherwise."""
 
     def __init__(self, path: Path, start: str = "", counted: int = 0) -> None:
         """Read what is there and cut a torn last line off.
@@ -152,16 +154,17 @@ class LedgerWriter:
         self.reserved = ledger.reserved
         self._head = ledger.head
         self._failed = False
+        self._synced = not path.is_file()  # whoever wrote it may have been killed before its fsync
 
-    def append(self, episode: Episode) -> None:
-        """Write how an episode ended."""
-        self._write(episode)
+    def append(self, episode: Episode, *, sync: bool = True) -> None:
+        """Write how an episode ended; without ``sync`` it is durable after :meth:`sync` only."""
+        self._write(episode, sync=sync)
         self.episodes.append(episode)
         self.reserved = None
 
     def reserve(self, worst: Episode) -> None:
         """Write, before its first step, the most that the next episode can take and cost."""
-        self._write(worst._replace(outcome="reserved"))
+        self._write(worst._replace(outcome="reserved"), sync=True)
         self.reserved = worst
 
     def close_lost(self) -> None:
@@ -169,15 +172,27 @@ class LedgerWriter:
         if self.reserved is not None:
             self.append(lost(self.reserved))
 
-    def _write(self, episode: Episode) -> None:
+    def sync(self) -> None:
+        """Make every line durable: before a checkpoint or a status counts it."""
+        self._require_sound()
+        if not self._synced:
+            self._to_disk(b"", sync=True)
+
+    def _write(self, episode: Episode, *, sync: bool) -> None:
         if episode.index != len(self.episodes) or (
             self.reserved and not _closes(episode, self.reserved)
         ):
             raise RuntimeError(f"{episode} cannot follow {len(self.episodes)} episodes")
+        self._require_sound()
+        line, head = ledger_line(episode, self._head)
+        self._to_disk(line, sync=sync)
+        self._head = head
+
+    def _require_sound(self) -> None:
         if self._failed:  # half a line may be there, and a failed fsync cannot be made good
             raise RuntimeError("a write to this ledger failed; read it anew before another one")
-        line, head = ledger_line(episode, self._head)
+
+    def _to_disk(self, data: bytes, *, sync: bool) -> None:
         self._failed = True
-        write_file(self.path, line, append=True)
-        self._failed = False
-        self._head = head
+        write_file(self.path, data, append=True, sync=sync)
+        self._failed, self._synced = False, sync

@@ -247,8 +247,12 @@ class RunDir:
             self._writer = LedgerWriter(self.path / "ledger.jsonl", self._chain_start)
         return self._writer
 
-    def append_episode(self, episode: Episode) -> None:
+    def append_episode(self, episode: Episode, *, sync: bool = True) -> None:
         """Write one episode to the ledger and fsync it BEFORE the next one may begin.
+
+        Without ``sync``, for an episode that can be played again, the fsync comes before a
+        checkpoint or a status counts it: a kill loses nothing then, a power cut goes back to the
+        last checkpoint.
 
         After a resume the loop replays the episodes since the checkpoint; those must equal what
         the ledger already holds, else RunError: the run is then not the run it continues.
@@ -264,7 +268,7 @@ class RunDir:
                     "threads in versions.json and a deterministic environment."
                 )
         else:
-            writer.append(episode)
+            writer.append(episode, sync=sync)
         self._counts["ledger"] = index + 1
 
     def reserve_episode(self, worst: Episode) -> None:
@@ -310,6 +314,9 @@ class RunDir:
             raise RunError(f'"{path}" is damaged ({error}). Restore it from a backup.') from error
 
     def _sync_lines(self) -> None:
+        """Fsync what is about to be counted."""
+        if self._writer is not None:
+            self._writer.sync()
         for stem in ("metrics", "iterations"):
             path = self.path / f"{stem}.jsonl"
             if path.is_file():

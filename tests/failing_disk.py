@@ -1,4 +1,7 @@
-"""A disk that fails: the operating system's own calls raise for the files that are chosen."""
+"""A disk that fails: the operating system's own calls raise for the files that are chosen.
+
+And one that loses its power: what was appended and not fsynced is gone.
+"""
 
 from __future__ import annotations
 
@@ -58,3 +61,29 @@ def fail(patch: pytest.MonkeyPatch, call: str, fault: str, chosen: Chosen) -> li
     patch.setattr(os, "fsync", syncing)
     patch.setattr(os, "rename", renaming)
     return failed
+
+
+def watch(patch: pytest.MonkeyPatch) -> dict[Path, int]:
+    """Sizes of files at their last fsync, which grow as more are fsynced."""
+    opening, syncing = os.open, os.fsync
+    opened: dict[int, Path] = {}
+    durable: dict[Path, int] = {}
+
+    def open_(path: Any, *arguments: Any, **named: Any) -> Any:
+        fd = opening(path, *arguments, **named)
+        opened[fd] = Path(path)
+        return fd
+
+    def fsync(fd: int) -> None:
+        syncing(fd)
+        durable[opened[fd]] = os.fstat(fd).st_size
+
+    patch.setattr(os, "open", open_)
+    patch.setattr(os, "fsync", fsync)
+    return durable
+
+
+def cut_power(folder: Path, durable: dict[Path, int]) -> None:
+    """Of the files that grow in a run folder, leave what was fsynced."""
+    for path in folder.glob("*.jsonl"):
+        os.truncate(path, durable.get(path, 0))

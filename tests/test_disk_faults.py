@@ -15,7 +15,15 @@ from safe_offrl.errors import RunError
 from safe_offrl.run import RunDir, require_runs_folder
 from tests.failing_disk import FAULTS, fail
 from tests.test_real import real_plan
-from tests.test_resume import BUDGET, ONLINE, pretrain_plan, pretrained, root, silent
+from tests.test_resume import (
+    BUDGET,
+    ONLINE,
+    online_plan,
+    pretrain_plan,
+    pretrained,
+    root,
+    silent,
+)
 from tests.test_run import TENSORS, episode, make
 
 __all__ = ["pretrain_plan", "pretrained", "root"]  # fixtures
@@ -124,6 +132,29 @@ def test_no_step_is_taken_after_a_failed_write(
     assert len(failed) == 1
     assert set(at_failure) == {len(taken)}
     assert (taken == []) == (outcome == "reserved")
+    assert RunDir(root / name).load_checkpoint().step == 0
+
+
+@pytest.mark.promise("R6")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_checkpoint_counts_episodes_whose_fsync_failed(
+    root: Path, pretrained: RunDir, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """In simulation the fsync comes before the checkpoint, and the run stops there just as well."""
+    plan, name = online_plan(pretrained), f"unsynced-{fault}"
+    taken, at_failure = stopped_at(monkeypatch, plan), []
+
+    def chosen(path: Path, data: bytes) -> bool:
+        if path == root / name / "ledger.jsonl":
+            at_failure.append(len(taken))
+        return bool(at_failure)
+
+    with monkeypatch.context() as patch:
+        fail(patch, "fsync", fault, chosen)
+        with pytest.raises(OSError, match=os.strerror(FAULTS[fault])) as caught:
+            commands.finetune_run(plan, name=name, runs=root, checkpoint_seconds=0, say=silent)
+    assert str(caught.value.filename).endswith("ledger.jsonl")
+    assert 0 < at_failure[0] == len(taken)
     assert RunDir(root / name).load_checkpoint().step == 0
 
 

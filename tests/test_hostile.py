@@ -1,4 +1,4 @@
-"""Twelve inputs that try to run code, read other files, write elsewhere or take all memory.
+"""Fourteen inputs that try to run code, read other files, write elsewhere or take all memory.
 
 Each is refused with one of our own errors, its marker file was not made, and what it asked for of
 this machine is in no error message.
@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,11 +22,13 @@ import h5py
 import numpy as np
 import pytest
 
+from safe_offrl import cli, commands
 from safe_offrl.benchmark import load_suite
-from safe_offrl.config import parse_run_yaml
+from safe_offrl.commands.trust import require_trusted, trust_own
+from safe_offrl.config import RunInputs, parse_run_yaml, run_yaml
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
-from safe_offrl.errors import UserError
+from safe_offrl.errors import EnvError, RunError, UserError
 from safe_offrl.files import json_bytes
 from safe_offrl.pretrain import PretrainConfig
 from safe_offrl.run import RunDir, find_run
@@ -33,6 +37,7 @@ from tests.promises import Record
 from tests.test_data_hdf5 import METADATA, make_arrays
 from tests.test_run import TENSORS, make
 
+MODULE = "module_of_somebody_else"
 SECRET = "what-nobody-else-should-read"
 
 
@@ -141,6 +146,27 @@ def pickle_as_weights(folder: Path, marker: Path) -> None:
     RunDir(folder / "run").load_checkpoint()
 
 
+def foreign_run(folder: Path, marker: Path, *, env_id: str, accident: str) -> RunDir:
+    """A run that somebody else made, beside a module that makes the marker when it is imported."""
+    (folder / f"{MODULE}.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    config = PretrainConfig(env=env_id, safety=SafetySpec(accident=accident))
+    inputs = RunInputs(env_id=env_id, dataset="log.hdf5", dataset_sha256="0" * 64)
+    text = run_yaml(inputs, "pretrain", config)
+    with RunDir.create(folder, kind="pretrain", config_text=text, name="foreign") as run:
+        run.set_status("finished")
+    return RunDir(folder / "foreign")
+
+
+def environment_of_a_run(folder: Path, marker: Path) -> None:
+    foreign_run(folder, marker, env_id=f"{MODULE}:Env-v0", accident="cost")
+    commands.evaluate_run(folder / "foreign")
+
+
+def accident_rule_of_a_run(folder: Path, marker: Path) -> None:
+    run = foreign_run(folder, marker, env_id="HazardLine-v0", accident=f"{MODULE}:rule")
+    commands.plan_finetune(run, commands.finetune_config(run), accept_risk=True)
+
+
 HOSTILE: tuple[Callable[[Path, Path], None], ...] = (
     pickle_in_npz,
     external_link,
@@ -154,6 +180,8 @@ HOSTILE: tuple[Callable[[Path, Path], None], ...] = (
     nested_yaml,
     run_name_outside,
     pickle_as_weights,
+    environment_of_a_run,
+    accident_rule_of_a_run,
 )
 
 
@@ -176,6 +204,7 @@ def test_hostile_inputs_are_refused_and_do_nothing(
     monkeypatch.setenv("SAFE_OFFRL_SECRET", SECRET)
     folder, marker = tmp_path / "input", tmp_path / "input" / "marker"
     folder.mkdir()
+    monkeypatch.chdir(folder)
     (folder / "secret.txt").write_text(SECRET)
     write_dataset(folder / "secret.hdf5", make_arrays(), METADATA)
     with pytest.raises(UserError) as caught:
@@ -184,6 +213,66 @@ def test_hostile_inputs_are_refused_and_do_nothing(
     assert SECRET not in str(caught.value)
     assert not isinstance(caught.value.__cause__, MemoryError)
     refused.append(attack.__name__)
+
+
+@pytest.mark.parametrize("attack", [environment_of_a_run, accident_rule_of_a_run])
+def test_a_run_that_is_trusted_may_import(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    attack: Callable[[Path, Path], None],
+) -> None:
+    monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the working directory is added
+    monkeypatch.chdir(tmp_path)
+    marker, run = tmp_path / "marker", tmp_path / "foreign"
+    with pytest.raises(RunError, match=rf"import and execute {MODULE}:.*safe-offrl trust {run}$"):
+        attack(tmp_path, marker)
+    assert not marker.exists()
+    monkeypatch.setattr(sys, "argv", ["safe-offrl", "trust", "foreign", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert f"its settings import {MODULE}:" in capsys.readouterr().out
+    assert not marker.exists()
+    shutil.rmtree(run)
+    with pytest.raises(EnvError):  # the module holds nothing else
+        attack(tmp_path, marker)
+    assert marker.exists()
+    sys.modules.pop(MODULE, None)
+
+
+def test_own_runs_are_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_dataset: Path
+) -> None:
+    monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path / "cache"))
+    env_id = "safe_offrl.envs.point_hazard:PointHazard-v0"
+    config = commands.pretrain_config(
+        env=env_id, dataset=str(tiny_dataset), steps=1, overrides=["alignment_steps=0"]
+    )
+    plan = commands.plan_pretrain(config, say=lambda text: None)
+    run = commands.pretrain_run(plan, name="own", runs=tmp_path, say=lambda text: None)
+    safety = plan.config.safety
+    require_trusted(run, plan.inputs, safety)  # its module is there
+    monkeypatch.delitem(sys.modules, env_id.partition(":")[0])  # as in another process
+    require_trusted(run, plan.inputs, safety)
+    (run.path / "config.yaml").write_text(run.config_text + "# changed\n")
+    with pytest.raises(RunError, match=r"import and execute safe_offrl\.envs"):
+        require_trusted(run, plan.inputs, safety)
+
+
+def test_where_nothing_can_be_remembered_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path / "cache"))
+    run = foreign_run(tmp_path, tmp_path / "marker", env_id=f"{MODULE}:Env-v0", accident="cost")
+    inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+    trust_own(run.config_text, inputs, config.safety)
+    with pytest.raises(RunError, match="was not made on this machine as far as it knows"):
+        require_trusted(run, inputs, config.safety)
+    with pytest.raises(RunError, match="Set SAFE_OFFRL_CACHE"):
+        commands.trust_run(run.path)
 
 
 def test_the_payload_would_make_its_marker(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safe_offrl.ledger import LedgerWriter, ledger_line, parse_ledger, read_ledg
 from safe_offrl.run import RunDir
 from safe_offrl.types import Episode
 from tests.conftest import ledger_lines
+from tests.failing_disk import fail, watch
 
 
 def episode(index: int, accident: bool = False, outcome: str = "complete") -> Episode:
@@ -152,6 +153,45 @@ def test_append_is_fsynced_before_it_returns(
     assert synced[1:] == [path.stat().st_size]
     writer.append(episode(1))
     assert read_ledger(path).episodes == [episode(0), episode(1)]
+
+
+def test_a_line_that_need_not_be_durable_is_fsynced_by_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    durable = watch(monkeypatch)
+    writer = LedgerWriter(path)
+    writer.sync()  # there is nothing yet
+    assert not path.exists()
+    for index in range(2):
+        writer.append(episode(index), sync=False)
+        assert read_ledger(path).episodes[index] == episode(index)  # it survives a kill
+    assert durable == {}
+    writer.sync()
+    assert durable == {path: path.stat().st_size}
+    writer.append(episode(2), sync=False)
+    writer.append(episode(3))  # one that must be takes those before it along
+    assert durable == {path: path.stat().st_size}
+    # A writer that was killed may have left lines that are not durable.
+    LedgerWriter(path).append(episode(4), sync=False)
+    durable.clear()
+    LedgerWriter(path).sync()
+    assert durable == {path: path.stat().st_size}
+
+
+def test_nothing_follows_an_fsync_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = LedgerWriter(tmp_path / "ledger.jsonl")
+    writer.append(episode(0), sync=False)
+    with monkeypatch.context() as patch:
+        fail(patch, "fsync", "broken", lambda path, _: True)
+        with pytest.raises(OSError, match=r"ledger\.jsonl"):
+            writer.sync()
+    # The pages that could not be written count as clean: a second fsync would say that all is well.
+    for write in (writer.sync, lambda: writer.append(episode(1), sync=False)):
+        with pytest.raises(RuntimeError, match="a write to this ledger failed"):
+            write()
 
 
 def test_reopening_cuts_the_torn_line_and_misses_no_episode(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_commands_of_the_table_exist() -> None:
     assert {name for name, _ in rows} == {
         *("collect", "inspect", "convert", "check-env"),
         *("pretrain", "assess", "finetune", "evaluate", "certify", "verify", "compare"),
-        *("ledger", "benchmark", "export", "demo"),
+        *("ledger", "benchmark", "export", "trust", "demo"),
     }
     for name, text in rows:
         for option in re.findall(r"`(--[a-z-]+)", text):

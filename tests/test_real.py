@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,22 @@ from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import EnvironmentConfig
 from safe_offrl.ledger import LedgerWriter
 from safe_offrl.pretrain import Pretraining
+from safe_offrl.progress import Interrupted
 from safe_offrl.rollout import Reservation
 from safe_offrl.run import RunDir
 from safe_offrl.types import Episode
+from tests.failing_disk import watch
 from tests.test_finetune import HORIZON, begin, config_of, dataset, pretraining
-from tests.test_resume import Killed, kill_at, online_plan, pretrain_plan, pretrained, root, silent
+from tests.test_resume import (
+    Killed,
+    kill_at,
+    online_plan,
+    pretrain_plan,
+    pretrained,
+    record,
+    root,
+    silent,
+)
 
 __all__ = ["dataset", "pretrain_plan", "pretrained", "pretraining", "root"]  # fixtures
 REAL: dict[str, Any] = {"env": EnvironmentConfig("real")}
@@ -161,7 +175,9 @@ def test_a_killed_run_loses_at_most_the_episode_it_was_in(
     with monkeypatch.context() as patch:
         kill_at(patch, method, call)
         with pytest.raises(Killed):
-            commands.finetune_run(real_plan(pretrained), name=name, runs=root, say=silent)
+            commands.finetune_run(
+                real_plan(pretrained), name=name, runs=root, checkpoint_seconds=0.0, say=silent
+            )
     before = RunDir(root / name).episodes()
     assert len(before) == 4 + lost - (method == "save_checkpoint") + counted_alone
     run = commands.resume_finetune(name, runs=root, say=silent)
@@ -179,6 +195,84 @@ def test_a_killed_run_loses_at_most_the_episode_it_was_in(
     learnt = sum(e.steps for e in episodes if e.outcome == "complete")
     rows = len(checkpoint.tensors["experience/rows"])
     assert rows == learnt - (before[-1].steps if counted_alone else 0)
+
+
+@pytest.mark.promise("R3")
+@pytest.mark.parametrize("kind", ["real", "sim"])
+def test_in_reality_every_line_is_durable_before_the_next_step(
+    root: Path, pretrained: RunDir, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    plan = online_plan(pretrained, f"env.kind={kind}")
+    ledger = root / f"durable-{kind}" / "ledger.jsonl"
+    step, found = plan.env.step, set()
+    with monkeypatch.context() as patch:
+        durable = watch(patch)
+
+        def watched(action: np.ndarray) -> Any:
+            found.add(ledger.exists() and durable.get(ledger) == ledger.stat().st_size)
+            return step(action)
+
+        patch.setattr(plan.env, "step", watched)
+        commands.finetune_run(plan, name=f"durable-{kind}", runs=root, say=silent)
+    if kind == "real":
+        assert found == {True}
+    else:  # its episodes can be played again
+        assert False in found
+
+
+@pytest.mark.promise("R2")
+def test_what_no_checkpoint_holds_is_counted_all_the_same(
+    root: Path, pretrained: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short episodes do not each get a checkpoint: their transitions can be lost, nothing else."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, "append_episode", 11)
+        with pytest.raises(Killed):
+            commands.finetune_run(
+                real_plan(pretrained), name="few", runs=root, checkpoint_seconds=1e9, say=silent
+            )
+    before = RunDir(root / "few").episodes()
+    assert RunDir(root / "few").load_checkpoint().step == 0
+    assert [e.outcome for e in before] == ["complete"] * 10 + ["lost"]
+    run = commands.resume_finetune("few", runs=root, say=silent)
+    episodes = run.episodes()
+    assert episodes[:11] == before
+    assert len({e.seed for e in episodes}) == len(episodes)  # none was played again
+    checkpoint = run.load_checkpoint()
+    assert checkpoint.info["steps"] == sum(e.steps for e in episodes) <= 1500
+    assert checkpoint.info["monitor"]["accidents"] == sum(e.accident for e in episodes)
+    assert len(checkpoint.tensors["experience/rows"]) == sum(e.steps for e in episodes[11:])
+
+
+@pytest.mark.promise("R7")
+@pytest.mark.parametrize("place", ["step", "update"])
+def test_a_signal_loses_nothing_of_a_real_run(
+    root: Path, pretrained: RunDir, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Nor does it change anything, whether it comes in an episode or in the updates after it."""
+    runs = []
+    for name in (f"whole-{place}", f"signalled-{place}"):
+        plan, calls = real_plan(pretrained), [0]
+        owner: Any = plan.env if place == "step" else Finetuning
+        original = getattr(owner, "step" if place == "step" else "_update")
+
+        def signalling(*arguments: Any, **named: Any) -> Any:
+            calls[0] += 1  # noqa: B023
+            if calls[0] == 550 and name.startswith("signalled"):  # noqa: B023
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments, **named)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, original.__name__, signalling)
+            with contextlib.suppress(Interrupted):
+                commands.finetune_run(
+                    plan, name=name, runs=root, checkpoint_seconds=1e9, say=silent
+                )
+        runs.append(RunDir(root / name))
+    whole, signalled = runs
+    assert signalled.state["status"] == "interrupted"
+    assert 0 < signalled.load_checkpoint().step < whole.load_checkpoint().step
+    assert record(commands.resume_finetune(signalled.path, runs=root, say=silent)) == record(whole)
 
 
 def test_a_certificate_counts_an_episode_that_was_cut_off(

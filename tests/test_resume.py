@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from safe_offrl import commands
+from safe_offrl import checkpoints, commands
 from safe_offrl.config import parse_run_yaml
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.progress import StopSignal
 from safe_offrl.run import RunDir
+from tests.failing_disk import cut_power, watch
 from tests.test_descent import compiles
 
 SCRIPT = Path(sys.executable).parent / "safe-offrl"
@@ -125,6 +127,46 @@ def test_finetune(
             )
     assert 0 < len(RunDir(root / name).episodes()) < len(online.episodes())
     again = commands.resume_finetune(name, runs=root, say=silent)
+    assert record(again) == record(online)
+
+
+@pytest.mark.promise("R1")
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
+def test_a_power_cut_goes_back_to_the_checkpoint_and_comes_out_the_same(
+    root: Path,
+    pretrained: RunDir,
+    online: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_seconds: float,
+) -> None:
+    """Episodes after it were written and not fsynced; what it counts was."""
+    path = root / f"power-{checkpoint_seconds:.0f}"
+    ledger = path / "ledger.jsonl"
+    with monkeypatch.context() as patch:
+        durable = watch(patch)
+        save, counted = checkpoints.save_checkpoint, [0]
+
+        def saving(*arguments: Any) -> Any:
+            if arguments[-1]["ledger"]:
+                assert durable[ledger] == ledger.stat().st_size
+                counted.append(arguments[-1]["ledger"])
+            return save(*arguments)
+
+        patch.setattr(checkpoints, "save_checkpoint", saving)
+        kill_at(patch, "append_episode", 14)
+        with pytest.raises(Killed):
+            commands.finetune_run(
+                online_plan(pretrained),
+                name=path.name,
+                runs=root,
+                checkpoint_seconds=checkpoint_seconds,
+                say=silent,
+            )
+    assert len(RunDir(path).episodes()) == 13
+    cut_power(path, durable)
+    assert (len(counted) > 1) == (checkpoint_seconds == 0.0)
+    assert len(RunDir(path).episodes()) == counted[-1] < 13
+    again = commands.resume_finetune(path, runs=root, say=silent)
     assert record(again) == record(online)
 
 

@@ -35,6 +35,7 @@ from safe_offrl.commands.tools import (
     evaluate_run,
     inspect_dataset,
 )
+from safe_offrl.commands.trust import trust_run
 
 __all__ = [
     "FinetunePlan",
@@ -63,5 +64,6 @@ __all__ = [
     "resume_pretrain",
     "say_plain",
     "show_ledger",
+    "trust_run",
     "verify_certificate",
 ]

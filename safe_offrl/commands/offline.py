@@ -26,6 +26,7 @@ from safe_offrl.commands.common import (
     stored_dataset,
     stored_mode,
 )
+from safe_offrl.commands.trust import trust_own
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import find_dataset, load_dataset
@@ -139,10 +140,12 @@ def pretrain_run(
 ) -> RunDir:
     """Run a planned offline phase in a new run folder; returns the finished run."""
     configure(plan.inputs.threads)
+    config_text = run_yaml(plan.inputs, "pretrain", plan.config)
+    trust_own(config_text, plan.inputs, plan.config.safety)
     run = RunDir.create(
         Path(runs),
         kind="pretrain",
-        config_text=run_yaml(plan.inputs, "pretrain", plan.config),
+        config_text=config_text,
         name=name,
         stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-{plan.config.agent}",
         versions=versions(plan.env_versions),

@@ -30,6 +30,7 @@ from safe_offrl.commands.common import (
     stored_pretrain_run,
 )
 from safe_offrl.commands.filming import filming
+from safe_offrl.commands.trust import require_trusted, trust_own
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, to_dict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.validation import check_matches_env
@@ -196,6 +197,7 @@ def plan_finetune(
     updates = config.budget // config.update_every * config.utd
     compute, compiling = choose(compile_mode or config.compile, config.precision, updates)
     source, source_config = parse_run_yaml(pretrained.config_text, "pretrain", PretrainConfig)
+    require_trusted(pretrained, source, source_config.safety)
     if pretrained.state["status"] != "finished":
         raise RunError(
             f'The run "{pretrained.name}" is not finished. '
@@ -257,10 +259,12 @@ def finetune_run(
     say: Say = say_plain,
 ) -> RunDir:
     """Run a planned online phase in a new run folder; returns the finished run."""
+    config_text = run_yaml(plan.inputs, "finetune", plan.config)
+    trust_own(config_text, plan.inputs, plan.config.safety)
     run = RunDir.create(
         Path(runs),
         kind="finetune",
-        config_text=run_yaml(plan.inputs, "finetune", plan.config),
+        config_text=config_text,
         name=name,
         stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent}",
         versions=versions(plan.env.versions()),
@@ -294,6 +298,7 @@ def resume_finetune(
     with run:
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
+        require_trusted(run, inputs, config.safety)
         require_same_threads(run, inputs, threads)
         plan = plan_finetune(
             stored_pretrain_run(inputs),
@@ -354,17 +359,21 @@ def _drive_finetuning(
         for event in loop.run(run.recorded):
             if isinstance(event, Reservation):
                 if stop.number:
+                    run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
                     raise interrupted(run, stop.number, curves.step)
                 run.reserve_episode(event.worst)  # on disk before the first of its steps
             elif isinstance(event, Episode):
-                run.append_episode(event)  # before anything else can happen
+                # Before anything else can happen. What can be played again need not outlive a power
+                # cut; an environment that failed may not fail again.
+                run.append_episode(event, sync=real or event.outcome != "complete")
                 show(event)
                 if event.outcome == "fault" and loop.fault:
                     say(f"fault       in episode {event.index:,}: {loop.fault}")
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())
-                if real:  # what was lived cannot be lived again
+                # What was lived cannot be lived again: not only after an iteration.
+                if real and (stop.number or time.monotonic() - saved > checkpoint_seconds):
                     run.save_checkpoint(event.total_steps, loop.state_dict(), loop.info())
                     saved = time.monotonic()
                 if stop.number and time.monotonic() - stop.since > STOP_SECONDS:

@@ -22,6 +22,7 @@ from safe_offrl.commands.online import (
     plan_finetune,
     start_loop,
 )
+from safe_offrl.commands.trust import require_trusted
 from safe_offrl.config import load_config, parse_run_yaml
 from safe_offrl.data.inspect import format_summary, summarise
 from safe_offrl.data.loading import load_dataset
@@ -131,11 +132,13 @@ def final_policy(run: RunDir) -> Finetuning:
     """
     if run.kind == "pretrain":
         inputs, source = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+        require_trusted(run, inputs, source.safety)
         with contextlib.closing(make_env(inputs.env_id, source.safety)) as env:
             horizon = env.horizon
         config = finetune_config(run, budget=horizon, shield=False)
         return start_loop(_plan_acting(run, config, inputs.threads))
     inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
+    require_trusted(run, inputs, config.safety)
     loop = start_loop(_plan_acting(stored_pretrain_run(inputs), config, inputs.threads))
     checkpoint = run.load_checkpoint()
     with loading(run.path):

@@ -1,0 +1,84 @@
+"""Which stored runs may import what their settings name: those made here, and those vouched for.
+
+An environment "module:Id" and an accident rule "module:function" import the module, which executes
+it. On the command line that is the user's own word. In the config.yaml of a run that somebody else
+made it is theirs, so this machine keeps a list of the settings that it may believe: a file named by
+the sha256 of config.yaml, in the cache folder, written when a run is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from pathlib import Path
+
+from safe_offrl.commands.common import say_plain, stored_pretrain_run
+from safe_offrl.config import RunInputs, parse_run_yaml
+from safe_offrl.errors import RunError
+from safe_offrl.files import cache_folder
+from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.pretrain import PretrainConfig
+from safe_offrl.progress import Say
+from safe_offrl.run import RunDir, find_run
+from safe_offrl.safety import SafetySpec
+
+
+def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = say_plain) -> None:
+    """Let a run from elsewhere, and the pretrain run it began at, import what their settings name.
+
+    Once for a run: its settings do not change.
+    """
+    run = find_run(reference, Path(runs))
+    schema: type[PretrainConfig | FinetuneConfig] = (
+        PretrainConfig if run.kind == "pretrain" else FinetuneConfig
+    )
+    inputs, config = parse_run_yaml(run.config_text, run.kind, schema)
+    names = _named(inputs, config.safety)
+    if names:
+        _remember(run.config_text)
+    say(f"trusted     {run.path}: its settings import {', '.join(names) or 'nothing'}")
+    if inputs.pretrained is not None:
+        trust_run(stored_pretrain_run(inputs).path, say=say)
+
+
+def trust_own(config_text: str, inputs: RunInputs, safety: SafetySpec) -> None:
+    """Remember settings that a run is about to be made with, if they import anything."""
+    if _named(inputs, safety):
+        with contextlib.suppress(RunError):  # where nothing can be remembered, it is asked for
+            _remember(config_text)
+
+
+def _remember(config_text: str) -> None:
+    path = _record(config_text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise RunError(
+            f'Nothing can be written into the cache folder "{path.parent}" ({error.strerror}). '
+            "Set SAFE_OFFRL_CACHE to a folder of yours."
+        ) from error
+
+
+def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec) -> None:
+    """Raise RunError if the settings of a run from elsewhere would import something."""
+    # Nothing is imported where the program has imported the environment's module itself; but of a
+    # module that is there, an accident rule could be any function.
+    known = inputs.env_id.partition(":")[0] in sys.modules
+    names = [name for name in _named(inputs, safety) if not (known and name == inputs.env_id)]
+    if names and not _record(run.config_text).is_file():
+        raise RunError(
+            f'The run "{run.name}" was not made on this machine as far as it knows, and using it '
+            f"would import and execute {', '.join(names)}. If you trust whoever made it, say so "
+            f"once: safe-offrl trust {run.path}"
+        )
+
+
+def _named(inputs: RunInputs, safety: SafetySpec) -> list[str]:
+    """The environment and the accident rule, if they name a module."""
+    return [name for name in (inputs.env_id, safety.accident) if ":" in name]
+
+
+def _record(config_text: str) -> Path:
+    return cache_folder() / "trusted" / hashlib.sha256(config_text.encode()).hexdigest()
