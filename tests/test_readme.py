@@ -1,4 +1,4 @@
-"""The README's code blocks do what they show.
+"""The code blocks of the README and of the pages behind it do what they show.
 
 Python blocks are executed. A block after ``<!-- test: file NAME -->`` is written to a folder of its
 own, one after ``<!-- test: run -->`` is executed line by line in that folder. Of all other blocks
@@ -14,21 +14,31 @@ import pytest
 from tests.markdown_blocks import Block, blocks, check_command, commands, help_of, run, run_marked
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = blocks(ROOT / "README.md")
-SHELL = [b for b in BLOCKS if b.language in ("console", "bash")]
-LINES = [(b.line, command) for b in SHELL for command in commands(b)]
+README = ROOT / "README.md"
+# custom_environments.md has a test of its own: all of it is executed.
+PAGES = [
+    README,
+    *(ROOT / "docs" / name for name in ("method.md", "reference.md", "datasets.md")),
+    ROOT / "docs" / "results" / "README.md",
+]
+FOUND = [(page, block) for page in PAGES for block in blocks(page)]
+SHELL = [(page, block) for page, block in FOUND if block.language in ("console", "bash")]
+LINES = [command for _, block in SHELL for command in commands(block)]
 
 
 def test_blocks_are_found() -> None:
-    languages = [block.language for block in BLOCKS]
+    languages = [block.language for _, block in FOUND]
     assert languages.count("python") >= 3
-    assert any(block.directive == "run" for block in SHELL)
+    assert any(page == README and block.directive == "run" for page, block in SHELL)
 
 
 @pytest.mark.parametrize(
     "block",
-    [b for b in BLOCKS if b.language == "python" and not b.directive],
-    ids=lambda b: f"line{b.line}",
+    [
+        pytest.param(block, id=f"{page.stem}-line{block.line}")
+        for page, block in FOUND
+        if block.language == "python" and not block.directive
+    ],
 )
 def test_python_blocks_run(block: Block, tmp_path: Path) -> None:
     result = run([sys.executable, "-W", "error", "-c", block.text], tmp_path)
@@ -36,20 +46,18 @@ def test_python_blocks_run(block: Block, tmp_path: Path) -> None:
 
 
 def test_marked_commands_run(tmp_path: Path) -> None:
-    run_marked(BLOCKS, tmp_path)
+    run_marked(blocks(README), tmp_path)
 
 
 @pytest.mark.parametrize(
-    "command", [c for _, c in LINES if c.startswith("safe-offrl")], ids=lambda c: c[:60]
+    "command", [c for c in LINES if c.startswith("safe-offrl")], ids=lambda c: c[:60]
 )
 def test_commands_and_options_exist(command: str) -> None:
     check_command(command)
 
 
 def test_commands_of_the_table_exist() -> None:
-    rows = re.findall(
-        r"^\| `safe-offrl ([\w-]+).*?` \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
-    )
+    rows = re.findall(r"^\| `safe-offrl ([\w-]+).*?` \| (.*) \|$", README.read_text(), re.M)
     assert {name for name, _ in rows} == {
         *("collect", "inspect", "convert", "check-env"),
         *("pretrain", "assess", "finetune", "evaluate", "certify", "verify", "compare"),
@@ -62,7 +70,21 @@ def test_commands_of_the_table_exist() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"`?make ([a-z][a-z-]*)`?", (ROOT / "README.md").read_text())
+    targets = [t for page in PAGES for t in re.findall(r"`make ([a-z][a-z-]*)", page.read_text())]
     assert {"demo", "test", "check"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "custom_environments.md"], ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        if ":" in target:  # somebody else's page
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in slugs, target
