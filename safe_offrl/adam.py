@@ -60,6 +60,12 @@ class Adam:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of :meth:`state_dict`, in place; KeyError if a moment is missing."""
+        """Inverse of :meth:`state_dict`, in place; KeyError if a moment is missing.
+
+        An empty state is that before the first step, as runs of earlier versions stored it.
+        """
         for key, tensor in self.state_dict().items():
-            tensor.copy_(state[key])
+            if state:
+                tensor.copy_(state[key])
+            else:
+                tensor.zero_()

@@ -44,3 +44,12 @@ def test_it_is_torch_s_own_bit_by_bit(weight_decay: float) -> None:
         other.step()
     for one, two in zip(ours, theirs, strict=True):
         assert torch.equal(one, two)
+
+
+def test_an_empty_state_is_that_before_the_first_step() -> None:
+    x, y = (torch.tensor([1.0, 2.0], requires_grad=True) for _ in range(2))
+    used, fresh = Adam([x], 0.1), Adam([y], 0.1)
+    used.step([torch.tensor([3.0, -4.0])])
+    used.load_state_dict({})
+    for key, tensor in used.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[key])
