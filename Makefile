@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # At these network sizes a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow check results ablations precision safety-gym bench bench-data \
+.PHONY: help setup demo test test-slow check results records ablations precision bench bench-data \
 	bench-assess bench-record clean
 
 help:
@@ -16,10 +16,10 @@ help:
 	@echo "make test-slow  what is promised, with a hundred kills and the like, as a table"
 	@echo "make check   formatting, lint and types as well as the fast tests"
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
-	@echo "make results the results section of the README: a suite of methods, ten seeds (hours)"
+	@echo "make results the results of the README: a suite of methods (hours); SUITE=point or SUITE=safety"
+	@echo "make records keep what is finished of a suite under docs/results/records"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
 	@echo "make precision  does bfloat16 learn as well? five paired seeds (a quarter of an hour)"
-	@echo "make safety-gym  data and results on two tasks of Safety-Gymnasium (an hour and a quarter)"
 	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
 	@echo "make bench-assess  do the intervals of assess hold the truth? (an hour)"
@@ -55,20 +55,39 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-# The results section of the README: every method of the suite, ten paired seeds, hours on 2 cores.
-# The same command goes on after anything; METHODS and SEEDS narrow it. Runs go to
-# runs/benchmark-point, tables, chart and page to docs/results.
+# The results of the README: every method of a suite, paired seeds, hours on 2 cores. The same command
+# goes on after anything; METHODS and SEEDS narrow it. Runs go to runs/benchmark-SUITE, tables, charts
+# and pages to docs/results. What is finished is kept there too, a seed an archive: settings, ledger,
+# decisions and evaluation of every run. `make records` writes these archives, `make results` begins
+# with what they hold, so that it goes on on another machine.
+SUITE ?= point
+METHODS ?=
+SEEDS ?=
+SUITE_RUNS := runs/benchmark-$(SUITE)
+RECORDS := docs/results/records
+RECORD_FILES := run.json config.yaml versions.json ledger.jsonl iterations.jsonl evaluation.json
 RUN := $(BIN)/safe-offrl
 RESULTS := runs/benchmark-point/PointHazard-v0
-METHODS ?=
-SEEDS ?= 0,1,2,3,4,5,6,7,8,9
 FIVE := 0 1 2 3 4
 OFF := --no-kl --no-safety-constraint --no-shield
 
 results: setup
-	@mkdir -p docs/results
-	$(RUN) benchmark --suite point --seeds $(SEEDS) $(if $(METHODS),--methods $(METHODS))
-	cp $(RESULTS).* docs/results
+	@mkdir -p $(SUITE_RUNS)
+	for archive in $(wildcard $(RECORDS)/$(SUITE)-seed-*.tar.xz); do \
+		tar -xJf $$archive -C $(SUITE_RUNS) --skip-old-files; done
+	$(RUN) benchmark --suite $(SUITE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHODS),--methods $(METHODS))
+	for page in $(SUITE_RUNS)/*.html; do cp $${page%.html}.* docs/results; done
+
+# Of runs that have ended and been evaluated, but for pretrained policies, which weigh a hundredfold.
+records:
+	@mkdir -p $(RECORDS)
+	cd $(SUITE_RUNS) && for seed in $$(ls -d */*/[0-9]* | xargs -n 1 basename | sort -u); do \
+		for run in $$(grep -l '"status": "finished"' */*/$$seed/run.json | grep -v /pretrained-); do \
+			run=$${run%/run.json}; \
+			if [ -f $$run/evaluation.json ]; then ls $(RECORD_FILES:%=$$run/%) 2>/dev/null; fi; \
+		done | tar -cJf $(abspath $(RECORDS))/$(SUITE)-seed-$$seed.tar.xz --mtime=@0 \
+			--owner=0 --group=0 --numeric-owner -T -; \
+	done
 
 # Two questions to the results (after `make results`): the other agents' pretrained policies, and how
 # much of the difference is the narrower exploration alone. Runs go to runs/ablations.
@@ -101,35 +120,6 @@ precision: setup
 		$(RUN) compare $(FIVE:%=$(RESULTS)/ours/%) $(PRECISION)/constrained-* --group-by precision \
 	) > docs/results/precision.txt
 	@cat docs/results/precision.txt
-
-# Two tasks of Safety-Gymnasium from nothing: data, 3 paired seeds, constrained and RLPD. Runs and
-# data go to runs/safety-gym (remove it first), tables and charts to docs/results.
-TASKS := SafetyPointGoal1-v0 SafetyPointCircle1-v0
-TASK_SEEDS ?= 0 1 2
-TASK_RUNS := runs/safety-gym
-
-safety-gym: setup
-	@mkdir -p docs/results $(TASK_RUNS)
-	set -e; for task in $(TASKS); do \
-		$(RUN) collect --env $$task --out $(TASK_RUNS)/$$task.hdf5; \
-		$(RUN) inspect $(TASK_RUNS)/$$task.hdf5 --png docs/results/$$task-data.png \
-			> docs/results/$$task-data.txt; \
-	done
-	for seed in $(TASK_SEEDS); do for task in $(TASKS); do echo $$task $$seed; done; done \
-		| xargs -P 2 -L 1 sh -ec ' \
-		runs=$(TASK_RUNS)/$$0; \
-		$(RUN) pretrain --env $$0 --dataset $(TASK_RUNS)/$$0.hdf5 --seed $$1 \
-			--runs $$runs --name pretrained-$$1; \
-		$(RUN) evaluate pretrained-$$1 --episodes 50 --runs $$runs; \
-		$(RUN) finetune pretrained-$$1 --budget 50k --accept-risk --seed $$1 --runs $$runs --name constrained-$$1; \
-		$(RUN) evaluate constrained-$$1 --episodes 50 --runs $$runs; \
-		$(RUN) finetune pretrained-$$1 --budget 50k --seed $$1 $(OFF) --runs $$runs --name rlpd-$$1; \
-		$(RUN) evaluate rlpd-$$1 --episodes 50 --runs $$runs'
-	set -e; for task in $(TASKS); do \
-		$(RUN) compare $(TASK_RUNS)/$$task/* --png docs/results/$$task.png \
-			> docs/results/$$task.txt; \
-		cat docs/results/$$task.txt; \
-	done
 
 bench-data: setup
 	$(BIN)/python benchmarks/large_dataset.py

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +172,18 @@ def test_a_suite_runs_is_kept_and_goes_on(tmp_path: Path, cached: Callable[[str]
     assert json.loads((root / "HazardLine-v0.json").read_bytes()) == result["HazardLine-v0"]
     assert "HazardLine-v0.png" in (root / "HazardLine-v0.md").read_text()
     assert (root / "HazardLine-v0.png").stat().st_size > 10_000
+    # The records that `make records` keeps are enough: nothing is learnt again elsewhere.
+    if shutil.which("make") is None or shutil.which("xz") is None:
+        pytest.skip("no make or no xz here")
+    where = [f"SUITE_RUNS={root}", f"RECORDS={tmp_path / 'records'}", "SUITE=small"]
+    subprocess.run(["make", "records", *where], check=True, cwd=Path(__file__).parent.parent)
+    elsewhere = tmp_path / "elsewhere"
+    with tarfile.open(tmp_path / "records" / "small-seed-0.tar.xz") as archive:
+        archive.extractall(elsewhere, filter="data")
+    said.clear()
+    assert benchmark_run(cached(SMALL), root=elsewhere, workers=2, say=said.append) == result
+    assert any("3 in" in line and "3 of them finished" in line for line in said)
+    assert not (elsewhere / "HazardLine-v0" / "pretrained-ours").exists()
 
 
 def test_a_failed_run_is_named_and_the_others_are_compared(

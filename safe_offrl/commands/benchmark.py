@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def benchmark_text(suite: Suite, root: Path) -> str:
             pretrain_config(env=env, overrides=offline)
             load_config(FinetuneConfig, section="finetune", env_id=env, overrides=online)
     jobs = jobs_of(suite, root)
-    finished = sum(_next_command(job, suite) is None for job in jobs)
+    finished = len(jobs) - len(_unfinished(jobs, suite))
     width = max(map(len, suite.methods))
     return "\n".join(
         [
@@ -84,7 +85,7 @@ def benchmark_run(
     require_runs_folder(root)
     (root / "logs").mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(suite, root)
-    state = _Progress(suite, root, workers, [j for j in jobs if _next_command(j, suite)])
+    state = _Progress(suite, root, workers, _unfinished(jobs, suite))
     state.done = {j.folder for j in jobs} - {j.folder for j in state.waiting}
     with StopSignal() as stop:
         try:
@@ -158,6 +159,16 @@ def _next_command(job: Job, suite: Suite) -> list[str] | None:
     if not evaluated or run.read_json("evaluation.json").get("episodes") != episodes:
         return ["evaluate", str(job.folder), "--episodes", str(episodes), *where]
     return None
+
+
+def _unfinished(jobs: Sequence[Job], suite: Suite) -> list[Job]:
+    """Jobs with something left to do; a policy that no unfinished run starts from is not needed.
+
+    So a suite goes on from the records of its finished runs alone, without their checkpoints.
+    """
+    left = [job for job in jobs if _next_command(job, suite)]
+    wanted = {job.needs for job in left}
+    return [job for job in left if job.needs is not None or job.folder in wanted]
 
 
 def _reap(state: _Progress, say: Say) -> bool:
