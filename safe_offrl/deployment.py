@@ -59,12 +59,15 @@ class Deployment:
         self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0)
         self._critic = critic
         self.shield = Shield(critic, shielding, limit.share, acts=shield_acts)
+        self.certified_shield = copy.deepcopy(self.shield)
 
-    def deploy(self, actor: Actor) -> None:
-        """Let a copy of this policy act from now on, with a shield of today's critic."""
+    def deploy(self, actor: Actor, shield: Shield | None = None) -> None:
+        """Let a copy of this policy act, behind a copy of this shield or one of today's critic."""
         self.version += 1
         self.actor = copy.deepcopy(actor)
-        self.shield = Shield(self._critic, self.shielding, self.limit.share, acts=self.shield.acts)
+        self.shield = copy.deepcopy(shield) or Shield(
+            self._critic, self.shielding, self.limit.share, acts=self.shield.acts
+        )
 
     def propose(
         self,
@@ -101,6 +104,7 @@ class Deployment:
             return self._roll_back(decision, visited, steps_per_episode, generator), True
         if monitor.version_interval()[1] < self.limit.share:
             self.certified = copy.deepcopy(self.actor)
+            self.certified_shield = copy.deepcopy(self.shield)
             self.certified_version = self.version
         if decision.accepted:
             self.deploy(candidate)
@@ -128,7 +132,8 @@ class Deployment:
             torch.randn(visited.actions.shape, generator=generator),
             self.acceptance.tail,
         )
-        self.deploy(self.certified)
+        # Its own shield too: what was shown is about the two together.
+        self.deploy(self.certified, self.certified_shield)
         self.certified_version = self.version
         return measured._replace(reason="alarm: rolled back to the last certified policy")
 
@@ -149,6 +154,7 @@ class Deployment:
             "deployed": self.actor,
             "certified": self.certified,
             "shield": self.shield.net,
+            "certified_shield": self.certified_shield.net,
             "kl_weight": self.kl_weight,
             "delta": self.delta,
         }

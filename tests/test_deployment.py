@@ -27,6 +27,10 @@ def policy(mean: float) -> Actor:
     return actor
 
 
+def shield_bias(deployed: Deployment) -> float:
+    return float(deployed.shield.net.output.bias[0])
+
+
 def mean_of(actor: Actor) -> float:
     return actor(torch.zeros(1, 1))[0].item()
 
@@ -99,7 +103,10 @@ def test_an_alarm_goes_back_to_the_version_that_was_certified_last() -> None:
     # 200 clean episodes certify version 0 below 20 %; versions 1 and 2 are never certified.
     propose(deployed, policy(0.04), monitor_after([False] * 200, 0))
     assert deployed.certified_version == 0
-    propose(deployed, policy(0.08), monitor_after([False], 1))
+    with torch.no_grad():  # what the safety critic has learnt since is in the shields since
+        deployed._critic.net.output.bias.fill_(3.0)
+    deployed.deploy(policy(0.08))
+    assert shield_bias(deployed) == 3.0
     assert deployed.version == 2
     monitor = monitor_after([True] * 40, 2)
     assert monitor.alarm
@@ -109,7 +116,9 @@ def test_an_alarm_goes_back_to_the_version_that_was_certified_last() -> None:
     assert "rolled back" in decision.reason
     # KL((0, .3) || (.08, .3)) = .08^2 / (2 * .09), of the change that was really made.
     assert decision.kl_mean == pytest.approx(0.08**2 / 0.18, rel=1e-3)
+    # The policy and the shield that were certified, together.
     assert mean_of(deployed.actor) == 0.0
+    assert shield_bias(deployed) == -5.0
     assert deployed.version == deployed.certified_version == 3
     assert float(deployed.delta) == pytest.approx(0.025)
     assert not monitor.alarm
