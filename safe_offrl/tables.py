@@ -177,7 +177,7 @@ def _return_cells(row: Row) -> list[str]:
 
 def _constraint_cells(row: Row) -> list[str]:
     cells = ["-", _held(row), "-", "-", "-"]
-    if row.violations is not None:
+    if row.violations is not None and row.iterations:
         cells = [
             f"{row.accepted}/{row.iterations} ({row.accepted_share:.0%})",
             _held(row),

@@ -69,3 +69,9 @@ def test_of_many_runs_the_terminal_shows_the_groups(write_group):
     alone = compare([paths[0] / "7"])  # without a group, there is nothing else to show
     assert alone.groups == []
     assert "seed 7" in format_table(alone, by_run=False)
+
+
+def test_what_never_proposed_has_no_share_of_proposals(write_run):
+    text = format_table(compare([write_run("frozen", [0, 1], iterations=[])]))
+    assert "nan" not in text
+    assert "0/0" not in text
