@@ -178,8 +178,9 @@ class Finetuning:
                 due = 0
             # Of this episode's updates alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
+            seen = self._seen()
             for _ in range(due):
-                metrics |= self._update(critics_only=warming_up)
+                metrics |= self._update(seen, critics_only=warming_up)
             self.stopped = self._reason_to_stop()
             propose = (config.untested and not warming_up) or self.steps >= self.next_proposal
             if propose and self.experience.buffer.size:
@@ -259,8 +260,11 @@ class Finetuning:
             return 0.0
         return max(mean - statistics.stdev(self.recent) / math.sqrt(len(self.recent)), 0.0)
 
-    def _update(self, *, critics_only: bool) -> dict[str, Tensor]:
-        """UTD critic updates, one of the safety critic, one of the actor and the multiplier."""
+    def _update(self, seen: float, *, critics_only: bool) -> dict[str, Tensor]:
+        """UTD critic updates, one of the safety critic, one of the actor and the multiplier.
+
+        ``seen``: what recent episodes show, see :meth:`_seen`.
+        """
         config, generator, experience = self.config, self.generator, self.experience
         metrics: dict[str, Tensor] = {}
         batches = experience.batches(config.utd, config.batch_size, generator)
@@ -282,13 +286,12 @@ class Finetuning:
                 self.deployment.actor,
                 self._reference(REFERENCE_STATES),
                 generator,
-                floor=self._seen(),
+                floor=seen,
                 spans=spans,
             )
             if config.safety_constraint and not critics_only:
                 ours = config.baseline.multiplier == "ours"
-                seen = metrics["csc/estimate"] if ours else torch.tensor(self._seen())
-                self.multiplier.update(seen)
+                self.multiplier.update(metrics["csc/estimate"] if ours else torch.tensor(seen))
         if not critics_only:
             metrics |= self.learner.update_actor(
                 batches[-1],

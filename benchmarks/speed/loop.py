@@ -82,9 +82,9 @@ def online(
     loop = Finetuning(config, env, data, pretrained.state_dict(), info, compiled=True)
     update, inside = loop._update, [0.0]
 
-    def timed(*, critics_only: bool) -> dict[str, torch.Tensor]:
+    def timed(seen: float, *, critics_only: bool) -> dict[str, torch.Tensor]:
         begin = time.perf_counter()
-        metrics = update(critics_only=critics_only)
+        metrics = update(seen, critics_only=critics_only)
         inside[0] += time.perf_counter() - begin
         return metrics
 
