@@ -65,9 +65,6 @@ class Finetuning:
         self.normalizer = Normalizer(
             pretrained["normalizer_mean/value"].numpy(), pretrained["normalizer_std/value"].numpy()
         )
-        self.experience = Experience(
-            dataset.normalised(self.normalizer), config.budget, config.offline_share
-        )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout
@@ -106,6 +103,13 @@ class Finetuning:
             self.generator,
             dataset.cost_max if self.limit.constraint == "cost" else None,
             compute,
+        )
+        self.experience = Experience(
+            dataset.normalised(self.normalizer),
+            config.budget,
+            config.offline_share,
+            steps=self.critic.steps,
+            discount=config.critic.cost_discount,
         )
         self.multiplier = self._multiplier()
         if not baseline.from_scratch:
@@ -274,11 +278,7 @@ class Finetuning:
         # and the learner asks it what a change of one action would do (CPO's advantage).
         if not config.unconstrained:
             risky, weights, spans = experience.stratified_batch(
-                config.batch_size,
-                config.critic.positive_share,
-                generator,
-                steps=self.critic.steps,
-                discount=config.critic.cost_discount,
+                config.batch_size, config.critic.positive_share, generator
             )
             metrics |= self.critic.update(
                 risky,

@@ -171,7 +171,9 @@ class Pretraining:
         self.multiplier = Multiplier(config.lagrangian, self.limit.share)
         self.step = 0
         self.report: CalibrationReport | None = None
-        self._risky = RiskSampler.of(self.train)
+        self._risky = RiskSampler.of(
+            self.train, steps=self.critic.steps, discount=config.critic.cost_discount
+        )
         self._starts = self.train.initial_observations
         self._steps_per_episode = float(self.train.episode_lengths.mean())
 
@@ -216,11 +218,7 @@ class Pretraining:
                 generator,
             )
         risky, weights, spans = self._risky.draw(
-            config.batch_size,
-            config.critic.positive_share,
-            generator,
-            steps=self.critic.steps,
-            discount=config.critic.cost_discount,
+            config.batch_size, config.critic.positive_share, generator
         )
         starts = self._starts[
             torch.randint(len(self._starts), (START_STATES,), generator=generator)

@@ -22,7 +22,7 @@ def rows(n: int, value: float, accidents: int = 0) -> torch.Tensor:
     return result
 
 
-def experience(share: float = 0.5) -> Experience:
+def experience(share: float = 0.5, steps: int = 1) -> Experience:
     logged = rows(40, -1.0, accidents=2)
     dataset = Dataset(
         rows=logged,
@@ -32,7 +32,7 @@ def experience(share: float = 0.5) -> Experience:
         horizon=20,
         sha256="",
     )
-    return Experience(dataset, 100, share)
+    return Experience(dataset, 100, share, steps=steps)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.0])
@@ -73,13 +73,13 @@ def test_visited_are_the_last_steps() -> None:
 
 
 def test_n_step_costs_stay_inside_each_lived_episode() -> None:
-    data = experience(share=0.0)
+    data = experience(share=0.0, steps=3)
     for cost, steps in ((1.0, 4), (100.0, 3)):
         episode = rows(steps, 0.0)
         LAYOUT.unpack(episode).costs.fill_(cost)
         LAYOUT.unpack(episode).time_to_go[:] = 1.0 - torch.arange(steps) / 20
         data.add_episode(episode)
-    drawn = data.stratified_batch(100, 0.0, torch.Generator().manual_seed(0), steps=3)
+    drawn = data.stratified_batch(100, 0.0, torch.Generator().manual_seed(0))
     assert set(drawn[0].costs.tolist()) == {3.0, 2.0, 1.0, 300.0, 200.0, 100.0}
 
 

@@ -144,7 +144,7 @@ def test_stratified_refuses_what_cannot_be_corrected() -> None:
         StratifiedSampler(torch.zeros(0))
 
 
-def risky() -> tuple[RiskSampler, torch.Tensor]:
+def risky(steps: int = 1, discount: float = 1.0) -> tuple[RiskSampler, torch.Tensor]:
     """Episodes of 3 and 2 steps with the costs 1, 2, 4 and 8, 16; the second ends for good.
 
     Row i has observation i and next observation 100 + i.
@@ -156,12 +156,15 @@ def risky() -> tuple[RiskSampler, torch.Tensor]:
     batch.costs[:] = 2.0 ** torch.arange(5.0)
     batch.accidents[4] = batch.terminated[4] = 1.0
     starts = torch.tensor([0, 3, 5])
-    return RiskSampler(rows, LAYOUT, starts, batch.accidents, batch.costs), rows
+    sampler = RiskSampler(
+        rows, LAYOUT, starts, batch.accidents, batch.costs, steps=steps, discount=discount
+    )
+    return sampler, rows
 
 
 def test_n_step_transitions_by_hand() -> None:
-    sampler, _ = risky()
-    batch, _, spans = sampler.draw(200, 0.25, generator(), steps=2, discount=0.5)
+    sampler, _ = risky(steps=2, discount=0.5)
+    batch, _, spans = sampler.draw(200, 0.25, generator())
     at = batch.observations[:, 0].long()
     assert set(at.tolist()) == set(range(5))
     # 1 + 2/2, 2 + 4/2, 4; 8 + 16/2, 16: no sum goes past the end of its episode.
@@ -173,7 +176,7 @@ def test_n_step_transitions_by_hand() -> None:
 
 
 def test_n_steps_beyond_every_episode_are_the_whole_rest() -> None:
-    batch, _, spans = risky()[0].draw(200, 0.0, generator(), steps=50, discount=1.0)
+    batch, _, spans = risky(steps=50)[0].draw(200, 0.0, generator())
     at = batch.observations[:, 0].long()
     assert torch.equal(batch.costs, torch.tensor([7.0, 6.0, 4.0, 24.0, 16.0])[at])
     assert torch.equal(spans, torch.tensor([3.0, 2.0, 1.0, 2.0, 1.0])[at])

@@ -20,13 +20,23 @@ class Experience:
     added only the start states of the log exist and nothing can be drawn.
     """
 
-    def __init__(self, dataset: Dataset, capacity: int, offline_share: float) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        capacity: int,
+        offline_share: float,
+        *,
+        steps: int = 1,
+        discount: float = 1.0,
+    ) -> None:
+        """Batches for the safety critic span ``steps`` steps, see :class:`RiskSampler`."""
         self.dataset = dataset
+        self._steps, self._discount = steps, discount
         self.offline_share = offline_share
         self.buffer = TransitionBuffer(dataset.layout, capacity)
         self.starts = torch.zeros(0, dataset.layout.observation_size)  # of the online episodes
         self._logged_starts = dataset.initial_observations
-        self._logged = RiskSampler.of(dataset)
+        self._logged = RiskSampler.of(dataset, steps=steps, discount=discount)
         self._lived: RiskSampler | None = None
 
     def add_episode(self, rows: Tensor) -> None:
@@ -58,13 +68,7 @@ class Experience:
         )
 
     def stratified_batch(
-        self,
-        batch_size: int,
-        positive_share: float,
-        generator: torch.Generator,
-        *,
-        steps: int = 1,
-        discount: float = 1.0,
+        self, batch_size: int, positive_share: float, generator: torch.Generator
     ) -> tuple[Batch, Tensor, Tensor]:
         """A batch for the safety critic, see RiskSampler.draw: (transitions, weights, spans).
 
@@ -74,7 +78,7 @@ class Experience:
             raise ValueError("no episode has been added yet")
         n = round(batch_size * self.offline_share)
         parts = [
-            source.draw(size, positive_share, generator, steps=steps, discount=discount)
+            source.draw(size, positive_share, generator)
             for source, size in ((self._logged, n), (self._lived, batch_size - n))
         ]
         batches, weights, spans = zip(*parts, strict=True)
@@ -106,4 +110,12 @@ class Experience:
         lived = layout.unpack(rows)
         rises = (lived.time_to_go.diff() > 0.0).nonzero().squeeze(1) + 1
         starts = torch.cat([torch.tensor([0]), rises, torch.tensor([len(rows)])])
-        return RiskSampler(rows, layout, starts, lived.accidents, lived.costs)
+        return RiskSampler(
+            rows,
+            layout,
+            starts,
+            lived.accidents,
+            lived.costs,
+            steps=self._steps,
+            discount=self._discount,
+        )

@@ -54,17 +54,28 @@ class RiskSampler:
     """Batches for the safety critic from one source of whole episodes: stratified, n-step."""
 
     def __init__(
-        self, rows: Rows, layout: Layout, starts: Tensor, accidents: Tensor, costs: Tensor
+        self,
+        rows: Rows,
+        layout: Layout,
+        starts: Tensor,
+        accidents: Tensor,
+        costs: Tensor,
+        *,
+        steps: int = 1,
+        discount: float = 1.0,
     ) -> None:
-        """``rows`` [N, D], first rows of the M episodes and N [M + 1], and two of their columns."""
+        """``rows`` [N, D], first rows of the M episodes and N [M + 1], and two of their columns.
+
+        A transition spans ``steps`` steps, fewer where its episode ends before.
+        """
         self._rows = rows
         self._layout = layout
-        self._starts = starts
-        self._costs = costs
+        self._steps = steps
+        self._costs, self._spans = n_step_costs(costs, starts, steps, discount)
         self._stratified = StratifiedSampler(accidents)
 
     @classmethod
-    def of(cls, dataset: Dataset) -> RiskSampler:
+    def of(cls, dataset: Dataset, *, steps: int = 1, discount: float = 1.0) -> RiskSampler:
         """Of a whole dataset."""
         return cls(
             dataset.rows,
@@ -72,39 +83,46 @@ class RiskSampler:
             torch.from_numpy(dataset.episode_starts),
             dataset.column("accidents"),
             dataset.column("costs"),
+            steps=steps,
+            discount=discount,
         )
 
     def draw(
-        self,
-        n: int,
-        positive_share: float,
-        generator: torch.Generator,
-        *,
-        steps: int = 1,
-        discount: float = 1.0,
+        self, n: int, positive_share: float, generator: torch.Generator
     ) -> tuple[Batch, Tensor, Tensor]:
         """Transitions [n, ...], their weights [n] (see StratifiedSampler) and spans [n].
 
-        A transition spans ``steps`` steps, fewer where its episode ends before: ``costs`` are then
-        the discounted sum of theirs, ``next_observations`` and ``terminated`` those of the last.
+        ``costs`` are the discounted sums of the steps that a transition spans,
+        ``next_observations`` and ``terminated`` those of the last.
         """
         index, weights = self._stratified.index(n, positive_share, generator)
         first = self._layout.unpack(self._rows.index_select(0, index))
-        if steps == 1:
-            return first, weights, torch.ones(n)
-        end = self._starts[torch.searchsorted(self._starts, index, right=True)]
-        ahead = torch.arange(steps)
-        at = index.unsqueeze(1) + ahead  # [n, steps]
-        inside = at < end.unsqueeze(1)
-        costs = self._costs[at.clamp_max(len(self._costs) - 1)] * inside
-        spans = inside.sum(1)
-        last = self._layout.unpack(self._rows.index_select(0, index + spans - 1))
+        spans = self._spans[index]
+        if self._steps == 1:
+            return first, weights, spans
+        last = self._layout.unpack(self._rows.index_select(0, index + spans.long() - 1))
         joined = first._replace(
-            costs=costs @ discount ** ahead.to(costs.dtype),
+            costs=self._costs[index],
             next_observations=last.next_observations,
             terminated=last.terminated,
         )
-        return joined, weights, spans.to(costs.dtype)
+        return joined, weights, spans
+
+
+def n_step_costs(
+    costs: Tensor, starts: Tensor, steps: int, discount: float
+) -> tuple[Tensor, Tensor]:
+    """``sum_k<n discount^k c_(t+k)`` of each row [N], and n [N]: ``steps``, or those left of its
+    episode.
+
+    ``starts`` [M + 1] are the first rows of the episodes, and N.
+    """
+    end = starts[1:].repeat_interleave(starts.diff())
+    spans = (end - torch.arange(len(costs))).clamp_max(steps)
+    sums = costs.clone()
+    for k in range(1, min(steps, len(costs))):
+        sums[:-k] += torch.where(spans[:-k] > k, discount**k * costs[k:], 0.0)
+    return sums, spans.to(costs.dtype)
 
 
 class StratifiedSampler:
