@@ -14,7 +14,8 @@ task and makes everything look deadly on the next.
 The pushed members are for judging; the plain ones compare actions, for the shield and for the
 policy that learns online. The push lifts the policy's own actions above their neighbours: so an
 estimate errs on the safe side, and so a gradient leads away from what the policy does, wherever
-that is. (Offline, where alpha ends near 0, it made no difference which members steer.)
+that is. (Offline, where alpha ends near 0, it made no difference which members steer.) The two
+roles are not to be joined: what the learner descends flatters the learner.
 """
 
 from __future__ import annotations
