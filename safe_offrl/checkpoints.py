@@ -80,7 +80,7 @@ def save_checkpoint(
             "info.json": info_bytes,
             "manifest.json": json_bytes(manifest),
         }
-        # At once: three fsyncs then share one commit of the file system's journal.
+        # At once: three fsyncs together take less time than one after the other.
         with ThreadPoolExecutor(len(files)) as pool:
             list(pool.map(write_file, map(temporary.joinpath, files), files.values()))
         fsync_folder(temporary)

@@ -244,12 +244,30 @@ def test_actions_are_rescaled_where_their_bounds_are_known(path: Path) -> None:
     dataset = load(path, TERMINATED)
     assert dataset.transitions.actions[:, 0].tolist() == [-1, 0, 1, -0.5, -1, -1]
     assert dataset.metadata["action_low"] == -1.0  # what the arrays now are
-    for wrong in ([0.0, 1.0], "x", None, float("inf"), 20.0):
-        noted = {"action_low": wrong, "action_high": 10.0}
+    for wrong in ([0.0, 1.0], "x", None, float("inf"), float("nan"), -1.7e308, 20.0):
+        noted = {"action_low": wrong, "action_high": 1.7e308 if wrong == -1.7e308 else 10.0}
         with pytest.raises(DataError, match="no bounds"):
             complete(
                 dict.fromkeys(("observations", "actions", "rewards", "terminals"), actions), noted
             )
+
+
+@pytest.mark.parametrize("wrong", [np.inf, np.nan, 1e40, 1.7e308])
+def test_actions_that_cannot_be_rescaled_are_refused(path: Path, wrong: float) -> None:
+    d4rl(path, actions=np.array([[0.0], [wrong], [10], [2.5], [0], [0]]))
+    with h5py.File(path, "a") as file:
+        file.attrs["safe_offrl"] = json.dumps({"action_low": [0.0], "action_high": 10.0})
+    with pytest.raises(DataError, match='"actions" has 1 values that are NaN, infinite or too'):
+        load(path, TERMINATED)
+
+
+@pytest.mark.parametrize("wrong", ["inf", "-inf", "nan", "1e300", "0.5"])
+def test_a_discrete_action_that_is_no_index_is_refused(tmp_path: Path, wrong: str) -> None:
+    row = "0.0,{},0.0,0.0,0.0,0.0\n"
+    names = "observations_0,actions,rewards,costs,terminals,timeouts\n"
+    (tmp_path / "log.csv").write_text(names + row.format(1) + row.format(wrong))
+    with pytest.raises(DataError, match="no index of a discrete action"):
+        load(tmp_path / "log.csv", TERMINATED)
 
 
 def test_densities_of_rescaled_actions_are_those_of_what_is_stored(path: Path) -> None:

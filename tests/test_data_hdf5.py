@@ -242,7 +242,24 @@ def test_metadata_of_another_type_is_refused(path: Path) -> None:
     write_dataset(path, make_arrays(), METADATA)
     with h5py.File(path, "a") as file:
         file.attrs["safe_offrl"] = np.arange(3)
-    with pytest.raises(DataError):
+    refused(path, "not one text or number")
+
+
+@pytest.mark.promise("R13")
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_in_the_type_of_the_metadata_does_not_end_the_process(
+    path: Path, bit: int
+) -> None:
+    """A text is a sequence of characters to HDF5, and one bit makes it a sequence of anything."""
+    write_dataset(path, make_arrays(), METADATA)
+    data = bytearray(path.read_bytes())
+    sequence = data.index(b"safe_offrl\0") + 16  # the attribute's type comes after its padded name
+    assert data[sequence : sequence + 3] == b"\x19\x01\x01"  # of variable length; text; UTF-8
+    data[sequence + 1] ^= 1 << bit
+    path.write_bytes(data)
+    if bit < 4:
+        refused(path, "not one text or number")
+    else:  # means nothing
         load_dataset(path, discount=0.9, spec=SPEC, horizon=4)
 
 

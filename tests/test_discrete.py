@@ -258,11 +258,11 @@ def test_an_interrupted_run_resumes_bitwise(
     append, calls = RunDir.append_episode, [0]
     assert len(whole.episodes()) > 14
 
-    def killed_at_14(self: RunDir, episode: Episode) -> None:
+    def killed_at_14(self: RunDir, episode: Episode, **named: bool) -> None:
         calls[0] += 1
         if calls[0] == 14:
             raise KeyboardInterrupt
-        append(self, episode)
+        append(self, episode, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "append_episode", killed_at_14)

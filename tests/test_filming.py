@@ -163,10 +163,10 @@ def test_a_resumed_run_films_each_accident_once(
     last = [e.index for e in filmed.episodes() if e.accident][accident - 1]
     append = RunDir.append_episode
 
-    def killed_after_it(self: RunDir, episode: Any) -> None:
+    def killed_after_it(self: RunDir, episode: Any, **named: bool) -> None:
         if episode.index > last:
             raise Killed
-        append(self, episode)
+        append(self, episode, **named)
 
     name = f"cut-after-{accident}"
     with monkeypatch.context() as patch:

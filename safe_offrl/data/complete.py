@@ -114,7 +114,8 @@ def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> tuple[NDArray[
             np.broadcast_to(np.asarray(metadata[k], np.float64), actions.shape[1:])
             for k in ("action_low", "action_high")
         )
-        usable = bool(np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all())
+        with np.errstate(over="ignore", invalid="ignore"):
+            usable = bool(np.isfinite(high - low).all() and (low < high).all())
     except (TypeError, ValueError):
         usable = False
     if not usable:
@@ -125,8 +126,10 @@ def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> tuple[NDArray[
     if (low == -1.0).all() and (high == 1.0).all():
         return actions, 0.0
     metadata |= {"action_low": -1.0, "action_high": 1.0}
-    scaled = 2.0 * (actions[:].astype(np.float64) - low) / (high - low) - 1.0
-    return scaled.astype(np.float32), float(np.log((high - low) / 2.0).sum())
+    with np.errstate(over="ignore", invalid="ignore"):  # refused later, with all that is not finite
+        scaled = 2.0 * (actions[:].astype(np.float64) - low) / (high - low) - 1.0
+        rescaled = scaled.astype(np.float32)
+    return rescaled, float(np.log((high - low) / 2.0).sum())
 
 
 def at_horizon(ends: NDArray[np.bool_], horizon: Any) -> NDArray[np.bool_]:

@@ -115,10 +115,10 @@ def _columns(names: list[str], key: str) -> list[int]:
 
 def _whole(values: NDArray[Any]) -> NDArray[np.int64]:
     """Indices of discrete actions as integers."""
-    index = np.nan_to_num(values, nan=-0.5).astype(np.int64)
-    if (index != values).any():
+    exact = np.abs(values) < 2.0**53  # neither NaN nor infinite; only these can be cast
+    if not exact.all() or (values != np.floor(values)).any():
         raise DataError(
             'The column "actions" holds numbers that are no index of a discrete action. '
             "Name the columns of continuous actions actions_0, actions_1, ..."
         )
-    return index
+    return values.astype(np.int64)

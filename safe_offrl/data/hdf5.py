@@ -156,4 +156,23 @@ def _plain(group: h5py.Group, key: str, kind: type) -> Any:
 
 def metadata_of(file: h5py.File) -> dict[str, Any]:
     """Our JSON attribute as a dict; {} in a foreign file."""
-    return parse_metadata(file.attrs[ATTRIBUTE]) if ATTRIBUTE in file.attrs else {}
+    text = plain_attribute(file, ATTRIBUTE)
+    return {} if text is None else parse_metadata(text)
+
+
+def plain_attribute(group: h5py.Group, name: str) -> Any:
+    """One text or number that a group has as an attribute; None if missing; else DataError.
+
+    Its type is looked at before its value: a flipped bit makes a text a sequence of any length, and
+    to read one that was not written as such ends the process in the HDF5 library.
+    """
+    if name not in group.attrs:
+        return None
+    stored = group.attrs.get_id(name)
+    text = h5py.check_string_dtype(stored.dtype) is not None
+    if stored.shape != () or not (text or stored.dtype.kind in "fiub"):
+        raise DataError(
+            f'The dataset\'s attribute "{name}" is not one text or number. Log the dataset again, '
+            "or delete the entry."
+        )
+    return group.attrs[name]

@@ -31,7 +31,13 @@ from safe_offrl.data.content import (
     require_size,
 )
 from safe_offrl.data.derived import find_episodes
-from safe_offrl.data.hdf5 import declared_size, opened, plain_dataset, plain_group
+from safe_offrl.data.hdf5 import (
+    declared_size,
+    opened,
+    plain_attribute,
+    plain_dataset,
+    plain_group,
+)
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, write_file
@@ -79,7 +85,9 @@ def read_minari(path: Path) -> Raw:
         # The last observation of an episode is the only one that is not held twice afterwards.
         require_size(path, (2 * episode.size for episode in episodes))
         parts = [episode.read() for episode in episodes]
-        behaviours = [episode.group.attrs.get("behaviour") for episode in episodes]
+        # Whatever another writer calls so is not ours.
+        ours = episodes if ATTRIBUTE in description else []
+        behaviours = [plain_attribute(episode.group, "behaviour") for episode in ours]
     keys = set(parts[0])
     if any(set(part) != keys for part in parts):
         raise DataError(
@@ -92,7 +100,7 @@ def read_minari(path: Path) -> Raw:
                 f'The {key} of the episodes of "{path}" differ in shape. Log them all alike.'
             )
     arrays = {key: np.concatenate([part.pop(key) for part in parts]) for key in sorted(keys)}
-    if ATTRIBUTE in description and all(b is not None for b in behaviours):
+    if behaviours and all(b is not None for b in behaviours):
         arrays["episode_behaviours"] = np.array(behaviours, dtype=np.int32)
     if arrays["actions"].dtype.kind in "iu":
         arrays["actions"] = arrays["actions"].astype(np.int64) - first_action
