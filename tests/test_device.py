@@ -18,17 +18,19 @@ layout, generator = Layout(60, 2), torch.Generator().manual_seed(0)
 networks = Networks(*layout, NetworkConfig((256, 256), (256, 256), 2), generator)
 agent = CQL(networks, CQLConfig(), calibrated=False)
 batch = layout.unpack(torch.rand(256, layout.width, generator=generator))
-for _ in range(4):
+faults = []
+for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     agent.update(batch, generator)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_an_update_finds_the_memory_of_the_one_before() -> None:
-    # By default the temporaries of one CQL update (130 MB) are given back: 33,000 faults in each.
+    # By default the temporaries of one CQL update (130 MB) are given back: 33,000 faults in each. The
+    # least of a few, since the system may take idle pages away meanwhile.
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 3000
