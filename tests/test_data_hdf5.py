@@ -246,6 +246,26 @@ def test_metadata_of_another_type_is_refused(path: Path) -> None:
 
 
 @pytest.mark.promise("R13")
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (8, 0),  # the heap's own size, which is 4096
+        (8, 2**63),
+        (24, 0x189),  # of the text: the next object is found in zeros, and has no size
+        (24, 2**64 - 8),
+        (16, 0),  # the text is taken for space that is left
+    ],
+)
+def test_a_text_of_another_size_does_not_hang_the_process(path: Path, at: int, value: int) -> None:
+    write_dataset(path, make_arrays(), METADATA)
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL") + at
+    data[heap : heap + 8] = value.to_bytes(8, "little")
+    path.write_bytes(data)
+    refused(path, "The texts in the dataset .* are not where it says")
+
+
+@pytest.mark.promise("R13")
 @pytest.mark.parametrize("bit", range(8))
 def test_a_flipped_bit_in_the_type_of_the_metadata_does_not_end_the_process(
     path: Path, bit: int

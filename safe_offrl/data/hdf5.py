@@ -7,7 +7,9 @@ that lie in the file itself are read, and only after their size has been added u
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from safe_offrl.data.content import (
 )
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
+
+_HEAP = b"GCOL\1\0\0\0"  # how a heap of HDF5 begins
 
 
 def write_dataset(path: str | Path, arrays: Arrays, metadata: Metadata) -> None:
@@ -169,10 +173,39 @@ def plain_attribute(group: h5py.Group, name: str) -> Any:
     if name not in group.attrs:
         return None
     stored = group.attrs.get_id(name)
-    text = h5py.check_string_dtype(stored.dtype) is not None
+    text = h5py.check_string_dtype(stored.dtype)
     if stored.shape != () or not (text or stored.dtype.kind in "fiub"):
         raise DataError(
             f'The dataset\'s attribute "{name}" is not one text or number. Log the dataset again, '
             "or delete the entry."
         )
+    if text and text.length is None:
+        _require_sound_heaps(Path(group.file.filename))
     return group.attrs[name]
+
+
+def _require_sound_heaps(path: Path) -> None:
+    """Raise DataError where the HDF5 library would go round in circles for ever.
+
+    Texts of variable length lie in heaps: a header of 16 bytes (signature, version, size), and
+    objects (index, references, size, then the text padded to 8 bytes; index 0 is the space that is
+    left, whose size is with its own header). The library goes from one to the next by their sizes
+    and does not mind one of none.
+    """
+    damaged = DataError(
+        f'The texts in the dataset "{path}" are not where it says: it is damaged. Log or download '
+        "it again."
+    )
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(_HEAP)
+        while at >= 0:
+            end = at + 16 <= len(data) and at + int.from_bytes(data[at + 8 : at + 16], "little")
+            if not at + 16 <= end <= len(data):
+                raise damaged
+            position = at + 16
+            while end - position >= 16:
+                index, size = struct.unpack("<H6xQ", data[position : position + 16])
+                position += 16 + (size + 7) // 8 * 8 if index else size
+                if position > end or (not index and size < 16):
+                    raise damaged
+            at = data.find(_HEAP, at + 1)
