@@ -29,8 +29,8 @@ print(min(faults))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_an_update_finds_the_memory_of_the_one_before() -> None:
-    # By default the temporaries of one CQL update (130 MB) are given back: 33,000 faults in each. The
-    # least of a few, since the system may take idle pages away meanwhile.
+    # By default the temporaries of one CQL update (130 MB) are given back: 33,000 faults in each.
+    # The least of a few counts, since the system may take idle pages away meanwhile.
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 3000
