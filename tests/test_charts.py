@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 
@@ -158,6 +159,10 @@ def test_the_front_is_named_in_words():
     plane, profile = outcome.outcome_panels(style.groups_of(runs, looks))
     assert "good 2 at 1, wild 3 at 2, bad 1 at 2" in plane.words
     assert plane.words.endswith("On the Pareto front: good, wild.")
+    assert plane.title == "Return against accidents while learning"
+    costly = [dataclasses.replace(run, constraint="cost") for run in runs]
+    plane, _ = outcome.outcome_panels(style.groups_of(costly, looks))
+    assert plane.title == "Return against cost while learning"
     assert profile.name == "profile"
 
 

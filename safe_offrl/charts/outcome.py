@@ -42,7 +42,7 @@ def outcome_panels(groups: Sequence[Group]) -> list[Panel]:
     panels = [
         Panel(
             "plane",
-            "Return against accidents while learning",
+            _plane_title(by_cost),
             lambda axis: _draw_plane(axis, shown, by_cost),
             f"Final return against {unit}, mean over runs: {words}. "
             f"On the Pareto front: {', '.join(on_front)}.",
@@ -117,8 +117,12 @@ def _draw_plane(axis: Axes, groups: Sequence[Group], by_cost: bool) -> None:
     front = pareto_front([_centre(group.runs, by_cost) for group in groups])
     axis.plot(*zip(*front, strict=True), color=rcParams["text.color"], linestyle=DASHED, zorder=0)
     quantity = "cost per episode" if by_cost else "accidents per 1000 steps"
-    finish(axis, "Return against accidents while learning", "final return", quantity)
+    finish(axis, _plane_title(by_cost), "final return", quantity)
     axis.set_xlim(left=0)
+
+
+def _plane_title(by_cost: bool) -> str:
+    return f"Return against {'cost' if by_cost else 'accidents'} while learning"
 
 
 def _draw_profile(axis: Axes, groups: Sequence[Group]) -> None:
