@@ -1,7 +1,7 @@
 """Adam over a fixed list of parameters: one call of torch's fused kernel, and nothing else.
 
 ``torch.optim.Adam.step`` collects its parameters, groups them by device and looks for hooks before
-it calls the same kernel. With three or four optimisers an update, that is a twentieth of its time.
+it calls the same kernel, and an update has three or four optimisers.
 """
 
 from __future__ import annotations

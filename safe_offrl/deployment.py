@@ -65,9 +65,11 @@ class Deployment:
         """Let a copy of this policy act, behind a copy of this shield or one of today's critic."""
         self.version += 1
         self.actor = copy.deepcopy(actor)
-        self.shield = copy.deepcopy(shield) or Shield(
-            self._critic, self.shielding, self.limit.share, acts=self.shield.acts
-        )
+        if shield is None:
+            acts = self.shield.acts
+            self.shield = Shield(self._critic, self.shielding, self.limit.share, acts=acts)
+        else:
+            self.shield = copy.deepcopy(shield)
 
     def propose(
         self,

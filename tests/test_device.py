@@ -7,6 +7,7 @@ import pytest
 
 FAULTS = """
 import resource
+import statistics
 import torch
 from safe_offrl.agents.cql import CQL, CQLConfig
 from safe_offrl.device import configure
@@ -19,18 +20,18 @@ networks = Networks(*layout, NetworkConfig((256, 256), (256, 256), 2), generator
 agent = CQL(networks, CQLConfig(), calibrated=False)
 batch = layout.unpack(torch.rand(256, layout.width, generator=generator))
 faults = []
-for _ in range(6):
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     agent.update(batch, generator)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))
+print(int(statistics.median(faults[3:])))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_an_update_finds_the_memory_of_the_one_before() -> None:
     # By default the temporaries of one CQL update (130 MB) are given back: 33,000 faults in each.
-    # The least of a few counts, since the system may take idle pages away meanwhile.
+    # The median of five counts, since a busy system may take idle pages away in one of them.
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 3000
