@@ -122,7 +122,9 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint:
             f'No checkpoint of the run "{run}" is intact ({"; ".join(problems)}). '
             "Restore one from a backup or start a new run."
         )
-    raise RunError(f'The run "{run}" has no checkpoint yet. Start a new run instead of resuming.')
+    raise RunError(
+        f'The run "{run}" has no checkpoint. Restore one from a backup or start a new run.'
+    )
 
 
 def remove_unfinished(folder: Path) -> None:

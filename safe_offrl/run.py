@@ -383,6 +383,13 @@ class RunDir:
             self.path / "checkpoints", step, tensors, info, self._counts
         )
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is, or was, anything to continue from."""
+        return any(self.path.glob("checkpoints/step-*")) or any(
+            (self.path / name).is_file() for name in ("ledger.jsonl", "metrics.jsonl")
+        )
+
     def load_checkpoint(self) -> Checkpoint:
         """Read the newest intact checkpoint; RunError if there is none."""
         return checkpoints.load_checkpoint(self.path / "checkpoints", self.name)

@@ -101,7 +101,7 @@ def test_a_discarded_future_is_removed(tmp_path: Path) -> None:
 
 @pytest.mark.promise("R5")
 def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r'"a" has no checkpoint yet'):
+    with pytest.raises(RunError, match=r'"a" has no checkpoint'):
         load_checkpoint(tmp_path, "a")
 
 

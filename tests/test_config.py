@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,12 +132,37 @@ def test_bad_files(tmp_path: Path) -> None:
         load(preset=str(tmp_path / "none.yaml"))
 
 
+def test_paths_of_a_run_are_written_without_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("SAFE_OFFRL_CACHE", raising=False)
+
+    def stored(path: Path, runs: Path) -> str:
+        inputs = config.RunInputs("X-v0", str(path), "ab")
+        text = config.run_yaml(inputs, "outer", Outer(), runs)
+        assert config.parse_run_yaml(text, "outer", Outer, runs / "any")[0] == inputs
+        return str(yaml.safe_load(text)["inputs"]["dataset"])
+
+    project = home / "project"
+    assert stored(project / "runs" / "offline", project / "runs") == "../offline"
+    assert stored(project / "log.hdf5", project / "runs") == "../../log.hdf5"
+    assert stored(home / "log.hdf5", project / "runs") == "~/log.hdf5"
+    # The cache stays where it is when runs move, also where both are in the home folder.
+    cached = home / ".cache" / "safe-offrl" / "log.hdf5"
+    assert stored(cached, home / "runs") == "~/.cache/safe-offrl/log.hdf5"
+    assert stored(tmp_path / "log.hdf5", project / "runs") == str(tmp_path / "log.hdf5")
+    # Everything is below the root: that says nothing about what is moved together.
+    assert stored(Path("/data/log.hdf5"), Path("/runs")) == "/data/log.hdf5"
+
+
 def test_yaml_round_trip() -> None:
     value = Outer(steps=7, agent="1e5", run="true", inner=Inner(rate=1e-5, layers=(3,), gap=0.1))
     assert config.from_yaml(Outer, config.to_yaml(value)) == value
     inputs = config.RunInputs("PointHazard-v0", "/data/d.hdf5", "ab" * 32, pretrained="/r/p")
-    text = config.run_yaml(inputs, "outer", value)
-    assert config.parse_run_yaml(text, "outer", Outer) == (inputs, value)
+    text = config.run_yaml(inputs, "outer", value, Path("/r"))
+    assert config.parse_run_yaml(text, "outer", Outer, Path("/r/x")) == (inputs, value)
     with pytest.raises(ConfigError, match="Did you mean"):
         config.from_yaml(Outer, "stepz: 3")
     with pytest.raises(ConfigError, match="missing"):

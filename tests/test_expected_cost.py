@@ -372,7 +372,7 @@ def test_fine_tuning_follows_the_episodes_faster_than_the_log(
     data: Dataset, pretraining: Pretraining, tmp_path: Path
 ) -> None:
     inputs = RunInputs("HazardLine-v0", "log.hdf5", data.sha256)
-    text = run_yaml(inputs, "pretrain", pretraining.config)
+    text = run_yaml(inputs, "pretrain", pretraining.config, tmp_path)
     with RunDir.create(tmp_path, kind="pretrain", config_text=text, name="p") as run:
         config = finetune_config(run)
     assert (config.critic.tau, config.lagrangian.maximum) == (0.05, 300.0)

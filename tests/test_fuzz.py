@@ -245,18 +245,18 @@ def yaml_text(tree: Any) -> str:
     return yaml.safe_dump(tree, allow_unicode=True)
 
 
-def config_inputs(_: Path) -> st.SearchStrategy[Any]:
-    texts = [run_yaml(INPUTS, section, schema()) for section, schema in CONFIGS]
+def config_inputs(folder: Path) -> st.SearchStrategy[Any]:
+    texts = [run_yaml(INPUTS, section, schema(), folder) for section, schema in CONFIGS]
     trees = [yaml.safe_load(text) for text in texts]
     one = st.one_of([fuzz.changed_tree(tree).map(yaml_text) for tree in trees])
     bytes_of = st.one_of([fuzz.damaged(text.encode()) for text in texts])
     return one | bytes_of.map(lambda data: data.decode(errors="replace"))
 
 
-def config(_: Path, drawn: Any) -> None:
+def config(folder: Path, drawn: Any) -> None:
     for section, schema in CONFIGS:
         with contextlib.suppress(UserError):
-            parse_run_yaml(drawn, section, schema)
+            parse_run_yaml(drawn, section, schema, folder)
 
 
 def suite_inputs(_: Path) -> st.SearchStrategy[Any]:

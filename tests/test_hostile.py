@@ -113,7 +113,7 @@ def agent_zip(folder: Path, marker: Path) -> None:
 
 def resolver_in_yaml(folder: Path, marker: Path) -> None:
     text = "inputs: {env_id: '${oc.env:SAFE_OFFRL_SECRET}', dataset: a, dataset_sha256: b}\n"
-    parse_run_yaml(text + "pretrain: {}\n", "pretrain", PretrainConfig)
+    parse_run_yaml(text + "pretrain: {}\n", "pretrain", PretrainConfig, folder)
 
 
 def python_tag_in_yaml(folder: Path, marker: Path) -> None:
@@ -123,7 +123,7 @@ def python_tag_in_yaml(folder: Path, marker: Path) -> None:
 
 
 def nested_yaml(folder: Path, marker: Path) -> None:
-    parse_run_yaml("inputs: " + "{a: " * 5000, "pretrain", PretrainConfig)
+    parse_run_yaml("inputs: " + "{a: " * 5000, "pretrain", PretrainConfig, folder)
 
 
 def run_name_outside(folder: Path, marker: Path) -> None:
@@ -151,7 +151,7 @@ def foreign_run(folder: Path, marker: Path, *, env_id: str, accident: str) -> Ru
     (folder / f"{MODULE}.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
     config = PretrainConfig(env=env_id, safety=SafetySpec(accident=accident))
     inputs = RunInputs(env_id=env_id, dataset="log.hdf5", dataset_sha256="0" * 64)
-    text = run_yaml(inputs, "pretrain", config)
+    text = run_yaml(inputs, "pretrain", config, folder)
     with RunDir.create(folder, kind="pretrain", config_text=text, name="foreign") as run:
         run.set_status("finished")
     return RunDir(folder / "foreign")
@@ -267,7 +267,7 @@ def test_where_nothing_can_be_remembered_it_is_asked_for(
     (tmp_path / "cache").write_text("no folder")
     monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path / "cache"))
     run = foreign_run(tmp_path, tmp_path / "marker", env_id=f"{MODULE}:Env-v0", accident="cost")
-    inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+    inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
     trust_own(run.config_text, inputs, config.safety)
     with pytest.raises(RunError, match="was not made on this machine as far as it knows"):
         require_trusted(run, inputs, config.safety)

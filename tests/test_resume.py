@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from safe_offrl import checkpoints, commands
 from safe_offrl.config import parse_run_yaml
+from safe_offrl.errors import RunError
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.progress import StopSignal
 from safe_offrl.run import RunDir
@@ -85,7 +87,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "call"), [("log", 4), ("save_checkpoint", 6), ("write_json", 2)]
+    ("method", "call"),
+    [("save_checkpoint", 1), ("log", 4), ("save_checkpoint", 6), ("write_json", 2)],
 )
 def test_pretrain(
     root: Path,
@@ -108,7 +111,13 @@ def test_pretrain(
 
 @pytest.mark.parametrize(
     ("method", "call"),
-    [("append_episode", 7), ("append_episode", 13), ("log_iteration", 2), ("save_checkpoint", 4)],
+    [
+        ("save_checkpoint", 1),
+        ("append_episode", 7),
+        ("append_episode", 13),
+        ("log_iteration", 2),
+        ("save_checkpoint", 4),
+    ],
 )
 def test_finetune(
     root: Path,
@@ -125,9 +134,39 @@ def test_finetune(
             commands.finetune_run(
                 online_plan(pretrained), name=name, runs=root, checkpoint_seconds=0.0, say=silent
             )
-    assert 0 < len(RunDir(root / name).episodes()) < len(online.episodes())
+    assert (call > 1) <= len(RunDir(root / name).episodes()) < len(online.episodes())
     again = commands.resume_finetune(name, runs=root, say=silent)
     assert record(again) == record(online)
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again(root: Path, online: RunDir) -> None:
+    lost = root / "lost"
+    shutil.copytree(online.path, lost, ignore=shutil.ignore_patterns("step-*", "writer.pid"))
+    RunDir(lost).write_json("run.json", {**online.state, "status": "running"})
+    with pytest.raises(RunError, match="has no checkpoint"):
+        commands.resume_finetune(lost, say=silent)
+    assert RunDir(lost).episodes() == online.episodes()
+
+
+def test_runs_and_data_that_moved_together_go_on(
+    tmp_path: Path, pretrained: RunDir, tiny_dataset: Path
+) -> None:
+    project = tmp_path / "here"
+    (project / "data").mkdir(parents=True)
+    log = shutil.copy(tiny_dataset, project / "data" / "log.hdf5")
+    config = commands.pretrain_config(dataset=str(log), steps=60, overrides=TINY)
+    plan = commands.plan_pretrain(config, say=silent)
+    offline = commands.pretrain_run(plan, name="offline", runs=project / "runs", say=silent)
+    plan_online = online_plan(offline)
+    online = commands.finetune_run(plan_online, name="a", runs=project / "runs", say=silent)
+    for text in (offline.config_text, online.config_text):
+        assert "  dataset: ../../data/log.hdf5\n" in text
+    assert "  pretrained: ../offline\n" in online.config_text
+    assert str(tmp_path) not in online.config_text
+
+    moved = project.rename(tmp_path / "there") / "runs"
+    again = commands.finetune_run(online_plan(RunDir(moved / "offline")), runs=moved, say=silent)
+    assert record(again)["sha256"] == record(RunDir(moved / "a"))["sha256"]
 
 
 @pytest.mark.promise("R1")
@@ -241,7 +280,7 @@ def test_a_signal_saves_and_names_the_resume_command(
 
 def test_a_changed_pretrain_run_is_refused(root: Path, pretrained: RunDir, online: RunDir) -> None:
     # The checkpoint's identity is in the stored settings.
-    inputs, _ = parse_run_yaml(online.config_text, "finetune", FinetuneConfig)
+    inputs, _ = parse_run_yaml(online.config_text, "finetune", FinetuneConfig, online.path)
     assert inputs.pretrained_sha256 == pretrained.load_checkpoint().sha256
     assert inputs.dataset_sha256
     assert json.loads((online.path / "versions.json").read_bytes())["threads"] == inputs.threads

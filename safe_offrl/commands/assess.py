@@ -63,7 +63,7 @@ def assess_runs(
     limits: dict[str, tuple[float, float]] = {}
     results: dict[str, Any] = {}
     for run in found:
-        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
         configure(inputs.threads)
         safety = _limited(config.safety, epsilon, cost_limit, confidence)
         dataset = stored_dataset(inputs, safety, discount_of(config))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from torch import Tensor
+
+from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.config import RunInputs
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
@@ -63,6 +66,37 @@ def loading(path: str | Path) -> Iterator[None]:
             f'The checkpoint of "{path}" does not fit this version of safe-offrl ({reason}). '
             "Use the version in its versions.json, or make the run again."
         ) from error
+
+
+class Loop(Protocol):
+    """What a run continues: the offline phase, or the online one."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors."""
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """The rest, JSON-able."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Continue from both."""
+        ...
+
+
+def bring_back(run: RunDir, loop: Loop) -> Checkpoint:
+    """Set a loop before its first step, and the run's files, to the newest checkpoint.
+
+    A run that was ended before it wrote its first one has not begun, and begins here.
+    """
+    if run.has_begun:
+        checkpoint = run.load_checkpoint()
+        with loading(run.path):
+            loop.load(checkpoint.tensors, checkpoint.info)
+    else:
+        checkpoint = run.save_checkpoint(0, loop.state_dict(), loop.info())
+    run.rewind(checkpoint)
+    return checkpoint
 
 
 def require_unfinished(run: RunDir) -> None:

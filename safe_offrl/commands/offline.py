@@ -12,11 +12,11 @@ from safe_offrl.calibration_chart import report_png
 from safe_offrl.collect import CollectConfig, default_dataset
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
+    bring_back,
     constraint_line,
     data_line,
     device_line,
     interrupted,
-    loading,
     numbers,
     require_both_outcomes,
     require_same_threads,
@@ -140,7 +140,7 @@ def pretrain_run(
 ) -> RunDir:
     """Run a planned offline phase in a new run folder; returns the finished run."""
     configure(plan.inputs.threads)
-    config_text = run_yaml(plan.inputs, "pretrain", plan.config)
+    config_text = run_yaml(plan.inputs, "pretrain", plan.config, Path(runs))
     trust_own(config_text, plan.inputs, plan.config.safety)
     run = RunDir.create(
         Path(runs),
@@ -172,16 +172,13 @@ def resume_pretrain(
     run.lock()
     with run:
         require_unfinished(run)
-        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
         require_same_threads(run, inputs, threads)
         configure(inputs.threads)
         choose(stored_mode(inputs), config.precision, config.steps)  # refuses what cannot go on
         dataset = stored_dataset(inputs, config.safety, discount_of(config))
         loop = Pretraining(config, dataset, compiled=inputs.compiled)
-        checkpoint = run.load_checkpoint()
-        with loading(run.path):
-            loop.load(checkpoint.tensors, checkpoint.info)
-        run.rewind(checkpoint)
+        checkpoint = bring_back(run, loop)
         say(f"resume      {run.path} from step {checkpoint.step:,}")
         _drive_pretraining(run, loop, checkpoint_seconds, say)
     return run

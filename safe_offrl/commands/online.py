@@ -15,6 +15,7 @@ from safe_offrl.commands.assess import Subject, gate
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
     STOP_SECONDS,
+    bring_back,
     constraint_line,
     data_line,
     device_line,
@@ -132,7 +133,9 @@ def finetune_config(
     overrides: Sequence[str] = (),
 ) -> FinetuneConfig:
     """Resolve the settings of an online phase; what an accident is comes from the pretrain run."""
-    inputs, source = parse_run_yaml(pretrained.config_text, "pretrain", PretrainConfig)
+    inputs, source = parse_run_yaml(
+        pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
+    )
     given = {
         "budget": budget,
         "safety.epsilon": epsilon,
@@ -196,7 +199,9 @@ def plan_finetune(
     configure(threads)
     updates = config.budget // config.update_every * config.utd
     compute, compiling = choose(compile_mode or config.compile, config.precision, updates)
-    source, source_config = parse_run_yaml(pretrained.config_text, "pretrain", PretrainConfig)
+    source, source_config = parse_run_yaml(
+        pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
+    )
     require_trusted(pretrained, source, source_config.safety)
     if pretrained.state["status"] != "finished":
         raise RunError(
@@ -259,7 +264,7 @@ def finetune_run(
     say: Say = say_plain,
 ) -> RunDir:
     """Run a planned online phase in a new run folder; returns the finished run."""
-    config_text = run_yaml(plan.inputs, "finetune", plan.config)
+    config_text = run_yaml(plan.inputs, "finetune", plan.config, Path(runs))
     trust_own(config_text, plan.inputs, plan.config.safety)
     run = RunDir.create(
         Path(runs),
@@ -297,7 +302,7 @@ def resume_finetune(
     run.lock()
     with run:
         require_unfinished(run)
-        inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
+        inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig, run.path)
         require_trusted(run, inputs, config.safety)
         require_same_threads(run, inputs, threads)
         plan = plan_finetune(
@@ -314,10 +319,7 @@ def resume_finetune(
             )
         with contextlib.closing(plan.env):
             loop = start_loop(plan)
-            checkpoint = run.load_checkpoint()
-            with loading(run.path):
-                loop.load(checkpoint.tensors, checkpoint.info)
-            run.rewind(checkpoint)
+            checkpoint = bring_back(run, loop)
             curves = OnlineCurves(plan.limit, config.safety.confidence, config.budget)
             curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
             say(f"resume      {run.path} from step {checkpoint.step:,}")

@@ -131,13 +131,13 @@ def final_policy(run: RunDir) -> Finetuning:
     is what V_accident(s0) estimates.
     """
     if run.kind == "pretrain":
-        inputs, source = parse_run_yaml(run.config_text, "pretrain", PretrainConfig)
+        inputs, source = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
         require_trusted(run, inputs, source.safety)
         with contextlib.closing(make_env(inputs.env_id, source.safety)) as env:
             horizon = env.horizon
         config = finetune_config(run, budget=horizon, shield=False)
         return start_loop(_plan_acting(run, config, inputs.threads))
-    inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig)
+    inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig, run.path)
     require_trusted(run, inputs, config.safety)
     loop = start_loop(_plan_acting(stored_pretrain_run(inputs), config, inputs.threads))
     checkpoint = run.load_checkpoint()

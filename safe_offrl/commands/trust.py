@@ -33,7 +33,7 @@ def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = sa
     schema: type[PretrainConfig | FinetuneConfig] = (
         PretrainConfig if run.kind == "pretrain" else FinetuneConfig
     )
-    inputs, config = parse_run_yaml(run.config_text, run.kind, schema)
+    inputs, config = parse_run_yaml(run.config_text, run.kind, schema, run.path)
     names = _named(inputs, config.safety)
     if names:
         _remember(run.config_text)
