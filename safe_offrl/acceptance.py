@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safe_offrl.distributions import normal
 from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
@@ -161,7 +162,7 @@ def decide(
     not below the limit, a candidate must have a lower estimate than it. Returns the decision and
     the policy to act.
     """
-    noise = torch.randn(visited.actions.shape, generator=generator)
+    noise = normal(visited.actions.shape, generator)
     v_previous = _probability(critic.estimate(previous, reference, generator).upper)
     fraction, decision = 1.0, None
     for _ in range(config.tries):

@@ -52,6 +52,8 @@ class UniformActor:
 class NumpyActor:
     """Views of an actor's parameters: when the actor learns, this one acts accordingly.
 
+    Of an actor on a GPU it has copies.
+
     An action is a vector [A] in [-1, 1], or a one-hot row [A] where actions are discrete; all NaN
     if the network's output for a discrete choice is not finite, so that nobody takes it for one.
     """
@@ -59,8 +61,8 @@ class NumpyActor:
     def __init__(self, actor: Actor) -> None:
         linears = [layer for layer in actor.layers if isinstance(layer, nn.Linear)]
         self.discrete = actor.discrete
-        self._weights = [layer.weight.detach().numpy().T for layer in linears]
-        self._biases = [layer.bias.detach().numpy() for layer in linears]
+        self._weights = [layer.weight.detach().cpu().numpy().T for layer in linears]
+        self._biases = [layer.bias.detach().cpu().numpy() for layer in linears]
 
     def _outputs(self, observation: Vector) -> Vector:
         x = observation

@@ -27,12 +27,18 @@ class Adam:
         self._weight_decay = weight_decay
         self._means = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self._squares = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        self._steps = [torch.zeros(()) for _ in self.parameters]
+        self._steps = [torch.zeros((), device=p.device) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """Move the parameters, given the gradient of each."""
-        torch._foreach_add_(self._steps, 1.0)
+    def step(self, gradients: Sequence[Tensor], skip: Tensor | None = None) -> None:
+        """Move the parameters, given the gradient of each; not where ``skip`` is 1.
+
+        ``skip`` is a scalar tensor on a GPU, which decides there: nobody has to wait for it.
+        """
+        if skip is None:
+            torch._foreach_add_(self._steps, 1.0)
+        else:
+            torch._foreach_add_(self._steps, [1.0 - skip] * len(self._steps))
         torch._fused_adamw_(
             self.parameters,
             list(gradients),
@@ -47,6 +53,7 @@ class Adam:
             eps=1e-8,
             amsgrad=False,
             maximize=False,
+            found_inf=skip,
         )
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -39,6 +39,7 @@ class RunInputs:
     dataset_sha256: str
     threads: int = 1
     compiled: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
     horizon: int | None = None  # of the environment, for a dataset that does not name one
     pretrained: str | None = None  # absolute path of the pretrain run, likewise
     pretrained_sha256: str | None = None  # of the checkpoint that fine-tuning started from

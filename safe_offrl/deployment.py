@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from safe_offrl.acceptance import AcceptanceConfig, Decision, decide, measure
+from safe_offrl.distributions import normal
 from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
@@ -55,8 +56,9 @@ class Deployment:
         self.version = 0
         self.certified = copy.deepcopy(actor)  # the pretrained policy, to begin with
         self.certified_version = 0
-        self.delta = torch.tensor(delta)
-        self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0)
+        device = next(actor.parameters()).device
+        self.delta = torch.tensor(delta, device=device)
+        self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0, device=device)
         self._critic = critic
         self.shield = Shield(critic, shielding, limit.share, acts=shield_acts)
         self.certified_shield = copy.deepcopy(self.shield)
@@ -64,7 +66,7 @@ class Deployment:
     def deploy(self, actor: Actor, shield: Shield | None = None) -> None:
         """Let a copy of this policy act, behind a copy of this shield or one of today's critic."""
         self.version += 1
-        self.actor = copy.deepcopy(actor)
+        self.actor.load_state_dict(actor.state_dict())  # in place: a recorded update reads it there
         if shield is None:
             acts = self.shield.acts
             self.shield = Shield(self._critic, self.shielding, self.limit.share, acts=acts)
@@ -131,7 +133,7 @@ class Deployment:
             visited,
             steps_per_episode,
             decision.v_previous,
-            torch.randn(visited.actions.shape, generator=generator),
+            normal(visited.actions.shape, generator),
             self.acceptance.tail,
         )
         # Its own shield too: what was shown is about the two together.

@@ -1,16 +1,41 @@
-"""How torch computes here: threads, the library that multiplies matrices, and freed memory."""
+"""How torch computes here: on what, threads, the library that multiplies, and freed memory."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from typing import Literal
 
 import torch
+
+from safe_offrl.errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 # glibc's mallopt(3): parameters and values.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # more is refused
 KEPT_BYTES = 2**30  # freed memory that stays with the process
+
+
+def find_device(wanted: DeviceChoice) -> Device:
+    """What to learn on: a CUDA GPU if there is one ("auto"), or as it is said.
+
+    ConfigError where a GPU is wanted and torch finds none. Acting, the environment and everything
+    that is reported stay on the CPU either way.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but torch finds no CUDA GPU. Install torch's CUDA build and a driver, "
+            "or leave device out."
+        )
+    # Before the first product: with it, cuBLAS gives the same bits every time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return "cuda"
 
 
 def configure(threads: int) -> None:

@@ -9,6 +9,7 @@ know which of the two it has.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,11 @@ from torch.nn import functional as F
 
 LOG_STD_MIN = -5.0
 LOG_STD_MAX = 2.0
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal noise, on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 class Quadrature(NamedTuple):

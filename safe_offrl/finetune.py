@@ -24,6 +24,7 @@ from safe_offrl.data.derived import returns_to_go
 from safe_offrl.data.experience import Experience
 from safe_offrl.deployment import Deployment
 from safe_offrl.descent import Compute
+from safe_offrl.device import Device
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.finetune_config import FinetuneConfig
@@ -54,6 +55,7 @@ class Finetuning:
         pretrained_info: Mapping[str, Any],
         *,
         compiled: bool = False,
+        device: Device = "cpu",
     ) -> None:
         if config.budget < env.horizon:
             raise ConfigError(
@@ -65,7 +67,7 @@ class Finetuning:
         self.normalizer = Normalizer(
             pretrained["normalizer_mean/value"].numpy(), pretrained["normalizer_std/value"].numpy()
         )
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout
         self.networks = Networks(
@@ -82,7 +84,7 @@ class Finetuning:
                 target_entropy=config.cautious_entropy,
                 discrete_entropy=config.cautious_discrete_entropy,
             )
-        compute = Compute(compiled, config.precision)
+        compute = Compute(compiled, config.precision, device)
         baseline = config.baseline
         self.learner = online_learner(
             baseline.learner,
@@ -105,11 +107,12 @@ class Finetuning:
             compute,
         )
         self.experience = Experience(
-            dataset.normalised(self.normalizer),
+            dataset.normalised(self.normalizer).on(self.generator.device),
             config.budget,
             config.offline_share,
             steps=self.critic.steps,
             discount=config.critic.cost_discount,
+            device=self.generator.device,
         )
         self.multiplier = self._multiplier()
         if not baseline.from_scratch:
@@ -151,10 +154,11 @@ class Finetuning:
 
     def _multiplier(self) -> Multiplier | PIDMultiplier:
         lagrangian, baseline = self.config.lagrangian, self.config.baseline
+        device = self.generator.device
         if baseline.multiplier != "pid":
-            return Multiplier(lagrangian, self.limit.share)
+            return Multiplier(lagrangian, self.limit.share, device)
         limit = lagrangian.aim * self.limit.share
-        return PIDMultiplier(baseline.pid, lagrangian.init, limit, lagrangian.maximum)
+        return PIDMultiplier(baseline.pid, lagrangian.init, limit, lagrangian.maximum, device)
 
     def _acting(self) -> Sampler:
         """Who acts in the next episode: the deployed policy, or a baseline's random warm-up."""
@@ -291,7 +295,9 @@ class Finetuning:
             )
             if config.safety_constraint and not critics_only:
                 ours = config.baseline.multiplier == "ours"
-                self.multiplier.update(metrics["csc/estimate"] if ours else torch.tensor(seen))
+                self.multiplier.update(
+                    metrics["csc/estimate"] if ours else self.multiplier.value.new_tensor(seen)
+                )
         if not critics_only:
             metrics |= self.learner.update_actor(
                 batches[-1],

@@ -10,6 +10,7 @@ from safe_offrl.acceptance import AcceptanceConfig
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.baselines import BaselineConfig
 from safe_offrl.descent import CompileMode, Precision
+from safe_offrl.device import DeviceChoice
 from safe_offrl.errors import ConfigError
 from safe_offrl.lagrangian import LagrangianConfig
 from safe_offrl.nets import NetworkConfig
@@ -64,9 +65,9 @@ class FinetuneConfig:
     safety constraint is on. The noise that a policy explores with is itself a source of
     accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
     log A) likewise replaces ``learner.discrete_entropy``: at .1 the best of four actions has a
-    probability of about .98. ``compile`` and ``precision`` say how losses are computed, see
-    :mod:`safe_offrl.descent`; ``baseline`` is for what our method is compared with. ``videos`` is
-    how many accidents are filmed, the first ones of the run, see :mod:`safe_offrl.videos`.
+    probability of about .98. ``device``, ``compile`` and ``precision`` say how losses are computed,
+    see :mod:`safe_offrl.descent`; ``baseline`` is for what our method is compared with. ``videos``
+    is how many accidents are filmed, the first ones of the run, see :mod:`safe_offrl.videos`.
     """
 
     budget: int = 50_000
@@ -85,6 +86,7 @@ class FinetuneConfig:
     cautious_entropy: float = -1.0
     cautious_discrete_entropy: float = 0.1
     visited_steps: int = 2_000
+    device: DeviceChoice = "auto"
     compile: CompileMode = "auto"
     precision: Precision = "fp32"
     env: EnvironmentConfig = field(default_factory=EnvironmentConfig)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from safe_offrl.errors import ConfigError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class LagrangianConfig:
@@ -41,10 +43,10 @@ class Multiplier:
     early in training cannot throw lambda to its bound in a few hundred updates.
     """
 
-    def __init__(self, config: LagrangianConfig, limit: float) -> None:
+    def __init__(self, config: LagrangianConfig, limit: float, device: torch.device = CPU) -> None:
         self.config = config
         self.target = config.aim * limit
-        self.value = torch.tensor(config.init)
+        self.value = torch.tensor(config.init, device=device)
 
     def parts(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, besides ``value``: nothing."""
@@ -101,15 +103,23 @@ class PIDMultiplier:
     mirrored, below), ``K_D *= 1 + .05 s / m``, within a factor of ten of where they began.
     """
 
-    def __init__(self, config: PIDConfig, init: float, limit: float, maximum: float) -> None:
+    def __init__(
+        self,
+        config: PIDConfig,
+        init: float,
+        limit: float,
+        maximum: float,
+        device: torch.device = CPU,
+    ) -> None:
         self.config = config
         self.limit = limit
         self.maximum = maximum
-        self.value = torch.tensor(init)
-        self.integral = torch.tensor(init)
-        self.smoothed = torch.zeros(2)  # of e and of v / limit
-        self.history = torch.zeros(config.delay)  # of the latter, oldest first
-        self._initial = torch.tensor([config.proportional, config.integral, config.derivative])
+        self.value = torch.tensor(init, device=device)
+        self.integral = torch.tensor(init, device=device)
+        self.smoothed = torch.zeros(2, device=device)  # of e and of v / limit
+        self.history = torch.zeros(config.delay, device=device)  # of the latter, oldest first
+        gains = [config.proportional, config.integral, config.derivative]
+        self._initial = torch.tensor(gains, device=device)
         self.gains = self._initial.clone()
 
     def parts(self) -> dict[str, Tensor]:

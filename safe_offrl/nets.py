@@ -30,8 +30,11 @@ class StackedLinear(nn.Module):
         super().__init__()
         # torch.nn.Linear's own initialisation, uniform in +-1/sqrt(inputs), member by member.
         bound = 1.0 / math.sqrt(inputs)
-        weight = torch.empty(members, inputs, outputs).uniform_(-bound, bound, generator=generator)
-        bias = torch.empty(members, 1, outputs).uniform_(-bound, bound, generator=generator)
+        device = generator.device
+        weight = torch.empty(members, inputs, outputs, device=device)
+        bias = torch.empty(members, 1, outputs, device=device)
+        weight.uniform_(-bound, bound, generator=generator)
+        bias.uniform_(-bound, bound, generator=generator)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 
@@ -126,7 +129,7 @@ def linear_layers(inputs: int, widths: Sequence[int], generator: torch.Generator
     layers: list[nn.Module] = []
     size = inputs
     for width in widths:
-        linear = nn.Linear(size, width)
+        linear = nn.Linear(size, width, device=generator.device)
         bound = 1.0 / math.sqrt(size)
         with torch.no_grad():
             linear.weight.uniform_(-bound, bound, generator=generator)

@@ -5,6 +5,7 @@ A generator of records: logging, checkpoints and the screen belong to the caller
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.calibration import CalibrationReport, calibrate_critic
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.sampling import RiskSampler, uniform_batches
+from safe_offrl.data.sampling import RiskSampler, draw_indices, uniform_batches
 from safe_offrl.descent import CompileMode, Compute, Precision
+from safe_offrl.device import Device, DeviceChoice
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.lagrangian import LagrangianConfig, Multiplier
 from safe_offrl.nets import NetworkConfig, Networks
@@ -38,8 +40,8 @@ class PretrainConfig:
     ``steps`` gradient steps of the agent, then ``alignment_steps`` in which the actor is frozen and
     the reward and safety critics learn its own values (Marvel, arXiv:2412.04426): the online phase
     starts from critics that agree with the policy that will act. ``held_out`` is the share of
-    episodes kept for the calibration report. ``compile`` and ``precision`` say how losses are
-    computed, see :mod:`safe_offrl.descent`.
+    episodes kept for the calibration report. ``device`` (see :mod:`safe_offrl.device`),
+    ``compile`` and ``precision`` (see :mod:`safe_offrl.descent`) say how losses are computed.
     """
 
     agent: str = "iql"
@@ -51,6 +53,7 @@ class PretrainConfig:
     held_out: float = 0.15
     seed: int = 0
     log_every: int = 1000
+    device: DeviceChoice = "auto"
     compile: CompileMode = "auto"
     precision: Precision = "fp32"
     safety: SafetySpec = field(default_factory=SafetySpec)
@@ -119,10 +122,17 @@ def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
 class Pretraining:
     """State and loop of the offline phase; resumable at every record it yields."""
 
-    def __init__(self, config: PretrainConfig, dataset: Dataset, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        dataset: Dataset,
+        *,
+        compiled: bool = False,
+        device: Device = "cpu",
+    ) -> None:
         self.config = config
-        compute = Compute(compiled, config.precision)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        compute = Compute(compiled, config.precision, device)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
         train, held_out = dataset.split(config.held_out, config.seed)
         # A robot's joints, a plant's pressures: no network should have to learn their units.
         self.normalizer = train.normalizer()
@@ -141,7 +151,8 @@ class Pretraining:
         self.extraction: Extraction | None = None
         if config.agent == "bc_safe":
             self.agent = BC(self.networks.actor, config.agents.bc, compute)
-            self._imitated = safe_episodes(self.train, self.limit)
+            imitated = safe_episodes(self.train, self.limit)
+            self._imitated = imitated.on(self.generator.device).rows
         else:
             self.agent = AGENTS[config.agent](
                 self.networks, layout, config.networks, config.agents, self.generator, compute
@@ -168,13 +179,18 @@ class Pretraining:
         if self.limit.constraint == "cost":
             costs = self.train.episode_costs.sum() / dataset.cost_max / len(self.train.rows)
             self.critic.start_from(math.log(costs / (1.0 - costs)) if 0.0 < costs < 1.0 else -3.0)
-        self.multiplier = Multiplier(config.lagrangian, self.limit.share)
+        self.multiplier = Multiplier(config.lagrangian, self.limit.share, self.generator.device)
         self.step = 0
         self.report: CalibrationReport | None = None
+        logged = self.train.on(self.generator.device)
         self._risky = RiskSampler.of(
-            self.train, steps=self.critic.steps, discount=config.critic.cost_discount
+            logged,
+            steps=self.critic.steps,
+            discount=config.critic.cost_discount,
+            device=self.generator.device,
         )
-        self._starts = self.train.initial_observations
+        self._rows = logged.rows
+        self._starts = logged.initial_observations.to(self.generator.device)
         self._steps_per_episode = float(self.train.episode_lengths.mean())
 
     @property
@@ -199,12 +215,11 @@ class Pretraining:
     def _update(self, *, aligning: bool) -> dict[str, Tensor]:
         config, generator = self.config, self.generator
         size = config.batch_size
-        (batch,) = uniform_batches(self.train.rows, self.train.layout, 1, size, generator)
+        (batch,) = uniform_batches(self._rows, self.train.layout, 1, size, generator)
         if aligning:
             metrics = self.learner.update_critics(batch, generator)
         elif isinstance(self.agent, BC):
-            rows = self._imitated.rows
-            (imitated,) = uniform_batches(rows, self.train.layout, 1, size, generator)
+            (imitated,) = uniform_batches(self._imitated, self.train.layout, 1, size, generator)
             metrics = self.agent.update(imitated)
         else:
             assert self.extraction is not None
@@ -220,9 +235,7 @@ class Pretraining:
         risky, weights, spans = self._risky.draw(
             config.batch_size, config.critic.positive_share, generator
         )
-        starts = self._starts[
-            torch.randint(len(self._starts), (START_STATES,), generator=generator)
-        ]
+        starts = self._starts[draw_indices(len(self._starts), START_STATES, generator)]
         reference = self.critic.reference_states(starts, batch, self._steps_per_episode)
         metrics |= self.critic.update(
             risky, weights, self.networks.actor, reference, generator, spans=spans
@@ -239,12 +252,12 @@ class Pretraining:
         The states of the log are those of its behaviours, not of the actor: for the expected cost
         the estimate is of first order in what sets them apart.
         """
-        generator = torch.Generator().manual_seed(self.config.seed)
-        index = torch.randint(len(self._starts), (ESTIMATE_STATES,), generator=generator)
+        generator = torch.Generator(self.generator.device).manual_seed(self.config.seed)
+        index = draw_indices(len(self._starts), ESTIMATE_STATES, generator)
         logged = None
         if self.limit.constraint == "cost":
             (logged,) = uniform_batches(
-                self.train.rows, self.train.layout, 1, ESTIMATE_STATES, generator
+                self._rows, self.train.layout, 1, ESTIMATE_STATES, generator
             )
         reference = self.critic.reference_states(
             self._starts[index], logged, self._steps_per_episode
@@ -256,9 +269,9 @@ class Pretraining:
         return self.report or self._calibrate()
 
     def _calibrate(self) -> CalibrationReport:
-        return calibrate_critic(
-            self.critic, self.networks.actor, self.held_out, self.estimate(), self.limit
-        )
+        actor = copy.deepcopy(self.networks.actor).cpu()
+        critic = self.critic.in_memory()
+        return calibrate_critic(critic, actor, self.held_out, self.estimate(), self.limit)
 
     def _parts(self) -> dict[str, Part]:
         return {

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
+from safe_offrl.distributions import normal
 from safe_offrl.errors import ConfigError
 from safe_offrl.losses import (
     accident_td_loss,
@@ -140,7 +141,7 @@ class SafetyCritic:
         self.target = copy.deepcopy(self.net).requires_grad_(False)
         # Accidents are rare: start from "unlikely" instead of from a coin flip.
         self.start_from(-3.0)
-        self.log_alpha = torch.tensor(config.alpha_init).log()
+        self.log_alpha = torch.tensor(config.alpha_init, device=generator.device).log()
         self.optimizer = Adam(self.net.parameters(), config.learning_rate, config.weight_decay)
         self.plain, self._pushed = slice(config.reference), slice(config.reference, None)
         self._descend = Descent(self.loss, self.optimizer, compute)
@@ -153,6 +154,14 @@ class SafetyCritic:
         """
         for net in (self.net, self.target):
             net.output.bias.fill_(logit)
+
+    def in_memory(self) -> SafetyCritic:
+        """Itself, or what of it is on a GPU copied to the computer's memory: for use with numpy."""
+        if self.log_alpha.device.type == "cpu":
+            return self
+        found = copy.copy(self)
+        found.net = copy.deepcopy(self.net).cpu()
+        return found
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
@@ -314,9 +323,9 @@ class SafetyCritic:
         """
         size = batch.actions.shape
         noise = (
-            torch.randn(size, generator=generator),
-            torch.randn(size, generator=generator),
-            torch.randn(len(reference.observations), size[-1], generator=generator),
+            normal(size, generator),
+            normal(size, generator),
+            normal((len(reference.observations), size[-1]), generator),
         )
         loss, value, plain = self._descend(batch, weights, actor, reference, noise, spans)
         polyak_(self.target, self.net, self.config.tau)
@@ -341,7 +350,7 @@ class SafetyCritic:
         states. It is a limit on the critic's own uncertainty, not a certificate.
         """
         distribution = actor(reference.observations)
-        noise = torch.randn(distribution[0].shape, generator=generator)  # [S, A]
+        noise = normal(distribution[0].shape, generator)  # [S, A]
         policy = distribution.quadrature(noise)
         logits = self.logits(
             policy.repeat(reference.observations),

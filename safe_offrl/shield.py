@@ -61,7 +61,7 @@ class Shield:
         self.acts = acts
         self.margin = config.margin * limit
         # The others are pushed up at the policy's actions: no comparison of actions.
-        self.net = critic.net.select(critic.plain).requires_grad_(False)
+        self.net = critic.net.select(critic.plain).requires_grad_(False).cpu()
 
     def choose(
         self,

@@ -12,13 +12,12 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the rows above its own; siblings inside one folder may import each other.
 LAYERS = [
     ["errors", "adam"],  # L0: the words
-    ["types", "safety", "state", "files"],
+    ["types", "safety", "state", "files", "device", "cuda_graph"],
     [
         "losses",
         "distributions",
         "statistics",
         "resampling",
-        "device",
         "descent",
         "processes",
     ],  # L1: the mathematics

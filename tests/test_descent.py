@@ -35,7 +35,7 @@ class GradientDescent:
         self.gradients: list[Tensor] = []
         self._learning_rate = learning_rate
 
-    def step(self, gradients: Sequence[Tensor]) -> None:
+    def step(self, gradients: Sequence[Tensor], skip: Tensor | None = None) -> None:
         self.gradients = list(gradients)
         with torch.no_grad():
             torch._foreach_add_(self.parameters, self.gradients, alpha=-self._learning_rate)

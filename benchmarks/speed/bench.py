@@ -1,17 +1,20 @@
 """Gradient updates a second: safe-offrl and its peers, interleaved on one machine.
 
     python benchmarks/speed/bench.py [--rounds 5] [--seconds 0.5] [--threads 1 2] [--out FOLDER]
+                                     [--device cuda] [--cases "sac 2 critics" ...]
 
 Every implementation lives in a process of its own (worker.py), pinned to as many cores as it has
 threads. In each round every one of them runs about ``--seconds`` of the same case, in an order that
 rotates, so that whatever else the machine does meets all alike; ratios are taken within a round.
-Writes speed.json and speed.txt. Only ratios carry over to another machine.
+Writes speed.json and speed.txt, or, of a GPU, speed-cuda.json and .txt. Only ratios carry over to
+another machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -90,6 +93,8 @@ def measure(
             result["per_second"].append(n / answer["seconds"])
             result["per_cpu_second"].append(n / answer["cpu_seconds"])
             result["peak_bytes"] = answer["peak_bytes"]
+    if "matmul" not in results:
+        return results
     # What the counted operations would take if all of them were such products, back to back.
     limit = results.pop("matmul")
     flops = results["ours_eager"]["flops"]
@@ -99,16 +104,17 @@ def measure(
     return results
 
 
-def table(case: str, results: dict[str, dict[str, Any]]) -> list[str]:
-    """Rows for people: medians, and the ratio to the group's reference round by round."""
+def table(case: str, results: dict[str, dict[str, Any]], by: str) -> list[str]:
+    """Rows for people: medians, and the ratio to the group's reference round by round.
+
+    ``by`` "per_second" or "per_cpu_second".
+    """
     reference = results.get(REFERENCES[case.split()[0]])
     lines = []
-    for module, result in sorted(
-        results.items(), key=lambda item: -statistics.median(item[1]["per_cpu_second"])
-    ):
+    for module, result in sorted(results.items(), key=lambda item: -statistics.median(item[1][by])):
         ratio = ""
         if reference is not None:
-            pairs = zip(result["per_cpu_second"], reference["per_cpu_second"], strict=True)
+            pairs = zip(result[by], reference[by], strict=True)
             ratios = [ours / theirs for ours, theirs in pairs]
             result["ratio"] = ratios
             ratio = f"{statistics.median(ratios):5.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
@@ -128,32 +134,41 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--d3rlpy", help="Python of an environment with d3rlpy; left out without")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--cases", nargs="+", default=CASES + OURS_ALONE)
     args = parser.parse_args()
-    modules = ["ours", "ours_bf16", "ours_eager", "matmul", "sb3", "torchrl_losses"]
+    on_gpu = args.device == "cuda"
+    os.environ["SPEED_DEVICE"] = args.device  # for the workers
+    modules = ["ours", "ours_bf16", "ours_eager", "sb3"]
+    if not on_gpu:
+        modules += ["matmul", "torchrl_losses"]
     pythons = dict.fromkeys([*modules, "jax_reference"], sys.executable)
     if args.d3rlpy:
         pythons["d3rlpy_algos"] = args.d3rlpy
     record: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "runs": []}
     text = [
         "Gradient updates (batch 256, networks 256x256). Ratio: to Stable-Baselines3 for SAC, to",
-        "d3rlpy for IQL and CQL, per CPU second, median [lowest, highest] of the paired rounds.",
+        f"d3rlpy for IQL and CQL, per {'second' if on_gpu else 'CPU second'}, median [lowest, "
+        "highest] of the paired rounds.",
         "First s: building it and one update. Peak MiB: of the process, earlier cases included.",
         "ours: compiled, fp32, as long runs; ours_bf16: with products in bfloat16; ours_eager: as",
         "short runs are. Of all three, iql and cql include the mixture and the actor. matmul",
         "limit: the operations of our update at the fp32 rate of plain products of stacked 256x256",
         "matrices. jax_reference is written for this benchmark, no library.",
+        *(["On a GPU all of ours are CUDA graphs; the others as they are."] if on_gpu else []),
     ]
     print("\n".join(text))
     for threads in args.threads:
         workers = [Worker(python, module, threads) for module, python in pythons.items()]
         for shape in SHAPES:
-            for case in CASES + OURS_ALONE:
+            for case in args.cases:
                 results = measure(workers, case, shape, args.rounds, args.seconds)
                 title = f"{case}, observation {shape[0]}, action {shape[1]}, {threads} thread(s)"
                 columns = ("updates/s", "/CPU s", "ratio", "first s", "peak MiB")
                 head = "{:<16}{:>12}{:>12}  {:<20}{:>11}{:>11}".format("", *columns)
-                gigaflop = results["ours_eager"]["flops"] / 1e9
-                lines = ["", f"{title}: {gigaflop:.2f} GFLOP", head, *table(case, results)]
+                size = f": {results['ours_eager']['flops'] / 1e9:.2f} GFLOP"
+                by = "per_second" if on_gpu else "per_cpu_second"
+                lines = ["", title + ("" if on_gpu else size), head, *table(case, results, by)]
                 print("\n".join(lines), flush=True)
                 text += lines
                 record["runs"].append(
@@ -162,8 +177,9 @@ def main() -> None:
         for worker in workers:
             worker.close()
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.out / "speed.txt").write_text("\n".join(text) + "\n")
+    stem = "speed-cuda" if on_gpu else "speed"
+    (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / f"{stem}.txt").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

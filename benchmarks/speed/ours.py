@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 
 import torch
-from worker import BATCH, HIDDEN, ROWS, Shape
+from torch import Tensor
+from worker import BATCH, DEVICE, HIDDEN, ROWS, Shape
 
 from safe_offrl.agents.cql import CQL, CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
@@ -29,13 +30,16 @@ class Store:
 
     def __init__(self, shape: Shape, critics: int) -> None:
         self.layout = Layout(shape.observation, shape.action)
-        self.generator = torch.Generator().manual_seed(0)
-        self.rows = torch.randn(ROWS, self.layout.width, generator=self.generator)
+        self.generator = torch.Generator(DEVICE).manual_seed(0)
+        self.rows = torch.randn(
+            ROWS, self.layout.width, generator=self.generator, device=self.generator.device
+        )
         data = self.layout.unpack(self.rows)
         data.actions.clamp_(-1.0, 1.0)
         data.terminated.zero_()
         data.costs[:] = data.accidents[:] = (data.costs > 2.0).float()
-        data.time_to_go[:] = 1.0 - torch.arange(ROWS) % 1000 / 1000
+        steps = torch.arange(ROWS, device=self.generator.device)
+        data.time_to_go[:] = 1.0 - steps % 1000 / 1000
         self.sizes = NetworkConfig(SIZES, SIZES, critics)
         self.networks = Networks(*self.layout, self.sizes, self.generator)
 
@@ -53,8 +57,8 @@ def sac(
         store = Store(shape, critics)
         generator, layout = store.generator, store.layout
         learner = RLPD(store.networks, layout.action_size, RLPDConfig(), compute)
-        nothing = torch.zeros(())
-        starts = torch.arange(0, ROWS + 1, 1000)
+        nothing = torch.zeros((), device=generator.device)
+        starts = torch.arange(0, ROWS + 1, 1000, device=generator.device)
         data = layout.unpack(store.rows)
         risky = RiskSampler(store.rows, layout, starts, data.accidents, data.costs)
         critic = SafetyCritic(*layout, 1000, SafetyCriticConfig(), generator, None, compute)
@@ -70,6 +74,7 @@ def sac(
                     critic.update(batch, weights, store.networks.actor, reference, generator)
                 risk = critic.plain_risk if safety else None
                 learner.update_actor(batches[-1], risk, nothing, None, nothing, generator)
+            _finish()
 
         return run
 
@@ -90,25 +95,28 @@ def offline(name: str, compute: Compute, *, extract: bool) -> Callable[[Shape], 
         extraction = Extraction(
             networks.actor, *layout, SIZES, ExtractionConfig(), generator, compute
         )
-        no_risk = torch.zeros(BATCH)
+        no_risk = torch.zeros(BATCH, device=generator.device)
+
+        def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+            return no_risk
 
         def run(n: int) -> None:
             for _ in range(n):
                 batch = store.batches(1)[0]
                 advantages, _ = agent.update(batch, generator)
                 if extract:
-                    extraction.update(
-                        batch,
-                        advantages,
-                        networks.q,
-                        lambda observations, time_to_go, actions: no_risk,
-                        no_risk[0],
-                        generator,
-                    )
+                    extraction.update(batch, advantages, networks.q, risk, no_risk[0], generator)
+            _finish()
 
         return run
 
     return build
+
+
+def _finish() -> None:
+    """Wait until the GPU has done what it was told."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def cases(compute: Compute) -> dict[str, Callable[[Shape], Run]]:
@@ -126,4 +134,4 @@ def cases(compute: Compute) -> dict[str, Callable[[Shape], Run]]:
     }
 
 
-CASES = cases(Compute(compiled=True))
+CASES = cases(Compute(compiled=True, device=DEVICE))

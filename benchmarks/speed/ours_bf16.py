@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ours import cases
+from worker import DEVICE
 
 from safe_offrl.descent import Compute
 
-CASES = cases(Compute(compiled=True, precision="bf16"))
+CASES = cases(Compute(compiled=True, precision="bf16", device=DEVICE))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import configure
-from worker import BATCH, HIDDEN, ROWS, Shape
+from worker import BATCH, DEVICE, HIDDEN, ROWS, Shape
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -33,7 +33,7 @@ def sac(critics: int, gradient_steps: int) -> Callable[[Shape], Callable[[int], 
             buffer_size=ROWS,
             batch_size=BATCH,
             policy_kwargs={"net_arch": [HIDDEN, HIDDEN], "n_critics": critics},
-            device="cpu",
+            device=DEVICE,
             seed=0,
         )
         model.set_logger(configure(format_strings=[]))

@@ -18,9 +18,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 BATCH, HIDDEN, ROWS = 256, 256, 100_000
+DEVICE: Literal["cpu", "cuda"] = "cuda" if os.environ.get("SPEED_DEVICE") == "cuda" else "cpu"
 
 
 class Shape(NamedTuple):

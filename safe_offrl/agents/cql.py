@@ -20,7 +20,7 @@ from torch import Tensor
 from safe_offrl.adam import Adam
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.descent import EAGER, Compute, Descent
-from safe_offrl.distributions import Categorical, Policy, sample
+from safe_offrl.distributions import Categorical, Policy, normal, sample
 from safe_offrl.losses import calibrate, conservative_gap, td_target
 from safe_offrl.nets import Actor, Networks, Risk, polyak_
 from safe_offrl.state import Part
@@ -101,9 +101,9 @@ class CQL:
         """Critics, then Polyak; (advantages [B] over the policy's own action, scalars to log)."""
         shape = batch.actions.shape
         many = (0 if self.networks.actor.discrete else self.config.actions, *shape)
-        uniform = torch.rand(many, generator=generator) * 2.0 - 1.0
-        noise = (torch.randn(many, generator=generator), torch.randn(many, generator=generator))
-        next_noise = torch.randn(shape, generator=generator)
+        uniform = torch.rand(many, generator=generator, device=generator.device) * 2.0 - 1.0
+        noise = normal(many, generator), normal(many, generator)
+        next_noise = normal(shape, generator)
         loss, gap = self._descend_critics.in_parts(_parts(batch, next_noise, noise, uniform))
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
         with torch.no_grad():
@@ -149,8 +149,12 @@ class OnlineCQL:
 def _parts(
     batch: Batch, next_noise: Tensor, noise: tuple[Tensor, Tensor], uniform: Tensor
 ) -> list[tuple[float, tuple[object, ...]]]:
-    """The arguments of ``critic_loss`` for PART_STATES states at a time, and their shares."""
-    b, n = len(batch.rewards), PART_STATES
+    """The arguments of ``critic_loss`` for PART_STATES states at a time, and their shares.
+
+    On a GPU all at a time: there is no such cache to overflow.
+    """
+    b = len(batch.rewards)
+    n = b if batch.rewards.is_cuda else PART_STATES
     fields = zip(*(field.split(n) for field in batch), strict=True)
     by_state = [x.split(n, dim=1) for x in (*noise, uniform)]
     return [

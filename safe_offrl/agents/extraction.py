@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
-from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN, Gaussian, Policy, Quadrature
+from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN, Gaussian, Policy, Quadrature, normal
 from safe_offrl.losses import exponential_weight
 from safe_offrl.nets import Actor, QFunction, Risk, linear_layers
 from safe_offrl.state import Part
@@ -200,9 +200,9 @@ class Extraction:
     ) -> dict[str, Tensor]:
         """One step of the mixture, one of the actor."""
         size = batch.actions.shape
-        relative = torch.randn(size, generator=generator) if self.config.relative_risk else None
+        relative = normal(size, generator) if self.config.relative_risk else None
         (mixture_loss,) = self._descend_mixture(batch, advantages, risk, relative)
-        noise = torch.randn(size, generator=generator)
+        noise = normal(size, generator)
         actor_loss, divergence = self._descend_actor(batch, noise, critics, risk, multiplier)
         return {
             "actor/loss": actor_loss,

@@ -11,13 +11,14 @@ every expectation over the policy is exact (SAC-Discrete, Christodoulou 2019, ar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
+from safe_offrl.distributions import normal
 from safe_offrl.losses import td_target
 from safe_offrl.nets import Actor, Networks, Risk, polyak_
 from safe_offrl.state import Part
@@ -55,7 +56,9 @@ class RLPD:
     ) -> None:
         self.networks = networks
         self.config = config
-        self.log_temperature = torch.tensor(config.temperature_init).log().requires_grad_()
+        device = next(networks.actor.parameters()).device
+        self.log_temperature = torch.tensor(config.temperature_init, device=device).log()
+        self.log_temperature.requires_grad_()
         self._target_entropy = (
             config.discrete_entropy * math.log(action_size)
             if networks.actor.discrete
@@ -68,7 +71,7 @@ class RLPD:
         self._descend_critics = Descent(self.critic_loss, self.critic_optimizer, compute)
         self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
         self._descend_temperature = Descent(
-            self.temperature_loss, self.temperature_optimizer, EAGER
+            self.temperature_loss, self.temperature_optimizer, replace(EAGER, device=compute.device)
         )
 
     def parts(self) -> dict[str, Part]:
@@ -129,8 +132,9 @@ class RLPD:
 
     def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """One TD step of all critics under the present actor; alone it is value pre-alignment."""
-        noise = torch.randn(batch.actions.shape, generator=generator)
-        members = torch.randperm(self.networks.critics.members, generator=generator)
+        noise = normal(batch.actions.shape, generator)
+        critics = self.networks.critics.members
+        members = torch.randperm(critics, generator=generator, device=generator.device)
         (loss,) = self._descend_critics(batch, noise, members[: self.config.subset])
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
         return {"learner/critic_loss": loss}
@@ -145,7 +149,7 @@ class RLPD:
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """One actor step and one temperature step."""
-        noise = torch.randn(batch.actions.shape, generator=generator)
+        noise = normal(batch.actions.shape, generator)
         loss, log_prob = self._descend_actor(batch, noise, risk, multiplier, anchor, kl_weight)
         self._descend_temperature(log_prob)
         return {

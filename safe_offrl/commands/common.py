@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from safe_offrl.checkpoints import Checkpoint
@@ -180,7 +181,8 @@ def constraint_line(safety: SafetySpec, horizon: int) -> str:
 def device_line(inputs: RunInputs, precision: Precision, compiling: str) -> str:
     """Header line: what it runs on, and how."""
     threads = f"{inputs.threads} thread{'s' if inputs.threads > 1 else ''}"
-    return f"device      CPU, {threads}, {precision}, {compiling}"
+    name = "CPU" if inputs.device == "cpu" else f"{torch.cuda.get_device_name()}, CPU"
+    return f"device      {name}, {threads}, {precision}, {compiling}"
 
 
 def stored_mode(inputs: RunInputs) -> CompileMode:

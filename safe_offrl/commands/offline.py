@@ -32,7 +32,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import find_dataset, load_dataset
 from safe_offrl.data.validation import check_matches_env
 from safe_offrl.descent import choose
-from safe_offrl.device import configure
+from safe_offrl.device import configure, find_device
 from safe_offrl.env import make_env
 from safe_offrl.files import plain
 from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
@@ -98,7 +98,8 @@ def plan_pretrain(
     """Check environment and dataset against each other; builds the default dataset if needed."""
     configure(threads)
     updates = config.steps + config.alignment_steps
-    compute, compiling = choose(config.compile, config.precision, updates)
+    device = find_device(config.device)
+    compute, compiling = choose(config.compile, config.precision, updates, device)
     env = make_env(config.env, config.safety)
     try:
         path = config.dataset or _default_dataset(config, say)
@@ -119,6 +120,7 @@ def plan_pretrain(
         dataset_sha256=dataset.sha256,
         threads=threads,
         compiled=compute.compiled,
+        device=device,
         horizon=env.horizon,
     )
     return PretrainPlan(config, inputs, dataset, env_versions, compiling)
@@ -153,7 +155,7 @@ def pretrain_run(
     with run:
         say(plan.header)
         say(f"run         {run.path}")
-        loop = Pretraining(plan.config, plan.dataset, compiled=plan.inputs.compiled)
+        loop = _loop(plan.config, plan.dataset, plan.inputs)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
         _drive_pretraining(run, loop, checkpoint_seconds, say)
     return run
@@ -175,13 +177,18 @@ def resume_pretrain(
         inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
         require_same_threads(run, inputs, threads)
         configure(inputs.threads)
-        choose(stored_mode(inputs), config.precision, config.steps)  # refuses what cannot go on
+        device = find_device(inputs.device)  # as the next line, refuses what cannot go on
+        choose(stored_mode(inputs), config.precision, config.steps, device)
         dataset = stored_dataset(inputs, config.safety, discount_of(config))
-        loop = Pretraining(config, dataset, compiled=inputs.compiled)
+        loop = _loop(config, dataset, inputs)
         checkpoint = bring_back(run, loop)
         say(f"resume      {run.path} from step {checkpoint.step:,}")
         _drive_pretraining(run, loop, checkpoint_seconds, say)
     return run
+
+
+def _loop(config: PretrainConfig, dataset: Dataset, inputs: RunInputs) -> Pretraining:
+    return Pretraining(config, dataset, compiled=inputs.compiled, device=inputs.device)
 
 
 def _drive_pretraining(run: RunDir, loop: Pretraining, checkpoint_seconds: float, say: Say) -> None:

@@ -36,7 +36,7 @@ from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, 
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.validation import check_matches_env
 from safe_offrl.descent import CompileMode, choose
-from safe_offrl.device import configure
+from safe_offrl.device import Device, configure, find_device
 from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import plain
@@ -186,6 +186,7 @@ def plan_finetune(
     config: FinetuneConfig,
     *,
     threads: int = 1,
+    device: Device | None = None,
     compile_mode: CompileMode | None = None,
     accept_risk: bool = False,
     say: Say = say_plain,
@@ -193,12 +194,13 @@ def plan_finetune(
     """Check everything an online phase needs; takes no step in the environment.
 
     RunError unless the log shows that the pretrained policy keeps the limit (it is assessed first
-    if it has not been), ``accept_risk`` is given or the constraint is off. ``compile_mode`` takes
-    the place of the configured one.
+    if it has not been), ``accept_risk`` is given or the constraint is off. ``device`` and
+    ``compile_mode`` take the place of the configured ones.
     """
     configure(threads)
     updates = config.budget // config.update_every * config.utd
-    compute, compiling = choose(compile_mode or config.compile, config.precision, updates)
+    device = find_device(device or config.device)
+    compute, compiling = choose(compile_mode or config.compile, config.precision, updates, device)
     source, source_config = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
@@ -234,6 +236,7 @@ def plan_finetune(
             source,
             threads=threads,
             compiled=compute.compiled,
+            device=device,
             pretrained=str(pretrained.path.resolve()),
             pretrained_sha256=checkpoint.sha256,
             risk=risk,
@@ -309,6 +312,7 @@ def resume_finetune(
             stored_pretrain_run(inputs),
             config,
             threads=inputs.threads,
+            device=inputs.device,
             compile_mode=stored_mode(inputs),
             accept_risk=True,  # it was settled when the run began
         )
@@ -338,6 +342,7 @@ def start_loop(plan: FinetunePlan) -> Finetuning:
             pretrained.tensors,
             pretrained.info,
             compiled=plan.inputs.compiled,
+            device=plan.inputs.device,
         )
 
 

@@ -82,6 +82,11 @@ class Dataset:
             )
         return self.layout.unpack(self.rows[torch.arange(len(self.rows))])
 
+    def on(self, device: torch.device) -> Dataset:
+        """With its rows there; a memory map stays where it is. On a GPU only to draw from."""
+        rows = self.rows.to(device) if isinstance(self.rows, Tensor) else self.rows
+        return replace(self, rows=rows)
+
     def column(self, name: str) -> Tensor:
         """One scalar field of all transitions [N], without reading the others."""
         if isinstance(self.rows, Tensor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.sampling import RiskSampler, symmetric_batches
+from safe_offrl.data.sampling import RiskSampler, draw_indices, symmetric_batches
 from safe_offrl.data.storage import TransitionBuffer
 from safe_offrl.types import Batch
 
@@ -28,21 +28,28 @@ class Experience:
         *,
         steps: int = 1,
         discount: float = 1.0,
+        device: torch.device | None = None,
     ) -> None:
-        """Batches for the safety critic span ``steps`` steps, see :class:`RiskSampler`."""
+        """Batches for the safety critic span ``steps`` steps, see :class:`RiskSampler`.
+
+        What is lived is kept on ``device``, the CPU by default, where the rows of the dataset,
+        unless they are a memory map, and the generators must be as well.
+        """
         self.dataset = dataset
         self._steps, self._discount = steps, discount
         self.offline_share = offline_share
-        self.buffer = TransitionBuffer(dataset.layout, capacity)
-        self.starts = torch.zeros(0, dataset.layout.observation_size)  # of the online episodes
-        self._logged_starts = dataset.initial_observations
-        self._logged = RiskSampler.of(dataset, steps=steps, discount=discount)
+        self.buffer = TransitionBuffer(dataset.layout, capacity, device)
+        size = dataset.layout.observation_size
+        self.starts = torch.zeros(0, size, device=device)  # of the online episodes
+        self._logged_starts = dataset.initial_observations.to(device)
+        self._logged = RiskSampler.of(dataset, steps=steps, discount=discount, device=device)
         self._lived: RiskSampler | None = None
 
     def add_episode(self, rows: Tensor) -> None:
         """Append the rows [n, D] of one complete episode."""
         self.buffer.append(rows)
-        self.starts = torch.cat([self.starts, rows[:1, : self.dataset.layout.observation_size]])
+        first = rows[:1, : self.dataset.layout.observation_size].to(self.starts.device)
+        self.starts = torch.cat([self.starts, first])
         self._lived = self._lived_sampler()
 
     def visited(self, steps: int) -> Batch:
@@ -52,8 +59,7 @@ class Experience:
     def recent(self, steps: int, size: int, generator: torch.Generator) -> Batch:
         """``size`` transitions drawn from the last ``steps`` lived ones."""
         rows = self.buffer.rows[-steps:]
-        index = torch.randint(len(rows), (size,), generator=generator)
-        return self.dataset.layout.unpack(rows[index])
+        return self.dataset.layout.unpack(rows[draw_indices(len(rows), size, generator)])
 
     def batches(self, updates: int, batch_size: int, generator: torch.Generator) -> list[Batch]:
         """Mini-batches for the reward critics and the actor, each with its exact share of both."""
@@ -87,8 +93,8 @@ class Experience:
 
     def start_states(self, n: int, generator: torch.Generator) -> Tensor:
         """Start states [n, O], half of the log and half of the online episodes."""
-        first = torch.randint(len(self._logged_starts), (n - n // 2,), generator=generator)
-        second = torch.randint(len(self.starts), (n // 2,), generator=generator)
+        first = draw_indices(len(self._logged_starts), n - n // 2, generator)
+        second = draw_indices(len(self.starts), n // 2, generator)
         return torch.cat([self._logged_starts[first], self.starts[second]])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -98,7 +104,7 @@ class Experience:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the online part; DataError if it does not fit the buffer."""
         self.buffer.load_state_dict(state)
-        self.starts = state["starts"].clone()
+        self.starts = state["starts"].to(self.starts.device, copy=True)
         if self.buffer.size:
             self._lived = self._lived_sampler()
 
@@ -109,7 +115,7 @@ class Experience:
         rows, layout = self.buffer.rows, self.dataset.layout
         lived = layout.unpack(rows)
         rises = (lived.time_to_go.diff() > 0.0).nonzero().squeeze(1) + 1
-        starts = torch.cat([torch.tensor([0]), rises, torch.tensor([len(rows)])])
+        starts = torch.cat([rises.new_tensor([0]), rises, rises.new_tensor([len(rows)])])
         return RiskSampler(
             rows,
             layout,

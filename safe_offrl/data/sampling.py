@@ -1,4 +1,8 @@
-"""Mini-batches: pure functions of the stored rows and a ``torch.Generator`` on the CPU."""
+"""Mini-batches: pure functions of the stored rows and a ``torch.Generator``.
+
+Batches are on the generator's device. Rows on a GPU never leave it; a memory map is read by the
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +49,20 @@ def _draw(rows: Rows, updates: int, size: int, generator: torch.Generator) -> Te
     """Draw rows [updates, size, D] with one gather; an empty source is fine if none are asked."""
     if size > 0 and len(rows) == 0:
         raise ValueError("cannot draw from an empty store of rows")
-    index = torch.randint(max(len(rows), 1), (updates * size,), generator=generator)
-    drawn = rows.index_select(0, index)
+    drawn = _select(rows, draw_indices(max(len(rows), 1), updates * size, generator))
     return drawn.view(updates, size, drawn.shape[1])
+
+
+def draw_indices(below: int, n: int, generator: torch.Generator) -> Tensor:
+    """n integers [n] in [0, below), uniformly, on the generator's device."""
+    return torch.randint(below, (n,), generator=generator, device=generator.device)
+
+
+def _select(rows: Rows, index: Tensor) -> Tensor:
+    """Rows [n, D] of an index [n], on its device."""
+    if isinstance(rows, Tensor):
+        return rows.index_select(0, index)
+    return rows.index_select(0, index.cpu()).to(index.device)
 
 
 class RiskSampler:
@@ -75,14 +90,21 @@ class RiskSampler:
         self._stratified = StratifiedSampler(accidents)
 
     @classmethod
-    def of(cls, dataset: Dataset, *, steps: int = 1, discount: float = 1.0) -> RiskSampler:
-        """Of a whole dataset."""
+    def of(
+        cls,
+        dataset: Dataset,
+        *,
+        steps: int = 1,
+        discount: float = 1.0,
+        device: torch.device | None = None,
+    ) -> RiskSampler:
+        """Of a whole dataset, for batches on ``device``, the CPU by default."""
         return cls(
             dataset.rows,
             dataset.layout,
-            torch.from_numpy(dataset.episode_starts),
-            dataset.column("accidents"),
-            dataset.column("costs"),
+            torch.from_numpy(dataset.episode_starts).to(device),
+            dataset.column("accidents").to(device),
+            dataset.column("costs").to(device),
             steps=steps,
             discount=discount,
         )
@@ -96,11 +118,11 @@ class RiskSampler:
         ``next_observations`` and ``terminated`` those of the last.
         """
         index, weights = self._stratified.index(n, positive_share, generator)
-        first = self._layout.unpack(self._rows.index_select(0, index))
+        first = self._layout.unpack(_select(self._rows, index))
         spans = self._spans[index]
         if self._steps == 1:
             return first, weights, spans
-        last = self._layout.unpack(self._rows.index_select(0, index + spans.long() - 1))
+        last = self._layout.unpack(_select(self._rows, index + spans.long() - 1))
         joined = first._replace(
             costs=self._costs[index],
             next_observations=last.next_observations,
@@ -118,7 +140,7 @@ def n_step_costs(
     ``starts`` [M + 1] are the first rows of the episodes, and N.
     """
     end = starts[1:].repeat_interleave(starts.diff())
-    spans = (end - torch.arange(len(costs))).clamp_max(steps)
+    spans = (end - torch.arange(len(costs), device=costs.device)).clamp_max(steps)
     sums = costs.clone()
     for k in range(1, min(steps, len(costs))):
         sums[:-k] += torch.where(spans[:-k] > k, discount**k * costs[k:], 0.0)
@@ -152,11 +174,12 @@ class StratifiedSampler:
         if not 0.0 <= positive_share < 1.0:
             raise ValueError(f"positive_share is {positive_share}, outside [0, 1)")
         total, positives = len(self._is_accident), len(self._positives)
-        index = torch.randint(total, (n,), generator=generator)
+        device = generator.device
+        index = draw_indices(total, n, generator)
         if positives == 0 or positive_share == 0.0:
-            return index, torch.ones(n)
-        from_positives = self._positives[torch.randint(positives, (n,), generator=generator)]
-        take = torch.rand(n, generator=generator) < positive_share
+            return index, torch.ones(n, device=device)
+        from_positives = self._positives[draw_indices(positives, n, generator)]
+        take = torch.rand(n, generator=generator, device=device) < positive_share
         index = torch.where(take, from_positives, index)
         ratio = torch.where(self._is_accident[index], positive_share * total / positives, 0.0)
         return index, 1.0 / (1.0 - positive_share + ratio)

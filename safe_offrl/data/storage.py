@@ -18,12 +18,12 @@ class TransitionBuffer:
     indices below :attr:`size` reaches all of them.
     """
 
-    def __init__(self, layout: Layout, capacity: int) -> None:
+    def __init__(self, layout: Layout, capacity: int, device: torch.device | None = None) -> None:
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}, but at least one row is needed")
         self.layout = layout
         self.capacity = capacity
-        self._store = torch.zeros(capacity, layout.width)
+        self._store = torch.zeros(capacity, layout.width, device=device)
         self._cursor = 0  # the slot that the next row goes to
         self._size = 0
 
