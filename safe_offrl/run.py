@@ -18,64 +18,26 @@ and resumed run is compared with an uninterrupted one byte by byte.
 
 from __future__ import annotations
 
-import importlib.metadata
-import io
 import json
-import math
 import os
-import platform
 import re
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
-import torch
 from torch import Tensor
 
 from safe_offrl import checkpoints
+from safe_offrl.board import Board
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, json_line, write_atomic, write_file
 from safe_offrl.ledger import Ledger, LedgerWriter, chain_start, read_ledger
 from safe_offrl.types import Episode
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-# Two charts that show the claim itself: the rate between its bounds, and all of it against epsilon.
-_LAYOUT = {
-    "Safety": {
-        "accident rate with bounds": [
-            "Margin",
-            ["safety/accident_rate", "safety/accident_rate_lower", "safety/accident_rate_upper"],
-        ],
-        "accident rate against epsilon": [
-            "Multiline",
-            [
-                "safety/accident_rate$",
-                "safety/accident_rate_upper",
-                "safety/v_accident_estimate",
-                "safety/epsilon",
-            ],
-        ],
-        "accidents so far": ["Multiline", ["safety/accidents_total"]],
-        "cost per episode against its limit": [
-            "Multiline",
-            [
-                "safety/cost_mean$",
-                "safety/cost_recent",
-                "safety/expected_cost_estimate",
-                "safety/cost_limit",
-            ],
-        ],
-    },
-    "Trust region": {"KL against delta": ["Multiline", ["trust/kl$", "trust/delta"]]},
-}
 
 
 class RunDir:
@@ -90,7 +52,7 @@ class RunDir:
                 "`safe-offrl pretrain` or `safe-offrl finetune` wrote."
             )
         self._lock: filelock.BaseFileLock | None = None
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         self._purge_step = 0
         self._counts = {"metrics": 0, "iterations": 0, "ledger": 0}
         self.recorded: list[Episode] = []  # what the ledger held when the run was resumed
@@ -284,10 +246,7 @@ class RunDir:
         line = json_line({"step": step, **{k: float(v) for k, v in values.items()}})
         write_file(self.path / "metrics.jsonl", line, append=True, sync=False)
         self._counts["metrics"] += 1
-        board = self.board()
-        for tag, value in values.items():
-            if math.isfinite(value):
-                board.add_scalar(tag, value, step)
+        self.board.add_scalars(step, values)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, ``{"step": ..., tag: value or None}``."""
@@ -322,54 +281,13 @@ class RunDir:
             if path.is_file():
                 write_file(path, b"", append=True)
 
-    def board(self) -> SummaryWriter:
-        """The TensorBoard writer, opened on first use; events past the resumed step are purged."""
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(
-                str(self.path), purge_step=self._purge_step, max_queue=1000, flush_secs=10
-            )
-            self._board.add_custom_scalars(_LAYOUT)
-        return self._board
-
-    def add_picture(self, tag: str, step: int, data: bytes, description: str = "") -> None:
-        """Show an encoded picture (PNG, or a GIF, which may move) in TensorBoard at x = step."""
-        from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-
+    @property
+    def board(self) -> Board:
+        """Its page in TensorBoard, opened on first use."""
         self._require_lock()
-        with Image.open(io.BytesIO(data)) as picture:
-            width, height = picture.size
-        image = Summary.Image(width=width, height=height, encoded_image_string=data)
-        metadata = SummaryMetadata(summary_description=description)
-        value = Summary.Value(tag=tag, image=image, metadata=metadata)
-        self.board()._get_file_writer().add_summary(Summary(value=[value]), step)
-
-    def describe(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        """Tell TensorBoard's HParams page the settings, and which curves to hold against them.
-
-        Nested settings become dotted names. The summaries go into the run's own events:
-        ``SummaryWriter.add_hparams`` would make a sub-run that is named by the time.
-        """
-        from torch.utils.tensorboard.summary import hparams
-
-        flat: dict[str, Any] = {}
-
-        def visit(prefix: str, values: Mapping[str, Any]) -> None:
-            for key, value in values.items():
-                if isinstance(value, Mapping):
-                    visit(f"{prefix}{key}.", value)
-                else:
-                    # A bool would become the number 0 or 1.
-                    number = isinstance(value, int | float) and not isinstance(value, bool)
-                    flat[prefix + key] = value if number else str(value)
-
-        visit("", settings)
-        writer = self.board()._get_file_writer()
-        experiment, session, _ = hparams(flat, dict.fromkeys(metrics, 0.0))
-        for summary in (experiment, session):
-            writer.add_summary(summary)
+        if self._board is None:
+            self._board = Board(self.path, self._purge_step)
+        return self._board
 
     # --- checkpoints ---
 
@@ -493,32 +411,3 @@ def find_run(reference: str | Path | None, root: Path, kind: str | None = None) 
             "first, or name a run."
         )
     return max(runs, key=lambda r: int(r.state["created_ns"]))
-
-
-def versions(env_versions: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a bitwise repetition needs: packages, environment, git state, platform and threads."""
-    packages = ("safe-offrl", "torch", "numpy", "gymnasium", "scipy", "safetensors")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "environment": dict(env_versions or {}),
-        "git": _git_state(Path(__file__).parent),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None when this file is not tracked by git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the rows above its own; siblings inside one folder may import each other.
 LAYERS = [
     ["errors", "adam"],  # L0: the words
-    ["types", "safety", "state", "files", "device", "cuda_graph"],
+    ["types", "safety", "state", "files", "device", "cuda_graph", "board", "versions"],
     [
         "losses",
         "distributions",
@@ -70,7 +70,7 @@ ONLY_IN = {
     "omegaconf": {"config"},
     "onnxruntime": {"export"},
     "stable_baselines3": {"learners"},
-    "tensorboard": {"run"},
+    "tensorboard": {"board"},
     "typer": {"cli"},
 }
 # ... and that are not imported before they are needed, because they are slow or not always there.

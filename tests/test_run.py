@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from safe_offrl import run as run_module
 from safe_offrl.errors import RunError
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Episode
+from safe_offrl.versions import versions
 from tests.conftest import ledger_lines
 from tests.promises import Record
 
@@ -178,7 +178,7 @@ def test_names(tmp_path: Path) -> None:
 
 def test_files_exist_before_step_0(tmp_path: Path) -> None:
     with RunDir.create(
-        tmp_path, kind="pretrain", config_text="steps: 1\n", versions=run_module.versions()
+        tmp_path, kind="pretrain", config_text="steps: 1\n", versions=versions()
     ) as run:
         assert run.config_text == "steps: 1\n"
         assert run.state["status"] == "running"
@@ -236,7 +236,7 @@ def test_tensorboard_holds_settings_against_what_they_led_to(tmp_path: Path) -> 
     plugin_data = importlib.import_module("tensorboard.plugins.hparams.plugin_data_pb2")
     settings = {"seed": 3, "kl": True, "limit": None, "safety": {"epsilon": 0.1, "rule": "cost"}}
     with make(tmp_path, name="tb") as run:
-        run.describe(settings, ["safety/accident_rate", "online/return"])
+        run.board.describe(settings, ["safety/accident_rate", "online/return"])
         run.log(20, {"safety/accident_rate": 0.5})
     events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
     stored = {

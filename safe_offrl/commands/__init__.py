@@ -20,13 +20,8 @@ from safe_offrl.commands.offline import (
     pretrain_run,
     resume_pretrain,
 )
-from safe_offrl.commands.online import (
-    FinetunePlan,
-    finetune_config,
-    finetune_run,
-    plan_finetune,
-    resume_finetune,
-)
+from safe_offrl.commands.online import finetune_run, resume_finetune
+from safe_offrl.commands.online_plan import FinetunePlan, finetune_config, plan_finetune
 from safe_offrl.commands.tools import (
     check_env_run,
     collect_config,

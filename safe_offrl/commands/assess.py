@@ -23,10 +23,11 @@ from safe_offrl.fitted_features import FittedConfig
 from safe_offrl.nets import Actor
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import ProgressLine, Say
-from safe_offrl.run import RunDir, find_run, versions
+from safe_offrl.run import RunDir, find_run
 from safe_offrl.safety import SafetySpec
 from safe_offrl.state import restore_state
 from safe_offrl.types import Normalizer
+from safe_offrl.versions import versions
 
 FILE = "assessment.json"
 FORMAT = 1

@@ -35,8 +35,9 @@ from safe_offrl.finetune import Finetuning
 from safe_offrl.ledger import LedgerWriter
 from safe_offrl.progress import Interrupted, ProgressLine, Say, StopSignal
 from safe_offrl.rollout import faults_in_a_row
-from safe_offrl.run import RunDir, find_run, versions
+from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Episode
+from safe_offrl.versions import versions
 
 MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
 FOLDER = "certificates"

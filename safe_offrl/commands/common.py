@@ -198,7 +198,7 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
 def save_calibration(run: RunDir, tag: str, step: int, png: bytes) -> None:
     """Write a figure as the run's calibration.png and show it in TensorBoard."""
     write_atomic(run.path / "calibration.png", png)
-    run.add_picture(f"calibration/{tag}", step, png)
+    run.board.add_picture(f"calibration/{tag}", step, png)
 
 
 def parse_overrides(arguments: Iterable[str]) -> list[str]:

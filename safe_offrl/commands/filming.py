@@ -44,7 +44,7 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
                 transitions = loop.experience.visited(episode.steps)  # the last ones: this episode
                 _write(camera, episode, transitions, path)
             if path.is_file():
-                run.add_picture(
+                run.board.add_picture(
                     f"accidents/{name}", episode.total_steps, path.read_bytes(), _caption(episode)
                 )
 

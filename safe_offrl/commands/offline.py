@@ -37,8 +37,9 @@ from safe_offrl.env import make_env
 from safe_offrl.files import plain
 from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
 from safe_offrl.progress import ProgressLine, Say, StopSignal
-from safe_offrl.run import RunDir, find_run, versions
+from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Record
+from safe_offrl.versions import versions
 
 DEFAULT_ENV = "PointHazard-v0"
 

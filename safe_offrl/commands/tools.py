@@ -16,12 +16,8 @@ from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
 from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
 from safe_offrl.commands.filming import filming_evaluation
 from safe_offrl.commands.offline import DEFAULT_ENV
-from safe_offrl.commands.online import (
-    FinetunePlan,
-    finetune_config,
-    plan_finetune,
-    start_loop,
-)
+from safe_offrl.commands.online import start_loop
+from safe_offrl.commands.online_plan import FinetunePlan, finetune_config, plan_finetune
 from safe_offrl.commands.trust import require_trusted
 from safe_offrl.config import load_config, parse_run_yaml
 from safe_offrl.data.inspect import format_summary, summarise
