@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
+from safe_offrl.device import Device
 
-def versions(env_versions: Mapping[str, Any] | None = None) -> dict[str, Any]:
+
+def versions(
+    env_versions: Mapping[str, Any] | None = None, device: Device = "cpu"
+) -> dict[str, Any]:
     """What a bitwise repetition needs: packages, environment, git state, platform and threads."""
     packages = ("safe-offrl", "torch", "numpy", "gymnasium", "scipy", "safetensors")
     return {
@@ -22,6 +26,7 @@ def versions(env_versions: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "environment": dict(env_versions or {}),
         "git": _git_state(Path(__file__).parent),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
     }
 
 

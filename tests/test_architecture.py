@@ -12,13 +12,14 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the rows above its own; siblings inside one folder may import each other.
 LAYERS = [
     ["errors", "adam"],  # L0: the words
-    ["types", "safety", "state", "files", "device", "cuda_graph", "board", "versions"],
+    ["types", "safety", "state", "files", "device", "cuda_graph", "board"],
     [
         "losses",
         "distributions",
         "statistics",
         "resampling",
         "descent",
+        "versions",
         "processes",
     ],  # L1: the mathematics
     ["nets", "observations", "user_code"],

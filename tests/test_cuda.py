@@ -207,6 +207,7 @@ def test_runs_are_resumed_bitwise_and_used_without_a_gpu(
             commands.pretrain_run(
                 plan, name=f"{agent}-cut", runs=root, checkpoint_seconds=0.0, say=silent
             )
+    assert whole.read_json("versions.json")["gpu"] == torch.cuda.get_device_name()
     again = commands.resume_pretrain(f"{agent}-cut", runs=root, say=silent)
     assert record(again) == record(whole)
 

@@ -151,7 +151,7 @@ def pretrain_run(
         config_text=config_text,
         name=name,
         stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-{plan.config.agent}",
-        versions=versions(plan.env_versions),
+        versions=versions(plan.env_versions, plan.inputs.device),
     )
     with run:
         say(plan.header)

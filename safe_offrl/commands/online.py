@@ -62,7 +62,7 @@ def finetune_run(
         config_text=config_text,
         name=name,
         stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent}",
-        versions=versions(plan.env.versions()),
+        versions=versions(plan.env.versions(), plan.inputs.device),
     )
     with run, contextlib.closing(plan.env):
         say(plan.header)
