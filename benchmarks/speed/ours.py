@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from worker import BATCH, DEVICE, HIDDEN, ROWS, Shape
 
-from safe_offrl.agents.cql import CQL, CQLConfig
+from safe_offrl.agents import OnlineLearner
+from safe_offrl.agents.cql import CQL, CQLConfig, OnlineCQL
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
-from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.data.sampling import RiskSampler, uniform_batches
 from safe_offrl.descent import Compute
@@ -81,8 +82,35 @@ def sac(
     return build
 
 
-def offline(name: str, compute: Compute, *, extract: bool) -> Callable[[Shape], Run]:
-    """IQL or CQL with 2 critics; ``extract`` adds the mixture and the actor."""
+def published(name: str, compute: Compute) -> Callable[[Shape], Run]:
+    """IQL or CQL as published, as the peers have them: with AWR, or with the actor of SAC."""
+
+    def build(shape: Shape) -> Run:
+        store = Store(shape, 2)
+        layout, generator, networks = store.layout, store.generator, store.networks
+        nothing = torch.zeros((), device=generator.device)
+        learner: OnlineLearner
+        if name == "iql":
+            iql = IQL(networks, layout.observation_size, SIZES, IQLConfig(), generator, compute)
+            learner = OnlineIQL(iql, iql.config, compute)
+        else:
+            actor = RLPD(networks, layout.action_size, RLPDConfig(), compute)
+            learner = OnlineCQL(CQL(networks, CQLConfig(), compute, calibrated=False), actor)
+
+        def run(n: int) -> None:
+            for _ in range(n):
+                batch = store.batches(1)[0]
+                learner.update_critics(batch, generator)
+                learner.update_actor(batch, None, nothing, None, nothing, generator)
+            _finish()
+
+        return run
+
+    return build
+
+
+def offline(name: str, compute: Compute) -> Callable[[Shape], Run]:
+    """IQL or CQL with 2 critics as our offline phase has them: the actor comes from a mixture."""
 
     def build(shape: Shape) -> Run:
         store = Store(shape, 2)
@@ -104,8 +132,7 @@ def offline(name: str, compute: Compute, *, extract: bool) -> Callable[[Shape], 
             for _ in range(n):
                 batch = store.batches(1)[0]
                 advantages, _ = agent.update(batch, generator)
-                if extract:
-                    extraction.update(batch, advantages, networks.q, risk, no_risk[0], generator)
+                extraction.update(batch, advantages, networks.q, risk, no_risk[0], generator)
             _finish()
 
         return run
@@ -127,10 +154,10 @@ def cases(compute: Compute) -> dict[str, Callable[[Shape], Run]]:
         "sac 10 critics utd 20": sac(10, 20, compute),
         "sac 2 critics + csc": sac(2, 1, compute, safety=True),
         "sac 10 critics + csc": sac(10, 1, compute, safety=True),
-        "iql": offline("iql", compute, extract=True),
-        "cql": offline("cql", compute, extract=True),
-        "iql critics": offline("iql", compute, extract=False),
-        "cql critics": offline("cql", compute, extract=False),
+        "iql": published("iql", compute),
+        "cql": published("cql", compute),
+        "iql + mixture": offline("iql", compute),
+        "cql + mixture": offline("cql", compute),
     }
 
 
