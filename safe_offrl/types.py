@@ -49,17 +49,19 @@ class Layout(NamedTuple):
     def unpack(self, rows: Tensor) -> Batch:
         """View rows [..., D] as a Batch of [..., O], [..., A] and [...]; copies nothing."""
         o, a = self.observation_size, self.action_size
-        scalars = 2 * o + a
+        # Two calls make all nine views: slicing them one by one takes half as long again.
+        observations, actions, following, scalars = rows.split((o, a, o, len(SCALARS)), dim=-1)
+        rewards, accidents, costs, terminated, time_to_go, return_to_go = scalars.unbind(-1)
         return Batch(
-            observations=rows[..., :o],
-            actions=rows[..., o : o + a],
-            rewards=rows[..., scalars],
-            accidents=rows[..., scalars + 1],
-            costs=rows[..., scalars + 2],
-            next_observations=rows[..., o + a : scalars],
-            terminated=rows[..., scalars + 3],
-            time_to_go=rows[..., scalars + 4],
-            return_to_go=rows[..., scalars + 5],
+            observations=observations,
+            actions=actions,
+            rewards=rewards,
+            accidents=accidents,
+            costs=costs,
+            next_observations=following,
+            terminated=terminated,
+            time_to_go=time_to_go,
+            return_to_go=return_to_go,
         )
 
     def pack(self, batch: Batch) -> Tensor:
