@@ -27,7 +27,10 @@ class Adam:
         self._weight_decay = weight_decay
         self._means = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self._squares = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        self._steps = [torch.zeros((), device=p.device) for p in self.parameters]
+        # One store for all the counts: adding 1 to each by itself was 3 % of an update.
+        device = self.parameters[0].device
+        self._count = torch.zeros(len(self.parameters), device=device)
+        self._steps = list(self._count.unbind())
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], skip: Tensor | None = None) -> None:
@@ -35,10 +38,7 @@ class Adam:
 
         ``skip`` is a scalar tensor on a GPU, which decides there: nobody has to wait for it.
         """
-        if skip is None:
-            torch._foreach_add_(self._steps, 1.0)
-        else:
-            torch._foreach_add_(self._steps, [1.0 - skip] * len(self._steps))
+        self._count.add_(1.0 if skip is None else 1.0 - skip)
         torch._fused_adamw_(
             self.parameters,
             list(gradients),

@@ -20,7 +20,7 @@ from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.distributions import normal
 from safe_offrl.losses import td_target
-from safe_offrl.nets import Actor, Networks, Risk, polyak_
+from safe_offrl.nets import EVERY, Actor, Members, Networks, Risk, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
 
@@ -84,7 +84,7 @@ class RLPD:
             "temperature_optimizer": self.temperature_optimizer,
         }
 
-    def critic_loss(self, batch: Batch, noise: Tensor, members: Tensor) -> tuple[Tensor]:
+    def critic_loss(self, batch: Batch, noise: Tensor, members: Members) -> tuple[Tensor]:
         """Sum over members of the mean squared TD error; ``members`` [subset] form the target."""
         with torch.no_grad():
             policy = self.networks.actor(batch.next_observations).quadrature(noise)
@@ -134,8 +134,11 @@ class RLPD:
         """One TD step of all critics under the present actor; alone it is value pre-alignment."""
         noise = normal(batch.actions.shape, generator)
         critics = self.networks.critics.members
-        members = torch.randperm(critics, generator=generator, device=generator.device)
-        (loss,) = self._descend_critics(batch, noise, members[: self.config.subset])
+        members: Members = EVERY
+        if self.config.subset < critics:  # else there is nothing to choose, and nothing to copy
+            drawn = torch.randperm(critics, generator=generator, device=generator.device)
+            members = drawn[: self.config.subset]
+        (loss,) = self._descend_critics(batch, noise, members)
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
         return {"learner/critic_loss": loss}
 
