@@ -30,7 +30,9 @@ def collect_state(parts: Mapping[str, Part]) -> dict[str, Tensor]:
 def restore_state(parts: Mapping[str, Part], state: Mapping[str, Tensor]) -> None:
     """Inverse of :func:`collect_state`, in place.
 
-    Raises KeyError or RuntimeError where a tensor is missing or has another shape.
+    Raises KeyError or RuntimeError where a tensor is missing or has another shape. A generator
+    whose state was kept on another kind of device, where numbers are drawn differently, stays as it
+    is.
     """
     for name, part in parts.items():
         prefix = f"{name}/"
@@ -38,6 +40,7 @@ def restore_state(parts: Mapping[str, Part], state: Mapping[str, Tensor]) -> Non
         if isinstance(part, nn.Module | Adam):
             part.load_state_dict(values)
         elif isinstance(part, torch.Generator):
-            part.set_state(values["state"])
+            if len(values["state"]) == len(part.get_state()):
+                part.set_state(values["state"])
         else:
             part.copy_(values["value"])

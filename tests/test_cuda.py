@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safe_offrl import commands
 from safe_offrl.adam import Adam
 from safe_offrl.agents.cql import CQL, CQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.checkpoints import save_checkpoint
 from safe_offrl.cuda_graph import WARM_UPS, CudaGraph
 from safe_offrl.descent import FINITE_EVERY, Compute, Descent, Precision
 from safe_offrl.device import Device
@@ -23,11 +25,18 @@ from safe_offrl.run import RunDir
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.state import collect_state, restore_state
 from safe_offrl.types import Batch, Layout, States
+from tests import test_resume
 from tests.test_descent import compiles
 from tests.test_resume import TINY, Killed, kill_at, record, silent
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS = 50
+# Fixtures: runs of the CPU.
+pretrain_plan, pretrained, online = (
+    test_resume.pretrain_plan,
+    test_resume.pretrained,
+    test_resume.online,
+)
 LAYOUT = Layout(6, 2)
 SIZES = NetworkConfig((32, 32), (32, 32), 4)
 
@@ -41,6 +50,22 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything(tiny_dataset: Path) 
     plan = commands.plan_pretrain(config, say=silent)
     assert plan.inputs.device == "cpu"
     assert "device      CPU, 1 thread" in plan.header
+
+
+def test_a_run_of_a_gpu_is_evaluated_without_one(tmp_path: Path, online: RunDir) -> None:
+    # What such a run has and one of a CPU has not: its settings, and a generator of 16 bytes.
+    run = RunDir(shutil.copytree(online.path, tmp_path / "run"))
+    text = run.config_text.replace("device: cpu", "device: cuda")
+    text = text.replace("pretrained: ../offline", f"pretrained: {online.path.parent / 'offline'}")
+    assert text.count("device: auto") == 1
+    (run.path / "config.yaml").write_text(text.replace("device: auto", "device: cuda"))
+    kept = run.load_checkpoint()
+    drawn = {"generator/state": torch.zeros(16, dtype=torch.uint8)}
+    assert set(drawn) <= set(kept.tensors)
+    folder = run.path / "checkpoints"
+    save_checkpoint(folder, kept.step, {**kept.tensors, **drawn}, kept.info, kept.counts)
+    theirs, ours = (commands.evaluate_run(r.path, episodes=5, say=silent) for r in (run, online))
+    assert theirs["mean_return"] == ours["mean_return"]
 
 
 @needs_gpu

@@ -143,8 +143,11 @@ def final_policy(run: RunDir) -> Finetuning:
 
 
 def _plan_acting(pretrained: RunDir, config: FinetuneConfig, threads: int) -> FinetunePlan:
-    # Whoever takes no gradient step needs no compiler, and who asks for episodes takes their risk.
-    return plan_finetune(pretrained, config, threads=threads, compile_mode="off", accept_risk=True)
+    # Whoever takes no gradient step needs no compiler and no GPU, and who asks for episodes takes
+    # their risk.
+    return plan_finetune(
+        pretrained, config, threads=threads, device="cpu", compile_mode="off", accept_risk=True
+    )
 
 
 def compare_runs(
