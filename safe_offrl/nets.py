@@ -182,11 +182,16 @@ def polyak_(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes every agent shares: RLPD's 10 LayerNorm critics and networks of 256x256 by default."""
+    """Sizes every agent shares: RLPD's 10 LayerNorm critics and networks of 256x256 by default.
+
+    Without ``layer_norm`` the reward critics and IQL's state value are as SAC, CQL and IQL were
+    published. The safety critic always has it.
+    """
 
     actor_hidden: tuple[int, ...] = (256, 256)
     critic_hidden: tuple[int, ...] = (256, 256)
     critics: int = 10
+    layer_norm: bool = True
 
 
 class Networks:
@@ -208,7 +213,7 @@ class Networks:
             config.critics,
             observation_size + action_size,
             config.critic_hidden,
-            layer_norm=True,
+            layer_norm=config.layer_norm,
             generator=generator,
         )
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)

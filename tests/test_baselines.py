@@ -91,11 +91,12 @@ def constant(network: torch.nn.Module, value: float) -> None:
 
 def test_online_iql_weighs_actions_by_their_advantage() -> None:
     """Q = 1.5, V = 1: each of the two actions weighs exp(3 x .5), below the limit; then above."""
-    networks = Networks(1, 1, NetworkConfig((), (4,), 2), seeded())
+    sizes = NetworkConfig((), (4,), 2)
+    networks = Networks(1, 1, sizes, seeded())
     networks.actor = gaussian_actor(0.2)
     for limit, weight in ((100.0, math.exp(1.5)), (2.0, 2.0)):
         config = IQLConfig(inverse_temperature=3.0, weight_limit=limit)
-        values = IQL(networks, 1, (4,), config, seeded())
+        values = IQL(networks, 1, sizes, config, seeded())
         constant(networks.target_critics, 1.5)
         constant(values.value, 1.0)
         (loss,) = OnlineIQL(values, config).actor_loss(state(actions=[0.5, -0.3]))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.distributions import Categorical, Gaussian
 from safe_offrl.nets import (
     Actor,
@@ -91,6 +92,20 @@ def test_layer_norm_bounds_what_the_critic_says_far_away() -> None:
     limit = last.bias.abs().amax() + last.weight.norm(dim=1).amax() * 4.0
     assert bounded(1e6 * near).abs().max() <= limit
     assert unbounded(1e6 * near).abs().max() > 1e4
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_the_settings_decide_about_layer_norm_in_critics_and_value(layer_norm: bool) -> None:
+    sizes = NetworkConfig((8,), (16,), 2, layer_norm=layer_norm)
+    networks = Networks(3, 2, sizes, seeded())
+    value = IQL(networks, 3, sizes, IQLConfig(), seeded()).value
+    far = 1e6 * torch.randn(20, 5, generator=seeded(1))
+    for net, inputs in (
+        (networks.critics, far),
+        (networks.target_critics, far),
+        (value, far[:, :3]),
+    ):
+        assert (net(inputs).abs().max() < 10.0) == layer_norm
 
 
 def test_the_generator_alone_decides_the_weights() -> None:

@@ -27,7 +27,13 @@ SHAPES = [(60, 2), (17, 6)]  # observation, action: a lidar robot, a MuJoCo robo
 # What each group is compared with.
 REFERENCES = {"sac": "sb3", "iql": "d3rlpy_algos", "cql": "d3rlpy_algos"}
 CASES = ["sac 2 critics", "sac 10 critics", "sac 10 critics utd 20", "iql", "cql"]
-OURS_ALONE = ["sac 2 critics + csc", "sac 10 critics + csc", "iql + mixture", "cql + mixture"]
+OURS_ALONE = [
+    "sac 2 critics + layernorm",
+    "sac 2 critics + csc",
+    "sac 10 critics + csc",
+    "iql + mixture",
+    "cql + mixture",
+]
 MATMUL_FLOPS = 10 * 2 * 256**3  # of one unit of matmul.py
 
 
@@ -152,9 +158,11 @@ def main() -> None:
         "highest] of the paired rounds.",
         "First s: building it and one update. Peak MiB: of the process, earlier cases included.",
         "ours: compiled, fp32, as long runs; ours_bf16: with products in bfloat16; ours_eager: as",
-        "short runs are. + mixture: our offline phase, whose actor comes from a mixture. matmul",
-        "limit: the operations of our update at the fp32 rate of plain products of stacked 256x256",
-        "matrices. jax_reference is written for this benchmark, no library.",
+        "short runs are. Networks are the same in a group, without LayerNorm, but for 10 critics,",
+        "where ours and jax_reference have it and the others cannot. + layernorm, + csc (with the",
+        "safety critic), + mixture (our offline phase, whose actor comes from a mixture): ours by",
+        "default, with LayerNorm. matmul limit: the operations of our update at the fp32 rate of",
+        "plain products of stacked 256x256 matrices. jax_reference is written for this benchmark.",
         *(["On a GPU all of ours are CUDA graphs; the others as they are."] if on_gpu else []),
     ]
     print("\n".join(text))

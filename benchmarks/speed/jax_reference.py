@@ -1,7 +1,8 @@
 """The same updates in JAX, written for this benchmark as the reference line: jitted as a whole.
 
-Networks as ours: stacked ensembles with LayerNorm before every ReLU, a tanh-Gaussian actor, Adam,
-Polyak averaging. The batch comes out of arrays on the device with one gather, inside the jit.
+Networks as ours: stacked ensembles (10 critics have LayerNorm before every ReLU), a tanh-Gaussian
+actor, Adam, Polyak averaging. The batch comes out of arrays on the device with one gather, inside
+the jit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def stack(key: jax.Array, members: int, sizes: tuple[int, ...]) -> Tree:
     return layers
 
 
-def forward(layers: Tree, x: jax.Array, *, norm: bool = True) -> jax.Array:
+def forward(layers: Tree, x: jax.Array, *, norm: bool = False) -> jax.Array:
     """[B, in] -> [E, B, out]."""
     x = jnp.broadcast_to(x, (layers[0][0].shape[0], *x.shape))
     for k, (weight, bias) in enumerate(layers):
@@ -49,14 +50,16 @@ def forward(layers: Tree, x: jax.Array, *, norm: bool = True) -> jax.Array:
     return x
 
 
-def q_of(critics: Tree, observations: jax.Array, actions: jax.Array) -> jax.Array:
+def q_of(
+    critics: Tree, observations: jax.Array, actions: jax.Array, *, norm: bool = False
+) -> jax.Array:
     """[B, O], [B, A] -> [E, B]."""
-    return forward(critics, jnp.concatenate([observations, actions], -1))[..., 0]
+    return forward(critics, jnp.concatenate([observations, actions], -1), norm=norm)[..., 0]
 
 
 def sample(actor: Tree, observations: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Actions [..., B, A] of a tanh-Gaussian and their log density [..., B]."""
-    mean, raw = jnp.split(forward(actor, observations, norm=False)[0], 2, -1)
+    mean, raw = jnp.split(forward(actor, observations)[0], 2, -1)
     log_std = -5.0 + 3.5 * (jnp.tanh(raw) + 1.0)
     pre_tanh = mean + jnp.exp(log_std) * noise
     density = -0.5 * noise**2 - log_std - 0.5 * math.log(2.0 * math.pi)
@@ -134,6 +137,7 @@ def sac(critics: int, utd: int) -> Callable[[Shape], Callable[[int], None]]:
 
     def build(shape: Shape) -> Callable[[int], None]:
         columns, rows, state = prepare(shape, critics)
+        norm = critics > 2  # RLPD's; SAC has none
         batch_shape = (BATCH, shape.action)
 
         def update_critic(state: Tree, batch: jax.Array, key: jax.Array) -> Tree:
@@ -142,11 +146,12 @@ def sac(critics: int, utd: int) -> Callable[[Shape], Callable[[int], None]]:
             action, _ = sample(state["actor"], following, jax.random.normal(one, batch_shape))
             members = jax.random.permutation(two, critics)[:2]
             drawn = jax.tree.map(lambda x: x[members], state["target"])
-            next_value = q_of(drawn, following, action).min(0)
+            next_value = q_of(drawn, following, action, norm=norm).min(0)
             target = batch[:, columns.reward] + DISCOUNT * next_value
 
             def loss(critic: Tree) -> jax.Array:
-                q = q_of(critic, batch[:, columns.observations], batch[:, columns.actions])
+                at = batch[:, columns.observations], batch[:, columns.actions]
+                q = q_of(critic, *at, norm=norm)
                 return jnp.square(q - target).mean(-1).sum()
 
             critic, moments = descend(loss, state["critic"], state["moments"]["critic"])
@@ -168,7 +173,7 @@ def sac(critics: int, utd: int) -> Callable[[Shape], Callable[[int], None]]:
 
             def actor_loss(actor: Tree) -> tuple[jax.Array, jax.Array]:
                 action, log_prob = sample(actor, observations, noise)
-                q = q_of(state["critic"], observations, action).mean(0)
+                q = q_of(state["critic"], observations, action, norm=norm).mean(0)
                 scale = jax.lax.stop_gradient(jnp.abs(q).mean())
                 return (jnp.exp(state["temperature"]) * log_prob - q / scale).mean(), log_prob
 
@@ -219,7 +224,7 @@ def iql(shape: Shape) -> Callable[[int], None]:
         pre_tanh = jnp.arctanh(jnp.clip(actions, -0.999, 0.999))
 
         def actor_loss(actor: Tree) -> jax.Array:
-            mean, raw = jnp.split(forward(actor, observations, norm=False)[0], 2, -1)
+            mean, raw = jnp.split(forward(actor, observations)[0], 2, -1)
             log_std = -5.0 + 3.5 * (jnp.tanh(raw) + 1.0)
             scaled = (pre_tanh - mean) / jnp.exp(log_std)
             return (weight * (0.5 * scaled**2 + log_std).sum(-1)).mean()

@@ -121,7 +121,7 @@ def microseconds(call: Callable[[], object], calls: int = 300) -> float:
 
 def calls(folder: Path) -> dict[str, float]:
     """Microseconds of what happens beside an update; observation 60, action 2."""
-    store = ours.Store(Shape(60, 2), 2)
+    store = ours.Store(Shape(60, 2), 2, layer_norm=True)
     actor = NumpyActor(store.networks.actor)
     rng = np.random.default_rng(0)
     observation = rng.standard_normal(60).astype(np.float32)

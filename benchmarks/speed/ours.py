@@ -29,7 +29,7 @@ Run = Callable[[int], None]
 class Store:
     """Random transitions and all that an update needs besides."""
 
-    def __init__(self, shape: Shape, critics: int) -> None:
+    def __init__(self, shape: Shape, critics: int, *, layer_norm: bool) -> None:
         self.layout = Layout(shape.observation, shape.action)
         self.generator = torch.Generator(DEVICE).manual_seed(0)
         self.rows = torch.randn(
@@ -41,7 +41,7 @@ class Store:
         data.costs[:] = data.accidents[:] = (data.costs > 2.0).float()
         steps = torch.arange(ROWS, device=self.generator.device)
         data.time_to_go[:] = 1.0 - steps % 1000 / 1000
-        self.sizes = NetworkConfig(SIZES, SIZES, critics)
+        self.sizes = NetworkConfig(SIZES, SIZES, critics, layer_norm)
         self.networks = Networks(*self.layout, self.sizes, self.generator)
 
     def batches(self, n: int) -> list[Batch]:
@@ -50,12 +50,12 @@ class Store:
 
 
 def sac(
-    critics: int, utd: int, compute: Compute, *, safety: bool = False
+    critics: int, utd: int, compute: Compute, *, layer_norm: bool = True, safety: bool = False
 ) -> Callable[[Shape], Run]:
     """RLPD with ``utd`` critic updates to one of the actor; n counts critic updates."""
 
     def build(shape: Shape) -> Run:
-        store = Store(shape, critics)
+        store = Store(shape, critics, layer_norm=layer_norm)
         generator, layout = store.generator, store.layout
         learner = RLPD(store.networks, layout.action_size, RLPDConfig(), compute)
         nothing = torch.zeros((), device=generator.device)
@@ -86,12 +86,13 @@ def published(name: str, compute: Compute) -> Callable[[Shape], Run]:
     """IQL or CQL as published, as the peers have them: with AWR, or with the actor of SAC."""
 
     def build(shape: Shape) -> Run:
-        store = Store(shape, 2)
+        store = Store(shape, 2, layer_norm=False)
         layout, generator, networks = store.layout, store.generator, store.networks
         nothing = torch.zeros((), device=generator.device)
         learner: OnlineLearner
         if name == "iql":
-            iql = IQL(networks, layout.observation_size, SIZES, IQLConfig(), generator, compute)
+            sizes = store.sizes
+            iql = IQL(networks, layout.observation_size, sizes, IQLConfig(), generator, compute)
             learner = OnlineIQL(iql, iql.config, compute)
         else:
             actor = RLPD(networks, layout.action_size, RLPDConfig(), compute)
@@ -110,13 +111,13 @@ def published(name: str, compute: Compute) -> Callable[[Shape], Run]:
 
 
 def offline(name: str, compute: Compute) -> Callable[[Shape], Run]:
-    """IQL or CQL with 2 critics as our offline phase has them: the actor comes from a mixture."""
+    """IQL or CQL with 2 critics as our offline phase has them: LayerNorm, actor from a mixture."""
 
     def build(shape: Shape) -> Run:
-        store = Store(shape, 2)
+        store = Store(shape, 2, layer_norm=True)
         layout, generator, networks = store.layout, store.generator, store.networks
         agent = (
-            IQL(networks, layout.observation_size, SIZES, IQLConfig(), generator, compute)
+            IQL(networks, layout.observation_size, store.sizes, IQLConfig(), generator, compute)
             if name == "iql"
             else CQL(networks, CQLConfig(), compute, calibrated=False)
         )
@@ -149,9 +150,10 @@ def _finish() -> None:
 def cases(compute: Compute) -> dict[str, Callable[[Shape], Run]]:
     """Every case, computed so."""
     return {
-        "sac 2 critics": sac(2, 1, compute),
+        "sac 2 critics": sac(2, 1, compute, layer_norm=False),
         "sac 10 critics": sac(10, 1, compute),
         "sac 10 critics utd 20": sac(10, 20, compute),
+        "sac 2 critics + layernorm": sac(2, 1, compute),
         "sac 2 critics + csc": sac(2, 1, compute, safety=True),
         "sac 10 critics + csc": sac(10, 1, compute, safety=True),
         "iql": published("iql", compute),

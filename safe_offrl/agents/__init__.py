@@ -65,9 +65,7 @@ def _iql(
     generator: torch.Generator,
     compute: Compute = EAGER,
 ) -> Agent:
-    return IQL(
-        networks, layout.observation_size, sizes.critic_hidden, configs.iql, generator, compute
-    )
+    return IQL(networks, layout.observation_size, sizes, configs.iql, generator, compute)
 
 
 def _cql(
@@ -133,9 +131,7 @@ def online_learner(
 ) -> OnlineLearner:
     """ "rlpd", or as a baseline "iql" or "calql", on networks that a policy was pretrained with."""
     if name == "iql":
-        values = IQL(
-            networks, layout.observation_size, sizes.critic_hidden, configs.iql, generator, compute
-        )
+        values = IQL(networks, layout.observation_size, sizes, configs.iql, generator, compute)
         return OnlineIQL(values, configs.iql, compute)
     rlpd = RLPD(networks, layout.action_size, config, compute)
     if name == "calql":

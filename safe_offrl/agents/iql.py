@@ -14,7 +14,7 @@ from torch import Tensor
 from safe_offrl.adam import Adam
 from safe_offrl.descent import EAGER, Compute, Descent
 from safe_offrl.losses import expectile_loss, exponential_weight, td_target
-from safe_offrl.nets import Actor, Networks, Risk, StackedMLP, polyak_
+from safe_offrl.nets import Actor, NetworkConfig, Networks, Risk, StackedMLP, polyak_
 from safe_offrl.state import Part
 from safe_offrl.types import Batch
 
@@ -42,14 +42,20 @@ class IQL:
         self,
         networks: Networks,
         observation_size: int,
-        hidden: tuple[int, ...],
+        sizes: NetworkConfig,
         config: IQLConfig,
         generator: torch.Generator,
         compute: Compute = EAGER,
     ) -> None:
         self.networks = networks
         self.config = config
-        self.value = StackedMLP(1, observation_size, hidden, layer_norm=True, generator=generator)
+        self.value = StackedMLP(
+            1,
+            observation_size,
+            sizes.critic_hidden,
+            layer_norm=sizes.layer_norm,
+            generator=generator,
+        )
         lr = config.learning_rate
         self.value_optimizer = Adam(self.value.parameters(), lr)
         self.critic_optimizer = Adam(networks.critics.parameters(), lr)
