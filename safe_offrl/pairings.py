@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safe_offrl.resampling import ratio_interval, sign_flip_p_value
 from safe_offrl.run_data import Evaluation, RunData
 from safe_offrl.statistics import RateRatio, bootstrap_interval, rate_ratio
-from safe_offrl.summaries import BOOTSTRAP_SEED, NOTHING, Interval, final_return
+from safe_offrl.summaries import BOOTSTRAP_SEED, NOTHING, Interval, final_return, learned_online
 
 Pairs = Sequence[tuple[RunData, RunData]]
 Rows = NDArray[np.float64]
@@ -54,7 +54,7 @@ def pair(
     if not pairs:
         return None
     confidence = min(run.confidence for both in pairs for run in both)
-    learned = [both for both in pairs if all(run.episodes for run in both)]
+    learned = [both for both in pairs if all(learned_online(run) for run in both)]
     played = [both for both in pairs if all(run.evaluation is not None for run in both)]
     if not learned and not played:
         return None
@@ -130,15 +130,20 @@ class _Totals:
 
 
 def _matched(first: Sequence[RunData], second: Sequence[RunData]) -> tuple[Pairs, bool]:
-    """Pairs by environment, policy and seed; if there is none, by environment and seed alone."""
+    """Pairs by environment, policy and seed; if there is none, by environment and seed alone.
+
+    No run is in two pairs: of several that could be, the first is paired with the first.
+    """
     keys: tuple[Callable[[RunData], object], ...] = (
         lambda run: (run.env_id, run.pretrained, run.seed),
         lambda run: (run.env_id, run.seed),
     )
     mine, theirs = ([run for run in side if has_outcome(run)] for side in (first, second))
     for same_policy, key in zip((True, False), keys, strict=True):
-        partners = {key(run): run for run in theirs}
-        pairs = [(run, partners[key(run)]) for run in mine if key(run) in partners]
+        partners: dict[object, list[RunData]] = {}
+        for run in reversed(theirs):
+            partners.setdefault(key(run), []).append(run)
+        pairs = [(run, partners[key(run)].pop()) for run in mine if partners.get(key(run))]
         if pairs:
             return pairs, same_policy
     return [], True
@@ -146,7 +151,7 @@ def _matched(first: Sequence[RunData], second: Sequence[RunData]) -> tuple[Pairs
 
 def has_outcome(run: RunData) -> bool:
     """Whether a run learned online or was evaluated: else there is nothing to compare."""
-    return bool(run.episodes) or run.evaluation is not None
+    return learned_online(run) or run.evaluation is not None
 
 
 def _grouped(pairs: Pairs) -> list[Pairs]:

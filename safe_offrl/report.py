@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from safe_offrl.errors import RunError
 from safe_offrl.files import plain
 from safe_offrl.pairings import Pairing, has_outcome, pair
 from safe_offrl.run_data import RunData, Source, find_runs, read_run
-from safe_offrl.summaries import ALL_ENVIRONMENTS, Row, row_of, scales_of
+from safe_offrl.summaries import ALL_ENVIRONMENTS, Row, learned_online, row_of, scales_of
 
 ALL_PAIRS = 3  # methods that are all compared with each other; of more, the first with the others
 
@@ -175,6 +176,19 @@ def _notes(
             f"in its environment ({units}; it must be positive)."
         )
     notes += [f"{run.name} is {run.status}." for run in data if run.status != "finished"]
+    notes += [
+        f"{run.name} took no step online."
+        for run in data
+        if run.episodes and not learned_online(run)
+    ]
+    for method, group in methods.items():
+        copies = Counter((run.env_id, run.pretrained, run.seed) for run in group)
+        notes += [
+            f"{method} has {n} runs of seed {seed} in {env}, which are not independent: the totals "
+            "count each, and pairs pair each once."
+            for (env, _, seed), n in copies.items()
+            if n > 1
+        ]
     online = {m: g for m, g in methods.items() if any(run.episodes for run in g)}
     keys = {m: {(run.env_id, run.seed) for run in g} for m, g in online.items()}
     for method, own in keys.items():

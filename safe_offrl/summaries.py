@@ -215,6 +215,11 @@ def final_return(run: RunData) -> float:
     return _mean(_returns(final_episodes(run))).value
 
 
+def learned_online(run: RunData) -> bool:
+    """Whether it took a step online: an environment may fail before the first."""
+    return bool(run.episodes) and run.episodes[-1].total_steps > 0
+
+
 def outcome(run: RunData) -> float:
     """What a run came to: its final return, or, for a policy that never learned, the evaluated."""
     if run.episodes or run.evaluation is None:

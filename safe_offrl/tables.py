@@ -158,7 +158,9 @@ def _accident_cells(row: Row) -> list[str]:
         f"{row.early_accidents:,}",
         _percent(row.rate),
         f"{row.per_1000_steps.value:.2f} [{row.per_1000_steps.low:.2f}, "
-        f"{row.per_1000_steps.high:.2f}]",
+        f"{row.per_1000_steps.high:.2f}]"
+        if row.steps
+        else "-",
         f"{row.certified_rate:.1%}",
         _plus_minus(row.cost),
     ]

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from safe_offrl.commands.tools import compare_runs
 from safe_offrl.errors import RunError
 from safe_offrl.ledger import chain_start, read_ledger
 from safe_offrl.report import compare
@@ -98,6 +99,32 @@ def test_pairing_needs_the_same_seed(write_run):
     result = compare([safe, free])
     assert result.pairings == []
     assert any("no run of seed: 1" in note for note in result.notes)
+
+
+def test_a_run_is_paired_once_and_runs_of_one_seed_are_named(write_run):
+    """Three copies of a run against one are one pair, not three times the evidence."""
+    safe = [write_run(f"safe{k}", [1] * 12 + [0] * 88) for k in range(3)]
+    free = write_run("free", [1] * 25 + [0] * 75, flags=RLPD)
+    for order in ([*safe, free], [free, *safe]):
+        result = compare(order)
+        (pairing,) = result.pairings
+        assert pairing.pairs == 1
+        assert sorted(pairing.accidents or ()) == [12, 25]
+        (note,) = result.notes
+        assert note.startswith("constrained has 3 runs of seed 0 in PointHazard-v0")
+    second = write_run("free2", [1] * 30 + [0] * 70, flags=RLPD)
+    (pairing,) = compare([*safe, free, second]).pairings
+    assert (pairing.pairs, pairing.accidents) == (2, (24, 55))
+
+
+def test_a_run_in_which_no_step_was_taken_has_nothing_to_compare(tmp_path, write_run):
+    """The environment failed at every reset: three episodes of 0 steps, counted as accidents."""
+    nothing = write_run("nothing", [1] * 3, steps=0)
+    free = write_run("free", [1] * 25 + [0] * 75, flags=RLPD)
+    result = compare([nothing, free])
+    assert result.pairings == []
+    assert "nothing took no step online." in result.notes
+    compare_runs([nothing, free], html=tmp_path / "page.html", png=tmp_path / "chart.png")
 
 
 def test_accident_ratio_is_per_step(write_run):

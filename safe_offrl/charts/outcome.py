@@ -11,7 +11,7 @@ import numpy as np
 from safe_offrl.charts.style import DASHED, Group, Panel, finish, in_words
 from safe_offrl.run_data import RunData
 from safe_offrl.statistics import clopper_pearson
-from safe_offrl.summaries import outcome
+from safe_offrl.summaries import learned_online, outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 def harm(run: RunData, by_cost: bool) -> float:
     """Cost per episode or accidents per 1000 steps: while learning, else of the evaluation."""
-    if run.episodes:
+    if learned_online(run):
         if by_cost:
             return float(np.mean([e.cost for e in run.episodes]))
         return 1000.0 * sum(e.accident for e in run.episodes) / run.episodes[-1].total_steps
