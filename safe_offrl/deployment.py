@@ -56,6 +56,7 @@ class Deployment:
         self.version = 0
         self.certified = copy.deepcopy(actor)  # the pretrained policy, to begin with
         self.certified_version = 0
+        self.proved = False  # whether the monitor has shown that it keeps the limit
         device = next(actor.parameters()).device
         self.delta = torch.tensor(delta, device=device)
         self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0, device=device)
@@ -86,7 +87,7 @@ class Deployment:
 
         ``visited`` are transitions that the deployed policy made, ``reference`` the critic's states
         for an estimate. A version that the monitor has certified below the limit is kept for the
-        alarm to go back to.
+        alarm to go back to. Without the safety constraint an alarm changes nothing.
         """
         decision, candidate = decide(
             self.actor,
@@ -103,29 +104,36 @@ class Deployment:
         )
         if self.kl_limited:
             self._adapt_kl_weight(decision)
-        if monitor.alarm:
+        if monitor.alarm and self.safety_limited:
             monitor.reset_alarm()
-            return self._roll_back(decision, visited, steps_per_episode, generator), True
-        if monitor.version_interval()[1] < self.limit.share:
+            return self._on_alarm(decision, visited, steps_per_episode, monitor, generator)
+        if monitor.version_interval(self.version)[1] < self.limit.share:
             self.certified = copy.deepcopy(self.actor)
             self.certified_shield = copy.deepcopy(self.shield)
-            self.certified_version = self.version
+            self.certified_version, self.proved = self.version, True
         if decision.accepted:
             self.deploy(candidate)
         return decision, False
 
-    def _roll_back(
+    def _on_alarm(
         self,
         decision: Decision,
         visited: Batch,
         steps_per_episode: float,
+        monitor: SafetyMonitor,
         generator: torch.Generator,
-    ) -> Decision:
-        """Some policy has exceeded the limit: back to the last certified one, then halve delta."""
+    ) -> tuple[Decision, bool]:
+        """Some policy has exceeded the limit: halve delta, and back to the last certified policy.
+
+        Until one is certified that is the pretrained policy, but not if it is itself shown to
+        exceed the limit, nor unless its estimate is the lower one.
+        """
         self.delta.mul_(0.5).clamp_(min=MIN_DELTA_SHARE * self.initial_delta)
         if self.certified_version == self.version:
-            reason = "alarm: the last certified policy already acts"
-            return decision._replace(accepted=False, fraction=0.0, reason=reason)
+            which = "last certified" if self.proved else "pretrained"
+            return _stays(decision, f"the {which} policy already acts"), False
+        if monitor.version_interval(self.certified_version)[0] > self.limit.share:
+            return _stays(decision, "the policy to go back to is shown to exceed the limit"), False
         measured = measure(
             self.certified,
             self.actor,
@@ -136,10 +144,13 @@ class Deployment:
             normal(visited.actions.shape, generator),
             self.acceptance.tail,
         )
+        if not self.proved and not measured.v_candidate < decision.v_previous:
+            return _stays(decision, "the pretrained policy is not estimated to be safer"), False
         # Its own shield too: what was shown is about the two together.
         self.deploy(self.certified, self.certified_shield)
         self.certified_version = self.version
-        return measured._replace(reason="alarm: rolled back to the last certified policy")
+        which = "last certified policy" if self.proved else "pretrained policy: none was certified"
+        return measured._replace(reason=f"alarm: rolled back to the {which}"), True
 
     def _adapt_kl_weight(self, decision: Decision) -> None:
         """Aim the learner at the rim of the trust region.
@@ -165,9 +176,18 @@ class Deployment:
 
     def info(self) -> dict[str, Any]:
         """The version numbers, JSON-able."""
-        return {"version": self.version, "certified_version": self.certified_version}
+        return {
+            "version": self.version,
+            "certified_version": self.certified_version,
+            "proved": self.proved,
+        }
 
     def load(self, info: Mapping[str, Any]) -> None:
         """Restore the version numbers; :meth:`parts` are restored in place."""
         self.version = int(info["version"])
         self.certified_version = int(info["certified_version"])
+        self.proved = bool(info.get("proved", False))  # runs of earlier versions do not say
+
+
+def _stays(decision: Decision, reason: str) -> Decision:
+    return decision._replace(accepted=False, fraction=0.0, reason=f"alarm: {reason}")

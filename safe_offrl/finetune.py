@@ -178,6 +178,10 @@ class Finetuning:
         config = self.config
         while not self.stopped:
             if self.updated == self.steps:  # else the resumed state is that of an episode's end
+                # Resumed after an episode that the environment failed in, nobody has asked yet.
+                self.stopped = self._reason_to_stop() if self.episodes >= len(recorded) else ""
+                if self.stopped:
+                    return
                 yield from self._next_episode(recorded)
             previous, self.updated = self.updated, self.steps
             warming_up = previous < config.warmup_steps

@@ -128,8 +128,65 @@ def test_an_alarm_while_the_certified_version_acts_only_shrinks_delta() -> None:
     deployed = deployment()
     for _ in range(6):
         decision, rolled_back = propose(deployed, policy(0.05), monitor_after([True] * 40, 0))
-        assert rolled_back
+        assert not rolled_back  # nothing moved
+        assert not decision.accepted
         assert "already acts" in decision.reason
     assert deployed.version == 0
     assert mean_of(deployed.actor) == 0.0
     assert float(deployed.delta) == pytest.approx(0.05 / 16)  # the floor
+
+
+def leaning(slope: float) -> Deployment:
+    """A critic whose risk rises with the action, and a deployed policy further up than the first.
+
+    Version 0 is at 0, version 1 at .3 before tanh.
+    """
+    deployed = deployment()
+    with torch.no_grad():
+        weight = deployed._critic.net.output.weight
+        weight[:, 2] = slope  # inputs are observation, time to go, action
+    deployed.deploy(policy(0.3))
+    return deployed
+
+
+def test_without_a_certified_policy_an_alarm_goes_back_only_to_a_safer_estimate() -> None:
+    safer = leaning(5.0)
+    decision, rolled_back = propose(safer, policy(0.3), monitor_after([True] * 40, 1))
+    assert rolled_back
+    assert "pretrained policy: none was certified" in decision.reason
+    assert mean_of(safer.actor) == 0.0
+    riskier = leaning(-5.0)
+    decision, rolled_back = propose(riskier, policy(0.3), monitor_after([True] * 40, 1))
+    assert not rolled_back
+    assert "not estimated to be safer" in decision.reason
+    assert (riskier.version, mean_of(riskier.actor)) == (1, pytest.approx(0.3))
+    assert float(riskier.delta) == pytest.approx(0.025)
+
+
+def test_an_alarm_does_not_go_back_to_a_policy_that_is_shown_to_exceed_the_limit() -> None:
+    deployed = leaning(5.0)
+    monitor = monitor_after([True] * 80, 0)
+    monitor.update(True, 1.0, 1)
+    decision, rolled_back = propose(deployed, policy(0.3), monitor)
+    assert not rolled_back
+    assert "shown to exceed the limit" in decision.reason
+    assert deployed.version == 1
+
+
+def test_without_the_safety_constraint_no_alarm_takes_a_policy_back() -> None:
+    deployed = leaning(5.0)
+    deployed.safety_limited = False
+    monitor = monitor_after([True] * 40, 1)
+    _, rolled_back = propose(deployed, policy(0.3), monitor)
+    assert not rolled_back
+    assert monitor.alarm
+    assert float(deployed.delta) == pytest.approx(0.05)
+
+
+def test_what_was_proved_survives_a_checkpoint() -> None:
+    deployed = deployment()
+    propose(deployed, policy(0.04), monitor_after([False] * 200, 0))
+    again = deployment()
+    again.load(deployed.info())
+    assert again.info() == deployed.info()
+    assert again.info()["proved"] is True

@@ -325,13 +325,14 @@ def test_an_alarm_rolls_back_and_shrinks_delta(dataset: Dataset, pretraining: Pr
     halvings = 0
     for item in trace.run():
         if isinstance(item, Iteration):
-            halvings += item.rolled_back
+            halvings += item.reason.startswith("alarm")
             assert float(trace.tuning.deployment.delta) == pytest.approx(
                 max(0.05 * 0.5**halvings, 0.05 / 16)
             )
-            if item.rolled_back:
+            if item.reason.startswith("alarm"):
                 assert not item.accepted
                 assert not trace.tuning.monitor.alarm
+            if item.rolled_back:
                 assert equal(trace.tuning.deployment.actor, trace.tuning.deployment.certified)
                 # Nothing was ever certified below 1 %, so it is the pretrained policy.
                 assert equal(trace.tuning.deployment.actor, pretraining.networks.actor)

@@ -15,7 +15,7 @@ import pytest
 from safe_offrl import commands
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.env import AccidentEnv
-from safe_offrl.errors import ConfigError
+from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import EnvironmentConfig
 from safe_offrl.ledger import LedgerWriter
@@ -118,6 +118,28 @@ def test_a_lost_accident_spends_the_accident_budget(
     events = list(tuning.run([worst.worst]))
     assert events == [worst.worst]
     assert tuning.stopped == "the accident budget of 1 is spent"
+
+
+def test_a_budget_that_faults_have_spent_is_spent_after_a_resume(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """The third fault in a row ends the process before it can say that the accidents are used."""
+    tuning = loop(dataset, pretraining, accident_budget=3)
+
+    def unplugged(action: np.ndarray) -> Any:
+        raise ConnectionError("unplugged")
+
+    tuning.env.step = unplugged  # type: ignore[method-assign]
+    events = tuning.run()
+    recorded = [event for event in _take(events, 3) if isinstance(event, Episode)]
+    tensors, info = tuning.state_dict(), tuning.info()
+    with pytest.raises(EnvError, match="in a row"):
+        next(events)
+    again = loop(dataset, pretraining, accident_budget=3)  # the environment is repaired
+    again.load(tensors, info)
+    assert list(again.run(recorded)) == []
+    assert again.stopped == "the accident budget of 3 is spent"
+    assert again.monitor.accidents == 3
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 7, 9])
