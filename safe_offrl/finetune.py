@@ -265,12 +265,15 @@ class Finetuning:
         cost more than the limits of ten; taken at its word it would hold every estimate above the
         limit, and lambda rising, for as long as it is among the recent ones.
         """
-        mean = sum(self.recent) / len(self.recent)
         if self.limit.constraint == "accident":
-            return mean
+            return self._recent_mean()
         if len(self.recent) < 2:
             return 0.0
-        return max(mean - statistics.stdev(self.recent) / math.sqrt(len(self.recent)), 0.0)
+        error = statistics.stdev(self.recent) / math.sqrt(len(self.recent))
+        return max(self._recent_mean() - error, 0.0)
+
+    def _recent_mean(self) -> float:
+        return sum(self.recent) / len(self.recent)
 
     def _update(self, seen: float, *, critics_only: bool) -> dict[str, Tensor]:
         """UTD critic updates, one of the safety critic, one of the actor and the multiplier.
@@ -298,9 +301,11 @@ class Finetuning:
                 spans=spans,
             )
             if config.safety_constraint and not critics_only:
-                ours = config.baseline.multiplier == "ours"
+                # A Lagrangian method steers by what really happened, and by all of it.
                 self.multiplier.update(
-                    metrics["csc/estimate"] if ours else self.multiplier.value.new_tensor(seen)
+                    metrics["csc/estimate"]
+                    if config.baseline.multiplier == "ours"
+                    else self.multiplier.value.new_tensor(self._recent_mean())
                 )
         if not critics_only:
             metrics |= self.learner.update_actor(

@@ -24,6 +24,7 @@ from safe_offrl.shield import ShieldConfig
 COST_DEFAULTS: dict[str, Any] = {
     "critic": {"tau": 0.05, "weight_decay": 0.1},
     "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
+    "baseline": {"pid": {"proportional": 0.3, "integral": 0.03, "derivative": 0.3}},
 }
 
 

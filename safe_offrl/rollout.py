@@ -115,9 +115,10 @@ def play_episode(
     """Reset with ``seed`` and act until the episode ends.
 
     Observations are standardised by ``normalizer``, in what the policy sees and in the rows.
-    Return-to-go is left at 0 in the rows: only Cal-QL reads it, from the log. Where the environment
-    fails, the episode ends, and its ``fault`` says how. Raises EnvError when the policy wants a
-    non-finite action, which is never sent, and for settings that do not fit the environment.
+    Return-to-go is left at 0 in the rows: only Cal-QL reads it, and fills it in. Where the
+    environment fails, the episode ends, and its ``fault`` says how. Raises EnvError when the policy
+    wants a non-finite action, which is never sent, and for settings that do not fit the
+    environment.
     """
     rows: list[np.ndarray] = []
     total = cost = 0.0

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from safe_offrl.acceptance import AcceptanceConfig, decide, risk_change
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.baselines import BaselineConfig
 from safe_offrl.behaviours import random_behaviour
 from safe_offrl.calibration import window_cost
 from safe_offrl.commands.offline import pretrain_config
@@ -212,8 +214,9 @@ def test_mean_cost_and_accidents_are_counted_side_by_side() -> None:
 
 def test_what_fifty_episodes_can_certify_of_a_cost() -> None:
     best = certifiable(50_000, 1000, Limit("cost", 0.025, 1000.0))
-    # Not one accident in 50 episodes: below 5.8 % (two of them: 1 - .05^(1/50)), of at most 1000.
-    assert best.fixed == pytest.approx(1000.0 * (1.0 - 0.05 ** (1 / 50)))
+    # Not one accident in 50 episodes: below 1 - share^(1/50), 6.7 %, of at most 1000; the share of
+    # the first policy is .05 * 6 / pi^2.
+    assert best.fixed == pytest.approx(1000.0 * (1.0 - (0.3 / math.pi**2) ** (1 / 50)))
     assert best.run_level == pytest.approx(1000.0 * 3.482 / 50, abs=0.05)
     assert "expected cost below 69.6 per episode" in str(best)
     assert "too few for the limit of 25" in str(best)
@@ -319,6 +322,28 @@ def test_what_was_seen_is_the_mean_cost_less_its_standard_error(
     assert loop._seen() == pytest.approx(0.0)  # mean .04, standard error .04
 
 
+@pytest.mark.parametrize("multiplier", ["dual", "pid"])
+def test_lambda_of_a_lagrangian_method_follows_the_mean_cost(
+    data: Dataset, pretraining: Pretraining, multiplier: Literal["dual", "pid"]
+) -> None:
+    """Nine episodes without cost and one that costs 20 limits: twice the limit on average.
+
+    Less its standard error that would be 0, and lambda would sink.
+    """
+    loop = begin(
+        data,
+        pretraining,
+        kl=False,
+        shield=False,
+        baseline=BaselineConfig(multiplier=multiplier, multiplier_init=5.0),
+    )
+    next(e for e in loop.run() if isinstance(e, Iteration))
+    before = float(loop.multiplier.value)
+    loop.recent = [0.0] * 9 + [20.0 * loop.limit.share]
+    loop._update(loop._seen(), critics_only=False)
+    assert float(loop.multiplier.value) > before
+
+
 def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
     critic, previous = critic_of(), policy()
     critic.start_from(-4.0)  # rho about .018 everywhere: a cost of .7 of at most 40
@@ -376,6 +401,10 @@ def test_fine_tuning_follows_the_episodes_faster_than_the_log(
     with RunDir.create(tmp_path, kind="pretrain", config_text=text, name="p") as run:
         config = finetune_config(run)
     assert (config.critic.tau, config.lagrangian.maximum) == (0.05, 300.0)
+    # The integral gain is that of dual ascent, the others are Stooke et al.'s ratios to it.
+    pid = config.baseline.pid
+    assert pid.integral == config.lagrangian.learning_rate == 0.03
+    assert (pid.proportional, pid.derivative) == (0.3, 0.3)
     assert config.critic.cost_discount == CRITIC.cost_discount  # the rest is the pretrain run's
 
 

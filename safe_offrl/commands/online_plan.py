@@ -70,6 +70,8 @@ class FinetunePlan:
         warm_up = f"{config.warmup_steps:,} steps of the pretrained policy, then learning"
         if config.warmup_steps >= config.budget:
             warm_up = "the whole budget: nothing will be learnt (set warmup_steps)"
+        elif config.warmup_steps + config.iteration_steps > config.budget and not config.untested:
+            warm_up += ", of which nothing will act: the first proposal comes after the budget"
         return "\n".join(
             [
                 f"finetune    {self.inputs.env_id}, budget {config.budget:,} steps"
@@ -131,7 +133,7 @@ def finetune_config(
             **defaults,
             "networks": to_dict(source.networks),
             "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
-            "baseline": {"agents": to_dict(source.agents)},
+            "baseline": {**defaults.get("baseline", {}), "agents": to_dict(source.agents)},
         },
         flags=flags,
         overrides=overrides,
