@@ -2,9 +2,10 @@
 
 The policy and its shield are frozen, its accident probability p is one number, and the episodes are
 independent draws. Either their number is fixed beforehand and there is one look at the end
-(Clopper-Pearson), or one looks after every episode and stops as soon as the answer is known (the
-beta-binomial sequence, which allows for that). The k-th attempt on one run gets the share
-6 / (pi^2 k^2) of the error: whoever tries until it works has used up what the confidence allows.
+(Clopper-Pearson: two one-sided bounds, each by itself), or one looks after every episode and stops
+as soon as the answer is known (the beta-binomial sequence, an interval that allows for that). The
+k-th attempt on one run gets the share 6 / (pi^2 k^2) of the error: whoever tries until it works has
+used up what the confidence allows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safe_offrl.acting import NumpyActor
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.ledger import parse_ledger
+from safe_offrl.monitor import error_share
 from safe_offrl.nets import Actor
 from safe_offrl.rollout import Reservation, play_episode
 from safe_offrl.shield import Shield
@@ -82,7 +84,7 @@ class Claim:
     @property
     def attempt_confidence(self) -> float:
         """Confidence of this attempt alone; all attempts together are at ``confidence``."""
-        return 1.0 - (1.0 - self.confidence) * 6.0 / (math.pi**2 * self.attempt**2)
+        return 1.0 - error_share(self.confidence, self.attempt)
 
     @property
     def stream(self) -> str:
@@ -108,7 +110,9 @@ def judge(claim: Claim, total: float, episodes: int) -> Finding:
     """Bounds after ``episodes`` whose outcomes (1 for an accident, or cost / scale) sum to this.
 
     "certified" is wrong with probability at most 1 - confidence, whatever the truth, and so is
-    "refuted". A fixed number of episodes says nothing before it is reached.
+    "refuted". Both bounds of "anytime" hold together, at every look, with the attempt's confidence.
+    Of "one look" each bound has it by itself: that one of the two is wrong may be twice as probable
+    as either. A fixed number of episodes says nothing before it is reached.
     """
     if claim.method == "anytime":
         lower, upper = betabinomial_sequence(total, episodes, claim.attempt_confidence)
@@ -120,6 +124,14 @@ def judge(claim: Claim, total: float, episodes: int) -> Finding:
     lower, upper = lower * claim.scale, upper * claim.scale
     verdict = "certified" if upper < claim.limit else "refuted" if lower > claim.limit else ""
     return Finding(verdict or "undecided", lower, upper)
+
+
+def bounds_in_words(claim: Claim, finding: Finding) -> str:
+    """Both bounds: an interval only where they hold together, see :func:`judge`."""
+    lower, upper = f"{finding.lower:.4g}", f"{finding.upper:.4g}"
+    if claim.method == "anytime":
+        return f"[{lower}, {upper}]"
+    return f"at least {lower}, at most {upper} (one-sided bounds, each by itself)"
 
 
 def outcome(claim: Claim, episode: Episode) -> float:
@@ -218,7 +230,7 @@ def make_certificate(
     record: bytes,
     subject: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of certificate.json.
+    """The content of certificate.json, not yet :func:`sealed`.
 
     ``record`` are the bytes of episodes.jsonl; ``subject`` says what was certified: "policy",
     "shield", "environment", "versions" and "created", all JSON-able.
@@ -226,7 +238,7 @@ def make_certificate(
     episodes = list(episodes)
     total = math.fsum(outcome(claim, episode) for episode in episodes)
     finding = judge(claim, total, len(episodes))
-    content = {
+    return {
         "format": FORMAT,
         "verdict": finding.verdict,
         "claim": asdict(claim),
@@ -249,6 +261,10 @@ def make_certificate(
         ],
         **subject,
     }
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with its own hash, which covers everything else in it."""
     return {**content, "sha256": _content_sha256(content)}
 
 
@@ -265,10 +281,13 @@ class Check(NamedTuple):
     detail: str
 
 
-def verify(certificate: Mapping[str, Any], record: bytes | None, where: str) -> list[Check]:
-    """Check a certificate's own hash, its arithmetic and, if it is there, its record of episodes.
+def verify(
+    certificate: Mapping[str, Any], record: bytes | None, where: str, page: bytes | None = None
+) -> list[Check]:
+    """Check a certificate's own hash, its arithmetic and, if they are there, page and record.
 
-    Raises ConfigError if it is not a certificate at all, RunError if the record is damaged.
+    A certificate of an earlier version holds no hash of its page, which is not checked then. Raises
+    ConfigError if it is not a certificate at all, RunError if the record is damaged.
     """
     try:
         claim = Claim(**certificate["claim"])
@@ -287,9 +306,13 @@ def verify(certificate: Mapping[str, Any], record: bytes | None, where: str) -> 
         Check(
             "arithmetic",
             same and stated.verdict == finding.verdict,
-            f"{finding.verdict}, [{finding.lower:.4g}, {finding.upper:.4g}]",
+            f"{finding.verdict}, {bounds_in_words(claim, finding)}",
         ),
     ]
+    if page is not None and "page_sha256" in certificate:
+        shown = hashlib.sha256(page).hexdigest() == certificate["page_sha256"]
+        detail = "is as it was written" if shown else "was changed, or belongs to another one"
+        checks.append(Check("page", shown, f"the page beside it {detail}"))
     if record is None:
         return checks
     intact = hashlib.sha256(record).hexdigest() == record_sha256

@@ -21,6 +21,14 @@ from safe_offrl.statistics import (
 )
 
 
+def error_share(confidence: float, k: int) -> float:
+    """Error that the k-th statement of a series may use: 6 / (pi^2 k^2) of 1 - ``confidence``.
+
+    The shares of all k = 1, 2, ... sum to 1, so all statements together are at ``confidence``.
+    """
+    return (1.0 - confidence) * 6.0 / (math.pi * k) ** 2
+
+
 class SafetyMonitor:
     """Counts EVERY episode of a run (warm-up and evaluation included) and bounds what it means.
 
@@ -103,15 +111,15 @@ class SafetyMonitor:
     def version_interval(self, version: int | None = None) -> tuple[float, float]:
         """Interval of a version's expected outcome, valid for all versions of the run at once.
 
-        The k-th version that acted gets the share 6 / (pi^2 k^2) of alpha; (0, 1) if it has not
-        acted.
+        The k-th version that acted gets its :func:`error_share`; (0, 1) if it has not acted.
         """
         key = self.version if version is None else version
         if key is None or key not in self._versions:
             return 0.0, 1.0
         ordinal = list(self._versions).index(key) + 1
         total, episodes = self._versions[key]
-        return betabinomial_sequence(total, episodes, 1.0 - self._alpha_share(ordinal))
+        share = error_share(self.confidence, ordinal)
+        return betabinomial_sequence(total, episodes, 1.0 - share)
 
     # --- alarm ---
 
@@ -128,20 +136,17 @@ class SafetyMonitor:
     @property
     def alarm_threshold(self) -> float:
         """Log evidence at which the alarm goes off: log 1 / (share of alpha of this process)."""
-        return -math.log(self._alpha_share(self._alarm_resets + 1))
+        return -math.log(error_share(self.confidence, self._alarm_resets + 1))
 
     def reset_alarm(self) -> None:
         """Start the alarm anew, after a roll-back.
 
-        The j-th process gets the share 6 / (pi^2 j^2) of alpha, so that the probability of any
-        false alarm in the whole run stays at most alpha.
+        The j-th process gets its :func:`error_share`, so that the probability of any false alarm
+        in the whole run stays at most alpha.
         """
         self._alarm_state = alarm_start()
         self._alarm = False
         self._alarm_resets += 1
-
-    def _alpha_share(self, k: int) -> float:
-        return (1.0 - self.confidence) * 6.0 / (math.pi * k) ** 2
 
     # --- resume ---
 
@@ -186,7 +191,8 @@ class Certifiable:
     """The best that a budget can prove, if no accident happens and no cost is incurred.
 
     ``fixed``, ``anytime`` and ``run_level`` are in the unit of what is constrained: a probability,
-    or a cost per episode.
+    or a cost per episode. One frozen policy is the first version of a run, or the first attempt of
+    ``certify``: it has the first :func:`error_share`. Later ones have less, and prove less.
     """
 
     budget_steps: int
@@ -248,8 +254,11 @@ def certifiable(
             f"A budget of {budget_steps:,} steps is less than one episode of {horizon:,} steps. "
             f"Give a --budget of at least {horizon}."
         )
-    best = smallest_epsilon(episodes, confidence)
-    needed = episodes_needed(limit.share, confidence)
+    first = 1.0 - error_share(confidence, 1)
+    run_level = smallest_epsilon(episodes, confidence).run_level
+    best = smallest_epsilon(episodes, first)._replace(run_level=run_level)
+    run_level_needed = episodes_needed(limit.share, confidence).run_level
+    needed = episodes_needed(limit.share, first)._replace(run_level=run_level_needed)
     return Certifiable(
         budget_steps=budget_steps,
         horizon=horizon,

@@ -1,7 +1,10 @@
 """Certificates: bounds by hand, false ones as rare as stated, and nothing smuggled in."""
 
+import dataclasses
+import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,18 @@ import pytest
 from scipy import special
 
 from safe_offrl import commands
-from safe_offrl.certificate import Claim, episodes_without_accident, finished, judge, verify
+from safe_offrl.certificate import (
+    Claim,
+    Finding,
+    bounds_in_words,
+    episodes_without_accident,
+    finished,
+    judge,
+    sealed,
+    verify,
+)
+from safe_offrl.commands.certify import rule_source, summary
+from safe_offrl.env import AccidentEnv
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.ledger import LedgerWriter
 from safe_offrl.run import RunDir
@@ -78,6 +92,49 @@ def test_the_sequence_stops_as_soon_as_the_answer_is_known() -> None:
     assert judge(asked, 40.0, 60).verdict == "refuted"
     assert finished(claim(episodes=5), 0.0, 5)
     assert judge(claim(episodes=5), 0.0, 5).verdict == "undecided"
+
+
+def test_only_bounds_that_hold_together_are_called_an_interval() -> None:
+    """Of one look each bound is one-sided; of the sequence both hold at once, at every look."""
+    n, p = 30, 0.5
+    lower, upper = np.array(
+        [judge(claim(method="one look", episodes=n), k, n)[1:] for k in range(n + 1)]
+    ).T
+    k = np.arange(n + 1)
+    chance = special.comb(n, k) * p**n
+    above, below = chance[lower > p].sum(), chance[upper < p].sum()
+    assert max(above, below) <= spent(1) < above + below  # as an interval it would miss too often
+    looked, missed = claim(episodes=n), np.zeros(n + 1)
+    reached = np.ones(1)  # probability of k accidents after so many episodes, never missed so far
+    for episodes in range(1, n + 1):
+        reached = p * (np.append(reached, 0.0) + np.append(0.0, reached))
+        for count in range(episodes + 1):
+            low, high = judge(looked, count, episodes)[1:]
+            if not low <= p <= high:
+                missed[episodes] += reached[count]
+                reached[count] = 0.0
+    assert 0.0 < missed.sum() <= spent(1)
+    found = Finding("certified", 0.01, 0.08)
+    assert bounds_in_words(looked, found) == "[0.01, 0.08]"
+    assert bounds_in_words(claim(method="one look"), found) == (
+        "at least 0.01, at most 0.08 (one-sided bounds, each by itself)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "verdict", "words"),
+    [
+        ("one look", "certified", "it is at most 0.08)"),
+        ("one look", "undecided", "it is at most 0.08)"),
+        ("one look", "refuted", "it is at least 0.01)"),
+        ("anytime", "refuted", "it lies in [0.01, 0.08])"),
+    ],
+)
+def test_the_summary_states_no_more_than_was_shown(method: str, verdict: str, words: str) -> None:
+    asked = dataclasses.asdict(claim(method=method, episodes=60))
+    bounds = {"verdict": verdict, "lower": 0.01, "upper": 0.08}
+    said = summary({"claim": asked, "total_outcome": 2.0, "episodes": 60, **bounds})
+    assert said.endswith(f"(2 of 60 episodes with an accident; {words}")
 
 
 def test_a_cost_is_bounded_in_its_own_unit() -> None:
@@ -164,6 +221,7 @@ def test_certify_and_verify(
     assert [c.name for c in checks] == [
         "content",
         "arithmetic",
+        "page",
         "record",
         "counts",
         "seeds",
@@ -186,6 +244,27 @@ def test_a_certificate_alone_is_checked_as_far_as_it_goes(
     checks = commands.verify_certificate(tmp_path / "certificate.json")
     assert [c.name for c in checks] == ["content", "arithmetic"]
     assert "neither episodes nor policy were checked" in capsys.readouterr().out
+
+
+def test_a_changed_page_is_found(
+    tmp_path: Path, root: Path, certificate: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = root / "offline" / "certificates" / "1"
+    for name in ("certificate.json", "certificate.html"):
+        shutil.copy(folder / name, tmp_path)
+    path, page = tmp_path / "certificate.json", tmp_path / "certificate.html"
+    checks = commands.verify_certificate(path)
+    assert [c.name for c in checks] == ["content", "arithmetic", "page"]
+    text = page.read_text()
+    page.write_text(text.replace("&lt; 0.9<", "&lt; 0.001<"))
+    with pytest.raises(RunError, match="does not hold: page"):
+        commands.verify_certificate(path)
+    assert "FAILED page        the page beside it was changed" in capsys.readouterr().out
+    # One that an earlier version wrote holds no hash of its page.
+    earlier = sealed({k: v for k, v in certificate.items() if k != "page_sha256"})
+    path.write_text(json.dumps(earlier))
+    commands.verify_certificate(path)
+    assert "it holds no hash of its page, which was not checked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -230,9 +309,9 @@ def test_another_policy_is_found(
         commands.verify_certificate(folder / "certificate.json", say=silent)
 
 
-def test_an_interrupted_attempt_goes_on_and_another_one_pays(
-    root: Path, run: RunDir, certificate: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def begin(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt at 8 episodes that is killed after the third."""
+
     class Killed(Exception):
         pass
 
@@ -248,6 +327,12 @@ def test_an_interrupted_attempt_goes_on_and_another_one_pays(
         patch.setattr(LedgerWriter, "append", dying)
         with pytest.raises(Killed):
             commands.certify_run("offline", epsilon=0.9, episodes=8, runs=root, say=silent)
+
+
+def test_an_interrupted_attempt_goes_on_and_another_one_pays(
+    root: Path, run: RunDir, certificate: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(root, monkeypatch)
     begun = root / "offline" / "certificates" / "2"
     assert not (begun / "certificate.json").exists()
     assert len((begun / "episodes.jsonl").read_bytes().splitlines()) == 3
@@ -265,6 +350,69 @@ def test_an_interrupted_attempt_goes_on_and_another_one_pays(
         (root / "offline/certificates" / k / "episodes.jsonl").read_bytes() for k in ("2", "3")
     ]
     assert lines[0] != lines[1]
+
+
+def test_what_was_begun_in_another_environment_is_not_continued(
+    root: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(root, monkeypatch)
+    folders = sorted((root / "offline" / "certificates").iterdir(), key=lambda p: int(p.name))
+    begun = folders[-1]
+    attempt = int(begun.name)
+    stored = json.loads((begun / "claim.json").read_bytes())
+    assert stored["environment"]["accident"] == "cost"
+    assert "environment_source" in stored["environment_versions"]
+    versions = AccidentEnv.versions
+
+    def changed(self: AccidentEnv) -> dict[str, str]:
+        return versions(self) | {"environment_source": "another"}
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(AccidentEnv, "versions", changed)
+        result = commands.certify_run(
+            "offline", epsilon=0.9, episodes=8, runs=root, say=said.append
+        )
+    assert result["claim"]["attempt"] == attempt + 1
+    assert result["episodes"] == 8  # none of those three
+    assert said[0] == (
+        f"Attempt {attempt} is not finished, but differs in environment_versions. "
+        f"This is attempt {attempt + 1}."
+    )
+    # As it was made, it goes on, and nothing is said.
+    said = []
+    result = commands.certify_run("offline", epsilon=0.9, episodes=8, runs=root, say=said.append)
+    assert result["claim"]["attempt"] == attempt
+    assert "is not finished" not in said[0]
+    # What an earlier version began says nothing of its environment.
+    begin(root, monkeypatch)
+    begun = root / "offline" / "certificates" / str(attempt + 2)
+    stored = json.loads((begun / "claim.json").read_bytes())
+    del stored["environment"], stored["environment_versions"]
+    (begun / "claim.json").write_text(json.dumps(stored))
+    result = commands.certify_run("offline", epsilon=0.9, episodes=8, runs=root, say=said.append)
+    assert result["claim"]["attempt"] == attempt + 3
+
+
+def test_a_deleted_attempt_gives_no_number_back(tmp_path: Path, root: Path, run: RunDir) -> None:
+    shutil.copytree(run.path, tmp_path / "offline")
+    shutil.rmtree(tmp_path / "offline" / "certificates", ignore_errors=True)
+    (tmp_path / "offline" / "certificates" / "11").mkdir(parents=True)
+    (tmp_path / "offline" / "certificates" / "notes").mkdir()
+    result = commands.certify_run("offline", epsilon=0.9, runs=tmp_path, say=silent)
+    assert result["claim"]["attempt"] == 12
+
+
+def test_the_accident_rule_is_what_its_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rule_of_a_certificate.py").write_bytes(b"def hot(*seen): return False\n")
+    name = "rule_of_a_certificate:hot"
+    digest = hashlib.sha256(b"def hot(*seen): return False\n").hexdigest()
+    assert rule_source(name) == {"accident_source": digest}
+    assert rule_source("sys:getsizeof") == {"accident_source": "unknown"}
+    assert rule_source("cost") == rule_source("terminated") == {}
 
 
 def test_bad_questions_are_one_sentence(root: Path, run: RunDir, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import html
+import inspect
 import json
 import math
 from pathlib import Path
@@ -16,6 +18,8 @@ from safe_offrl.certificate import (
     METHODS,
     Check,
     Claim,
+    Finding,
+    bounds_in_words,
     episodes_without_accident,
     finished,
     judge,
@@ -24,6 +28,7 @@ from safe_offrl.certificate import (
     play,
     policy_sha256,
     reserve,
+    sealed,
     shield_sha256,
     verify,
 )
@@ -37,6 +42,7 @@ from safe_offrl.progress import Interrupted, ProgressLine, Say, StopSignal
 from safe_offrl.rollout import faults_in_a_row
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Episode
+from safe_offrl.user_code import import_user_module
 from safe_offrl.versions import versions
 
 MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
@@ -64,7 +70,8 @@ def certify_run(
 
     Writes ``certificates/<attempt>/`` into the run folder: the claim before the first episode, each
     episode as it ends, certificate.json and a page. An attempt that was interrupted is continued by
-    the same call; any other call is a further attempt, and pays for it.
+    the same call for the same policy, shield and environment; any other call is a further attempt,
+    and pays for it.
     """
     run = find_run(reference, Path(runs))
     if run.state["status"] != "finished":
@@ -75,20 +82,21 @@ def certify_run(
         with contextlib.closing(loop.env):
             claim = _claim(loop, epsilon, cost_limit, confidence, episodes, seed)
             subject = subject_of(run, loop)
-            identity = {f"{part}_sha256": subject[part]["sha256"] for part in ("policy", "shield")}
-            claim, folder = _attempt(run, claim, identity)
+            claim, folder = _attempt(run, claim, _identity(subject), say)
             say(_header(run, loop, claim))
             played = _play(loop, claim, folder / RECORD, run, say)
         record = (folder / RECORD).read_bytes()
-        certificate = make_certificate(claim, played, record, subject)
-        write_atomic(folder / PAGE, page(certificate).encode())
+        content = make_certificate(claim, played, record, subject)
+        shown = page(content).encode()
+        certificate = sealed({**content, "page_sha256": hashlib.sha256(shown).hexdigest()})
+        write_atomic(folder / PAGE, shown)
         write_atomic(folder / CERTIFICATE, json_bytes(certificate))  # last: it ends the attempt
     say(f"{summary(certificate)}\n{folder / CERTIFICATE}\n{folder / PAGE}")
     return certificate
 
 
 def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]:
-    """Check a certificate's hash and arithmetic; beside its run also its episodes and its policy.
+    """Check a certificate's hash, arithmetic and page; beside its run also episodes and policy.
 
     Raises RunError if any check fails, after saying all of them.
     """
@@ -99,8 +107,13 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]
         raise ConfigError(f'"{path}" cannot be read as a certificate ({error}).') from error
     if not isinstance(certificate, dict):
         raise ConfigError(f'"{path}" holds no JSON object, so it is no certificate.')
-    record = path.with_name(RECORD)
-    checks = verify(certificate, record.read_bytes() if record.is_file() else None, f'"{path}"')
+    record, shown = path.with_name(RECORD), path.with_name(PAGE)
+    checks = verify(
+        certificate,
+        record.read_bytes() if record.is_file() else None,
+        f'"{path}"',
+        shown.read_bytes() if shown.is_file() else None,
+    )
     run = path.resolve().parent.parent.parent
     if record.is_file() and (run / "run.json").is_file():
         loop = final_policy(RunDir(run))
@@ -113,6 +126,8 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]
         checks.append(Check("policy", same, f'of the run "{run.name}", with its shield'))
     for check in checks:
         say(f"{'ok    ' if check.passed else 'FAILED'} {check.name:<12}{check.detail}")
+    if shown.is_file() and "page_sha256" not in certificate:
+        say(f"       {'page':<12}it holds no hash of its page, which was not checked")
     if not record.is_file():
         say(f"       {'record':<12}not beside it: neither episodes nor policy were checked")
     failed = [check.name for check in checks if not check.passed]
@@ -152,17 +167,34 @@ def _claim(
     )
 
 
-def _attempt(run: RunDir, claim: Claim, identity: dict[str, str]) -> tuple[Claim, Path]:
-    """The attempt that was interrupted, if it is this one; else a new one, its claim on disk."""
-    number = 1
-    while (folder := run.path / FOLDER / str(number)).is_dir():
-        same = dataclasses.replace(claim, attempt=number)
-        stored = folder / CLAIM
-        wanted = {**dataclasses.asdict(same), **identity}
-        open_ = stored.is_file() and not (folder / CERTIFICATE).is_file()
-        if open_ and json.loads(stored.read_bytes()) == wanted:
-            return same, folder
-        number += 1
+def _identity(subject: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for an attempt to go on, besides the claim: all that p depends on."""
+    return {
+        "policy_sha256": subject["policy"]["sha256"],
+        "shield_sha256": subject["shield"]["sha256"],
+        "environment": subject["environment"],
+        "environment_versions": subject["versions"]["environment"],
+    }
+
+
+def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> tuple[Claim, Path]:
+    """The attempt that was interrupted, if it is this one; else a new one, its claim on disk.
+
+    A new one has the number after the highest, so that no number before that is used twice.
+    """
+    folders = {int(p.name): p for p in (run.path / FOLDER).glob("*") if p.name.isdecimal()}
+    asked = {**dataclasses.asdict(claim), **identity}
+    differing: dict[int, list[str]] = {}  # of the unfinished attempts: what they have otherwise
+    for number, folder in folders.items():
+        if (folder / CLAIM).is_file() and not (folder / CERTIFICATE).is_file():
+            stored = json.loads((folder / CLAIM).read_bytes())
+            wanted = asked | {"attempt": number}
+            differing[number] = [key for key in wanted if wanted[key] != stored.get(key)]
+            if not differing[number]:
+                return dataclasses.replace(claim, attempt=number), folder
+    last = max(folders, default=0)
+    number = last + 1
+    folder = run.path / FOLDER / str(number)
     claim = dataclasses.replace(claim, attempt=number)
     needed = episodes_without_accident(claim)
     if claim.episodes < needed:
@@ -170,8 +202,13 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, str]) -> tuple[Claim
             f"{claim.episodes:,} episodes cannot show {_quantity(claim)} in attempt {number}, even "
             f"without an accident: it takes {needed:,}. Nothing was played."
         )
+    if last in differing:
+        say(
+            f"Attempt {last} is not finished, but differs in {', '.join(differing[last])}. "
+            f"This is attempt {number}."
+        )
     folder.mkdir(parents=True)
-    write_atomic(folder / CLAIM, json_bytes({**dataclasses.asdict(claim), **identity}))
+    write_atomic(folder / CLAIM, json_bytes(asked | {"attempt": number}))
     return claim, folder
 
 
@@ -196,11 +233,28 @@ def subject_of(run: RunDir, loop: Finetuning) -> dict[str, Any]:
             "id": loop.env.env_id,
             "horizon": loop.env.horizon,
             "accident": safety.accident,
+            **rule_source(safety.accident),
             "cost_threshold": safety.cost_threshold,
         },
         "versions": versions(loop.env.versions()),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def rule_source(accident: str) -> dict[str, str]:
+    """The sha256 of the file of an accident rule that is a function of the user's; else nothing.
+
+    "unknown" if there is no such file, as of an environment's.
+    """
+    name, colon, _ = accident.partition(":")
+    if not colon:
+        return {}
+    module = import_user_module(name, f'accident rule "{accident}"')
+    try:
+        source = hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # in a zip file, or in C
+        source = "unknown"
+    return {"accident_source": source}
 
 
 def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:
@@ -285,13 +339,23 @@ def _header(run: RunDir, loop: Finetuning, claim: Claim) -> str:
 
 
 def summary(certificate: dict[str, Any]) -> str:
-    """One sentence for people."""
-    claim = Claim(**certificate["claim"])
+    """One sentence for people; of two one-sided bounds it states the one that the verdict needs."""
+    claim, found = Claim(**certificate["claim"]), _finding(certificate)
     seen = _seen(claim, certificate["total_outcome"], certificate["episodes"])
+    if claim.method == "anytime":
+        stated = f"lies in {bounds_in_words(claim, found)}"
+    elif found.verdict == "refuted":
+        stated = f"is at least {found.lower:.4g}"
+    else:
+        stated = f"is at most {found.upper:.4g}"
     return (
         f"{certificate['verdict']}: {_quantity(claim)} at confidence {claim.confidence:g} "
-        f"({seen}; it lies in [{certificate['lower']:.4g}, {certificate['upper']:.4g}])"
+        f"({seen}; it {stated})"
     )
+
+
+def _finding(certificate: dict[str, Any]) -> Finding:
+    return Finding(*(certificate[key] for key in Finding._fields))
 
 
 def page(certificate: dict[str, Any]) -> str:
@@ -305,7 +369,7 @@ def page(certificate: dict[str, Any]) -> str:
         "Claim": f"{_quantity(claim)}, confidence {claim.confidence:g}",
         "Seen": f"{_seen(claim, certificate['total_outcome'], certificate['episodes'])}, "
         f"{certificate['steps']:,} steps",
-        "Bounds": f"[{certificate['lower']:.4g}, {certificate['upper']:.4g}]",
+        "Bounds": bounds_in_words(claim, _finding(certificate)),
         "Method": certificate["method"],
         "Attempt": f"{claim.attempt}, at {claim.attempt_confidence:.2%} by itself",
         "Policy": f"version {policy['version']} of {policy['run']}, sha256 {policy['sha256']}",
