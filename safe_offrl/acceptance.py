@@ -21,7 +21,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import SafetyCritic
-from safe_offrl.types import Batch, Constraint, States
+from safe_offrl.types import Constraint, States, Visited
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,22 @@ def measure_kl(candidate: Actor, previous: Actor, observations: Tensor, tail: fl
 
 @torch.no_grad()
 def risk_change(
-    candidate: Actor, previous: Actor, critic: SafetyCritic, visited: Batch, noise: Tensor
+    candidate: Actor, previous: Actor, critic: SafetyCritic, visited: Visited, noise: Tensor
 ) -> float:
     """Mean change of the risk of an action when the candidate replaces the previous policy.
 
     ``E_visited[Q_C(s, a') - Q_C(s, a)]``, a' from the candidate, a from the previous policy, both
-    driven by the same ``noise`` [B, A]. Times ``critic.change_per_action`` it is the first-order
-    change of V_accident(s0), or of the expected cost (performance difference lemma, Kakade &
-    Langford 2002; CPO, arXiv:1705.10528).
+    driven by the same ``noise`` [B, A], over the states that count: behind an accident nothing can
+    change whether there was one. Times ``critic.change_per_action`` it is the first-order change of
+    V_accident(s0), or of the expected cost (performance difference lemma, Kakade & Langford 2002;
+    CPO, arXiv:1705.10528).
     """
     mine, theirs = (
-        critic.risk_under(actor, visited.observations, visited.time_to_go, noise)
+        critic.risk_under(actor, visited.batch.observations, visited.batch.time_to_go, noise)
         for actor in (candidate, previous)
     )
-    return float((mine - theirs).mean())
+    changes = (mine - theirs) * visited.counted
+    return float(changes.sum() / visited.counted.sum().clamp_min(1.0))
 
 
 def _probability(value: float) -> float:
@@ -118,15 +120,14 @@ def measure(
     candidate: Actor,
     previous: Actor,
     critic: SafetyCritic,
-    visited: Batch,
-    steps_per_episode: float,
+    visited: Visited,
     v_previous: float,
     noise: Tensor,
     tail: float,
 ) -> Decision:
     """What a change from the previous policy to the candidate would mean; nothing decided yet."""
-    kls = measure_kl(candidate, previous, visited.observations, tail).tolist()
-    change = critic.change_per_action(steps_per_episode)
+    kls = measure_kl(candidate, previous, visited.batch.observations, tail).tolist()
+    change = critic.change_per_action(visited.per_episode)
     change *= risk_change(candidate, previous, critic, visited, noise)
     return Decision(
         accepted=False,
@@ -145,8 +146,7 @@ def decide(
     previous: Actor,
     learner: Actor,
     critic: SafetyCritic,
-    visited: Batch,
-    steps_per_episode: float,
+    visited: Visited,
     reference: States,
     limit: Limit,
     config: AcceptanceConfig,
@@ -157,12 +157,12 @@ def decide(
 ) -> tuple[Decision, Actor]:
     """Backtrack from the learner towards the deployed policy until both constraints hold.
 
-    ``visited`` are transitions the deployed policy made, ``reference`` the critic's states for an
-    estimate. ``kl_limit`` None switches the KL constraint off. While the deployed policy itself is
-    not below the limit, a candidate must have a lower estimate than it. Returns the decision and
-    the policy to act.
+    ``visited`` are transitions of the latest episodes, the deployed policy's and perhaps those of
+    the one or two before it; ``reference`` are the critic's states for an estimate. ``kl_limit``
+    None switches the KL constraint off. While the deployed policy itself is not below the limit, a
+    candidate must have a lower estimate than it. Returns the decision and the policy to act.
     """
-    noise = normal(visited.actions.shape, generator)
+    noise = normal(visited.batch.actions.shape, generator)
     v_previous = _probability(critic.estimate(previous, reference, generator).upper)
     fraction, decision = 1.0, None
     for _ in range(config.tries):
@@ -172,7 +172,6 @@ def decide(
             previous,
             critic,
             visited,
-            steps_per_episode,
             v_previous,
             noise,
             config.tail,

@@ -20,7 +20,7 @@ from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import SafetyCritic
 from safe_offrl.shield import Shield, ShieldConfig
 from safe_offrl.state import Part
-from safe_offrl.types import Batch, States
+from safe_offrl.types import States, Visited
 
 MIN_DELTA_SHARE = 1 / 16  # of delta that every alarm's halving leaves
 
@@ -77,16 +77,15 @@ class Deployment:
     def propose(
         self,
         learner: Actor,
-        visited: Batch,
-        steps_per_episode: float,
+        visited: Visited,
         reference: States,
         monitor: SafetyMonitor,
         generator: torch.Generator,
     ) -> tuple[Decision, bool]:
         """Decide on the learner and deploy what passes; (decision, whether it was a roll-back).
 
-        ``visited`` are transitions that the deployed policy made, ``reference`` the critic's states
-        for an estimate. A version that the monitor has certified below the limit is kept for the
+        ``visited`` are transitions of the latest episodes, ``reference`` the critic's states for an
+        estimate. A version that the monitor has certified below the limit is kept for the
         alarm to go back to. Without the safety constraint an alarm changes nothing.
         """
         decision, candidate = decide(
@@ -94,7 +93,6 @@ class Deployment:
             learner,
             self._critic,
             visited,
-            steps_per_episode,
             reference,
             self.limit,
             self.acceptance,
@@ -106,7 +104,7 @@ class Deployment:
             self._adapt_kl_weight(decision)
         if monitor.alarm and self.safety_limited:
             monitor.reset_alarm()
-            return self._on_alarm(decision, visited, steps_per_episode, monitor, generator)
+            return self._on_alarm(decision, visited, monitor, generator)
         if monitor.version_interval(self.version)[1] < self.limit.share:
             self.certified = copy.deepcopy(self.actor)
             self.certified_shield = copy.deepcopy(self.shield)
@@ -118,8 +116,7 @@ class Deployment:
     def _on_alarm(
         self,
         decision: Decision,
-        visited: Batch,
-        steps_per_episode: float,
+        visited: Visited,
         monitor: SafetyMonitor,
         generator: torch.Generator,
     ) -> tuple[Decision, bool]:
@@ -139,9 +136,8 @@ class Deployment:
             self.actor,
             self._critic,
             visited,
-            steps_per_episode,
             decision.v_previous,
-            normal(visited.actions.shape, generator),
+            normal(visited.batch.actions.shape, generator),
             self.acceptance.tail,
         )
         if not self.proved and not measured.v_candidate < decision.v_previous:

@@ -252,11 +252,12 @@ class Finetuning:
 
     def _reference(self, size: int) -> States:
         """States for an estimate under the deployed policy: starts, and for a cost its visits."""
-        visited = None
+        visited, length, latest = None, 0.0, self.config.visited_steps
         if self.limit.constraint == "cost":
-            visited = self.experience.recent(self.config.visited_steps, size, self.generator)
+            visited = self.experience.recent(latest, size, self.generator)
+            length = self.experience.mean_length(latest)
         starts = self.experience.start_states(size, self.generator)
-        return self.critic.reference_states(starts, visited, self.steps / self.episodes)
+        return self.critic.reference_states(starts, visited, length)
 
     def _seen(self) -> float:
         """What recent episodes show, in the critic's unit: the accident rate, or the cost.
@@ -336,8 +337,9 @@ class Finetuning:
             return self._record(UNTESTED, metrics, rolled_back=False)
         decision, rolled_back = self.deployment.propose(
             self.networks.actor,
-            self.experience.visited(config.visited_steps),
-            self.steps / self.episodes,
+            self.experience.lived(
+                config.visited_steps, until_accident=self.limit.constraint == "accident"
+            ),
             self._reference(ESTIMATE_STATES),
             self.monitor,
             self.generator,

@@ -93,6 +93,18 @@ class States(NamedTuple):
         return 1.0 / len(self.time_to_go) if self.weights is None else self.weights.square().sum()
 
 
+class Visited(NamedTuple):
+    """Transitions [B] of the latest episodes, and what of them an expectation over states is of.
+
+    ``counted`` is 0 where the constrained event is over: behind the first accident, if accidents
+    are constrained. ``per_episode`` is how many counted steps an episode has on average.
+    """
+
+    batch: Batch
+    counted: Tensor  # [B], 0 or 1
+    per_episode: float
+
+
 class Normalizer(NamedTuple):
     """Standardises observations: (o - mean) / std, with the statistics of the log, each [O]."""
 

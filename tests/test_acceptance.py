@@ -19,7 +19,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.types import Batch, States
+from safe_offrl.types import Batch, States, Visited
 
 STATES = 400
 STEPS = 10.0  # per episode
@@ -49,9 +49,10 @@ def critic_of(base: float, slope: float) -> SafetyCritic:
     return critic
 
 
-def visited() -> Batch:
+def visited() -> Visited:
     zeros, column = torch.zeros(STATES), torch.randn(STATES, 1)
-    return Batch(column, column, zeros, zeros, zeros, column, zeros, zeros + 0.5, zeros)
+    batch = Batch(column, column, zeros, zeros, zeros, column, zeros, zeros + 0.5, zeros)
+    return Visited(batch, zeros + 1.0, STEPS)
 
 
 def judge(
@@ -70,7 +71,6 @@ def judge(
         learner,
         critic,
         visited(),
-        STEPS,
         States.at_start(torch.randn(300, 1)),
         Limit("accident", epsilon, 1.0),
         config,
@@ -125,6 +125,23 @@ def test_risk_change_by_hand() -> None:
     assert risk_change(low, high, critic, visited(), noise) == pytest.approx(-expected, abs=1e-5)
 
 
+def test_what_happens_after_the_first_accident_does_not_count() -> None:
+    """The candidate is riskier in the states that count and safer in the others."""
+    critic, noise = critic_of(0.0, 2.0), torch.zeros(STATES, 1)
+    candidate, previous = policy(0.0, 0.01), policy(0.0, 0.01)
+    with torch.no_grad():
+        next(candidate.parameters())[0] = 0.5  # the mean is half the observation
+    seen = visited()
+    sign = torch.where(torch.arange(STATES) < 10, 1.0, -1.0)
+    batch = seen.batch._replace(observations=sign.unsqueeze(1))
+    counted = (sign > 0).float()
+    expected = 1 / (1 + math.exp(-2 * math.tanh(0.5))) - 0.5
+    change = risk_change(candidate, previous, critic, Visited(batch, counted, STEPS), noise)
+    assert change == pytest.approx(expected, abs=1e-5)
+    nothing = Visited(batch, torch.zeros(STATES), 0.0)
+    assert risk_change(candidate, previous, critic, nothing, noise) == 0.0
+
+
 # --- the decision ---
 
 
@@ -144,7 +161,7 @@ def test_backtracking_finds_the_largest_fraction_of_the_grid() -> None:
     assert means(actor) == pytest.approx(0.3 * 0.7**4)
     assert decision.kl_forward_mean < 0.05
     assert decision.kl_reverse_mean < 0.05
-    measured = measure_kl(actor, policy(0.0), visited().observations, 0.95)
+    measured = measure_kl(actor, policy(0.0), visited().batch.observations, 0.95)
     assert decision.kl_forward_mean == pytest.approx(measured[0].item(), rel=1e-3)
     assert decision.reason == "every constraint holds"
 

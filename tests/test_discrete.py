@@ -24,7 +24,7 @@ from safe_offrl.nets import Actor
 from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.types import Batch, Episode, States
+from safe_offrl.types import Batch, Episode, States, Visited
 
 HORIZON = 40
 EVERY_CELL = torch.from_numpy(np.stack([grid.observe(c) for c in range(grid.CELLS)]))
@@ -88,7 +88,7 @@ def test_critic_loss_by_hand() -> None:
 def test_acceptance_measures_exactly() -> None:
     critic = critic_of([logit(0.4), logit(0.7), logit(0.2)], [0.0, 0.0, 0.0])
     new, old = actor_of(0.2, 0.3, 0.5), actor_of(0.5, 0.3, 0.2)
-    visited = one_transition([1.0, 0.0, 0.0])
+    visited = Visited(one_transition([1.0, 0.0, 0.0]), torch.ones(1), 1.0)
     change = risk_change(new, old, critic, visited, torch.randn(1, 3, generator=seeded()))
     assert change == pytest.approx(-0.3 * 0.4 + 0.3 * 0.2, rel=1e-5)
     forward, reverse, *_ = measure_kl(new, old, torch.zeros(4, 1), 0.95).tolist()

@@ -34,7 +34,7 @@ from safe_offrl.pretrain import PretrainConfig, Pretraining
 from safe_offrl.run import RunDir
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.types import Batch, Episode, Layout
+from safe_offrl.types import Batch, Episode, Layout, Visited
 
 HORIZON = 20
 NETWORKS = NetworkConfig((16,), (16,), 3)
@@ -352,8 +352,9 @@ def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
         learner = policy()
         list(learner.parameters())[-1].add_(0.05)
     ones, column = torch.ones(50), torch.zeros(50, 1)
-    visited = Batch(column, column, ones, ones, ones, column, ones, ones, ones)
-    reference = critic.reference_states(column[:5], visited, 20.0)
+    batch = Batch(column, column, ones, ones, ones, column, ones, ones, ones)
+    visited = Visited(batch, ones, 20.0)
+    reference = critic.reference_states(column[:5], batch, 20.0)
     assert risk_change(learner, previous, critic, visited, column) == 0.0
     decisions = [
         decide(
@@ -361,7 +362,6 @@ def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
             learner,
             critic,
             visited,
-            20.0,
             reference,
             Limit("cost", cost / 40.0, 40.0),
             AcceptanceConfig(),

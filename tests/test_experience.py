@@ -72,6 +72,48 @@ def test_visited_are_the_last_steps() -> None:
     assert len(data.visited(99).rewards) == 6
 
 
+def lived_episode(data: Experience, steps: int, accidents: tuple[int, ...] = ()) -> None:
+    """An episode whose rewards number its steps."""
+    episode = rows(steps, 0.0)
+    batch = LAYOUT.unpack(episode)
+    batch.time_to_go[:] = 1.0 - torch.arange(steps) / 20
+    batch.rewards[:] = torch.arange(steps).float()
+    batch.accidents[list(accidents)] = 1.0
+    data.add_episode(episode)
+
+
+def test_of_the_last_episodes_what_lies_before_an_accident() -> None:
+    data = experience()
+    lived_episode(data, 6, accidents=(1, 3))
+    lived_episode(data, 4, accidents=(2,))
+    lived_episode(data, 2)
+    seen = data.lived(8, until_accident=True)  # from step 4 of the first on
+    assert seen.batch.rewards.tolist() == [4.0, 5.0, 0.0, 1.0, 2.0, 3.0, 0.0, 1.0]
+    assert seen.counted.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    assert seen.per_episode == (3 + 2) / 2  # of the episodes that begin among them
+    seen = data.lived(8, until_accident=False)
+    assert seen.counted.tolist() == [1.0] * 8
+    assert seen.per_episode == data.mean_length(8) == (4 + 2) / 2
+    # Where none begins among them, the last one is meant.
+    assert data.lived(1, until_accident=False).per_episode == data.mean_length(1) == 2.0
+    assert data.lived(99, until_accident=True).per_episode == pytest.approx(7 / 3)
+    other = experience()
+    other.load_state_dict(data.state_dict())
+    assert other.lived(8, until_accident=True).per_episode == 2.5
+
+
+def test_episodes_of_one_step_are_told_apart() -> None:
+    data = experience(share=0.0, steps=3)
+    for cost in (1.0, 100.0):
+        episode = rows(1, 0.0)
+        LAYOUT.unpack(episode).costs.fill_(cost)
+        LAYOUT.unpack(episode).time_to_go.fill_(1.0)
+        data.add_episode(episode)
+    batch, _, spans = data.stratified_batch(50, 0.0, torch.Generator().manual_seed(0))
+    assert set(batch.costs.tolist()) == {1.0, 100.0}
+    assert set(spans.tolist()) == {1.0}
+
+
 def test_n_step_costs_stay_inside_each_lived_episode() -> None:
     data = experience(share=0.0, steps=3)
     for cost, steps in ((1.0, 4), (100.0, 3)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, draw_indices, symmetric_batches
 from safe_offrl.data.storage import TransitionBuffer
-from safe_offrl.types import Batch
+from safe_offrl.types import Batch, Visited
 
 
 class Experience:
@@ -44,17 +44,47 @@ class Experience:
         self._logged_starts = dataset.initial_observations.to(device)
         self._logged = RiskSampler.of(dataset, steps=steps, discount=discount, device=device)
         self._lived: RiskSampler | None = None
+        self._begin = torch.zeros(1, dtype=torch.int64)  # where episodes begin, and the end; on CPU
 
     def add_episode(self, rows: Tensor) -> None:
         """Append the rows [n, D] of one complete episode."""
         self.buffer.append(rows)
         first = rows[:1, : self.dataset.layout.observation_size].to(self.starts.device)
         self.starts = torch.cat([self.starts, first])
-        self._lived = self._lived_sampler()
+        self._index_episodes()
 
     def visited(self, steps: int) -> Batch:
         """The last ``steps`` lived transitions, fewer if there are fewer."""
         return self.dataset.layout.unpack(self.buffer.rows[-steps:])
+
+    def mean_length(self, steps: int) -> float:
+        """Mean length of the episodes that begin among the last ``steps`` lived transitions.
+
+        Of the last episode where none does.
+        """
+        return self._mean_over_episodes(self._begin.diff(), steps)
+
+    def lived(self, steps: int, *, until_accident: bool) -> Visited:
+        """The last ``steps`` lived transitions, fewer if there are fewer.
+
+        ``until_accident``: those behind the first accident of their episode do not count.
+        """
+        batch = self.dataset.layout.unpack(self.buffer.rows)
+        accidents = batch.accidents.cpu()
+        episode = torch.repeat_interleave(self._begin.diff())  # of each row
+        counted = torch.ones_like(accidents)
+        if until_accident:
+            before = accidents.cumsum(0) - accidents  # accidents of all rows before
+            counted = (before == before[self._begin[:-1]][episode]).to(counted.dtype)
+        counts = counted.new_zeros(len(self._begin) - 1).index_add_(0, episode, counted)
+        first = max(0, len(accidents) - steps)
+        last = Batch(*(field[first:] for field in batch))
+        there = counted[first:].to(batch.rewards.device)
+        return Visited(last, there, self._mean_over_episodes(counts, steps))
+
+    def _mean_over_episodes(self, values: Tensor, steps: int) -> float:
+        latest = values[self._begin[:-1] >= self._begin[-1] - steps]
+        return float(latest.double().mean() if len(latest) else values[-1])
 
     def recent(self, steps: int, size: int, generator: torch.Generator) -> Batch:
         """``size`` transitions drawn from the last ``steps`` lived ones."""
@@ -106,20 +136,21 @@ class Experience:
         self.buffer.load_state_dict(state)
         self.starts = state["starts"].to(self.starts.device, copy=True)
         if self.buffer.size:
-            self._lived = self._lived_sampler()
+            self._index_episodes()
 
-    def _lived_sampler(self) -> RiskSampler:
+    def _index_episodes(self) -> None:
         """Of all rows in the buffer, which holds every episode of a run: an episode begins where
-        the time to go rises.
+        the time to go does not fall.
         """
         rows, layout = self.buffer.rows, self.dataset.layout
         lived = layout.unpack(rows)
-        rises = (lived.time_to_go.diff() > 0.0).nonzero().squeeze(1) + 1
-        starts = torch.cat([rises.new_tensor([0]), rises, rises.new_tensor([len(rows)])])
-        return RiskSampler(
+        begin = (lived.time_to_go.diff() >= 0.0).nonzero().squeeze(1) + 1
+        begin = torch.cat([begin.new_tensor([0]), begin, begin.new_tensor([len(rows)])])
+        self._begin = begin.cpu()
+        self._lived = RiskSampler(
             rows,
             layout,
-            starts,
+            begin,
             lived.accidents,
             lived.costs,
             steps=self._steps,
