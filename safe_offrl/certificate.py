@@ -23,7 +23,6 @@ from safe_offrl.acting import NumpyActor
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.ledger import parse_ledger
-from safe_offrl.monitor import error_share
 from safe_offrl.nets import Actor
 from safe_offrl.rollout import Reservation, play_episode
 from safe_offrl.shield import Shield
@@ -32,6 +31,7 @@ from safe_offrl.statistics import (
     clopper_pearson_lower,
     clopper_pearson_upper,
     episodes_needed,
+    error_share,
 )
 from safe_offrl.types import Episode, Normalizer
 
@@ -41,6 +41,7 @@ METHODS: dict[str, str] = {
     "anytime": "anytime-valid beta-binomial sequence, a look after every episode",
 }
 FORMAT = 1
+CERTIFICATE, RECORD = "certificate.json", "episodes.jsonl"  # the files, side by side
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,11 @@ from safe_offrl.statistics import (
     alarm_update,
     betabinomial_sequence,
     episodes_needed,
+    error_share,
     run_level_lower,
     run_level_upper,
     smallest_epsilon,
 )
-
-
-def error_share(confidence: float, k: int) -> float:
-    """Error that the k-th statement of a series may use: 6 / (pi^2 k^2) of 1 - ``confidence``.
-
-    The shares of all k = 1, 2, ... sum to 1, so all statements together are at ``confidence``.
-    """
-    return (1.0 - confidence) * 6.0 / (math.pi * k) ** 2
 
 
 class SafetyMonitor:

@@ -206,6 +206,14 @@ def _alarm_bet(state: AlarmState[Any], epsilon: float) -> Any:
 # --- what a number of episodes can show -------------------------------------------------------
 
 
+def error_share(confidence: float, k: int) -> float:
+    """Error that the k-th statement of a series may use: 6 / (pi^2 k^2) of 1 - ``confidence``.
+
+    The shares of all k = 1, 2, ... sum to 1, so all statements together are at ``confidence``.
+    """
+    return (1.0 - confidence) * 6.0 / (math.pi * k) ** 2
+
+
 class PerTool(NamedTuple, Generic[Number]):
     """One number for each of the three tools."""
 

@@ -59,7 +59,7 @@ LAYERS = [
     ["pairings"],
     ["report", "benchmark"],
     ["tables", "charts"],
-    ["data_chart", "calibration_chart", "markdown", "page"],
+    ["data_chart", "calibration_chart", "certificate_page", "markdown", "page"],
     ["commands"],
     ["policy"],
     ["cli"],  # L5

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import html
 import inspect
 import json
 import math
@@ -15,11 +14,11 @@ from typing import Any
 
 from safe_offrl.acting import NumpyActor
 from safe_offrl.certificate import (
+    CERTIFICATE,
     METHODS,
+    RECORD,
     Check,
     Claim,
-    Finding,
-    bounds_in_words,
     episodes_without_accident,
     finished,
     judge,
@@ -32,6 +31,7 @@ from safe_offrl.certificate import (
     shield_sha256,
     verify,
 )
+from safe_offrl.certificate_page import page, quantity, seen, summary
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.tools import final_policy
 from safe_offrl.errors import ConfigError, RunError
@@ -47,12 +47,7 @@ from safe_offrl.versions import versions
 
 MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
 FOLDER = "certificates"
-CLAIM, RECORD, CERTIFICATE, PAGE = (
-    "claim.json",
-    "episodes.jsonl",
-    "certificate.json",
-    "certificate.html",
-)
+CLAIM, PAGE = "claim.json", "certificate.html"
 
 
 def certify_run(
@@ -199,7 +194,7 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
     needed = episodes_without_accident(claim)
     if claim.episodes < needed:
         raise ConfigError(
-            f"{claim.episodes:,} episodes cannot show {_quantity(claim)} in attempt {number}, even "
+            f"{claim.episodes:,} episodes cannot show {quantity(claim)} in attempt {number}, even "
             f"without an accident: it takes {needed:,}. Nothing was played."
         )
     if last in differing:
@@ -299,22 +294,7 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
 def _line(claim: Claim, total: float, episodes: int) -> str:
     found = judge(claim, total, episodes)
     bounds = f" | [{found.lower:.4g}, {found.upper:.4g}]" if claim.method == "anytime" else ""
-    return _seen(claim, total, episodes) + bounds
-
-
-def _seen(claim: Claim, total: float, episodes: int) -> str:
-    if claim.quantity == "accident":
-        return f"{round(total)} of {episodes:,} episodes with an accident"
-    return f"cost {total * claim.scale / episodes:.3g} per episode over {episodes:,} episodes"
-
-
-def _quantity(claim: Claim) -> str:
-    what = (
-        "P(accident in an episode)"
-        if claim.quantity == "accident"
-        else "expected cost of an episode"
-    )
-    return f"{what} < {claim.limit:g}"
+    return seen(claim, total, episodes) + bounds
 
 
 def _header(run: RunDir, loop: Finetuning, claim: Claim) -> str:
@@ -327,7 +307,7 @@ def _header(run: RunDir, loop: Finetuning, claim: Claim) -> str:
     attempt = f"attempt {claim.attempt} on this run, at {claim.attempt_confidence:.2%} by itself"
     return "\n".join(
         [
-            f"certify     {_quantity(claim)} of {run.name} (version {loop.deployment.version}), "
+            f"certify     {quantity(claim)} of {run.name} (version {loop.deployment.version}), "
             f"confidence {claim.confidence:g}",
             f"method      {METHODS[claim.method]}",
             f"episodes    {many}, in {loop.env.env_id}",
@@ -336,79 +316,3 @@ def _header(run: RunDir, loop: Finetuning, claim: Claim) -> str:
             "accident" + (" or a cost" if claim.quantity == "cost" else ""),
         ]
     )
-
-
-def summary(certificate: dict[str, Any]) -> str:
-    """One sentence for people; of two one-sided bounds it states the one that the verdict needs."""
-    claim, found = Claim(**certificate["claim"]), _finding(certificate)
-    seen = _seen(claim, certificate["total_outcome"], certificate["episodes"])
-    if claim.method == "anytime":
-        stated = f"lies in {bounds_in_words(claim, found)}"
-    elif found.verdict == "refuted":
-        stated = f"is at least {found.lower:.4g}"
-    else:
-        stated = f"is at most {found.upper:.4g}"
-    return (
-        f"{certificate['verdict']}: {_quantity(claim)} at confidence {claim.confidence:g} "
-        f"({seen}; it {stated})"
-    )
-
-
-def _finding(certificate: dict[str, Any]) -> Finding:
-    return Finding(*(certificate[key] for key in Finding._fields))
-
-
-def page(certificate: dict[str, Any]) -> str:
-    """A certificate as a self-contained HTML page, for light and dark screens."""
-    claim = Claim(**certificate["claim"])
-    policy, shield, env = (certificate[key] for key in ("policy", "shield", "environment"))
-    packages = certificate["versions"]["packages"]
-    made_with = ", ".join(f"{name} {packages[name]}" for name in ("safe-offrl", "torch"))
-    guard = f"chooses among {shield['draws']} draws" if shield["acts"] else "abstains"
-    rows = {
-        "Claim": f"{_quantity(claim)}, confidence {claim.confidence:g}",
-        "Seen": f"{_seen(claim, certificate['total_outcome'], certificate['episodes'])}, "
-        f"{certificate['steps']:,} steps",
-        "Bounds": bounds_in_words(claim, _finding(certificate)),
-        "Method": certificate["method"],
-        "Attempt": f"{claim.attempt}, at {claim.attempt_confidence:.2%} by itself",
-        "Policy": f"version {policy['version']} of {policy['run']}, sha256 {policy['sha256']}",
-        "Shield": f"{guard}, {certificate['shield_interventions']:,} interventions, "
-        f"sha256 {shield['sha256']}",
-        "Environment": f'{env["id"]}, {env["horizon"]:,} steps, accident = "{env["accident"]}"',
-        "Seeds": f'stream "{claim.stream}" of seed {claim.seed}',
-        "Record": f"{RECORD}, sha256 {certificate['record_sha256']}",
-        "Made": f"{certificate['created']} with {made_with}",
-    }
-    table = "\n".join(
-        f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(value)}</td></tr>'
-        for key, value in rows.items()
-    )
-    left_out = "\n".join(f"<li>{html.escape(text)}</li>" for text in certificate["does_not_cover"])
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(certificate["verdict"])}: {html.escape(_quantity(claim))}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto;
-  padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ text-align: left; vertical-align: top; padding: .4rem .6rem .4rem 0;
-  border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent);
-  overflow-wrap: anywhere; }}
-th {{ width: 8rem; overflow-wrap: normal; }}
-</style>
-<h1>{html.escape(certificate["verdict"].capitalize())}: {html.escape(_quantity(claim))}</h1>
-<table>
-{table}
-</table>
-<h2>What it does not cover</h2>
-<ul>
-{left_out}
-</ul>
-<p>Check it: <code>safe-offrl verify {CERTIFICATE}</code></p>
-</html>
-"""
