@@ -41,7 +41,7 @@ def _count_option(help_text: str, name: str) -> Any:
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
 Name = Annotated[str | None, typer.Option(help="Name of the new run; numbered if left out.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")]
 Resume = Annotated[
     str | None, typer.Option(metavar="RUN", help="Continue this run; it keeps its settings.")
 ]
@@ -257,7 +257,7 @@ def evaluate(
     mean_action: Annotated[
         bool, typer.Option("--mean-action", help="Act with the mean instead of sampling.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the evaluation episodes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the evaluation episodes.")] = 0,
     videos: Videos = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
@@ -297,7 +297,7 @@ def certify(
             "Look once, after so many; else after each, until it is settled", "--episodes"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the episodes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the episodes.")] = 0,
     runs: Runs = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
@@ -596,7 +596,7 @@ def check_env(
 def demo(
     steps: Annotated[int | None, _count_option("Offline gradient steps", "--steps")] = None,
     budget: Annotated[int, _count_option("Steps in the environment", "--budget")] = 20_000,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     runs: Runs = Path("runs"),
     debug: Debug = False,
 ) -> None:
@@ -640,6 +640,9 @@ def main() -> None:
     except OSError as error:  # a full disk: not the input
         if "--debug" in sys.argv:
             raise
+        if isinstance(error, IsADirectoryError):
+            print(f'error: "{error.filename}" is a folder. Name a file in it.', file=sys.stderr)
+            sys.exit(2)
         print(
             f"error: {error}. What was written before is intact: free the cause, then continue "
             "with --resume.",

@@ -62,6 +62,8 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range; comparisons are written so that NaN is refused too."""
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, but 0 or more is needed. Try 0.")
         if self.transitions < 1 or self.workers < 1:
             raise ConfigError(
                 f"{self.transitions} transitions cannot be collected by {self.workers} workers. "

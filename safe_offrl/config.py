@@ -61,7 +61,9 @@ def parse_count(text: str) -> int:
         value = float(match[1].replace("_", "")) * _FACTORS[match[2].lower()]
     # 1.1M is 1100000.0000000002 in floating point: allow that, and refuse 1.5.
     if not math.isfinite(value) or abs(value - round(value)) > 1e-6 * max(1.0, value):
-        raise ConfigError(f'"{text}" is not a whole number. Write 200, 50k, 1.5M or 1e5.')
+        raise ConfigError(
+            f'"{text}" is not a whole number of 0 or more. Write 200, 50k, 1.5M or 1e5.'
+        )
     return round(value)
 
 
@@ -82,6 +84,9 @@ def schema_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+FEW = 20  # names that a message lists
+
+
 def suggestion(key: object, known: Iterable[str]) -> str:
     """The known key that was probably meant: same last part first, then similar spelling."""
     key, known = str(key), list(known)  # YAML has keys that are no text
@@ -92,7 +97,10 @@ def suggestion(key: object, known: Iterable[str]) -> str:
         leaves = {k.rpartition(".")[2]: k for k in known}
         close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
     meant = (same or close)[:1]
-    return f'Did you mean "{meant[0]}"?' if meant else "--print-config lists every key."
+    if meant:
+        return f'Did you mean "{meant[0]}"?'
+    few = len(known) <= FEW
+    return f"There are {', '.join(known)}." if few else "--print-config lists every key."
 
 
 def _flatten(

@@ -110,7 +110,8 @@ def make_raw(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env[An
     except Exception as error:  # whatever the environment's constructor raises
         raise EnvError(
             f'The environment "{env_id}" could not be made: {sentence(error)} '
-            "Check that gymnasium.make accepts this id."
+            "Check that gymnasium.make accepts this id. What its constructor needs is given where "
+            "it is registered, as kwargs={...}."
         ) from error
 
 
@@ -190,6 +191,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         self.env_id: str = env_id or (env.spec.id if env.spec else type(env.unwrapped).__name__)
         self.horizon: int = _horizon(self.env_id, env, spec)
         self._threshold = spec.cost_threshold
+        self._cost_limited = spec.constraint == "cost"
         self._rule_name = spec.accident
         self._rule = _accident_rule(spec.accident)
         self.sums_cost: bool = spec.accident == "episode_cost"
@@ -338,6 +340,11 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             raise EnvFault(
                 f'"{self.env_id}" gave the cost {cost} at step {self._steps}. '
                 "Fix the environment: costs must be finite numbers."
+            )
+        if cost < 0.0 and self._cost_limited:
+            raise EnvFault(
+                f'"{self.env_id}" gave the cost {cost:g} at step {self._steps}. '
+                "Fix the environment: where the expected cost is limited, costs must be 0 or more."
             )
         return cost
 

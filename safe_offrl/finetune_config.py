@@ -108,6 +108,8 @@ class FinetuneConfig:
             raise ConfigError(
                 f"The budget is {self.budget} steps, too small for one episode. Try 50k."
             )
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, but 0 or more is needed. Try 0.")
         if self.accident_budget is not None and self.accident_budget < 1:
             raise ConfigError(
                 f"The accident budget is {self.accident_budget}, but at least 1 is needed. Leave "

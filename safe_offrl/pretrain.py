@@ -76,6 +76,13 @@ class PretrainConfig:
                 "steps and log_every must be at least 1, alignment_steps at least 0 and batch_size "
                 "at least 2. Raise the one that is too small."
             )
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, but 0 or more is needed. Try 0.")
+        if self.alignment.discount != discount_of(self):
+            raise ConfigError(
+                f"alignment.discount is {self.alignment.discount}, but the values that are aligned "
+                f"are discounted by {discount_of(self)}. Set both to the same."
+            )
         if not 0.0 < self.held_out < 0.9:
             raise ConfigError(
                 f"held_out is {self.held_out}, but a share of episodes in (0, 0.9) is needed. "

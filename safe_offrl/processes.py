@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
@@ -15,6 +16,14 @@ Progress = Callable[[str], None]
 POLL_SECONDS = 0.2  # how late a line of progress may be
 
 _messages: Any = None  # in a worker: the queue of its lines of progress
+
+
+def own_command(module: str) -> list[str]:
+    """The start of a command line that runs a module of this package.
+
+    As it is installed: without -P a folder of sources in the working directory would come first.
+    """
+    return [sys.executable, "-P", "-m", f"safe_offrl.{module}"]
 
 
 def run_jobs(

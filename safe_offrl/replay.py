@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.errors import EnvError, UserError
 from safe_offrl.observations import entry_name
+from safe_offrl.processes import own_command
 from safe_offrl.safety import SafetySpec
 
 Array = NDArray[Any]
@@ -74,7 +75,7 @@ def replay_elsewhere(env_id: str, spec: SafetySpec, seed: int, actions: Array) -
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "request.json").write_text(json.dumps(request))
         np.save(Path(folder) / "actions.npy", actions)
-        command = [sys.executable, "-m", "safe_offrl.replay", folder]
+        command = [*own_command("replay"), folder]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
         except subprocess.TimeoutExpired as error:

@@ -138,6 +138,13 @@ def refused(outcome: Outcome, message: str) -> None:
         (["pretrain", "safety.delta=-1"], r"above 0"),
         (["pretrain", "--agent", "sac"], r'no agent "sac"'),
         (["pretrain", "--steps", "many"], r'"many" is not a whole number'),
+        (["pretrain", "--steps", "-5"], r'"-5" is not a whole number of 0 or more'),
+        (["pretrain", "seed=-1"], r"seed is -1, but 0 or more"),
+        (["collect", "--out", "x.hdf5", "seed=-1"], r"seed is -1, but 0 or more"),
+        (["pretrain", "agents.iql.discount=0.999"], r"alignment\.discount is 0\.99.*Set both"),
+        (["verify", "nothing.json"], r"Give runs/RUN/certificates/N/certificate\.json"),
+        (["demo", "--budget", "50"], r"budget is 50 steps, too small for one episode of 100"),
+        (["benchmark", "--suite", "smoke", "--methods", "xyzzy"], r"There are ours, frozen, rlpd"),
         (["pretrain", "nonsense"], r"neither an option nor key=value"),
         (["pretrain", "--dataset", "nothing.hdf5"], r'no dataset file ".*nothing\.hdf5"'),
         (["pretrain", "--env", "Nothing-v0"], r'no environment "Nothing-v0"'),
@@ -176,6 +183,11 @@ def test_dataset_of_another_environment(call: Call, tmp_path: Path) -> None:
         (["--delta", "inf"], r"finite number"),
         (["--budget", "50kk"], r"not a whole number"),
         (["utdd=3"], r'Unknown key "utdd"'),
+        (["seed=-1"], r"seed is -1, but 0 or more"),
+        (["--cost-limit", "25"], r'the constraint "accident", so cost_limit means nothing'),
+        (["safety.accident=terminated"], r"accident is terminated, but .* learnt under cost"),
+        (["safety.constraint=cost"], r"constraint is cost, but .* learnt under accident"),
+        (["learner.discount=0.9"], r"learner\.discount is 0\.9, .* discounted by 0\.99"),
     ],
 )
 def test_bad_input_of_finetune(
@@ -183,6 +195,17 @@ def test_bad_input_of_finetune(
 ) -> None:
     refused(call("finetune", str(pretrained), *arguments), message)
     assert not Path("runs").exists()  # nothing is begun before everything is checked
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "certify", "collect"])
+def test_a_seed_below_0_is_refused(call: Call, command: str) -> None:
+    outcome = call(command, "--seed", "-1")
+    assert outcome.code == 2
+    assert "greater than or equal to 0" in outcome.err
+
+
+def test_a_folder_is_no_file(call: Call, pretrained: Path, tmp_path: Path) -> None:
+    refused(call("compare", str(pretrained), "--markdown", str(tmp_path)), "is a folder")
 
 
 def test_environment_without_accident_signal_online(call: Call, tmp_path: Path) -> None:

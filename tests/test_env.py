@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from gymnasium import spaces
 
 from safe_offrl.env import AccidentEnv, episode_seed, make_env
-from safe_offrl.errors import EnvError
+from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.safety import SafetySpec
 
 COST = SafetySpec(horizon=5)
@@ -186,6 +187,17 @@ def test_faults_of_the_environment_are_named(step: Any, message: str) -> None:
     env.reset(seed=0)
     with pytest.raises(EnvError, match=message):
         act(env)
+
+
+def test_where_cost_is_limited_it_cannot_be_negative() -> None:
+    step = step_of(info={"cost": -0.5})
+    plain = AccidentEnv(Script([step]), COST)
+    plain.reset(seed=0)
+    assert act(plain)[4]["cost"] == -0.5
+    limited = AccidentEnv(Script([step]), replace(COST, constraint="cost", cost_limit=1.0))
+    limited.reset(seed=0)
+    with pytest.raises(EnvFault, match=r"cost -0\.5 at step 1.*0 or more"):
+        act(limited)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,15 @@ def test_every_source_is_in_the_wheel_and_comes_from_it(installed: Path, tmp_pat
         assert not missing
 
 
+def test_processes_of_its_own_are_what_is_installed(installed: Path, tmp_path: Path) -> None:
+    """In a checkout of the sources, as in the README: they have no safe_offrl/envs."""
+    shutil.copytree(ROOT / "safe_offrl", tmp_path / "safe_offrl")
+    shutil.rmtree(tmp_path / "safe_offrl" / "envs", ignore_errors=True)
+    (tmp_path / "safe_offrl" / "envs").unlink(missing_ok=True)
+    text = run([installed / "safe-offrl", "check-env", "HazardLine-v0"], tmp_path)
+    assert "ok    other process" in text
+
+
 def test_help_without_sources(installed: Path, tmp_path: Path) -> None:
     text = run([installed / "safe-offrl", "--help"], tmp_path)
     assert "pretrain" in text

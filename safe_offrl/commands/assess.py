@@ -13,11 +13,11 @@ import torch
 from safe_offrl.assessment import Estimates, assess, choose, risk_text
 from safe_offrl.certificate import policy_sha256
 from safe_offrl.checkpoints import Checkpoint
-from safe_offrl.commands.common import loading, say_plain, stored_dataset
+from safe_offrl.commands.common import loading, require_own_limit, say_plain, stored_dataset
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.device import configure
-from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, plain, write_atomic
 from safe_offrl.fitted_features import FittedConfig
 from safe_offrl.nets import Actor
@@ -95,12 +95,7 @@ def _limited(
     safety: SafetySpec, epsilon: float | None, cost_limit: float | None, confidence: float | None
 ) -> SafetySpec:
     """The run's own limits but for those that are given."""
-    other = "cost_limit" if safety.constraint == "accident" else "epsilon"
-    if (cost_limit if safety.constraint == "accident" else epsilon) is not None:
-        raise ConfigError(
-            f'The run was pretrained under the constraint "{safety.constraint}", so {other} means '
-            "nothing to it. Leave it out, or pretrain under the other constraint."
-        )
+    require_own_limit(safety, epsilon=epsilon, cost_limit=cost_limit)
     given = {"epsilon": epsilon, "cost_limit": cost_limit, "confidence": confidence}
     return dataclasses.replace(safety, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
 

@@ -99,7 +99,10 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]
     try:
         certificate = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f'"{path}" cannot be read as a certificate ({error}).') from error
+        raise ConfigError(
+            f'"{path}" cannot be read as a certificate ({error}). '
+            f"Give runs/RUN/{FOLDER}/N/{CERTIFICATE}."
+        ) from error
     if not isinstance(certificate, dict):
         raise ConfigError(f'"{path}" holds no JSON object, so it is no certificate.')
     record, shown = path.with_name(RECORD), path.with_name(PAGE)

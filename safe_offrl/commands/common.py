@@ -50,10 +50,28 @@ def stored_dataset(inputs: RunInputs, spec: SafetySpec, discount: float) -> Data
 
 
 def stored_pretrain_run(inputs: RunInputs) -> RunDir:
-    """Open the pretrain run that a fine-tuning run started from."""
+    """Open the pretrain run that a fine-tuning run started from; RunError if it is gone."""
     if inputs.pretrained is None:
         raise ConfigError("config.yaml names no pretrain run. Start a new run.")
-    return RunDir(Path(inputs.pretrained))
+    path = Path(inputs.pretrained)
+    if not path.is_dir():
+        raise RunError(
+            f'The pretrain run "{path}" that this run started from is gone. Restore it, or copy it '
+            "too, to the same place beside this run."
+        )
+    return RunDir(path)
+
+
+def require_own_limit(
+    safety: SafetySpec, *, epsilon: float | None, cost_limit: float | None
+) -> None:
+    """ConfigError if a limit is given of what the run does not constrain."""
+    other = "cost_limit" if safety.constraint == "accident" else "epsilon"
+    if (cost_limit if safety.constraint == "accident" else epsilon) is not None:
+        raise ConfigError(
+            f'The run was pretrained under the constraint "{safety.constraint}", so {other} means '
+            "nothing to it. Leave it out, or pretrain under the other constraint."
+        )
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.offline import plan_pretrain, pretrain_config, pretrain_run
 from safe_offrl.commands.tools import compare_runs
-from safe_offrl.errors import RunError
+from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.processes import own_command
 from safe_offrl.progress import Say
 from safe_offrl.run import RunDir, require_runs_folder
 
@@ -31,9 +31,14 @@ def demo(
     runs = Path(runs)
     require_runs_folder(runs)
     plan = plan_pretrain(pretrain_config(steps=steps, seed=seed), say=say)
+    if budget < plan.dataset.horizon:
+        raise ConfigError(
+            f"The budget is {budget} steps, too small for one episode of {plan.dataset.horizon} "
+            "steps. Try 20k."
+        )
     name = _free_demo_name(runs)
     pretrained = pretrain_run(plan, name=name, runs=runs, say=say)
-    base = [sys.executable, "-m", "safe_offrl.cli", "finetune", str(pretrained.path)]
+    base = [*own_command("cli"), "finetune", str(pretrained.path)]
     base += ["--runs", str(runs), "--seed", str(seed), "--budget", str(budget), "--videos", "5"]
     # The point of it is to see how the constraints bring down what the log cannot show to be safe.
     base += ["--accept-risk"]

@@ -12,6 +12,7 @@ from safe_offrl.commands.common import (
     constraint_line,
     data_line,
     device_line,
+    require_own_limit,
     say_plain,
     stored_dataset,
 )
@@ -109,6 +110,7 @@ def finetune_config(
     inputs, source = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
+    require_own_limit(source.safety, epsilon=epsilon, cost_limit=cost_limit)
     given = {
         "budget": budget,
         "safety.epsilon": epsilon,
@@ -133,11 +135,20 @@ def finetune_config(
             **defaults,
             "networks": to_dict(source.networks),
             "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
+            "learner": {"discount": discount_of(source)},
             "baseline": {**defaults.get("baseline", {}), "agents": to_dict(source.agents)},
         },
         flags=flags,
         overrides=overrides,
     )
+    for key in ("accident", "cost_threshold", "constraint", "horizon"):
+        learnt, asked = getattr(source.safety, key), getattr(config.safety, key)
+        if learnt != asked:
+            raise ConfigError(
+                f'safety.{key} is {asked}, but the critic of "{pretrained.name}" learnt under '
+                f"{learnt}. Leave it out, or pretrain with it."
+            )
+    _require_one_discount(config, discount_of(source), pretrained.name)
     if config.baseline.learner == "iql" and source.agent != "iql":
         raise ConfigError(
             f'baseline.learner is iql, but "{pretrained.name}" was pretrained by {source.agent}, '
@@ -152,6 +163,21 @@ def finetune_config(
             "resized. Leave networks.* and the critic's sizes out, or pretrain with them."
         )
     return config
+
+
+def _require_one_discount(config: FinetuneConfig, learnt: float, name: str) -> None:
+    agents = config.baseline.agents
+    asked = {
+        "rlpd": ("learner.discount", config.learner.discount),
+        "iql": ("baseline.agents.iql.discount", agents.iql.discount),
+        "calql": ("baseline.agents.cql.discount", agents.cql.discount),
+    }
+    key, discount = asked[config.baseline.learner]
+    if discount != learnt and not config.baseline.from_scratch:
+        raise ConfigError(
+            f'{key} is {discount}, but the values of "{name}" are discounted by {learnt}. Leave it '
+            "out, or pretrain with it."
+        )
 
 
 def plan_finetune(
