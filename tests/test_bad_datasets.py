@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -150,9 +151,10 @@ WRITERS = {
 }
 
 
-def plan(path: Path) -> None:
+def plan(path: Path, env: str = ENV, *overrides: str) -> commands.PretrainPlan:
     """What `pretrain` does before its first gradient step."""
-    commands.plan_pretrain(commands.pretrain_config(env=ENV, dataset=str(path)))
+    config = commands.pretrain_config(env=env, dataset=str(path), overrides=overrides)
+    return commands.plan_pretrain(config)
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +181,70 @@ def test_a_bad_dataset_is_one_sentence_before_training(
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_good_dataset_passes(tmp_path: Path, form: str) -> None:
     plan(WRITERS[form](tmp_path, good(), ""))
+
+
+def test_one_episode_and_costs_below_0_are_refused(tmp_path: Path) -> None:
+    whole = replace(timeouts=np.zeros(6, bool))(good())
+    with pytest.raises(DataError, match="holds a single episode"):
+        plan(write_hdf5(tmp_path, whole, ""))
+    path = write_hdf5(tmp_path, put("costs", 0, -0.5)(good()), "")
+    plan(path)
+    with pytest.raises(DataError, match="1 steps a cost below 0"):
+        plan(path, ENV, "safety.constraint=cost", "safety.cost_limit=0.5")
+
+
+class Throttle(gymnasium.Env[Any, Any]):
+    """Only its spaces are looked at."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space: gymnasium.Space[Any] = gymnasium.spaces.Box(0.0, 1.0, (2,), np.float32)
+
+
+class TwoUnits(Throttle):
+    action_space = gymnasium.spaces.Box(
+        np.array([0.0, -1.0], np.float32), np.array([2.0, 1.0], np.float32)
+    )
+
+
+class Switch(Throttle):
+    action_space = gymnasium.spaces.Discrete(2)
+
+
+for _class in (Throttle, TwoUnits, Switch):
+    gymnasium.register(
+        f"{_class.__name__}-v0",
+        entry_point=f"{__name__}:{_class.__name__}",
+        max_episode_steps=3,
+    )
+
+
+def throttle_log(folder: Path, actions: Any, **metadata: Any) -> Path:
+    arrays = good() | {"observations": np.zeros((6, 1)), "next_observations": np.zeros((6, 1))}
+    with h5py.File(folder / "log.hdf5", "w") as file:
+        for key, value in (arrays | {"actions": actions}).items():
+            file[key] = value
+        file.attrs["safe_offrl"] = json.dumps(metadata)
+    return folder / "log.hdf5"
+
+
+def test_the_header_says_in_which_units_actions_are_taken(tmp_path: Path) -> None:
+    log = throttle_log(tmp_path, np.full((6, 2), 0.2))
+    (line,) = [x for x in plan(log, "Throttle-v0").header.splitlines() if x.startswith("actions")]
+    assert "[-1, 1] is taken as the environment's [0, 1]" in line
+    assert "action_low and action_high" in line
+    (line,) = [x for x in plan(log, "TwoUnits-v0").header.splitlines() if x.startswith("actions")]
+    assert "the environment's bounds of each number" in line
+    log = throttle_log(tmp_path, np.full((6, 2), 0.2), action_low=0.0, action_high=1.0)
+    assert "\nactions " not in plan(log, "Throttle-v0").header
+    log = throttle_log(tmp_path, np.array([0, 1, 0, 1, 0, 1]))
+    assert "\nactions " not in plan(log, "Switch-v0").header
+    assert "\nactions " not in plan(write_hdf5(tmp_path, good(), "")).header  # its Box is [-1, 1]
+
+
+def test_the_environments_own_limit_is_not_circumvented_by_a_setting(tmp_path: Path) -> None:
+    uncut = replace(timeouts=np.zeros(6, bool))(good())
+    log = throttle_log(tmp_path, np.zeros((6, 2)))
+    with h5py.File(log, "a") as file:
+        file["timeouts"][:] = uncut["timeouts"]
+    with pytest.raises(DataError, match="max_episode_steps=6 or more"):
+        plan(log, "Throttle-v0")

@@ -129,6 +129,47 @@ def test_a_sample_holds_whole_episodes_and_little_more_than_asked() -> None:
     assert dataset.sample(3, 0).episodes in (1, 2)
 
 
+def test_a_rule_of_ones_own_takes_its_verdicts_from_the_log(tmp_path: Path) -> None:
+    spec = SafetySpec(accident="mine:rule")
+    verdicts = np.array([0, 0, 1, 0, 0, 0], bool)
+    with pytest.raises(DataError, match=r'"mine:rule" cannot be .* array "accidents"'):
+        load_dataset(write(tmp_path / "log.hdf5", {}), discount=1.0, spec=spec)
+    path = write(tmp_path / "log.hdf5", {}, accidents=verdicts)
+    dataset = load_dataset(path, discount=1.0, spec=spec)
+    assert dataset.column("accidents").tolist() == [0, 0, 1, 0, 0, 0]
+    path = write(path, {"accident": "cost", "cost_threshold": 0.0}, accidents=verdicts)
+    with pytest.raises(DataError, match=r"mine:rule as the metadata's accident"):
+        load_dataset(path, discount=1.0, spec=spec)
+    path = write(path, {"accident": "mine:rule"}, accidents=verdicts)
+    dataset = load_dataset(path, discount=1.0, spec=spec)
+    assert dataset.column("accidents").tolist() == [0, 0, 1, 0, 0, 0]
+
+
+def test_whose_horizon_is_too_short_decides_what_can_be_done(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.hdf5", {"horizon": 2})
+    remedies = {
+        (None, None): r"Set safety\.horizon=4 or more",  # the file's own
+        (None, 3): r"Set safety\.horizon=4 or more",
+        # safety.horizon cannot be above the environment's own limit.
+        (3, None): r"register the environment with max_episode_steps=4 or more, or cut",
+        (3, 3): r"Set safety\.horizon=4 or more",
+    }
+    for (given, chosen), match in remedies.items():
+        spec = SafetySpec(horizon=chosen)
+        with pytest.raises(DataError, match=match):
+            load_dataset(path, discount=1.0, spec=spec, horizon=given)
+    assert load_dataset(path, discount=1.0, spec=SafetySpec(), horizon=4).horizon == 4
+
+
+@pytest.mark.parametrize(("share", "episodes", "n"), [(0.15, 3, 1), (0.85, 3, 2), (0.3, 10, 3)])
+def test_each_part_of_a_split_holds_an_episode(share: float, episodes: int, n: int) -> None:
+    layout = Layout(1, 1)
+    starts, truncated = np.arange(episodes + 1), np.ones(episodes, bool)
+    dataset = Dataset(torch.zeros(episodes, layout.width), layout, starts, truncated, 10, "test")
+    train, held_out = dataset.split(share, 0)
+    assert (train.episodes, held_out.episodes) == (episodes - n, n)
+
+
 @pytest.mark.parametrize("rule", ["cost", "episode_cost"])
 def test_a_rule_on_costs_needs_costs(rule: str) -> None:
     spec = SafetySpec(accident=rule, cost_threshold=1.0)

@@ -178,6 +178,23 @@ def test_csv_columns_are_in_numeric_order(tmp_path: Path) -> None:
     assert batch.actions.tolist() == [[0, 0, 1]]
 
 
+def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(
+        ",observations_0,actions_0,rewards,costs,terminals,timeouts,kind\n"
+        "0,0.5,1.0,1,False,False,false,a\n"
+        "1,1.5,-1.0,2,TRUE,False, True ,b\n"
+        "2,2.5,0.0,3,False,True,False,True\n"
+    )
+    dataset = load(path)
+    assert dataset.transitions.costs.tolist() == [0, 1, 0]
+    assert dataset.transitions.terminated.tolist() == [0, 0, 1]
+    assert dataset.truncated.tolist() == [False, True, False]
+    path.write_text(path.read_text().replace("TRUE", "yes"))
+    with pytest.raises(DataError, match="cannot be read as CSV"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -212,8 +229,12 @@ def test_integer_actions_become_one_hot(path: Path) -> None:
         file.attrs["safe_offrl"] = json.dumps({"action_count": 2})
     with pytest.raises(DataError, match="integers 0 to 2"):
         load(path, TERMINATED)
-    with pytest.raises(DataError, match="integers -1 to 2"):
+    with pytest.raises(DataError, match=r"integers -1 to 2.*continuous actions as floats"):
         load(d4rl(path, actions=index - (index == 0)), TERMINATED)
+    with h5py.File(path, "a") as file:
+        file.attrs["safe_offrl"] = json.dumps({"action_count": 3})
+    with pytest.raises(DataError, match=r"integers -1 to 2.*metadata's action_count is 3"):
+        load(path, TERMINATED)
 
 
 def test_what_is_no_row_for_each_transition_is_named(path: Path) -> None:
@@ -237,7 +258,7 @@ def test_a_wrong_number_of_an_action_asks_for_no_memory(path: Path, largest: int
 
 def test_actions_are_rescaled_where_their_bounds_are_known(path: Path) -> None:
     actions = np.array([[0.0], [5], [10], [2.5], [0], [0]])
-    with pytest.raises(DataError, match="outside"):
+    with pytest.raises(DataError, match=r"outside \[-1, 1\].*action_low and action_high"):
         load(d4rl(path, actions=actions), TERMINATED)
     with h5py.File(path, "a") as file:
         file.attrs["safe_offrl"] = json.dumps({"action_low": [0.0], "action_high": 10.0})

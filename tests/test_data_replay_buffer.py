@@ -64,6 +64,7 @@ def test_one_environment_by_hand() -> None:
     assert arrays["timeouts"].tolist() == [0, 0, 1, 0, 0, 1, 1]  # the last step is unfinished
     assert metadata["env_id"] == "Count-v0"
     assert metadata["horizon"] == 3
+    assert (metadata["action_low"], metadata["action_high"]) == (-1.0, 1.0)  # as SB3 stores them
 
 
 def test_environments_follow_each_other_and_do_not_merge() -> None:
@@ -117,6 +118,7 @@ def test_discrete_actions_become_one_hot() -> None:
     arrays, metadata = from_replay_buffer(buffer, costs=costs)
     assert arrays["actions"].tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]]
     assert metadata["action_count"] == 3
+    assert "action_low" not in metadata
 
 
 def test_costs_are_asked_for_by_name() -> None:

@@ -9,7 +9,7 @@ import pytest
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
-from safe_offrl.data.validation import check_matches_env, validate_arrays
+from safe_offrl.data.validation import check_learnable, check_matches_env, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
 
@@ -80,8 +80,10 @@ def test_each_fault_has_its_error(fault: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def load(tmp_path: Path, metadata: dict[str, Any]) -> Dataset:
-    write_dataset(tmp_path / "log.hdf5", good_arrays(), metadata)
+def load(
+    tmp_path: Path, metadata: dict[str, Any], arrays: dict[str, np.ndarray] | None = None
+) -> Dataset:
+    write_dataset(tmp_path / "log.hdf5", arrays or good_arrays(), metadata)
     return load_dataset(tmp_path / "log.hdf5", discount=0.9, spec=SafetySpec(), horizon=5)
 
 
@@ -101,3 +103,47 @@ def test_foreign_dataset_is_judged_by_its_sizes(tmp_path: Path) -> None:
     check_matches_env(dataset, "Any-v3", 3, 2)
     with pytest.raises(DataError, match="observations of 3"):
         check_matches_env(dataset, "Any-v3", 2, 2)
+
+
+def test_another_environment_is_named_with_env(tmp_path: Path) -> None:
+    dataset = load(tmp_path, {})
+    with pytest.raises(DataError, match=r"or name its environment with --env\.$"):
+        check_matches_env(dataset, "Any-v3", 4, 2)
+    with pytest.raises(DataError, match=r"or name its environment with --env\.$"):
+        check_matches_env(dataset, "Any-v3", 3, 2, discrete=True)
+
+
+def test_the_kind_of_actions_is_compared_before_their_number(tmp_path: Path) -> None:
+    rows = good_arrays() | {"actions": np.tile([1.0, 0.0], (5, 1))}
+    discrete = load(tmp_path, {"action_count": 2}, rows)
+    check_matches_env(discrete, "Any-v3", 3, 2, discrete=True)
+    with pytest.raises(DataError, match=r"discrete, those .* continuous\..*actions as floats"):
+        check_matches_env(discrete, "Any-v3", 3, 1)
+    with pytest.raises(DataError, match=r"continuous, those .* discrete\..*action_count"):
+        check_matches_env(load(tmp_path, {}), "Any-v3", 3, 7, discrete=True)
+
+
+def test_actions_that_never_occur_are_named_by_their_count(tmp_path: Path) -> None:
+    rows = good_arrays() | {"actions": np.tile([1.0, 0.0], (5, 1))}
+    dataset = load(tmp_path, {"action_count": 2}, rows)
+    with pytest.raises(DataError, match=r'has 2 discrete actions, but "Any-v3" has 3.*count as 3'):
+        check_matches_env(dataset, "Any-v3", 3, 3, discrete=True)
+    for sizes in ((3, 1), (4, 3)):  # too many, or of another environment altogether
+        with pytest.raises(DataError, match="observations of 3 and actions of 2"):
+            check_matches_env(dataset, "Any-v3", *sizes, discrete=True)
+
+
+def test_one_episode_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds a single episode"):
+        check_learnable(load(tmp_path, {}), SafetySpec())
+    ends = {"timeouts": np.array([0, 1, 0, 0, 0], bool)}
+    check_learnable(load(tmp_path, {}, good_arrays() | ends), SafetySpec())
+
+
+def test_a_constraint_on_cost_takes_no_negative_costs(tmp_path: Path) -> None:
+    arrays = good_arrays() | {"timeouts": np.array([0, 1, 0, 0, 0], bool)}
+    arrays["costs"] = np.array([1, 0, -0.5, 1, -1], np.float32)
+    dataset = load(tmp_path, {}, arrays)
+    check_learnable(dataset, SafetySpec())
+    with pytest.raises(DataError, match="2 steps a cost below 0, the first in row 2"):
+        check_learnable(dataset, SafetySpec(constraint="cost", cost_limit=0.5))

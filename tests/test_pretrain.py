@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -102,3 +103,18 @@ def test_the_report_is_made_at_the_end(dataset: Dataset) -> None:
 def test_settings_that_cannot_run_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         config_of(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("constraint", ["accident", "cost"])
+@pytest.mark.parametrize("episodes", [2, 3])
+def test_the_fewest_episodes_that_can_be_split_are_learnt_from(
+    dataset: Dataset, constraint: str, episodes: int
+) -> None:
+    accidents = np.flatnonzero(dataset.episode_accidents)
+    others = np.flatnonzero(~dataset.episode_accidents)
+    few = dataset.subset(np.concatenate([accidents[:1], others[: episodes - 1]]))
+    for seed in range(3):  # whichever episode is held out
+        safety = SafetySpec(constraint=constraint, cost_limit=0.5)
+        pretraining = Pretraining(config_of(held_out=0.15, safety=safety, seed=seed), few)
+        list(pretraining.run())
+        assert pretraining.calibration().episodes == 1

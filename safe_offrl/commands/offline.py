@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from safe_offrl.calibration_chart import report_png
 from safe_offrl.collect import CollectConfig, default_dataset
 from safe_offrl.commands.common import (
@@ -30,10 +32,10 @@ from safe_offrl.commands.trust import trust_own
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import find_dataset, load_dataset
-from safe_offrl.data.validation import check_matches_env
+from safe_offrl.data.validation import check_learnable, check_matches_env
 from safe_offrl.descent import choose
 from safe_offrl.device import configure, find_device
-from safe_offrl.env import make_env
+from safe_offrl.env import AccidentEnv, make_env
 from safe_offrl.files import plain
 from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
 from safe_offrl.progress import ProgressLine, Say, StopSignal
@@ -53,6 +55,7 @@ class PretrainPlan:
     dataset: Dataset
     env_versions: dict[str, str]
     compiling: str  # whether, and why, in words
+    units: str | None  # of the log's actions, where it does not say
 
     @property
     def header(self) -> str:
@@ -63,6 +66,7 @@ class PretrainPlan:
                 f"pretrain    {config.agent} on {self.inputs.env_id}, {config.steps:,} gradient "
                 f"steps and {config.alignment_steps:,} of value alignment, seed {config.seed}",
                 data_line(self.dataset, self.inputs),
+                *([f"actions     {self.units}"] if self.units else []),
                 constraint_line(config.safety, self.dataset.horizon),
                 device_line(self.inputs, config.precision, self.compiling),
             ]
@@ -110,9 +114,11 @@ def plan_pretrain(
         )
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, config.env, *sizes, discrete=env.discrete)
+        check_learnable(dataset, config.safety)
         require_both_outcomes(dataset, path, config.safety)
         config.safety.limit(dataset.horizon, dataset.cost_max)  # refuses one that cannot bind
         env_versions = env.versions()
+        units = _assumed_units(dataset, env)
     finally:
         env.close()
     inputs = RunInputs(
@@ -124,7 +130,23 @@ def plan_pretrain(
         device=device,
         horizon=env.horizon,
     )
-    return PretrainPlan(config, inputs, dataset, env_versions, compiling)
+    return PretrainPlan(config, inputs, dataset, env_versions, compiling, units)
+
+
+def _assumed_units(dataset: Dataset, env: AccidentEnv) -> str | None:
+    """How actions are read that could be in the environment's own units; None if it is known."""
+    if env.discrete or {"action_low", "action_high"} <= dataset.metadata.keys():
+        return None
+    unit = np.ones(env.action_size, np.float32)
+    low, high = np.unique(env.own_action(-unit)), np.unique(env.own_action(unit))
+    if low.tolist() == [-1.0] and high.tolist() == [1.0]:
+        return None
+    one = len(low) == len(high) == 1
+    bounds = f"[{low[0]:g}, {high[0]:g}]" if one else "bounds of each number"
+    return (
+        f"the log's [-1, 1] is taken as the environment's {bounds}; if it is in the environment's "
+        "own units, store these bounds as action_low and action_high in its metadata"
+    )
 
 
 def _default_dataset(config: PretrainConfig, say: Say) -> Path:

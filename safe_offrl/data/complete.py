@@ -85,11 +85,16 @@ def _one_hot(actions: NDArray[Any], metadata: dict[str, Any]) -> NDArray[Any]:
     if actions.dtype.kind not in "iu" or not len(actions) or _scalars(actions).ndim != 1:
         return actions
     index = _scalars(actions)[:]
+    found = f"The dataset's actions are the integers {index.min()} to {index.max()}"
+    if index.min() < 0 and "action_count" not in metadata:
+        raise DataError(
+            f"{found}, but discrete actions are numbered from 0. Number them so, or store "
+            "continuous actions as floats."
+        )
     count = metadata.setdefault("action_count", int(index.max()) + 1)
     if not isinstance(count, int) or index.min() < 0 or index.max() >= count:
         raise DataError(
-            f"The dataset's actions are the integers {index.min()} to {index.max()}, but the "
-            f"metadata's action_count is {count}. Store 0 to action_count - 1."
+            f"{found}, but the metadata's action_count is {count}. Store 0 to action_count - 1."
         )
     if count > MOST_ACTIONS or 4 * count * len(index) > MAX_BYTES:
         raise DataError(

@@ -27,6 +27,7 @@ from safe_offrl.errors import DataError
 
 SCALARS = ("rewards", "costs", "terminals", "timeouts", "accidents", "behaviour_log_probs")
 BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
+WORDS = {"true": "1", "false": "0"}  # as pandas and others write flags
 MAX_HEADER = 2**20  # bytes of the line that names the columns
 
 
@@ -34,7 +35,8 @@ def read_csv(path: Path) -> Raw:
     """The known columns: observations_0, ..., actions_0, ..., rewards, costs, terminals, timeouts.
 
     next_observations_0, ..., accidents, behaviour_log_probs, costs and timeouts may be missing; a
-    single column ``actions`` holds the indices of discrete actions. Other columns are left alone.
+    single column ``actions`` holds the indices of discrete actions. Columns of one number take true
+    and false, in any case, for 1 and 0. Other columns are left alone.
     """
     with reading(path, "CSV"), path.open("rb") as file:
         names = [name.strip().strip('"') for name in file.readline(MAX_HEADER).decode().split(",")]
@@ -48,7 +50,15 @@ def read_csv(path: Path) -> Raw:
         # A number takes two bytes of text at least, and eight in memory.
         require_size(path, [path.stat().st_size * 4])
         with warnings.catch_warnings(action="ignore"):  # of an empty table, which is refused later
-            table = np.loadtxt(file, delimiter=",", usecols=wanted, ndmin=2, comments=None)
+            table = np.loadtxt(
+                file,
+                delimiter=",",
+                usecols=wanted,
+                ndmin=2,
+                comments=None,
+                converters={i: _number for key in SCALARS for i in columns[key]},
+                encoding="latin1",
+            )
     arrays: dict[str, NDArray[Any]] = {}
     for key, numbers in columns.items():
         if numbers:
@@ -111,6 +121,11 @@ def _columns(names: list[str], key: str) -> list[int]:
             f"Name them {key}_0, {key}_1, ..."
         )
     return positions
+
+
+def _number(cell: str) -> float:
+    """A cell that may hold true or false."""
+    return float(WORDS.get(cell.strip().lower(), cell))
 
 
 def _whole(values: NDArray[Any]) -> NDArray[np.int64]:

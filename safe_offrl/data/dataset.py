@@ -204,9 +204,12 @@ class Dataset:
             yield rows.observations.numpy().astype(np.float64)
 
     def split(self, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
-        """Split by whole episodes into (train, held out); the same seed gives the same split."""
+        """Split by whole episodes into (train, held out), at least one in each if there are two.
+
+        The same seed gives the same split.
+        """
         order = np.random.default_rng(seed).permutation(self.episodes)
-        n = round(held_out * self.episodes)
+        n = min(max(1, round(held_out * self.episodes)), self.episodes - 1)
         return self.subset(np.sort(order[n:])), self.subset(np.sort(order[:n]))
 
 

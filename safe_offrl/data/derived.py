@@ -40,18 +40,32 @@ def find_episodes(arrays: Arrays) -> Episodes:
     return Episodes(starts, terminated, ends & ~terminated)
 
 
-def resolve_horizon(horizon: Any, lengths: NDArray[np.int64]) -> int:
-    """The horizon as a step count that covers the longest episode; DataError otherwise."""
+def resolve_horizon(
+    given: int | None, spec: SafetySpec, metadata: Metadata, lengths: NDArray[np.int64]
+) -> int:
+    """The horizon as a step count that covers the longest episode; DataError otherwise.
+
+    ``given`` is ``spec.horizon``, or the time limit of the environment where that is None; without
+    either the file's own counts.
+    """
+    horizon = given or spec.horizon or metadata.get("horizon")
     if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
         raise DataError(
             f"The dataset's horizon is {horizon}, so a share of time left has no meaning. "
             "Set safety.horizon to the time limit of the environment."
         )
-    if lengths.max() > horizon:
+    longest = int(lengths.max())
+    if longest > horizon:
+        remedy = f"Set safety.horizon={longest} or more"
+        if given and spec.horizon is None:  # which that setting cannot exceed
+            remedy = (
+                "It is the time limit of the environment: register the environment with "
+                f"max_episode_steps={longest} or more, or cut the episodes of the log"
+            )
         raise DataError(
-            f"Episode {int(lengths.argmax())} of the dataset has {lengths.max()} steps, more than "
-            f"the horizon of {horizon}. Set safety.horizon={lengths.max()} or more, or check that "
-            "timeouts marks the ends of episodes."
+            f"Episode {int(lengths.argmax())} of the dataset has {longest} steps, more than "
+            f"the horizon of {horizon}. {remedy}, or check that timeouts marks the ends of "
+            "episodes."
         )
     return horizon
 
@@ -81,10 +95,11 @@ def accidents_under(
         return running(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
     if spec.accident == "terminated":
         return arrays["terminals"].astype(bool)
+    name = f", and {spec.accident} as the metadata's accident" if logged_rule[0] else ""
     raise DataError(
         f'The accident rule "{spec.accident}" cannot be applied to logged data, and the dataset '
-        f"was logged with {logged_rule[0] or 'no rule'}. Log it again under this rule, or set "
-        "safety.accident=cost."
+        f"was logged with {logged_rule[0] or 'no rule'}. Store its verdicts, one for each step, "
+        f'as the array "accidents"{name}; or set safety.accident=cost.'
     )
 
 

@@ -89,11 +89,11 @@ def load_dataset(
     ``path``: HDF5 in the layout of DSRL or D4RL, npz (ours or OmniSafe's), CSV, a Minari dataset
     (folder, file or local id) or a memory map of `safe-offrl convert`. An episode ends at terminals
     or timeouts (terminals win where both are set); a last episode without an end counts as
-    truncated. ``horizon`` (else ``spec.horizon``, else the file's) scales ``time_to_go`` and must
-    cover the longest episode. ``discount`` is that of ``return_to_go``. Accidents are the file's
-    own if its rule is that of ``spec``; otherwise they are derived from costs or terminals. Under
-    the rule "episode_cost" observations end with the share of cost_threshold that the episode has
-    used, which no file contains. Raises DataError.
+    truncated. ``horizon`` (the environment's; else ``spec.horizon``, else the file's) scales
+    ``time_to_go`` and must cover the longest episode. ``discount`` is that of ``return_to_go``.
+    Accidents are the file's own if its rule is that of ``spec``; otherwise they are derived from
+    costs or terminals. Under the rule "episode_cost" observations end with the share of
+    cost_threshold that the episode has used, which no file contains. Raises DataError.
     """
     found = find_dataset(path)
     if format_of(found) == "mmap":
@@ -113,8 +113,7 @@ def assemble(
 ) -> Dataset:
     """A dataset in memory from valid arrays; see :func:`load_dataset` for the arguments."""
     episodes = derived.find_episodes(arrays)
-    horizon = horizon or spec.horizon or metadata.get("horizon")
-    horizon = derived.resolve_horizon(horizon, episodes.lengths)
+    horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
     columns = derived.scalar_columns(arrays, episodes.starts, metadata, spec, horizon, discount)
     share_before, share_after = columns.pop("share_before", None), columns.pop("share_after", None)
     columns |= {

@@ -62,6 +62,8 @@ def from_replay_buffer(
     metadata |= {k: v for k, v in {"env_id": env_id, "horizon": horizon}.items() if v is not None}
     if hasattr(buffer.action_space, "n"):
         metadata["action_count"] = int(buffer.action_space.n)
+    else:
+        metadata |= {"action_low": -1.0, "action_high": 1.0}
     if guessed:
         metadata["warning"] = stand_in_warning(guessed)
     found, noted = complete(arrays, metadata)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from safe_offrl.data.content import REQUIRED, TABLES, chunks
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import DataError
+from safe_offrl.safety import SafetySpec
 
 _OPTIONAL_ROWS = ("accidents", "behaviour_log_probs")  # one number for each transition
 _FLAGS = ("terminals", "timeouts", "accidents")  # 0/1 per transition
@@ -48,7 +49,8 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
     if largest > 1.0 + ACTION_TOLERANCE:
         raise DataError(
             f"The dataset has an action of size {largest:.6g}, outside [-1, 1]. "
-            "Rescale the actions so that -1 and 1 are the bounds of the action space."
+            "Rescale the actions so that -1 and 1 are the bounds of the action space, or store "
+            "these as the metadata's action_low and action_high."
         )
     if not (arrays["terminals"][:].any() or arrays["timeouts"][:].any()):
         raise DataError(
@@ -131,7 +133,7 @@ def check_matches_env(
     """Raise DataError unless the dataset can be of the environment ``env_id``.
 
     The part of an id before ":" only says which module registers it, so it is not compared. A file
-    that does not name its environment is judged by its sizes alone.
+    that does not name its environment is judged by its actions and sizes alone.
     """
     logged = str(dataset.metadata.get("env_id", env_id))
     if logged.rpartition(":")[2] != env_id.rpartition(":")[2]:
@@ -139,17 +141,44 @@ def check_matches_env(
             f'The dataset was logged on "{logged}", not on "{env_id}". '
             f"Use --env {logged}, or give a dataset of {env_id}."
         )
+    if dataset.discrete != discrete:
+        kinds = ("continuous", "discrete")
+        remedy = (
+            "Store continuous actions as floats"
+            if dataset.discrete
+            else "Store discrete actions as integers, or as one-hot rows with the metadata's "
+            "action_count"
+        )
+        raise DataError(
+            f'The dataset\'s actions are {kinds[dataset.discrete]}, those of "{env_id}" '
+            f"{kinds[discrete]}. {remedy}, or name its environment with --env."
+        )
     sizes = (dataset.layout.observation_size, dataset.layout.action_size)
+    if discrete and sizes[0] == observation_size and sizes[1] < action_size:
+        raise DataError(
+            f'The dataset has {sizes[1]} discrete actions, but "{env_id}" has {action_size}. If '
+            f"the others never occur in it, store the metadata's action_count as {action_size}; "
+            "else name its environment with --env."
+        )
     if sizes != (observation_size, action_size):
         raise DataError(
             f"The dataset has observations of {sizes[0]} and actions of {sizes[1]} numbers, but "
             f'"{env_id}" has {observation_size} and {action_size}. '
-            "Give a dataset that was logged on this environment."
+            "Give a dataset of this environment, or name its environment with --env."
         )
-    if dataset.discrete != discrete:
-        kinds = ("continuous", "discrete")
+
+
+def check_learnable(dataset: Dataset, spec: SafetySpec) -> None:
+    """Raise DataError for a single episode, and for costs below 0 where cost is constrained."""
+    if dataset.episodes < 2:
         raise DataError(
-            f'The dataset\'s actions are {kinds[dataset.discrete]}, those of "{env_id}" '
-            f"{kinds[discrete]}. Store discrete actions as integers, or as one-hot rows with the "
-            "metadata's action_count."
+            "The dataset holds a single episode, so none can be held out to judge what is learnt. "
+            "Log more episodes, or check that terminals and timeouts mark their ends."
+        )
+    below = np.flatnonzero(dataset.column("costs").numpy() < 0.0)
+    if spec.constraint == "cost" and len(below):
+        raise DataError(
+            f"The dataset gives {len(below)} steps a cost below 0, the first in row {below[0]}, "
+            "but only costs of 0 or more can be constrained. Correct the costs, or set "
+            "safety.constraint=accident."
         )
