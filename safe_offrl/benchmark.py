@@ -127,13 +127,26 @@ class Suite:
 
 @dataclass(frozen=True)
 class Job:
-    """One run, ``arguments`` those of the command ``kind``; ``needs`` is the folder of another."""
+    """One run of the command ``kind``; ``needs`` is the folder of the one it starts from."""
 
     label: str  # "PointHazard-v0/ours/3"
     folder: Path
     kind: str
-    arguments: tuple[str, ...]
+    options: Settings  # {"budget": 50_000, "seed": 3}
+    overrides: tuple[str, ...]  # "key=value" each
     needs: Path | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of the run, and of the episodes that its policy is evaluated on."""
+        return int(self.options["seed"])
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Those of the command, for a run that has not begun."""
+        start = () if self.needs is None else (str(self.needs), "--accept-risk")
+        options = (part for key, value in self.options.items() for part in (f"--{key}", str(value)))
+        return (*start, *options, *self.overrides)
 
 
 def load_suite(reference: str) -> Suite:
@@ -239,25 +252,26 @@ def jobs_of(suite: Suite, root: Path) -> list[Job]:
             for name in suite.methods:
                 offline, online = settings_of(suite, name)
                 pretrained = base / f"pretrained-{_variant(suite, name)}" / str(seed)
-                source = ["--env", env, "--seed", str(seed)]
+                source: dict[str, Any] = {"env": env, "seed": seed}
                 if env in suite.datasets:
-                    source += ["--dataset", suite.datasets[env]]
+                    source["dataset"] = suite.datasets[env]
                 jobs.setdefault(
                     pretrained,
                     Job(
                         label=str(pretrained.relative_to(root)),
                         folder=pretrained,
                         kind="pretrain",
-                        arguments=(*source, *offline),
+                        options=source,
+                        overrides=tuple(offline),
                     ),
                 )
-                budget = ["--budget", str(suite.budget), "--seed", str(seed)]
                 folder = base / name / str(seed)
                 jobs[folder] = Job(
                     label=str(folder.relative_to(root)),
                     folder=folder,
                     kind="finetune",
-                    arguments=(str(pretrained), *budget, "--accept-risk", *online),
+                    options={"budget": suite.budget, "seed": seed},
+                    overrides=tuple(online),
                     needs=pretrained,
                 )
     return list(jobs.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from safe_offrl.benchmark import METHODS, Suite, jobs_of, load_suite, narrowed, parse_suite
-from safe_offrl.commands import benchmark_run, benchmark_text
+from safe_offrl.benchmark import METHODS, Job, Suite, jobs_of, load_suite, narrowed, parse_suite
+from safe_offrl.commands import benchmark_run, benchmark_text, finetune_config, pretrain_config
+from safe_offrl.commands.benchmark import _next_command
+from safe_offrl.config import RunInputs, run_yaml
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.run import RunDir
 
@@ -30,6 +33,7 @@ pretrain:
   critic: {hidden: [16], members: 3, reference: 1}
 finetune: {warmup_steps: 100, batch_size: 32}
 """
+RECORDS = Path(__file__).parent.parent / "docs" / "results" / "records"
 
 
 def suite_of(text: str = SMALL, **changes: str) -> Suite:
@@ -130,6 +134,162 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r'Unknown key "warmup_stebs".*"warmup_steps"'):
         benchmark_run(suite, root=tmp_path / "root", workers=1)
     assert not (tmp_path / "root").exists()
+
+
+# --- what is kept, and what is refused ---
+
+
+def write_finished(suite: Suite, root: Path, evaluation_seed: int | None = None) -> list[Job]:
+    """Every run of the suite as if it had ended, settings as the commands resolve them."""
+    jobs = jobs_of(suite, root)
+    for job in jobs:
+        config = (
+            pretrain_config(**job.options, overrides=job.overrides)
+            if job.needs is None
+            else finetune_config(RunDir(job.needs), **job.options, overrides=job.overrides)
+        )
+        env_id = job.folder.parent.parent.name
+        inputs = RunInputs(env_id=env_id, dataset="log.hdf5", dataset_sha256="0" * 64)
+        text = run_yaml(inputs, job.kind, config, job.folder.parent)
+        with RunDir.create(
+            job.folder.parent, kind=job.kind, config_text=text, name=job.folder.name
+        ) as run:
+            run.set_status("finished")
+            seed = job.seed if evaluation_seed is None else evaluation_seed
+            run.write_json("evaluation.json", {"episodes": suite.evaluation_episodes, "seed": seed})
+        (job.folder / "checkpoints" / "step-000000001").mkdir()
+    return jobs
+
+
+def finished(suite: Suite, root: Path) -> int:
+    """How many runs `--dry-run` calls finished."""
+    found = re.search(r", (\d+) of them finished", benchmark_text(suite, root))
+    assert found is not None
+    return int(found[1])
+
+
+def test_each_seed_is_evaluated_on_episodes_of_its_own(tmp_path: Path) -> None:
+    suite = suite_of(**{"seeds: 1": "seeds: 2"})
+    jobs = write_finished(suite, tmp_path)
+    assert {_next_command(job, suite) for job in jobs} == {None}
+    for job in jobs:
+        (job.folder / "evaluation.json").unlink()
+        command = _next_command(job, suite)
+        assert command is not None
+        assert command[:6] == [
+            "evaluate",
+            str(job.folder),
+            "--episodes",
+            "5",
+            "--seed",
+            job.folder.name,
+        ]
+
+
+def test_an_evaluation_on_other_episodes_is_made_again_where_there_is_a_policy(
+    tmp_path: Path,
+) -> None:
+    suite = suite_of(**{"seeds: 1": "seeds: 2"})
+    jobs = write_finished(suite, tmp_path, evaluation_seed=0)
+    assert [job.seed for job in jobs if _next_command(job, suite)] == [1, 1, 1]
+    assert finished(suite, tmp_path) == 3
+    by_hand = {"episodes": 5, "seed": 0, "mean_action": True}
+    RunDir(jobs[0].folder).write_json("evaluation.json", by_hand)
+    assert [job.seed for job in jobs if _next_command(job, suite)] == [0, 1, 1, 1]
+    for job in jobs:
+        shutil.rmtree(job.folder / "checkpoints")
+    assert finished(suite, tmp_path) == 6  # records alone: what was evaluated is kept
+
+
+@pytest.mark.parametrize("name", ["smoke", "point", "safety"])
+def test_no_run_of_an_unchanged_suite_is_refused(tmp_path: Path, name: str) -> None:
+    suite = narrowed(load_suite(name), None, "7")
+    jobs = write_finished(suite, tmp_path)
+    assert finished(suite, tmp_path) == len(jobs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("budget: 300", "budget: 400", 'ours/0" was made with budget 300.*run with 400'),
+        (
+            "warmup_steps: 100, ",
+            "warmup_steps: 200, ",
+            'ours/0" was made with warmup_steps 100.*run with 200',
+        ),
+        ("warmup_steps: 100, ", "", 'ours/0" was made with warmup_steps 100.*run with 5000'),
+        (
+            "finetune:",
+            "settings: {rlpd: {finetune: {utd: 2}}}\nfinetune:",
+            'rlpd/0" was made with utd 1.*run with 2.*or delete "[^"]*/rlpd/0"\\.',
+        ),
+        (
+            "steps: 20\n",
+            "steps: 30\n",
+            'pretrained-ours/0" was made with steps 20.*run with 30.*or delete .* started from it',
+        ),
+        ("datasets: {}", "datasets: {HazardLine-v0: a.csv}", "with dataset None.*run with 'a.csv'"),
+    ],
+)
+def test_runs_of_a_changed_suite_are_refused(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    text = SMALL + "datasets: {}\n"
+    write_finished(suite_of(text), tmp_path)
+    for act in (benchmark_text, lambda *a: benchmark_run(a[0], root=a[1], workers=1)):
+        with pytest.raises(RunError, match=message):
+            act(suite_of(text, **{old: new}), tmp_path)
+    assert not (tmp_path / "logs").exists()  # before anything is begun
+
+
+def test_what_a_policy_was_pretrained_under_is_compared_without_it(tmp_path: Path) -> None:
+    """The record of a run holds what it took over: limits, networks and the critic."""
+    text = SMALL.replace("  steps: 20\n", "  steps: 20\n  safety: {epsilon: 0.3}\n")
+    for job in write_finished(suite_of(text), tmp_path):
+        if job.needs is None:
+            shutil.rmtree(job.folder)
+    assert finished(suite_of(text), tmp_path) == 3
+    for old, new, key in (
+        ("epsilon: 0.3", "epsilon: 0.2", r"safety\.epsilon 0\.3"),
+        ("critic_hidden: [16]", "critic_hidden: [32]", r"networks\.critic_hidden \[16\]"),
+    ):
+        with pytest.raises(RunError, match=f'ours/0" was made with {key}'):
+            benchmark_text(suite_of(text, **{old: new}), tmp_path)
+
+
+def test_how_a_run_was_computed_is_no_difference_nor_is_a_setting_it_did_not_know(
+    tmp_path: Path,
+) -> None:
+    suite = suite_of()
+    (job,) = (j for j in write_finished(suite, tmp_path) if j.folder.parent.name == "rlpd")
+    path = job.folder / "config.yaml"
+    text = path.read_text().replace("device: auto", "device: cpu")
+    text = text.replace("compile: auto", "compile: 'on'").replace("  utd: 1\n", "")
+    assert "utd" not in text
+    path.write_text(text)
+    assert finished(suite, tmp_path) == 3
+    path.write_text(text.replace("  budget: 300\n", "  bugdet: 300\n"))
+    with pytest.raises(RunError, match=r'rlpd/0" cannot be compared.*"bugdet"'):
+        benchmark_text(suite, tmp_path)
+
+
+def test_gains_of_a_controller_count_where_there_is_one(tmp_path: Path) -> None:
+    text = SMALL.replace("rlpd]", "sac-pid]")
+    jobs = write_finished(suite_of(text), tmp_path)
+    for job in jobs[1:]:
+        path = job.folder / "config.yaml"
+        path.write_text(re.sub("proportional: .*", "proportional: 0.7", path.read_text()))
+    message = r'sac-pid/0" was made with baseline\.pid\.proportional 0\.7'
+    with pytest.raises(RunError, match=message):
+        benchmark_text(suite_of(text), tmp_path)
+    assert finished(suite_of(SMALL.replace("ours, rlpd", "ours")), tmp_path) == 2
+
+
+def test_the_records_kept_here_are_of_the_suite_as_it_is(tmp_path: Path) -> None:
+    suite = narrowed(load_suite("point"), None, "0")
+    with tarfile.open(RECORDS / "point-seed-0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert finished(suite, tmp_path) == len(suite.methods) + 4  # nothing is pretrained for nothing
 
 
 @pytest.fixture

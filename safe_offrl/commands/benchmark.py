@@ -7,19 +7,20 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.benchmark import METHODS, Job, Suite, folder_name, jobs_of, settings_of
+from safe_offrl.benchmark import METHODS, Job, Suite, flat, folder_name, jobs_of, settings_of
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.offline import pretrain_config
 from safe_offrl.commands.tools import compare_runs
-from safe_offrl.config import load_config
-from safe_offrl.errors import RunError
+from safe_offrl.config import load_config, parse_run_yaml, to_dict
+from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
-from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.finetune_config import COST_DEFAULTS, FinetuneConfig
+from safe_offrl.pretrain import PretrainConfig
 from safe_offrl.progress import Interrupted, Say, StopSignal
 from safe_offrl.run import RunDir, require_runs_folder
 from safe_offrl.run_data import Source
@@ -27,6 +28,8 @@ from safe_offrl.run_data import Source
 POLL_SECONDS = 0.5
 TELL_SECONDS = 60.0  # between two lines of progress while nothing ends
 STOP_SECONDS = 60.0  # that a run has for saving itself
+# Settings that say how a run is made and not which run it is.
+_HOW = {"device", "compile", "videos", "log_every", "env.timeout"}
 
 
 @dataclass
@@ -53,13 +56,17 @@ class _Progress:
 
 
 def benchmark_text(suite: Suite, root: Path) -> str:
-    """What a suite would run, for people; ConfigError if a setting of it is wrong."""
+    """What a suite would run, for people; ConfigError if a setting of it is wrong.
+
+    RunError if a run in its folder was made with other settings than the suite has.
+    """
     for env in suite.environments:
         for name in suite.methods:
             offline, online = settings_of(suite, name)
             pretrain_config(env=env, overrides=offline)
             load_config(FinetuneConfig, section="finetune", env_id=env, overrides=online)
     jobs = jobs_of(suite, root)
+    _require_same_settings(jobs)
     finished = len(jobs) - len(_unfinished(jobs, suite))
     width = max(map(len, suite.methods))
     return "\n".join(
@@ -70,6 +77,72 @@ def benchmark_text(suite: Suite, root: Path) -> str:
             *(f"  {name:<{width}}  {METHODS[name].source}" for name in suite.methods),
         ]
     )
+
+
+def _require_same_settings(jobs: Sequence[Job]) -> None:
+    """RunError unless each run that has begun was made with the settings that its job has now."""
+    sources: dict[Path, PretrainConfig] = {}
+    for job in jobs:  # each comes after what it needs
+        if job.needs is None:
+            sources[job.folder] = pretrain_config(**job.options, overrides=job.overrides)
+        if not (job.folder / "run.json").is_file():
+            continue
+        choice = f'Choose another --runs folder, or delete "{job.folder}"'
+        choice += "." if job.needs else " and the runs that started from it."
+        try:
+            made, now = _settings_made(job), _settings_now(job, sources)
+        except (ConfigError, OSError) as error:
+            raise RunError(
+                f'The settings of the run "{job.label}" cannot be compared with those of the suite '
+                f"({error}). {choice}"
+            ) from error
+        for key, value in now.items():
+            if made[key] != value and _matters(key, now):
+                raise RunError(
+                    f'The run "{job.label}" was made with {key} {made[key]!r} and would now be '
+                    f"run with {value!r}. {choice}"
+                )
+
+
+def _matters(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a setting says which run it is: not how it is made, and of a part that it has."""
+    if key.startswith("baseline.pid."):
+        return bool(settings["baseline.multiplier"] == "pid")
+    return key not in _HOW
+
+
+def _settings_made(job: Job) -> dict[str, Any]:
+    """What the job's run was made with, as dotted keys; those it did not know at their defaults."""
+    text = RunDir(job.folder).config_text
+    schema = PretrainConfig if job.needs is None else FinetuneConfig
+    inputs, config = parse_run_yaml(text, job.kind, schema, job.folder)
+    return {"env": inputs.env_id, **flat(to_dict(config))}
+
+
+def _settings_now(job: Job, sources: Mapping[Path, PretrainConfig]) -> dict[str, Any]:
+    """What the job would be run with, as dotted keys.
+
+    As :func:`finetune_config` resolves it, but from the settings of a pretrain run that need not be
+    there: of a finished run the record is enough.
+    """
+    if job.needs is None:
+        return flat(to_dict(sources[job.folder]))
+    source = sources[job.needs]
+    defaults = COST_DEFAULTS if source.safety.constraint == "cost" else {}
+    config = load_config(
+        FinetuneConfig,
+        section="finetune",
+        env_id=source.env,
+        inherited={
+            **defaults,
+            "networks": to_dict(source.networks),
+            "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
+            "baseline": {**defaults.get("baseline", {}), "agents": to_dict(source.agents)},
+        },
+        flags={"safety": to_dict(source.safety), **job.options},
+        overrides=job.overrides,
+    )
+    return {"env": source.env, **flat(to_dict(config))}
 
 
 def benchmark_run(
@@ -154,11 +227,23 @@ def _next_command(job: Job, suite: Suite) -> list[str] | None:
     run = RunDir(job.folder)
     if run.state["status"] != "finished":
         return [job.kind, "--resume", str(job.folder), *where]
-    episodes = suite.evaluation_episodes
-    evaluated = (job.folder / "evaluation.json").is_file()
-    if not evaluated or run.read_json("evaluation.json").get("episodes") != episodes:
-        return ["evaluate", str(job.folder), "--episodes", str(episodes), *where]
-    return None
+    if _evaluated(run, suite.evaluation_episodes, job.seed):
+        return None
+    # Episodes of its own, so that the seeds of a method are independent; its partners in pairs,
+    # which have the same seed, play the same ones.
+    episodes = ["--episodes", str(suite.evaluation_episodes), "--seed", str(job.seed)]
+    return ["evaluate", str(job.folder), *episodes, *where]
+
+
+def _evaluated(run: RunDir, episodes: int, seed: int) -> bool:
+    """Whether so many episodes of this seed were played; of any, if no policy is left to play."""
+    if not (run.path / "evaluation.json").is_file():
+        return False
+    found = run.read_json("evaluation.json")
+    if found.get("episodes") != episodes:
+        return False
+    as_wanted = found.get("seed") == seed and not found.get("mean_action")
+    return as_wanted or not any(run.path.glob("checkpoints/step-*"))
 
 
 def _unfinished(jobs: Sequence[Job], suite: Suite) -> list[Job]:
