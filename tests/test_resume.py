@@ -16,7 +16,7 @@ import pytest
 
 from safe_offrl import checkpoints, commands
 from safe_offrl.config import parse_run_yaml
-from safe_offrl.errors import RunError
+from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.progress import StopSignal
 from safe_offrl.run import RunDir
@@ -137,6 +137,32 @@ def test_finetune(
     assert (call > 1) <= len(RunDir(root / name).episodes()) < len(online.episodes())
     again = commands.resume_finetune(name, runs=root, say=silent)
     assert record(again) == record(online)
+
+
+def test_an_evaluation_does_not_outlive_the_policy_that_it_was_of(
+    root: Path, pretrained: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, "append_episode", 13)
+        with pytest.raises(Killed):
+            commands.finetune_run(
+                online_plan(pretrained),
+                name="evaluated",
+                runs=root,
+                checkpoint_seconds=0.0,
+                say=silent,
+            )
+    evaluation = root / "evaluated" / "evaluation.json"
+    commands.evaluate_run("evaluated", episodes=1, runs=root, say=silent)
+    with pytest.raises(ConfigError, match="--threads"):
+        commands.resume_finetune("evaluated", runs=root, threads=7, say=silent)
+    assert evaluation.is_file()  # nothing has moved
+    commands.resume_finetune("evaluated", runs=root, say=silent)
+    assert not evaluation.exists()
+    commands.evaluate_run("evaluated", episodes=1, runs=root, say=silent)
+    with pytest.raises(RunError, match="finished already"):
+        commands.resume_finetune("evaluated", runs=root, say=silent)
+    assert evaluation.is_file()
 
 
 def test_a_run_that_lost_its_checkpoints_is_not_begun_again(root: Path, online: RunDir) -> None:

@@ -111,6 +111,8 @@ def resume_finetune(
         with contextlib.closing(plan.env):
             loop = start_loop(plan)
             checkpoint = bring_back(run, loop)
+            # Its policy is not the one that the run will end with.
+            (run.path / "evaluation.json").unlink(missing_ok=True)
             curves = OnlineCurves(plan.limit, config.safety.confidence, config.budget)
             curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
             say(f"resume      {run.path} from step {checkpoint.step:,}")
