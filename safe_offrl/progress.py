@@ -125,7 +125,8 @@ class OnlineCurves:
         """Count an episode; returns whether a point of the curves is due."""
         before, self.step = self.step, episode.total_steps
         self._monitor.update(episode.accident, episode.cost, episode.version)
-        self._returns.append(episode.episode_return)
+        if episode.outcome == "complete":  # nobody knows what another would have brought
+            self._returns.append(episode.episode_return)
         self._costs.append(episode.cost)
         return before // LOG_EVERY != self.step // LOG_EVERY
 
@@ -141,7 +142,7 @@ class OnlineCurves:
 
     @property
     def recent_return(self) -> float:
-        """Mean return of the last 50 episodes."""
+        """Mean return of the last 50 complete episodes; NaN before the first."""
         return _mean(self._returns[-50:])
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,13 @@ class Evaluation(NamedTuple):
 
     episodes: int
     accidents: int
-    mean_return: float
+    mean_return: float  # over complete episodes; NaN if the environment failed in every one
     return_standard_error: float
     mean_cost: float
     cost_standard_error: float
     mean_length: float  # steps; NaN in evaluations from before it was written
+    seed: int | None = None  # which episodes were played; this and the next None in old ones
+    mean_action: bool | None = None
 
 
 class Decision(NamedTuple):
@@ -247,16 +250,44 @@ def _evaluation_file(run: RunDir) -> dict[str, Any]:
 
 
 def _evaluation(values: Mapping[str, Any]) -> Evaluation:
-    error, length = values.get("return_standard_error"), values.get("mean_length")
+    mean, error = values["mean_return"], values.get("return_standard_error")
+    length, seed = values.get("mean_length"), values.get("seed")
     return Evaluation(
         episodes=int(values["episodes"]),
         accidents=int(values["accidents"]),
-        mean_return=float(values["mean_return"]),
+        mean_return=math.nan if mean is None else float(mean),
         return_standard_error=math.nan if error is None else float(error),
         mean_cost=float(values["mean_cost"]),
         cost_standard_error=float(values["cost_standard_error"]),
         mean_length=math.nan if length is None else float(length),
+        seed=None if seed is None else int(seed),
+        mean_action=values.get("mean_action"),
     )
+
+
+def evaluation_notes(methods: Mapping[str, Sequence[RunData]]) -> list[str]:
+    """What the reader must know of the evaluations of these methods' runs before believing them."""
+    alike: dict[tuple[int, int], list[str]] = {}
+    for method, runs in methods.items():
+        played = [(run.env_id, run.evaluation.seed) for run in runs if run.evaluation is not None]
+        copies = Counter(key for key in played if key[1] is not None)
+        if shared := sum(n for n in copies.values() if n > 1):
+            alike.setdefault((shared, len(played)), []).append(method)
+    notes = [
+        f"{', '.join(names)}: {shared} of {count} evaluations each played the same episodes as "
+        "another, so their pooled interval is too narrow."
+        for (shared, count), names in alike.items()
+    ]
+    actions = {
+        run.name: run.evaluation.mean_action
+        for runs in methods.values()
+        for run in runs
+        if run.evaluation is not None
+    }
+    if {True, False} <= set(actions.values()):
+        names = ", ".join(name for name, mean in actions.items() if mean)
+        notes.append(f"The evaluations of {names} took mean actions, the others sampled them.")
+    return notes
 
 
 def _estimate(run: RunDir, decisions: Sequence[Decision]) -> float:

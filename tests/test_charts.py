@@ -5,13 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from safe_offrl import charts
+from safe_offrl import charts, page
 from safe_offrl.charts import constraints, curves, outcome, style
 from safe_offrl.charts.inline import inline_svg
 from safe_offrl.errors import RunError
 from safe_offrl.report import compare
 from safe_offrl.run_data import Decision, RunData, read_run
 from safe_offrl.statistics import clopper_pearson, run_level_interval
+from safe_offrl.tables import format_table
 from safe_offrl.types import Episode
 
 
@@ -69,6 +70,54 @@ def test_smoothing_by_hand():
     assert values.tolist() == [2.0, 4.0, 7.5]
     steps, values = curves.smoothed(run, 50, lambda e: e.episode_return)  # fewer than a window
     assert (steps.tolist(), values.tolist()) == ([100.0], [4.75])
+
+
+def _unseen(run, *indices):
+    """The run, with these episodes lost: nobody knows what they brought."""
+    episodes = [
+        e._replace(outcome="lost", episode_return=0.0) if i in indices else e
+        for i, e in enumerate(run.episodes)
+    ]
+    return dataclasses.replace(run, episodes=episodes)
+
+
+def test_an_episode_that_was_not_seen_to_its_end_has_no_return():
+    run = _unseen(_run([0, 1, 0, 1], [10, 20, 30, 40], returns=[1.0, 3.0, 5.0, 10.0]), 1)
+    steps, values = curves.smoothed(run, 2, curves.known_return)
+    assert steps.tolist() == [60.0, 100.0]
+    assert values.tolist() == [3.0, 7.5]
+    steps, values = curves.smoothed(_unseen(run, 0, 1, 2, 3), 2, curves.known_return)
+    assert len(steps) == len(values) == 0
+
+
+@pytest.mark.parametrize("unseen", [1, 2])
+def test_a_run_without_a_known_return_is_drawn_where_it_can_be(unseen):
+    """Every other chart counts it, and that of returns shows the other runs, if there are any."""
+    runs = [_run([1, 1], [10, 10], returns=[2.0, 2.0]) for _ in range(2)]
+    runs = [_unseen(run, 0, 1) if i < unseen else run for i, run in enumerate(runs)]
+    panels = curves.curve_panels([_group(runs)])
+    assert all(inline_svg(panel, "x").startswith("<svg") for panel in panels)
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    panels[0].draw(axis)
+    drawn = [line.get_ydata() for line in axis.lines]
+    assert all((np.asarray(y) == 2.0).all() for y in drawn)
+    assert len(drawn) == (unseen < 2)
+
+
+def test_an_evaluation_without_a_return_is_drawn_where_it_can_be(tmp_path, write_run):
+    played = {"episodes": 300, "accidents": 300, "mean_return": None, "mean_length": 3.0}
+    played |= {"return_standard_error": None, "mean_cost": 1.0, "cost_standard_error": 0.0}
+    paths = [write_run(name, [0, 1], seed=0, evaluation=played) for name in ("a", "b")]
+    paths.append(write_run("c", [], kind="pretrain", evaluation=played))
+    comparison = compare(paths)
+    assert all(row.evaluated_rate.value == 1.0 for row in comparison.rows)
+    assert all(math.isnan(row.evaluated_return.value) for row in comparison.rows)
+    assert [row["evaluated_return"]["value"] for row in comparison.as_dict()["runs"]] == [None] * 3
+    assert "nan" not in format_table(comparison)
+    charts.write_figure(comparison, tmp_path / "c.png")
+    page.write_html(comparison, tmp_path / "c.html")
 
 
 def test_curves_meet_over_the_common_steps_only():

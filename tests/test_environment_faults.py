@@ -188,6 +188,33 @@ def test_evaluation_and_certificate_count_faults(
     assert 1 <= unknown == sum(map(fails, record)) <= certificate["accidents"]
 
 
+def test_an_evaluated_return_is_of_complete_episodes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(*outcomes: str) -> dict[str, Any]:
+        """The result for episodes of returns 0, 1, 2 ... that ended like this."""
+        episodes = [
+            Episode(i, i, 10, 10 * i + 10, float(i), 1.0, True, 1, 0, "evaluate", 0, outcome)
+            for i, outcome in enumerate(outcomes)
+        ]
+        monkeypatch.setattr("safe_offrl.commands.tools.evaluate", lambda *_, **__: episodes)
+        return commands.evaluate_run(
+            "offline", episodes=len(episodes), runs=folder, say=said.append
+        )
+
+    said: list[str] = []
+    result = play("complete", "fault", "complete", "fault")
+    # Returns 0 and 2: variance 2, so that the mean of the two has the standard error 1.
+    assert (result["mean_return"], result["return_standard_error"]) == (1.0, 1.0)
+    assert (result["accidents"], result["mean_cost"], result["mean_length"]) == (4, 1.0, 10.0)
+    result = play("fault", "fault")
+    assert (result["mean_return"], result["return_standard_error"]) == (None, None)
+    assert result == RunDir(folder / "offline").read_json("evaluation.json")
+    assert said[-1].endswith("return unknown: no episode came to its end")
+    compared = commands.compare_runs([folder / "offline"], say=silent)
+    assert compared["runs"][0]["evaluated_return"]["value"] is None
+
+
 # --- in a process of its own ---
 
 

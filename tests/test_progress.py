@@ -53,6 +53,17 @@ def test_curves_by_hand() -> None:
     assert values["budget/spent"] == pytest.approx(0.6)
 
 
+def test_only_episodes_seen_to_their_end_have_a_return() -> None:
+    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
+    curves.add_episode(episode(0, accident=True)._replace(outcome="fault"))
+    assert math.isnan(curves.values()["online/return"])
+    assert curves.line() == "accidents 1 | rate 1.000 (<= 1.000) | return nan"
+    for index in (1, 2, 3):
+        outcome = "lost" if index == 2 else "complete"
+        curves.add_episode(episode(index)._replace(outcome=outcome))
+    assert curves.values()["online/return"] == 2.0  # of the returns 1 and 3
+
+
 def test_the_accident_rate_has_its_bounds_whatever_is_limited() -> None:
     by_cost = OnlineCurves(Limit("cost", 0.025, 1000.0), 0.95, budget=10_000)
     by_accident = OnlineCurves(LIMIT, 0.95, budget=10_000)

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from safe_offrl.errors import RunError
-from safe_offrl.run_data import Decision, find_runs, method_label, read_run
+from safe_offrl.run_data import Decision, evaluation_notes, find_runs, method_label, read_run
 
 CONSTRAINED = {"kl": True, "safety_constraint": True, "shield": True}
 RLPD = {"kl": False, "safety_constraint": False, "shield": False}
@@ -99,3 +99,69 @@ def test_an_old_evaluation_has_no_length(write_run):
     run = read_run(write_run("a", [0], evaluation=values))
     assert run.evaluation is not None
     assert math.isnan(run.evaluation.mean_length)
+    assert (run.evaluation.seed, run.evaluation.mean_action) == (None, None)
+
+
+PLAYED = {"episodes": 3, "accidents": 0, "mean_return": 1.0}
+PLAYED |= {"mean_cost": 0.0, "cost_standard_error": 0.0}
+
+
+def test_an_evaluation_without_a_complete_episode_has_no_return(write_run):
+    values = PLAYED | {"mean_return": None, "return_standard_error": None}
+    run = read_run(write_run("a", [0], evaluation=values))
+    assert run.evaluation is not None
+    assert math.isnan(run.evaluation.mean_return)
+    assert math.isnan(run.evaluation.return_standard_error)
+    del values["mean_return"]
+    damaged = write_run("b", [0], evaluation=values)
+    with pytest.raises(RunError, match="mean_return"):
+        read_run(damaged)
+
+
+def evaluated(write_run, *seeds, method, **changes):
+    """The runs of a method, evaluated from these seeds."""
+    return [
+        read_run(
+            write_run(
+                f"{method}-{changes.get('env', '')}{i}",
+                [0],
+                seed=i,
+                evaluation=PLAYED | {"seed": seed, "mean_action": changes.get("mean", False)},
+                env=changes.get("env", "PointHazard-v0"),
+            ),
+            group=method,
+        )
+        for i, seed in enumerate(seeds)
+    ]
+
+
+def test_evaluations_on_the_same_episodes_are_no_independent_ones(write_run):
+    methods = {
+        "own": evaluated(write_run, 0, 1, 2, method="own"),
+        "same": evaluated(write_run, 0, 0, 0, method="same"),
+        "too": evaluated(write_run, 5, 5, 5, method="too"),
+        "some": evaluated(write_run, 0, 0, 0, 3, 4, method="some"),
+        "unknown": evaluated(write_run, None, None, method="unknown"),
+        "elsewhere": [
+            *evaluated(write_run, 0, method="elsewhere"),
+            *evaluated(write_run, 0, method="elsewhere", env="HazardLine-v0"),
+        ],
+        "never": [read_run(write_run("never", [0]))],
+    }
+    assert evaluation_notes(methods) == [
+        "same, too: 3 of 3 evaluations each played the same episodes as another, so their pooled "
+        "interval is too narrow.",
+        "some: 3 of 5 evaluations each played the same episodes as another, so their pooled "
+        "interval is too narrow.",
+    ]
+
+
+def test_evaluations_with_mean_and_with_sampled_actions_are_told_apart(write_run):
+    methods = {
+        "a": evaluated(write_run, 0, 1, method="a"),
+        "b": evaluated(write_run, 0, 1, method="b", mean=True),
+    }
+    assert evaluation_notes(methods) == [
+        "The evaluations of b/b-0, b/b-1 took mean actions, the others sampled them."
+    ]
+    assert evaluation_notes({"b": methods["b"]}) == []

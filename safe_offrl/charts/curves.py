@@ -102,8 +102,9 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
 
 def _draw_return(axis: Axes, groups: Sequence[Group], window: int) -> None:
     for group in groups:
-        curves = [smoothed(run, window, lambda e: e.episode_return) for run in group.runs]
-        draw_group(axis, group, *together(curves), iqm_of_curves)
+        curves = [c for run in group.runs if len((c := smoothed(run, window, known_return))[0])]
+        if curves:
+            draw_group(axis, group, *together(curves), iqm_of_curves)
     finish(axis, f"Return, mean of {window} episodes", "return, IQM over runs")
     over_steps(axis, groups)
 
@@ -263,9 +264,21 @@ def _accidents(run: RunData) -> int:
     return sum(e.accident for e in run.episodes)
 
 
+def known_return(episode: Episode) -> float:
+    """Return of an episode that was seen to its end; NaN of another."""
+    return episode.episode_return if episode.outcome == "complete" else math.nan
+
+
 def smoothed(run: RunData, window: int, value: Callable[[Episode], float]) -> Curve:
-    """Moving average over ``window`` episodes (or all, if fewer) against the steps at its end."""
-    window = min(window, len(run.episodes))
-    total = np.cumsum([0.0, *(value(e) for e in run.episodes)])
-    steps = np.array([e.total_steps for e in run.episodes], dtype=np.float64)
+    """Moving average over ``window`` episodes (or all, if fewer) against the steps at its end.
+
+    Episodes whose value is NaN are left out; without any other the curve is empty.
+    """
+    ends = np.array([e.total_steps for e in run.episodes], dtype=np.float64)
+    values = np.array([value(e) for e in run.episodes], dtype=np.float64)
+    steps, values = ends[~np.isnan(values)], values[~np.isnan(values)]
+    if not len(values):
+        return steps, values
+    window = min(window, len(values))
+    total = np.cumsum([0.0, *values])
     return steps[window - 1 :], (total[window:] - total[:-window]) / window

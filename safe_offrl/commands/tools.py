@@ -51,7 +51,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Play episodes with a run's final policy and write evaluation.json; returns its content.
 
-    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number. The first
+    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number. Returns
+    are those of complete episodes, None if there is none; every episode has a cost. The first
     ``videos`` accidents are filmed. ConfigError where the environment is real: these episodes are
     on no record, those of :func:`certify_run` are.
     """
@@ -83,20 +84,20 @@ def evaluate_run(
             )
         )
     accidents = sum(episode.accident for episode in played)
-    returns = [episode.episode_return for episode in played]
+    returns = [e.episode_return for e in played if e.outcome == "complete"]
     mean, error = _mean_and_error(returns)
     costs = [episode.cost for episode in played]
     cost, cost_error = _mean_and_error(costs)
     low, high = clopper_pearson(accidents, episodes, safety.confidence)
-    result = {
+    result: dict[str, Any] = {
         "episodes": episodes,
         "accidents": accidents,
         "accident_rate": accidents / episodes,
         "accident_rate_low": low,
         "accident_rate_high": high,
         "confidence": safety.confidence,
-        "mean_return": mean,
-        "return_standard_error": error,
+        "mean_return": plain(mean),
+        "return_standard_error": plain(error),
         "mean_cost": cost,
         "cost_standard_error": cost_error,
         "mean_length": sum(episode.steps for episode in played) / episodes,
@@ -105,16 +106,19 @@ def evaluate_run(
         "checkpoint_sha256": run.load_checkpoint().sha256,
     }
     run.write_json("evaluation.json", result)
+    gain = f"{mean:.2f} +- {error:.2f}" if returns else "unknown: no episode came to its end"
     say(
         f"{run.name}: {accidents} accidents in {episodes} episodes, "
         f"rate {accidents / episodes:.3f} [{low:.3f}, {high:.3f}] at {safety.confidence:.0%}, "
-        f"cost {cost:.2f} +- {cost_error:.2f}, return {mean:.2f} +- {error:.2f}"
+        f"cost {cost:.2f} +- {cost_error:.2f}, return {gain}"
     )
     return result
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (0 for a single value)."""
+    """Mean and its standard error (0 for a single value); NaN without any."""
+    if not values:
+        return math.nan, math.nan
     mean = math.fsum(values) / len(values)
     variance = math.fsum((x - mean) ** 2 for x in values) / max(1, len(values) - 1)
     return mean, math.sqrt(variance / len(values))
