@@ -100,7 +100,7 @@ ablations: setup
 	printf '%s\n' $(FIVE) | xargs -P 2 -I{} sh -ec '\
 		$(RUN) finetune $(RESULTS)/pretrained-ours/{} --budget 50k --seed {} $(OFF) \
 			learner.target_entropy=-1 --runs $(ABLATIONS) --name rlpd-narrow-{}; \
-		$(RUN) evaluate rlpd-narrow-{} --episodes 500 --runs $(ABLATIONS)'
+		$(RUN) evaluate rlpd-narrow-{} --episodes 500 --seed {} --runs $(ABLATIONS)'
 	$(RUN) compare $(RESULTS)/pretrained-ours/0 $(ABLATIONS)/pretrained-* > docs/results/agents.txt
 	$(RUN) compare $(FIVE:%=$(RESULTS)/rlpd/%) $(ABLATIONS)/rlpd-narrow-* \
 		--group-by learner.target_entropy > docs/results/exploration.txt
@@ -112,10 +112,10 @@ PRECISION := runs/precision
 precision: setup
 	printf '%s\n' $(FIVE) | xargs -P 2 -I{} sh -ec '\
 		$(RUN) pretrain --seed {} precision=bf16 --runs $(PRECISION) --name pretrained-{}; \
-		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(PRECISION); \
+		$(RUN) evaluate pretrained-{} --episodes 1000 --seed {} --runs $(PRECISION); \
 		$(RUN) finetune pretrained-{} precision=bf16 --budget 50k --accept-risk --seed {} \
 			--runs $(PRECISION) --name constrained-{}; \
-		$(RUN) evaluate constrained-{} --episodes 500 --runs $(PRECISION)'
+		$(RUN) evaluate constrained-{} --episodes 500 --seed {} --runs $(PRECISION)'
 	( $(RUN) compare $(FIVE:%=$(RESULTS)/pretrained-ours/%) $(PRECISION)/pretrained-* --group-by precision; \
 		$(RUN) compare $(FIVE:%=$(RESULTS)/ours/%) $(PRECISION)/constrained-* --group-by precision \
 	) > docs/results/precision.txt

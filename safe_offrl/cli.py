@@ -52,6 +52,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, the r
 CheckpointSeconds = Annotated[
     float, typer.Option(min=0.0, help="Seconds of work that a crash may cost.")
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML file of settings, as those in configs/, instead of the environment's preset.",
+    ),
+]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved settings and stop.")
 ]
@@ -82,6 +90,7 @@ def pretrain(
     resume: Resume = None,
     threads: Threads = None,
     checkpoint_seconds: CheckpointSeconds = 10.0,
+    config: Config = None,
     print_config: PrintConfig = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -103,16 +112,16 @@ def pretrain(
     }
     keys = commands.parse_overrides(overrides or [])
     if resume is not None:
-        _refuse_settings_on_resume([*settings.values(), name, *keys])
+        _refuse_settings_on_resume([*settings.values(), name, config, *keys])
         run = commands.resume_pretrain(resume, threads=threads, **writing)
     else:
-        config = commands.pretrain_config(**settings, overrides=keys)
+        resolved = commands.pretrain_config(**settings, preset=config, overrides=keys)
         if print_config:
-            print(to_yaml(config), end="")
+            print(to_yaml(resolved), end="")
             return
         if not dry_run:
             require_runs_folder(runs, name)
-        plan = commands.plan_pretrain(config, threads=threads or 1, say=say)
+        plan = commands.plan_pretrain(resolved, threads=threads or 1, say=say)
         if dry_run:
             say(plan.header)
             return
@@ -188,6 +197,7 @@ def finetune(
     resume: Resume = None,
     threads: Threads = None,
     checkpoint_seconds: CheckpointSeconds = 10.0,
+    config: Config = None,
     print_config: PrintConfig = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -223,19 +233,19 @@ def finetune(
     }
     if resume is not None:
         _refuse_settings_on_resume(
-            [*settings.values(), name, accept_risk or None, *references, *keys]
+            [*settings.values(), name, config, accept_risk or None, *references, *keys]
         )
         run = commands.resume_finetune(resume, threads=threads, **writing)
     else:
         source = find_run(references[0] if references else None, runs, "pretrain")
-        config = commands.finetune_config(source, **settings, overrides=keys)
+        resolved = commands.finetune_config(source, **settings, preset=config, overrides=keys)
         if print_config:
-            print(to_yaml(config), end="")
+            print(to_yaml(resolved), end="")
             return
         if not dry_run:
             require_runs_folder(runs, name)
         plan = commands.plan_finetune(
-            source, config, threads=threads or 1, accept_risk=accept_risk, say=say
+            source, resolved, threads=threads or 1, accept_risk=accept_risk, say=say
         )
         if dry_run:
             say(plan.header)
@@ -494,6 +504,7 @@ def collect(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that train behaviours at the same time.")
     ] = None,
+    config: Config = None,
     print_config: PrintConfig = False,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -508,7 +519,8 @@ def collect(
     from safe_offrl.config import to_yaml
 
     keys = commands.parse_overrides(overrides or [])
-    settings = {"transitions": transitions, "seed": seed, "workers": workers}
+    settings: dict[str, Any] = {"transitions": transitions, "seed": seed, "workers": workers}
+    settings["preset"] = config
     if print_config:
         print(to_yaml(commands.collect_config(env, overrides=keys, **settings)[1]), end="")
         return

@@ -84,9 +84,6 @@ def schema_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-FEW = 20  # names that a message lists
-
-
 def suggestion(key: object, known: Iterable[str]) -> str:
     """The known key that was probably meant: same last part first, then similar spelling."""
     key, known = str(key), list(known)  # YAML has keys that are no text
@@ -99,8 +96,9 @@ def suggestion(key: object, known: Iterable[str]) -> str:
     meant = (same or close)[:1]
     if meant:
         return f'Did you mean "{meant[0]}"?'
-    few = len(known) <= FEW
-    return f"There are {', '.join(known)}." if few else "--print-config lists every key."
+    if any("." in k for k in known):
+        return "--print-config lists every key."
+    return f"There are {', '.join(known)}."
 
 
 def _flatten(
@@ -225,12 +223,15 @@ def load_preset(env_id: str) -> dict[str, Any]:
     return {}
 
 
+SECTIONS = ("env_id", "collect", "pretrain", "finetune")  # of a preset
+
+
 def load_config(
     schema: type[T],
     *,
     section: str,
     env_id: str,
-    preset: str | None = None,
+    preset: str | Path | None = None,
     inherited: Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
     overrides: Iterable[str] = (),
@@ -246,9 +247,14 @@ def load_config(
         file_values = load_preset(env_id)
     else:
         try:
-            file_values = read_yaml(Path(preset).read_text(encoding="utf-8"), preset)
+            file_values = read_yaml(Path(preset).read_text(encoding="utf-8"), str(preset))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f'The preset "{preset}" cannot be read ({error}).') from error
+        for name in file_values:
+            if name not in SECTIONS:
+                raise ConfigError(
+                    f'Unknown key "{name}" in "{preset}". {suggestion(name, SECTIONS)}'
+                )
     layers = [inherited or {}, file_values.get(section) or {}]
     layers.append({k: v for k, v in (flags or {}).items() if v is not None})
     layers += [_parse_override(text) for text in overrides]

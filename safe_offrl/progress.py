@@ -152,8 +152,10 @@ class OnlineCurves:
 
     @property
     def estimate(self) -> float:
-        """Estimate of the deployed policy: the candidate's if it was accepted, else the old one."""
-        return self._decision("v_candidate" if self._iteration.get("accepted") else "v_previous")
+        """Estimate of the deployed policy: of the one that took its place, else of the old one."""
+        last = self._iteration
+        replaced = last.get("accepted") or last.get("rolled_back")
+        return self._decision("v_candidate" if replaced else "v_previous")
 
     def values(self) -> dict[str, float]:
         """One point of every curve that moves with the episodes."""

@@ -16,7 +16,7 @@ from typing import Any
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
 from safe_offrl.pairings import Pairing, has_outcome, pair
-from safe_offrl.run_data import RunData, Source, find_runs, read_run
+from safe_offrl.run_data import RunData, Source, evaluation_notes, find_runs, read_run
 from safe_offrl.summaries import ALL_ENVIRONMENTS, Row, learned_online, row_of, scales_of
 
 ALL_PAIRS = 3  # methods that are all compared with each other; of more, the first with the others
@@ -196,4 +196,5 @@ def _notes(
         if others - own:
             seeds = ", ".join(str(seed) for seed in sorted({seed for _, seed in others - own}))
             notes.append(f"{method} has no run of seed: {seeds}.")
+    notes += evaluation_notes(methods)
     return notes

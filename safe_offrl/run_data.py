@@ -298,7 +298,8 @@ def _estimate(run: RunDir, decisions: Sequence[Decision]) -> float:
     measured = [d for d in decisions if not math.isnan(d.v_candidate)]
     if not measured:
         return math.nan
-    return measured[-1].v_candidate if measured[-1].accepted else measured[-1].v_deployed
+    last = measured[-1]
+    return last.v_candidate if last.accepted or last.rolled_back else last.v_deployed
 
 
 def _decision(line: Mapping[str, Any]) -> Decision:

@@ -204,6 +204,34 @@ def test_a_seed_below_0_is_refused(call: Call, command: str) -> None:
     assert "greater than or equal to 0" in outcome.err
 
 
+def test_settings_from_a_file(call: Call, pretrained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "robot.yaml"
+    file.write_text(
+        "pretrain: {batch_size: 64, safety: {epsilon: 0.2}}\n"
+        "finetune: {utd: 3}\n"
+        "collect: {unsafe_share: 0.4}\n"
+    )
+    options = ["--config", str(file), "--print-config"]
+    # Not the preset of the environment beneath it; what is typed is above it.
+    offline = call("pretrain", *options, "batch_size=32").out
+    assert "batch_size: 32" in offline
+    assert "epsilon: 0.2" in offline
+    assert "utd: 3" in call("finetune", str(pretrained), *options).out
+    assert "unsafe_share: 0.4" in call("collect", *options).out
+    file.write_text("pretraining: {batch_size: 64}\n")
+    refused(call("pretrain", *options), r'Unknown key "pretraining" in .*Did you mean "pretrain"')
+    file.write_text("pretrain: {batch: 64}\n")
+    refused(call("pretrain", *options), r'Unknown key "batch"')
+    refused(call("pretrain", "--config", "none.yaml"), r'"none\.yaml" cannot be read')
+
+
+def test_a_log_is_never_overwritten(call: Call, tmp_path: Path) -> None:
+    log = tmp_path / "log.hdf5"
+    log.write_bytes(b"a year of it")
+    refused(call("collect", "--out", str(log)), "exists already")
+    assert log.read_bytes() == b"a year of it"
+
+
 def test_a_folder_is_no_file(call: Call, pretrained: Path, tmp_path: Path) -> None:
     refused(call("compare", str(pretrained), "--markdown", str(tmp_path)), "is a folder")
 

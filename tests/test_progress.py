@@ -92,6 +92,8 @@ def test_the_estimate_is_that_of_the_policy_that_acts() -> None:
     assert curves.trust() == {"safety/v_accident_estimate": 0.2, "trust/accepted": 1.0}
     curves.add_iteration(decision(accepted=False))
     assert curves.trust() == {"safety/v_accident_estimate": 0.3, "trust/accepted": 0.5}
+    curves.add_iteration({**decision(accepted=False), "rolled_back": True})
+    assert curves.estimate == 0.2  # of the policy that an alarm put back
 
 
 def test_restored_curves_go_on_the_same() -> None:

@@ -59,6 +59,14 @@ def test_decisions_are_counted(write_run):
     assert row.above_limit == 4  # three at .2, and the one that is not a number
 
 
+def test_the_final_estimate_is_of_the_policy_that_an_alarm_put_back(write_run):
+    last = {"accepted": False, "rolled_back": True, "v_previous": 0.2, "v_candidate": 0.03}
+    back = compare([write_run("a", [0] * 10, iterations=[{}, last])]).rows[0]
+    assert back.estimate.value == 0.03
+    stays = {**last, "rolled_back": False}
+    assert compare([write_run("b", [0] * 10, iterations=[stays])]).rows[0].estimate.value == 0.2
+
+
 def test_estimates_never_measured_are_not_called_above_limit(write_run):
     unmeasured = [{"v_previous": math.nan, "v_candidate": math.nan} for _ in range(3)]
     result = compare([write_run("a", [0] * 10, flags=RLPD, iterations=unmeasured)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,14 @@ from typing import Any
 from safe_offrl.benchmark import METHODS, Job, Suite, flat, folder_name, jobs_of, settings_of
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.offline import pretrain_config
+from safe_offrl.commands.online_plan import inherited
 from safe_offrl.commands.tools import compare_runs
 from safe_offrl.config import load_config, parse_run_yaml, to_dict
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
-from safe_offrl.finetune_config import COST_DEFAULTS, FinetuneConfig
+from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.pretrain import PretrainConfig
+from safe_offrl.processes import own_command
 from safe_offrl.progress import Interrupted, Say, StopSignal
 from safe_offrl.run import RunDir, require_runs_folder
 from safe_offrl.run_data import Source
@@ -128,17 +129,11 @@ def _settings_now(job: Job, sources: Mapping[Path, PretrainConfig]) -> dict[str,
     if job.needs is None:
         return flat(to_dict(sources[job.folder]))
     source = sources[job.needs]
-    defaults = COST_DEFAULTS if source.safety.constraint == "cost" else {}
     config = load_config(
         FinetuneConfig,
         section="finetune",
         env_id=source.env,
-        inherited={
-            **defaults,
-            "networks": to_dict(source.networks),
-            "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
-            "baseline": {**defaults.get("baseline", {}), "agents": to_dict(source.agents)},
-        },
+        inherited=inherited(source),
         flags={"safety": to_dict(source.safety), **job.options},
         overrides=job.overrides,
     )
@@ -206,7 +201,7 @@ def _launch(state: _Progress) -> None:
         assert command is not None  # it would be done
         with _log_of(job, state.root).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "safe_offrl.cli", *command],
+                [*own_command("cli"), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

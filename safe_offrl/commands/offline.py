@@ -80,9 +80,13 @@ def pretrain_config(
     agent: str | None = None,
     steps: int | None = None,
     seed: int | None = None,
+    preset: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> PretrainConfig:
-    """Resolve the settings of an offline phase; None means not given."""
+    """Resolve the settings of an offline phase; None means not given.
+
+    ``preset`` is a YAML file that takes the place of the environment's, see :func:`load_config`.
+    """
     named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
     flags = {"env": env, "dataset": dataset, "agent": agent, "steps": steps, "seed": seed}
     resolve = functools.partial(
@@ -90,6 +94,7 @@ def pretrain_config(
         PretrainConfig,
         section="pretrain",
         env_id=(named[-1:] or [env or DEFAULT_ENV])[0],
+        preset=preset,
         flags=flags,
         overrides=overrides,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.commands.assess import Subject, gate
@@ -91,6 +93,18 @@ class FinetunePlan:
         )
 
 
+def inherited(source: PretrainConfig) -> dict[str, Any]:
+    """Settings of an online phase that are the pretrain run's, or follow from its constraint."""
+    defaults = COST_DEFAULTS if source.safety.constraint == "cost" else {}
+    return {
+        **defaults,
+        "networks": to_dict(source.networks),
+        "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
+        "learner": {"discount": discount_of(source)},
+        "baseline": {**defaults.get("baseline", {}), "agents": to_dict(source.agents)},
+    }
+
+
 def finetune_config(
     pretrained: RunDir,
     *,
@@ -104,9 +118,13 @@ def finetune_config(
     kl: bool | None = None,
     safety_constraint: bool | None = None,
     shield: bool | None = None,
+    preset: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> FinetuneConfig:
-    """Resolve the settings of an online phase; what an accident is comes from the pretrain run."""
+    """Resolve the settings of an online phase; what an accident is comes from the pretrain run.
+
+    ``preset`` is a YAML file that takes the place of the environment's, see :func:`load_config`.
+    """
     inputs, source = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
@@ -126,18 +144,12 @@ def finetune_config(
     # What an accident is must not change between the phases, so it overrides the preset too.
     flags = {f"safety.{key}": value for key, value in to_dict(source.safety).items()}
     flags |= {key: value for key, value in given.items() if value is not None}
-    defaults = COST_DEFAULTS if source.safety.constraint == "cost" else {}
     config = load_config(
         FinetuneConfig,
         section="finetune",
         env_id=inputs.env_id,
-        inherited={
-            **defaults,
-            "networks": to_dict(source.networks),
-            "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
-            "learner": {"discount": discount_of(source)},
-            "baseline": {**defaults.get("baseline", {}), "agents": to_dict(source.agents)},
-        },
+        preset=preset,
+        inherited=inherited(source),
         flags=flags,
         overrides=overrides,
     )

@@ -23,7 +23,7 @@ from safe_offrl.config import load_config, parse_run_yaml
 from safe_offrl.data.inspect import format_summary, summarise
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import make_env
-from safe_offrl.errors import ConfigError
+from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.evaluate import evaluate
 from safe_offrl.files import plain
 from safe_offrl.finetune import Finetuning
@@ -196,13 +196,19 @@ def collect_run(
     transitions: int | None = None,
     seed: int | None = None,
     workers: int | None = None,
+    preset: str | Path | None = None,
     overrides: Sequence[str] = (),
     say: Say = say_plain,
 ) -> Path:
     """Log a dataset; without ``out`` it is the environment's cached default. Returns the path."""
     env_id = env or DEFAULT_ENV
     safety, config = collect_config(
-        env_id, transitions=transitions, seed=seed, workers=workers, overrides=overrides
+        env_id,
+        preset=preset,
+        transitions=transitions,
+        seed=seed,
+        workers=workers,
+        overrides=overrides,
     )
     if out is None:
         if transitions is not None or seed is not None:
@@ -212,15 +218,21 @@ def collect_run(
             )
         path = default_dataset(env_id, safety, config=config, progress=say)
     else:
+        if Path(out).exists():
+            raise DataError(f'"{out}" exists already. Remove it, or give another name.')
         path = build_dataset(env_id, safety, path=Path(out), config=config, progress=say)
     say(f"dataset     {path}")
     return Path(path)
 
 
 def collect_config(
-    env: str | None = None, *, overrides: Sequence[str] = (), **flags: int | None
+    env: str | None = None,
+    *,
+    preset: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    **flags: int | None,
 ) -> tuple[SafetySpec, CollectConfig]:
-    """What is to be logged and how: the environment's preset, flags, and KEY=VALUE.
+    """What is to be logged and how: the environment's preset or this one, flags, and KEY=VALUE.
 
     "safety.KEY" is part of the preset's section "pretrain", every other key of "collect".
     """
@@ -228,9 +240,14 @@ def collect_config(
     safety = [text for text in overrides if text.startswith("safety.")]
     others = [text for text in overrides if not text.startswith("safety.")]
     config = load_config(
-        CollectConfig, section="collect", env_id=env_id, flags=flags, overrides=others
+        CollectConfig,
+        section="collect",
+        env_id=env_id,
+        preset=preset,
+        flags=flags,
+        overrides=others,
     )
-    return _safety_spec(env_id, safety), config
+    return _safety_spec(env_id, safety, preset), config
 
 
 def inspect_dataset(
@@ -272,8 +289,12 @@ def check_env_run(
     return typing.cast(dict[str, Any], plain(report.as_dict()))
 
 
-def _safety_spec(env_id: str, overrides: Sequence[str]) -> SafetySpec:
-    """The accident rule for an environment: its preset, and "safety.key=value"."""
+def _safety_spec(
+    env_id: str, overrides: Sequence[str], preset: str | Path | None = None
+) -> SafetySpec:
+    """The accident rule for an environment: its preset or this one, and "safety.key=value"."""
     require_safety_keys(overrides)
-    config = load_config(PretrainConfig, section="pretrain", env_id=env_id, overrides=overrides)
+    config = load_config(
+        PretrainConfig, section="pretrain", env_id=env_id, preset=preset, overrides=overrides
+    )
     return config.safety
