@@ -589,6 +589,7 @@ def check_env(
     """Say whether an environment can be used here, and what to repair; exit code 1 if it cannot.
 
     ID is a Gymnasium id or "package.module:Env-v0"; KEY=VALUE takes safety.accident=... and so on.
+    Plays episodes with random actions, and makes a second instance: not for a real machine.
     """
     from safe_offrl import commands
 
