@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,8 @@ class Descent:
 
 def _compiled(function: Gradients) -> Gradients:
     torch._dynamo.config.trace_autograd_ops = True
+    # fp32 is meant: on a GPU the compiler would advise TensorFloat32 to whoever reads the log.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     # Checking before every call that no layer was replaced takes longer than the whole of Python's
     # part otherwise; ours never are.
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}

@@ -17,6 +17,7 @@ from safe_offrl.agents.cql import CQL, CQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.checkpoints import save_checkpoint
 from safe_offrl.cuda_graph import WARM_UPS, CudaGraph
+from safe_offrl.data.conversion import convert
 from safe_offrl.descent import FINITE_EVERY, Compute, Descent, Precision
 from safe_offrl.device import Device
 from safe_offrl.errors import ConfigError
@@ -254,3 +255,21 @@ def test_runs_are_resumed_bitwise_and_used_without_a_gpu(
     assert finished.iterations()
     # What was learnt there acts anywhere.
     assert commands.evaluate_run(finished.path, episodes=5, say=silent)
+
+
+@needs_gpu
+def test_a_memory_map_stays_on_disk_and_teaches_the_same(root: Path, tiny_dataset: Path) -> None:
+    mapped = root / "tiny.mmap"
+    convert(tiny_dataset, mapped)
+    found = {}
+    for name, dataset in (("memory", tiny_dataset), ("mapped", mapped)):
+        run = commands.pretrain_run(
+            offline_plan(dataset, "iql"), name=f"iql-{name}", runs=root, say=silent
+        )
+        config = commands.finetune_config(run, budget=1000, overrides=ONLINE)
+        plan = commands.plan_finetune(run, config, accept_risk=True)
+        online = commands.finetune_run(plan, name=f"online-{name}", runs=root, say=silent)
+        found[name] = run.load_checkpoint(), online.load_checkpoint()
+    for a, b in zip(found["memory"], found["mapped"], strict=True):
+        assert a.tensors.keys() == b.tensors.keys()
+        assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
