@@ -22,6 +22,7 @@ from safe_offrl.fitted_evaluation import (
     Fitted,
     bootstrap_weights,
     evaluate_fitted,
+    whole_episodes,
 )
 from safe_offrl.fitted_features import RETURN, RISK, FittedConfig, Progress
 from safe_offrl.importance_sampling import Weighted, weighted
@@ -197,7 +198,8 @@ def assess(
             f"Log at least {FEWEST_EPISODES}."
         )
     dataset = dataset.sample(MOST_ROWS, seed)
-    known = dataset.behaviour_log_probs is not None
+    # Of an episode that was cut off there is nothing to reweigh.
+    known = dataset.behaviour_log_probs is not None and bool(whole_episodes(dataset).all())
     evaluation = evaluate_fitted(
         dataset, actor, limit, config, seed, with_q=known, progress=progress
     )

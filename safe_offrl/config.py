@@ -251,7 +251,7 @@ def load_config(
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f'The preset "{preset}" cannot be read ({error}).') from error
         for name in file_values:
-            if name not in SECTIONS:
+            if name not in (*SECTIONS, section):
                 raise ConfigError(
                     f'Unknown key "{name}" in "{preset}". {suggestion(name, SECTIONS)}'
                 )

@@ -21,10 +21,12 @@ there is part of the error.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from safe_offrl.data.dataset import Dataset
@@ -250,11 +252,8 @@ def evaluate_fitted(
                 q_values[k, :, rows] = solution.weights @ phi.T.double()
         progress(0.9 + 0.1 * half)
     both = _Half(*(torch.stack(column) for column in zip(*results, strict=True)))
-    totals = episode_totals(dataset, limit)
-    risk, returns = (
-        _fitted(both, quantity, float(totals[quantity].mean()) if _whole(dataset) else None)
-        for quantity in (RISK, RETURN)
-    )
+    means = logged_means(dataset, limit)
+    risk, returns = (_fitted(both, quantity, *means[quantity]) for quantity in (RISK, RETURN))
     return Evaluation(risk, returns, q_values if with_q else None)
 
 
@@ -267,21 +266,19 @@ class _Half(NamedTuple):
     episodes: Tensor  # [2], effective
 
 
-def _fitted(both: _Half, quantity: int, logged_mean: float | None) -> Fitted:
-    """One quantity from both halves. ``logged_mean`` is its mean over the log, if it is known."""
+def _fitted(both: _Half, quantity: int, least: float, most: float) -> Fitted:
+    """One quantity from both halves. Its mean over the log lies between ``least`` and ``most``."""
     values = both.values[..., quantity]  # [2, 1 + R]
     value, first = values.mean(0), values[:, 0]
     # Half the central 68 %: one replicate whose system is nearly singular must not decide.
     low, high = np.quantile(value[1:].numpy(), [0.16, 0.84])
-    misfit = 0.0
-    if logged_mean is not None:
-        misfit = abs(float(both.logged[:, quantity].mean()) - logged_mean)
+    logged = float(both.logged[:, quantity].mean())
     return Fitted(
         value=float(value[0]),
         sampling=float(high - low) / 2.0,
         disagreement=float((first[0] - first[1]).abs()) / 2.0,
         features=float((value[0] - both.by_each[:, quantity].mean()).abs()),
-        misfit=misfit,
+        misfit=max(0.0, least - logged, logged - most),
         episodes=float(both.episodes[:, quantity].sum()),
     )
 
@@ -297,8 +294,28 @@ def _by_each_network(moments: Moments, config: FittedConfig) -> Tensor:
     return torch.stack([solve(m, ALONE, config.ridge).values[0] for m in alone])
 
 
-def _whole(dataset: Dataset) -> bool:
-    """Whether every episode ended or reached the horizon: else its own sum is not its value."""
+def logged_means(dataset: Dataset, limit: Limit) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Between what the log's own mean risk, in units of ``limit.scale``, and mean return lie.
+
+    An episode that was cut off would have gone on to anything: to an accident, to the largest cost
+    for the rest of it, to any return at all.
+    """
+    risk, returns = episode_totals(dataset, limit)
+    cut = ~whole_episodes(dataset)
+    most = np.ones_like(risk)
+    if limit.constraint == "cost":
+        most = risk + 1.0 - dataset.episode_lengths / dataset.horizon
+    unknown = math.inf if cut.any() else 0.0
+    mean = float(returns.mean())
+    return (
+        (float(risk.mean()), float(np.where(cut, most, risk).mean())),
+        (mean - unknown, mean + unknown),
+    )
+
+
+def whole_episodes(dataset: Dataset) -> NDArray[np.bool_]:
+    """Which episodes [M] ended or reached the horizon: of another the sum is not its value."""
     last = torch.from_numpy(dataset.episode_starts[1:] - 1)
     ended = dataset.layout.unpack(dataset.rows[last]).terminated.numpy() > 0
-    return bool((ended | (dataset.episode_lengths == dataset.horizon)).all())
+    whole: NDArray[np.bool_] = ended | (dataset.episode_lengths == dataset.horizon)
+    return whole

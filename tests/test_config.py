@@ -124,6 +124,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ("- 1", "no key: value"),
         ("a: " + "[" * 3000, "not readable as YAML"),
         ("outer: {inner: {deep: {deeper: 1}}}", "Unknown key"),
+        ("pretraining: {}", 'Did you mean "pretrain"'),
     ]:
         preset.write_text(text)
         with pytest.raises(ConfigError, match=message):

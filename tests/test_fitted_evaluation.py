@@ -1,6 +1,7 @@
 """Fitted evaluation: systems by hand, bootstrap weights, and dynamic programming on HazardLine."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from safe_offrl.fitted_evaluation import (
     bootstrap_weights,
     evaluate_fitted,
     gather,
+    logged_means,
     solve,
+    whole_episodes,
 )
 from safe_offrl.fitted_features import (
     RETURN,
@@ -110,6 +113,38 @@ def test_the_logs_own_episodes_are_worth_themselves() -> None:
     """A policy that visits what the log holds: every step has the same weight for the return."""
     shares = solve(moments_of(two_steps(), LIMIT)[0], torch.ones(1, 3).double(), TINY).shares
     assert shares[RETURN].item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_what_a_log_with_cut_episodes_may_have_come_to() -> None:
+    """Risks 1, 1, 0 and returns 3, 5, 7; costs 3, 3, 0 of at most 6 in two steps."""
+    whole, cost = two_steps(), Limit("cost", 0.5, 6.0)
+    risk, returns = logged_means(whole, LIMIT)
+    assert risk == pytest.approx((2 / 3, 2 / 3))
+    assert returns == (5.0, 5.0)
+    assert logged_means(whole, cost)[0] == pytest.approx((1 / 3, 1 / 3))
+    # The third episode ends after one step of two.
+    batch = whole.transitions._replace(terminated=torch.zeros(5))
+    cut = replace(whole, rows=whole.layout.pack(batch))
+    assert whole_episodes(cut).tolist() == [True, True, False]
+    risk, returns = logged_means(cut, LIMIT)
+    assert risk == pytest.approx((2 / 3, 1.0))
+    assert returns == (-math.inf, math.inf)
+    assert logged_means(cut, cost)[0] == pytest.approx((1 / 3, (0.5 + 0.5 + 0.5) / 3))
+
+
+def test_one_cut_episode_does_not_hide_what_the_fit_gets_wrong() -> None:
+    """The log's own mean risk is known to a thousandth all the same."""
+    case = CASES["random log, careful policy"]
+    found = log(case, 0)
+    terminated = found.transitions.terminated.clone()
+    terminated[found.episode_starts[1] - 1] = 0.0
+    batch = found.transitions._replace(terminated=terminated)
+    cut = replace(found, rows=found.layout.pack(batch))
+    low, high = logged_means(cut, LIMIT)[0]
+    assert high - low <= 1 / found.episodes
+    both = [evaluate_fitted(d, policy_of(case.target), LIMIT, QUICK).risk for d in (found, cut)]
+    assert both[0].misfit > 0.0
+    assert abs(both[1].misfit - both[0].misfit) <= 1 / found.episodes + 1e-6
 
 
 def test_one_group_is_the_sum_and_fewer_features_are_a_part() -> None:
