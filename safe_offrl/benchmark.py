@@ -157,7 +157,7 @@ def load_suite(reference: str) -> Suite:
         text, name = (folder / f"{reference}.yaml").read_text(encoding="utf-8"), reference
     elif not reference.endswith((".yaml", ".yml")):
         raise ConfigError(
-            f'There is no suite "{reference}". {suggestion(reference, known)} Or give a YAML file.'
+            f'There is no suite "{reference}". There are {", ".join(known)}; or give a YAML file.'
         )
     else:
         try:

@@ -96,7 +96,10 @@ def pretrain(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Learn a policy and its safety critic from a dataset, offline."""
+    """Learn a policy and its safety critic from a dataset, offline.
+
+    Takes no step in the environment: let `safe-offrl check-env` find what is wrong with one.
+    """
     from safe_offrl import commands
     from safe_offrl.config import to_yaml
     from safe_offrl.run import require_runs_folder
