@@ -58,7 +58,7 @@ check: setup
 # The results of the README: every method of a suite, paired seeds, hours on 2 cores. The same command
 # goes on after anything; METHODS and SEEDS narrow it. Runs go to runs/benchmark-SUITE, tables, charts
 # and pages to docs/results. `make records` keeps what is finished, a seed an archive: settings, ledger,
-# decisions and evaluation of every run (settings name paths of this machine: look before you share).
+# decisions and evaluation of every run (settings name no path outside of the runs).
 # `make results` begins with what the archives hold, so that it goes on on another machine.
 SUITE ?= point
 METHODS ?=
