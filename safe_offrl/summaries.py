@@ -222,7 +222,7 @@ def learned_online(run: RunData) -> bool:
 
 def outcome(run: RunData) -> float:
     """What a run came to: its final return, or, for a policy that never learned, the evaluated."""
-    if run.episodes or run.evaluation is None:
+    if learned_online(run) or run.evaluation is None:
         return final_return(run)
     return run.evaluation.mean_return
 

@@ -8,8 +8,9 @@ from safe_offrl.commands.tools import compare_runs
 from safe_offrl.errors import RunError
 from safe_offrl.ledger import chain_start, read_ledger
 from safe_offrl.report import compare
+from safe_offrl.run_data import read_run
 from safe_offrl.statistics import run_level_interval, run_level_upper
-from safe_offrl.summaries import ALL_ENVIRONMENTS
+from safe_offrl.summaries import ALL_ENVIRONMENTS, outcome
 from tests.conftest import ledger_lines
 
 EVALUATION = {"episodes": 500, "accidents": 10, "mean_return": 2.5, "mean_length": 50.0}
@@ -133,6 +134,8 @@ def test_a_run_in_which_no_step_was_taken_has_nothing_to_compare(tmp_path, write
     assert result.pairings == []
     assert "nothing took no step online." in result.notes
     compare_runs([nothing, free], html=tmp_path / "page.html", png=tmp_path / "chart.png")
+    evaluated = write_run("evaluated", [1] * 3, steps=0, evaluation=EVALUATION)
+    assert outcome(read_run(evaluated)) == 2.5  # as harm() does, it speaks of the evaluation
 
 
 def test_accident_ratio_is_per_step(write_run):
