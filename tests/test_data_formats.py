@@ -271,6 +271,10 @@ def test_actions_are_rescaled_where_their_bounds_are_known(path: Path) -> None:
             complete(
                 dict.fromkeys(("observations", "actions", "rewards", "terminals"), actions), noted
             )
+    with h5py.File(path, "a") as file:
+        file.attrs["safe_offrl"] = json.dumps({"action_high": 10.0})
+    with pytest.raises(DataError, match="have action_high alone"):
+        load(path, TERMINATED)
 
 
 @pytest.mark.parametrize("wrong", [np.inf, np.nan, 1e40, 1.7e308])

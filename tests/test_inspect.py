@@ -206,6 +206,10 @@ def _same_reward(arrays: dict[str, np.ndarray]) -> None:
     arrays["rewards"][:] = -1
 
 
+def _negative_cost(arrays: dict[str, np.ndarray]) -> None:
+    arrays["costs"][[1, 2]] = -0.5
+
+
 def _shuffled(arrays: dict[str, np.ndarray]) -> None:
     arrays["next_observations"][[5, 19]] += 1  # 19 is an episode's last step: not comparable
 
@@ -221,6 +225,7 @@ def _shuffled(arrays: dict[str, np.ndarray]) -> None:
         (_poor_actions, "the actions cover 2%"),
         (_one_behaviour, "a single behaviour"),
         (_same_reward, "every reward is the same"),
+        (_negative_cost, "2 steps have a cost below 0"),
         (_shuffled, "1 steps within episodes do not start"),
     ],
 )

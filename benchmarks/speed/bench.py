@@ -31,9 +31,16 @@ OURS_ALONE = [
     "sac 2 critics + layernorm",
     "sac 2 critics + csc",
     "sac 10 critics + csc",
+    "sac 10 critics + csc + steering",
     "iql + mixture",
     "cql + mixture",
 ]
+# What is measured between: its time is the unit of the other's.
+WITHOUT = {
+    "sac 2 critics + csc": "sac 2 critics + layernorm",
+    "sac 10 critics + csc": "sac 10 critics",
+    "sac 10 critics + csc + steering": "sac 10 critics",
+}
 MATMUL_FLOPS = 10 * 2 * 256**3  # of one unit of matmul.py
 
 
@@ -77,7 +84,10 @@ class Worker:
 def measure(
     workers: list[Worker], case: str, shape: tuple[int, int], rounds: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Of each worker that has the case: updates a second in every round, first call, memory."""
+    """Of each worker that has the case: updates a second in every round, first call, memory.
+
+    Of a case in WITHOUT also the time by that of the case without, which is run right before it.
+    """
     able = [worker for worker in workers if case in worker.cases]
     results: dict[str, dict[str, Any]] = {}
     updates: dict[str, int] = {}
@@ -91,13 +101,17 @@ def measure(
             "per_second": [],
             "per_cpu_second": [],
         }
+        if case in WITHOUT and worker.module != "matmul":
+            worker.run(WITHOUT[case], shape, 20)
+            results[worker.module]["without"] = {"per_second": [], "per_cpu_second": []}
     for k in range(rounds):
         for worker in able[k % len(able) :] + able[: k % len(able)]:
             n = updates[worker.module]
-            answer = worker.run(case, shape, n)
             result = results[worker.module]
-            result["per_second"].append(n / answer["seconds"])
-            result["per_cpu_second"].append(n / answer["cpu_seconds"])
+            if "without" in result:
+                _add(result["without"], n, worker.run(WITHOUT[case], shape, n))
+            answer = worker.run(case, shape, n)
+            _add(result, n, answer)
             result["peak_bytes"] = answer["peak_bytes"]
     if "matmul" not in results:
         return results
@@ -108,6 +122,11 @@ def measure(
         limit[key] = [rate * MATMUL_FLOPS / flops for rate in limit[key]]
     results["matmul limit"] = limit
     return results
+
+
+def _add(rates: dict[str, Any], updates: int, answer: dict[str, float]) -> None:
+    rates["per_second"].append(updates / answer["seconds"])
+    rates["per_cpu_second"].append(updates / answer["cpu_seconds"])
 
 
 def table(case: str, results: dict[str, dict[str, Any]], by: str) -> list[str]:
@@ -121,8 +140,11 @@ def table(case: str, results: dict[str, dict[str, Any]], by: str) -> list[str]:
         ratio = ""
         if reference is not None:
             pairs = zip(result[by], reference[by], strict=True)
-            ratios = [ours / theirs for ours, theirs in pairs]
-            result["ratio"] = ratios
+            result["ratio"] = [ours / theirs for ours, theirs in pairs]
+        elif "without" in result:
+            pairs = zip(result["without"][by], result[by], strict=True)
+            result["ratio"] = [without / with_it for without, with_it in pairs]
+        if ratios := result.get("ratio"):
             ratio = f"{statistics.median(ratios):5.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         lines.append(
             f"{module:<16}{statistics.median(result['per_second']):12.1f}"
@@ -159,10 +181,12 @@ def main() -> None:
         "First s: building it and one update. Peak MiB: of the process, earlier cases included.",
         "ours: compiled, fp32, as long runs; ours_bf16: with products in bfloat16; ours_eager: as",
         "short runs are. Networks are the same in a group, without LayerNorm, but for 10 critics,",
-        "where ours and jax_reference have it and the others cannot. + layernorm, + csc (with the",
-        "safety critic), + mixture (our offline phase, whose actor comes from a mixture): ours by",
-        "default, with LayerNorm. matmul limit: the operations of our update at the fp32 rate of",
-        "plain products of stacked 256x256 matrices. jax_reference is written for this benchmark.",
+        "where ours and jax_reference have it and the others cannot. + layernorm, + csc (with an",
+        "update of the safety critic; + steering: and the actor asks it too), + mixture (our",
+        "offline phase, whose actor comes from a mixture): ours by default, with LayerNorm; the",
+        "ratio of + csc is its time by that of the same without, measured in turns. matmul limit:",
+        "the operations of our update at the fp32 rate of plain products of stacked 256x256",
+        "matrices. jax_reference is written for this benchmark.",
         *(["On a GPU all of ours are CUDA graphs; the others as they are."] if on_gpu else []),
     ]
     print("\n".join(text))

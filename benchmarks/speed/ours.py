@@ -50,9 +50,18 @@ class Store:
 
 
 def sac(
-    critics: int, utd: int, compute: Compute, *, layer_norm: bool = True, safety: bool = False
+    critics: int,
+    utd: int,
+    compute: Compute,
+    *,
+    layer_norm: bool = True,
+    safety: bool = False,
+    steering: bool = False,
 ) -> Callable[[Shape], Run]:
-    """RLPD with ``utd`` critic updates to one of the actor; n counts critic updates."""
+    """RLPD with ``utd`` critic updates to one of the actor; n counts critic updates.
+
+    ``safety``: an update of the safety critic beside; ``steering``: the actor's loss asks it too.
+    """
 
     def build(shape: Shape) -> Run:
         store = Store(shape, critics, layer_norm=layer_norm)
@@ -73,7 +82,7 @@ def sac(
                     batch, weights, _ = risky.draw(BATCH, 0.125, generator)
                     reference = critic.reference_states(batch.observations[:32], None, 1000.0)
                     critic.update(batch, weights, store.networks.actor, reference, generator)
-                risk = critic.plain_risk if safety else None
+                risk = critic.plain_risk if steering else None
                 learner.update_actor(batches[-1], risk, nothing, None, nothing, generator)
             _finish()
 
@@ -156,6 +165,7 @@ def cases(compute: Compute) -> dict[str, Callable[[Shape], Run]]:
         "sac 2 critics + layernorm": sac(2, 1, compute),
         "sac 2 critics + csc": sac(2, 1, compute, safety=True),
         "sac 10 critics + csc": sac(10, 1, compute, safety=True),
+        "sac 10 critics + csc + steering": sac(10, 1, compute, safety=True, steering=True),
         "iql": published("iql", compute),
         "cql": published("cql", compute),
         "iql + mixture": offline("iql", compute),

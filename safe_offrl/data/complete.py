@@ -111,8 +111,14 @@ def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> tuple[NDArray[
 
     Second, what that adds to the logarithm of their densities: ``sum log((high - low) / 2)``.
     """
-    if actions.ndim != 2 or not {"action_low", "action_high"} <= metadata.keys():
+    given = {"action_low", "action_high"} & metadata.keys()
+    if actions.ndim != 2 or not given:
         return actions, 0.0
+    if len(given) == 1:
+        raise DataError(
+            f"The metadata have {given.pop()} alone, and actions are rescaled from both bounds. "
+            "Store action_low and action_high, or leave both out."
+        )
     low = high = np.zeros(0)
     try:
         low, high = (

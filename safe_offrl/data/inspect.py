@@ -273,6 +273,10 @@ def _warnings(
             "a single behaviour logged everything: there is nothing to tell better from worse "
             "except its own noise."
         )
+    if below := int((batch.costs < 0.0).sum()):
+        found.append(
+            f"{below} steps have a cost below 0: the expected cost cannot be constrained with them."
+        )
     if bool((batch.rewards == batch.rewards[0]).all()):
         found.append("every reward is the same: no policy is better than another.")
     inner = np.setdiff1d(np.arange(len(dataset.rows) - 1), dataset.episode_starts[1:] - 1)
