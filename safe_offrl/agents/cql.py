@@ -99,6 +99,18 @@ class CQL:
 
     def update(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Critics, then Polyak; (advantages [B] over the policy's own action, scalars to log)."""
+        metrics, noise = self.update_critics(batch, generator)
+        with torch.no_grad():
+            policy = self.networks.actor(batch.observations).quadrature(noise)
+            logged = self.networks.target_q(batch.observations, batch.actions).amin(0)
+            q = self.networks.target_q(policy.repeat(batch.observations), policy.actions).amin(0)
+            advantages = logged - policy.expect(q)
+        return advantages, metrics
+
+    def update_critics(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Critics, then Polyak; (scalars to log, the noise [B, A] of the backup's actions)."""
         shape = batch.actions.shape
         many = (0 if self.networks.actor.discrete else self.config.actions, *shape)
         uniform = torch.rand(many, generator=generator, device=generator.device) * 2.0 - 1.0
@@ -106,12 +118,7 @@ class CQL:
         next_noise = normal(shape, generator)
         loss, gap = self._descend_critics.in_parts(_parts(batch, next_noise, noise, uniform))
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
-        with torch.no_grad():
-            policy = self.networks.actor(batch.observations).quadrature(next_noise)
-            logged = self.networks.target_q(batch.observations, batch.actions).amin(0)
-            q = self.networks.target_q(policy.repeat(batch.observations), policy.actions).amin(0)
-            advantages = logged - policy.expect(q)
-        return advantages, {"agent/critic_loss": loss, "agent/conservative_gap": gap}
+        return {"agent/critic_loss": loss, "agent/conservative_gap": gap}, next_noise
 
 
 class OnlineCQL:
@@ -131,7 +138,7 @@ class OnlineCQL:
 
     def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The conservative critics."""
-        return self.values.update(batch, generator)[1]
+        return self.values.update_critics(batch, generator)[0]
 
     def update_actor(
         self,
