@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/.installed
 # At these network sizes a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow check results records ablations precision bench bench-data \
-	bench-assess bench-record clean
+.PHONY: help setup demo test test-slow check results records certificates ablations precision bench \
+	bench-data bench-assess bench-record clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
@@ -18,6 +18,7 @@ help:
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
 	@echo "make results the results of the README: a suite of methods (hours); SUITE=point or SUITE=safety"
 	@echo "make records keep what is finished of a suite under docs/results/records"
+	@echo "make certificates  certify the final policies of those results (a minute)"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
 	@echo "make precision  does bfloat16 learn as well? five paired seeds (a quarter of an hour)"
 	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
@@ -88,6 +89,15 @@ records:
 		done | tar -cJf $(abspath $(RECORDS))/$(SUITE)-seed-$$seed.tar.xz --mtime=@0 \
 			--owner=0 --group=0 --numeric-owner -T -; \
 	done
+
+# What can be proved of ours (after `make results` has run it here: the records hold no policy). Each final
+# policy is played once until "below 5 %" is shown or refuted; who has a certificate keeps it.
+certificates: setup
+	for run in $(RESULTS)/ours/[0-9]*; do \
+		[ -d $$run/certificates ] || $(RUN) certify $$run --epsilon 0.05 || [ $$? = 3 ]; \
+		echo "$${run#$(RESULTS)/}: $$($(RUN) verify $$run/certificates/1/certificate.json | tail -n 1)"; \
+	done | grep '^ours' > docs/results/certificates.txt
+	@cat docs/results/certificates.txt
 
 # Two questions to the results (after `make results`): the other agents' pretrained policies, and how
 # much of the difference is the narrower exploration alone. Runs go to runs/ablations.

@@ -59,7 +59,8 @@ def page(certificate: dict[str, Any]) -> str:
         "Bounds": bounds_in_words(claim, _finding(certificate)),
         "Method": certificate["method"],
         "Attempt": f"{claim.attempt}, at {claim.attempt_confidence:.2%} by itself",
-        "Policy": f"version {policy['version']} of {policy['run']}, sha256 {policy['sha256']}",
+        "Policy": f"version {policy['version']} of the run {policy['run']}, "
+        f"sha256 {policy['sha256']}",
         "Shield": f"{guard}, {certificate['shield_interventions']:,} interventions, "
         f"sha256 {shield['sha256']}",
         "Environment": f'{env["id"]}, {env["horizon"]:,} steps, accident = "{env["accident"]}"',

@@ -98,8 +98,9 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        """Folder name of the run."""
-        return self.path.resolve().name
+        """Its folder's name, with that of the group where the folder is a seed: "ours/0"."""
+        path = self.path.resolve()
+        return f"{path.parent.name}/{path.name}" if path.name.isdecimal() else path.name
 
     @property
     def state(self) -> dict[str, Any]:

@@ -199,6 +199,8 @@ def test_find_run(tmp_path: Path) -> None:
     assert find_run(None, tmp_path, "pretrain").name == "p2"
     assert find_run("p1", tmp_path, "pretrain").name == "p1"
     assert find_run(str(tmp_path / "p1"), Path("elsewhere")).name == "p1"
+    with make(tmp_path / "ours", name="0") as seed:  # "0" says nothing in a certificate or a table
+        assert seed.name == "ours/0"
     with pytest.raises(RunError, match="is a finetune run"):
         find_run("f1", tmp_path, "pretrain")
     with pytest.raises(RunError, match="is not a run folder"):

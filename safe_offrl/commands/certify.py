@@ -287,8 +287,8 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
             if stop.number:
                 raise Interrupted(
                     stop.number,
-                    f"stopped after {len(played):,} episodes; all are recorded. Continue with the "
-                    f"same command: safe-offrl certify {run.name}",
+                    f"stopped after {len(played):,} episodes; all are recorded. The same command "
+                    "goes on from there.",
                 )
         progress.close()
     return played
