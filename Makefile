@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/.installed
 # At these network sizes a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow check results records certificates ablations precision bench \
-	bench-data bench-assess bench-record clean
+.PHONY: help setup demo test test-slow check results records certificates ablations margin precision \
+	bench bench-data bench-assess bench-record clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
@@ -20,6 +20,7 @@ help:
 	@echo "make records keep what is finished of a suite under docs/results/records"
 	@echo "make certificates  certify the final policies of those results (a minute)"
 	@echo "make ablations  two questions to those results (a quarter of an hour)"
+	@echo "make margin  the safety suite's ours with a margin to the limit (half an hour)"
 	@echo "make precision  does bfloat16 learn as well? five paired seeds (a quarter of an hour)"
 	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
@@ -115,6 +116,21 @@ ablations: setup
 	$(RUN) compare $(FIVE:%=$(RESULTS)/rlpd/%) $(ABLATIONS)/rlpd-narrow-* \
 		--group-by learner.target_entropy > docs/results/exploration.txt
 	@cat docs/results/agents.txt docs/results/exploration.txt
+
+# What a margin does (after `make results SUITE=safety`): ours steered towards half of the limit on cost.
+MARGIN := runs/margin
+TASKS := SafetyPointGoal1-v0 SafetyPointCircle1-v0 SafetyCarCircle1-v0
+
+margin: setup
+	for task in $(TASKS); do for seed in 0 1 2; do echo $$task $$seed; done; done | \
+		xargs -P 2 -L 1 sh -ec '[ -d $(MARGIN)/$$0/margin-$$1 ] || \
+			$(RUN) finetune runs/benchmark-safety/$$0/pretrained-ours/$$1 --budget 50k --accept-risk \
+				--seed $$1 lagrangian.aim=0.5 --runs $(MARGIN)/$$0 --name margin-$$1; \
+		[ -f $(MARGIN)/$$0/margin-$$1/evaluation.json ] || \
+			$(RUN) evaluate $(MARGIN)/$$0/margin-$$1 --episodes 50 --seed $$1'
+	for task in $(TASKS); do echo; echo $$task; $(RUN) compare runs/benchmark-safety/$$task/ours/[0-9]* \
+		$(MARGIN)/$$task/margin-* --group-by lagrangian.aim; done > docs/results/margin.txt
+	@cat docs/results/margin.txt
 
 # What products in bfloat16 do to the results (after `make results`): the same seeds once more.
 PRECISION := runs/precision
