@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 class LagrangianConfig:
     """Dual ascent: start, bound, and step of lambda (per update, times the relative excess).
 
-    ``aim`` is the share of the limit that lambda steers towards. At 1 the learner sits on the
-    limit, every second proposal is refused, and lambda winds down to 0 while all is well.
+    ``aim`` is the share of the limit that lambda steers towards. At 1 lambda winds down to 0 while
+    all is well, and the learner sits on the limit: the mean of its policies keeps it, not each.
     """
 
     init: float = 3.0
