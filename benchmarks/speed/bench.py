@@ -35,7 +35,7 @@ OURS_ALONE = [
     "iql + mixture",
     "cql + mixture",
 ]
-# What is measured between: its time is the unit of the other's.
+# Case: the case without the addition, measured in turns with it; its time is the unit.
 WITHOUT = {
     "sac 2 critics + csc": "sac 2 critics + layernorm",
     "sac 10 critics + csc": "sac 10 critics",
