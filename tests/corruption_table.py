@@ -1,0 +1,266 @@
+"""The corruptions by name, the words that name each fault, and those that nobody can tell."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import numpy as np
+
+from tests import corruptions as c
+from tests.corruptions import Corruption
+
+ENDS = r"terminals|timeouts|ends? of|episodes? ends?|next_observations|goes on|in order"
+ROWS = (
+    r"next_observations|in order|order of|repeat|twice|same|copies|start where|terminals|timeouts"
+)
+INFERRED = "a time limit that only a horizon knows: the load says that it has inferred the ends"
+DONE = "a termination at the very horizon is possible"
+
+MINARI = {"timeouts": "truncations", "terminals": "terminations", "costs": "cost"}
+
+
+def names_of(old: str, new: str) -> str:
+    """The names that an array should have or has, one of which a sentence says."""
+    return "|".join(map(re.escape, (old, new.strip(), MINARI.get(old, old))))
+
+
+CORRUPTIONS: dict[str, Corruption] = {
+    # --- 1: ends of episodes ---
+    "terminals held for five rows": Corruption(c.held("terminals", 4), 1, ENDS),
+    "terminals held for two rows": Corruption(c.held("terminals", 1), 1, ENDS),
+    "terminals held into the next episode": Corruption(c.held("terminals", 0, 3), 1, ENDS),
+    "timeouts held for five rows": Corruption(c.held("timeouts", 4), 1, ENDS),
+    "timeouts held into the next episode": Corruption(c.held("timeouts", 0, 3), 1, ENDS),
+    "terminals on every row": Corruption(c.flag("terminals", np.ones_like), 1, ENDS),
+    "timeouts on every row": Corruption(c.flag("timeouts", np.ones_like), 1, ENDS),
+    "terminals a row early": Corruption(c.flag("terminals", c.early), 1, ENDS),
+    "terminals a row late": Corruption(c.flag("terminals", c.late), 1, ENDS),
+    "timeouts a row early": Corruption(c.flag("timeouts", c.early), 1, ENDS),
+    "timeouts a row late": Corruption(c.flag("timeouts", c.late), 1, ENDS),
+    "half of the terminals missing": Corruption(c.flag("terminals", c.every_second), 1, ENDS),
+    "half of the timeouts missing": Corruption(c.flag("timeouts", c.every_second), 1, ENDS),
+    "terminals all off": Corruption(c.flag("terminals", np.zeros_like), 1, ENDS),
+    "timeouts all off": Corruption(c.flag("timeouts", np.zeros_like), 1, ENDS),
+    "no end at all": Corruption(c.no_ends, 1, ENDS + "|ever ends"),
+    "terminals inverted": Corruption(c.flag("terminals", np.logical_not), 1, ENDS),
+    "timeouts inverted": Corruption(c.flag("timeouts", np.logical_not), 1, ENDS),
+    "terminals and timeouts swapped": Corruption(c.swapped, 1, ENDS, DONE),
+    "both flags at a time limit": Corruption(c.both_at_time_limit, 1, ENDS, DONE),
+    "old done under terminals": Corruption(c.old_done, 1, ENDS, DONE),
+    "success kept on": Corruption(c.success_kept_on, 1, ENDS),
+    "timeouts missing": Corruption(c.dropped("timeouts"), 1, "timeouts|truncations", INFERRED),
+    "terminals missing": Corruption(c.dropped("terminals"), 1, "terminals|terminations"),
+    "last next observation of the reset": Corruption(c.next_of_reset, 1, ENDS),
+    "autoreset rows": Corruption(c.with_reset_rows, 1, ROWS),
+    "two environments interleaved": Corruption(c.interleaved(2), 1, ROWS),
+    "four environments interleaved": Corruption(c.interleaved(4), 1, ROWS),
+    "rows shuffled": Corruption(c.shuffled, 1, ROWS),
+    "rows sorted by reward": Corruption(c.sorted_by_reward, 1, ROWS),
+    "rows reversed": Corruption(c.reversed_rows, 1, ROWS),
+    "episodes reversed": Corruption(c.reversed_episodes, 1, ROWS),
+    "first rows lost": Corruption(c.without(lambda n: slice(7)), 1, ROWS),
+    "last rows lost": Corruption(c.without(lambda n: slice(n - 7, n)), 1, ROWS),
+    "rows lost in the middle": Corruption(
+        c.without(lambda n: slice(n // 2, n // 2 + 100)), 1, ROWS
+    ),
+    "every tenth row lost": Corruption(c.without(lambda n: slice(0, n, 10)), 1, ROWS),
+    "every second row lost": Corruption(c.without(lambda n: slice(0, n, 2)), 1, ROWS),
+    "last rows of episodes lost": Corruption(c.lost_ends, 1, ROWS),
+    "every row twice": Corruption(c.repeated(c.twice), 1, ROWS),
+    "a block of rows twice": Corruption(c.repeated(c.block_twice), 1, ROWS),
+    "the whole log twice": Corruption(c.repeated(c.whole_twice), 1, ROWS),
+    # --- 2: names, shapes, text ---
+    **{
+        f'{old} as "{new}"': Corruption(c.renamed(old, new), 2, names_of(old, new))
+        for old, names in {
+            "timeouts": (
+                "truncations",
+                "truncateds",
+                "truncated",
+                "timeout",
+                "TIMEOUTS",
+                " timeouts",
+                "time_outs",
+                "is_truncated",
+            ),
+            "terminals": ("terminations", "terminated", "terminal", "is_terminal", "dones"),
+            "costs": ("cost", "cost_hazards", "Costs"),
+            "rewards": ("reward", "Rewards"),
+            "observations": ("obs", "observation", "states"),
+            "next_observations": ("next_obs", "next_observation", "Next_Observations"),
+            "actions": ("action", "acts"),
+        }.items()
+        for new in names
+    },
+    "dones beside terminals": Corruption(c.done_beside_terminals, 2, "dones", INFERRED),
+    "verdicts as accident": Corruption(c.verdicts_as("accident"), 2, "accident"),
+    "verdicts as is_accident": Corruption(c.verdicts_as("is_accident"), 2, "accident"),
+    "timeouts a row short": Corruption(c.longer("timeouts", -1), 2, "timeouts"),
+    "observations a row long": Corruption(c.longer("observations", 1), 2, "observations"),
+    "rewards a row short": Corruption(c.longer("rewards", -1), 2, "rewards"),
+    "costs a row long": Corruption(c.longer("costs", 1), 2, "costs"),
+    "flags as floats": Corruption(
+        c.chain(*(c.typed(key, np.float32) for key in ("terminals", "timeouts"))),
+        2,
+        "",
+        readable=True,
+    ),
+    "flags as text": Corruption(
+        c.chain(*(c.typed(key, lambda x: x.astype(np.str_)) for key in ("terminals", "timeouts"))),
+        2,
+        "terminals|timeouts",
+    ),
+    "flags 0 and 255": Corruption(
+        c.chain(*(c.typed(key, lambda x: x * np.uint8(255)) for key in ("terminals", "timeouts"))),
+        2,
+        "terminals|timeouts",
+    ),
+    "byte order mark": Corruption(c.written(encoding="utf-8-sig"), 2, "", readable=True),
+    "byte order mark before timeouts": Corruption(
+        c.written(encoding="utf-8-sig", columns="reversed"), 2, "", readable=True
+    ),
+    "UTF-16": Corruption(c.written(encoding="utf-16"), 2, "UTF|utf|encod|CSV"),
+    "quoted names": Corruption(c.written(quote='"'), 2, "", readable=True),
+    "lines end in CR LF": Corruption(c.written(newline="\r\n"), 2, "", readable=True),
+    "empty lines between": Corruption(c.written(newline="\n\n"), 2, "", readable=True),
+    "columns by name": Corruption(c.written(columns="sorted"), 2, "", readable=True),
+    "True and False": Corruption(c.written(true="True", false="False"), 2, "", readable=True),
+    "yes and no": Corruption(c.written(true="yes", false="no"), 2, "yes|no|CSV"),
+    "spaces after commas": Corruption(c.written(delimiter=", "), 2, "", readable=True),
+    "semicolons": Corruption(c.written(delimiter=";"), 2, "semicolon|;|comma|column"),
+    "semicolons and decimal commas": Corruption(
+        c.written(delimiter=";", decimal=","), 2, "semicolon|;|comma|column"
+    ),
+    "tabs": Corruption(c.written(delimiter="\t"), 2, "tab|comma|column"),
+    "no names of columns": Corruption(c.written(head="none"), 2, "names none|first line|column"),
+    "names of columns repeated": Corruption(c.written(head="repeated"), 2, "CSV|column"),
+    "a comment before the names": Corruption(
+        c.written(head="comment"), 2, "names none|first line|column"
+    ),
+    # --- 3: metadata ---
+    **{
+        f"horizon x {factor:g} in the {where}{end}": Corruption(
+            c.without_timeouts(c.horizons(factor, where=where))
+            if end
+            else c.horizons(factor, where=where),
+            3,
+            "horizon|time limit",
+        )
+        for factor in (0.5, 5)
+        for where in ("file", "load", "spec", "file alone")
+        for end in ("", ", no timeouts")
+    },
+    "horizon in the file alone": Corruption(c.horizon_as(int), 3, "", readable=True),
+    "horizon as a float": Corruption(c.horizon_as(float), 3, "horizon", readable=True),
+    "horizon as text": Corruption(c.horizon_as(str), 3, "horizon"),
+    "horizon that is no whole number": Corruption(c.horizon_as(lambda x: x + 0.5), 3, "horizon"),
+    "horizon 0": Corruption(c.horizon_as(lambda x: 0), 3, "horizon"),
+    "horizon -1": Corruption(c.horizon_as(lambda x: -1), 3, "horizon"),
+    "horizon as true": Corruption(c.horizon_as(lambda x: True), 3, "horizon"),
+    "horizon under max_episode_steps": Corruption(
+        c.horizon_under("max_episode_steps"), 3, "horizon"
+    ),
+    "horizon under Horizon": Corruption(c.horizon_under("Horizon"), 3, "horizon"),
+    "verdicts of another rule": Corruption(c.logged_rule("rules:fast", 0.0), 3, "rules:fast"),
+    "verdicts above another threshold": Corruption(
+        c.logged_rule("cost", 0.5), 3, "cost_threshold|threshold"
+    ),
+    "verdicts of terminations": Corruption(c.logged_rule("terminated", 0.0), 3, "terminated"),
+    "bounds of another unit": Corruption(
+        c.continuous(c.said(action_low=0.0, action_high=1.0)), 3, "action_low|outside"
+    ),
+    "bounds exchanged": Corruption(
+        c.continuous(c.said(action_low=1.0, action_high=-1.0)), 3, "action_low"
+    ),
+    "one bound alone": Corruption(c.continuous(c.said(action_low=-1.0)), 3, "action_low"),
+    "action_count of continuous actions": Corruption(
+        c.continuous(c.said(action_count=3)), 3, "action_count|one-hot|discrete"
+    ),
+    "action_count too small": Corruption(
+        c.discrete(lambda log: c.said(action_count=log.metadata["action_count"] - 1)(log)),
+        3,
+        "action_count",
+    ),
+    "action_count as text": Corruption(
+        c.discrete(lambda log: c.said(action_count=str(log.metadata["action_count"]))(log)),
+        3,
+        "action_count",
+    ),
+    "no_costs beside costs": Corruption(c.said(no_costs=True), 3, "costs"),
+    # --- 10: actions ---
+    "actions numbered from 1": Corruption(
+        c.discrete(lambda log: c.put(log, actions=log.arrays["actions"] + 1)), 10, "action"
+    ),
+    "actions numbered from 1, no count": Corruption(
+        c.discrete(
+            c.chain(c.without_count, lambda log: c.put(log, actions=log.arrays["actions"] + 1))
+        ),
+        10,
+        "action",
+        "the first action may never have occurred",
+    ),
+    "actions numbered from -1, no count": Corruption(
+        c.discrete(
+            c.chain(c.without_count, lambda log: c.put(log, actions=log.arrays["actions"] - 1))
+        ),
+        10,
+        "action",
+    ),
+    "numbers of actions as floats": Corruption(
+        c.discrete(c.typed("actions", lambda x: x.astype(np.float32))), 10, "action"
+    ),
+    "numbers of actions as float columns": Corruption(
+        c.discrete(c.typed("actions", lambda x: x[:, None].astype(np.float32))), 10, "action"
+    ),
+    "numbers of actions as float columns, no count": Corruption(
+        c.discrete(
+            c.chain(c.without_count, c.typed("actions", lambda x: x[:, None].astype(np.float32)))
+        ),
+        10,
+        "action",
+        "a throttle that was only ever 0 or 1 is possible",
+    ),
+    "numbers of actions as bytes": Corruption(
+        c.discrete(c.typed("actions", lambda x: x.astype(np.uint8))), 10, "", readable=True
+    ),
+    "one-hot as integers": Corruption(
+        c.discrete(lambda log: c.one_hot(log, int)), 10, "", readable=True
+    ),
+    "one-hot as integers, no count": Corruption(
+        c.discrete(lambda log: c.without_count(c.one_hot(log, int))),
+        10,
+        "action",
+        "continuous actions that were only ever 0 or 1 are possible",
+    ),
+    "one-hot as booleans": Corruption(
+        c.discrete(lambda log: c.one_hot(log, bool)), 10, "", readable=True
+    ),
+    "whole-number actions with bounds": Corruption(
+        c.continuous(lambda log: c.steps_of_ten(log, action_low=0, action_high=10)),
+        10,
+        "",
+        readable=True,
+    ),
+    "whole-number actions without bounds": Corruption(
+        c.continuous(c.steps_of_ten), 10, "action", "eleven discrete actions are possible"
+    ),
+    # --- 0: values ---
+    "a reward that is NaN": Corruption(
+        c.typed("rewards", lambda x: np.where(np.arange(len(x)) == 5, np.nan, x)), 0, "rewards"
+    ),
+    "a cost that is infinite": Corruption(
+        c.typed("costs", lambda x: np.where(np.arange(len(x)) == 5, np.inf, x)), 0, "costs"
+    ),
+    "costs negated": Corruption(c.typed("costs", np.negative), 0, "cost"),
+}
+
+# What no reader could know from the file and the settings: (corruption, log, format) -> why.
+UNTELLABLE: dict[tuple[str, str, str], str] = {}
+
+
+@functools.cache
+def words_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    """What a sentence that names one of these faults has."""
+    words = "|".join(CORRUPTIONS[name].words for name in names if CORRUPTIONS[name].words)
+    return re.compile(words or "(?!)")
