@@ -221,15 +221,16 @@ SCATTERED = within(-0.5, 0.5)
 # How each clean log is made.
 CLEAN: dict[str, Callable[[], Log]] = {
     "ledge": lambda: play(at(0.0, 0.0), drive, episodes=80, horizon=40),
-    "hazards": lambda: play(SCATTERED, wander, episodes=40, horizon=50),
+    "hazards": lambda: play(SCATTERED, wander, episodes=24, horizon=50),
     "buttons": lambda: play(
-        SCATTERED, press, episodes=60, horizon=30, act=button, metadata={"action_count": 3}
+        SCATTERED, press, episodes=30, horizon=30, act=button, metadata={"action_count": 3}
     ),
-    "gears": lambda: play(SCATTERED, drive, episodes=50, horizon=40, act=gear),
-    "stops": lambda: play(SCATTERED, wander, episodes=60, horizon=50, stop=0.04),
-    "mortal": lambda: play(SCATTERED, decay, episodes=80, horizon=200),
+    "gears": lambda: play(SCATTERED, drive, episodes=24, horizon=40, act=gear),
+    "judged": lambda: judged(play(SCATTERED, wander, episodes=24, horizon=30)),
+    "stops": lambda: play(SCATTERED, wander, episodes=30, horizon=50, stop=0.04),
+    "mortal": lambda: play(SCATTERED, decay, episodes=50, horizon=200),
     "levers": lambda: play(
-        at(0.8, 0.0), press, episodes=50, horizon=30, act=lever, metadata={"action_count": 2}
+        at(0.8, 0.0), press, episodes=30, horizon=30, act=lever, metadata={"action_count": 2}
     ),
     "bandit": lambda: only("terminals", play(within(-1.0, 1.0), pull, episodes=300, horizon=1)),
     "timed bandit": lambda: only(
@@ -253,6 +254,18 @@ def only(end: str, log: Log) -> Log:
     return replace(log, arrays=log.arrays | {other: np.zeros(len(log.rows), bool)})
 
 
+def judged(log: Log) -> Log:
+    """With the verdicts of an own rule, which finds what no cost tells of."""
+    verdicts = log.arrays["observations"].sum(axis=1) > 1.6
+    rule: dict[str, Any] = {"accident": "rules:far", "cost_threshold": 0.0}
+    return replace(
+        log,
+        arrays=log.arrays | {"accidents": verdicts, "costs": 0 * log.arrays["costs"]},
+        metadata=log.metadata | rule,
+        spec=SafetySpec(accident="rules:far"),
+    )
+
+
 @functools.cache
 def clean(name: str) -> Log:
     """A clean log of :data:`CLEAN`, made once; nobody writes into its arrays."""
@@ -265,11 +278,13 @@ def clean(name: str) -> Log:
 def truth_of(original: Log, rows: NDArray[np.int64], spec: SafetySpec) -> Truth:
     """The counts of those rows of a clean log that are left, each counted once.
 
-    An episode whose end is lost was cut. ``spec`` says what an accident is: cost or termination.
+    An episode whose end is lost was cut. Accidents are by the log's own verdicts if it has any,
+    else by what ``spec`` says: by termination or by cost.
     """
     left = np.unique(rows[rows >= 0])
     terminals, costs = original.arrays["terminals"], original.arrays["costs"]
-    accidents = terminals if spec.accident == "terminated" else costs > spec.cost_threshold
+    accidents = terminals if spec.accident == "terminated" else costs > 0.0
+    accidents = original.arrays.get("accidents", accidents)
     number = original.episode[left]
     terminated = len(np.unique(number[terminals[left]]))
     episodes = len(np.unique(number))

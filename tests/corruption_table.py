@@ -15,6 +15,7 @@ ROWS = (
     r"next_observations|in order|order of|repeat|twice|same|copies|start where|terminals|timeouts"
 )
 INFERRED = "a time limit that only a horizon knows: the load says that it has inferred the ends"
+UNMARKED = "an end that is not marked may be of either kind"
 DONE = "a termination at the very horizon is possible"
 
 MINARI = {"timeouts": "truncations", "terminals": "terminations", "costs": "cost"}
@@ -38,9 +39,11 @@ CORRUPTIONS: dict[str, Corruption] = {
     "terminals a row late": Corruption(c.flag("terminals", c.late), 1, ENDS),
     "timeouts a row early": Corruption(c.flag("timeouts", c.early), 1, ENDS),
     "timeouts a row late": Corruption(c.flag("timeouts", c.late), 1, ENDS),
-    "half of the terminals missing": Corruption(c.flag("terminals", c.every_second), 1, ENDS),
+    "half of the terminals missing": Corruption(
+        c.flag("terminals", c.every_second), 1, ENDS, UNMARKED
+    ),
     "half of the timeouts missing": Corruption(c.flag("timeouts", c.every_second), 1, ENDS),
-    "terminals all off": Corruption(c.flag("terminals", np.zeros_like), 1, ENDS),
+    "terminals all off": Corruption(c.flag("terminals", np.zeros_like), 1, ENDS, UNMARKED),
     "timeouts all off": Corruption(c.flag("timeouts", np.zeros_like), 1, ENDS),
     "no end at all": Corruption(c.no_ends, 1, ENDS + "|ever ends"),
     "terminals inverted": Corruption(c.flag("terminals", np.logical_not), 1, ENDS),
@@ -72,7 +75,9 @@ CORRUPTIONS: dict[str, Corruption] = {
     "the whole log twice": Corruption(c.repeated(c.whole_twice), 1, ROWS),
     # --- 2: names, shapes, text ---
     **{
-        f'{old} as "{new}"': Corruption(c.renamed(old, new), 2, names_of(old, new))
+        f'{old} as "{new}"': Corruption(
+            c.renamed(old, new), 2, names_of(old, new), alone=new != names[0]
+        )
         for old, names in {
             "timeouts": (
                 "truncations",
@@ -94,8 +99,8 @@ CORRUPTIONS: dict[str, Corruption] = {
         for new in names
     },
     "dones beside terminals": Corruption(c.done_beside_terminals, 2, "dones", INFERRED),
-    "verdicts as accident": Corruption(c.verdicts_as("accident"), 2, "accident"),
-    "verdicts as is_accident": Corruption(c.verdicts_as("is_accident"), 2, "accident"),
+    "verdicts as accident": Corruption(c.verdicts_as("accident"), 2, '"accident"'),
+    "verdicts as is_accident": Corruption(c.verdicts_as("is_accident"), 2, '"is_accident"'),
     "timeouts a row short": Corruption(c.longer("timeouts", -1), 2, "timeouts"),
     "observations a row long": Corruption(c.longer("observations", 1), 2, "observations"),
     "rewards a row short": Corruption(c.longer("rewards", -1), 2, "rewards"),
@@ -146,6 +151,7 @@ CORRUPTIONS: dict[str, Corruption] = {
             else c.horizons(factor, where=where),
             3,
             "horizon|time limit",
+            alone=where == "spec" or factor > 1,
         )
         for factor in (0.5, 5)
         for where in ("file", "load", "spec", "file alone")
@@ -166,6 +172,9 @@ CORRUPTIONS: dict[str, Corruption] = {
     "verdicts above another threshold": Corruption(
         c.logged_rule("cost", 0.5), 3, "cost_threshold|threshold"
     ),
+    "verdicts read under cost": Corruption(c.read_under("cost"), 3, "rules:far"),
+    "verdicts read under terminated": Corruption(c.read_under("terminated"), 3, "rules:far"),
+    "verdicts read under another rule": Corruption(c.read_under("rules:near"), 3, "rules:far"),
     "verdicts of terminations": Corruption(c.logged_rule("terminated", 0.0), 3, "terminated"),
     "bounds of another unit": Corruption(
         c.continuous(c.said(action_low=0.0, action_high=1.0)), 3, "action_low|outside"
@@ -190,22 +199,22 @@ CORRUPTIONS: dict[str, Corruption] = {
     "no_costs beside costs": Corruption(c.said(no_costs=True), 3, "costs"),
     # --- 10: actions ---
     "actions numbered from 1": Corruption(
-        c.discrete(lambda log: c.put(log, actions=log.arrays["actions"] + 1)), 10, "action"
+        c.discrete(c.typed("actions", lambda x: x + 1)), 10, "action"
+    ),
+    "actions numbered from 1, as said": Corruption(
+        c.discrete(c.chain(c.said(action_start=1), c.typed("actions", lambda x: x + 1))),
+        10,
+        "",
+        readable=True,
     ),
     "actions numbered from 1, no count": Corruption(
-        c.discrete(
-            c.chain(c.without_count, lambda log: c.put(log, actions=log.arrays["actions"] + 1))
-        ),
+        c.discrete(c.chain(c.without_count, c.typed("actions", lambda x: x + 1))),
         10,
         "action",
         "the first action may never have occurred",
     ),
     "actions numbered from -1, no count": Corruption(
-        c.discrete(
-            c.chain(c.without_count, lambda log: c.put(log, actions=log.arrays["actions"] - 1))
-        ),
-        10,
-        "action",
+        c.discrete(c.chain(c.without_count, c.typed("actions", lambda x: x - 1))), 10, "action"
     ),
     "numbers of actions as floats": Corruption(
         c.discrete(c.typed("actions", lambda x: x.astype(np.float32))), 10, "action"

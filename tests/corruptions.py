@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.safety import SafetySpec
 from tests.clean_logs import Log
+
+RULE = ("accident", "cost_threshold")  # keys of the metadata
 
 Change = Callable[[Log], Log | None]
 
@@ -25,7 +28,8 @@ class Corruption(NamedTuple):
     ``kind`` is that of the fault: 1 ends of episodes and order of rows, 2 names and how a file is
     written, 3 metadata, 10 actions; 0 values. ``remark``: why the load may go on with a remark
     although it counts otherwise ("": it may not). ``readable``: no fault but a way of writing, so
-    that it must be read as it was meant.
+    that it must be read as it was meant. ``alone``: it is one of several spellings of the same, of
+    which one is enough in pairs.
     """
 
     change: Change
@@ -33,6 +37,7 @@ class Corruption(NamedTuple):
     words: str
     remark: str = ""
     readable: bool = False
+    alone: bool = False
 
 
 def put(log: Log, **arrays: Any) -> Log:
@@ -227,12 +232,12 @@ def done_beside_terminals(log: Log) -> Log | None:
 
 
 def verdicts_as(name: str) -> Change:
-    """The verdicts of an own rule (here: every second accident) under some name."""
+    """Verdicts under another name, in a log that does not say which rule is theirs."""
 
     def change(log: Log) -> Log | None:
-        if "costs" not in log.arrays:
-            return None
-        return put(log, **{name: every_second(log.arrays["costs"] > 0)})
+        found = renamed("accidents", name)(log)
+        metadata = {k: v for k, v in log.metadata.items() if k not in RULE}
+        return found and dataclasses.replace(found, metadata=metadata, spec=SafetySpec())
 
     return change
 
@@ -304,15 +309,31 @@ def horizon_under(name: str) -> Change:
     return change
 
 
+def read_under(rule: str) -> Change:
+    """The settings ask for another rule than the one whose verdicts the log holds."""
+
+    def change(log: Log) -> Log | None:
+        if "accidents" not in log.arrays:
+            return None
+        return dataclasses.replace(log, spec=SafetySpec(accident=rule))
+
+    return change
+
+
 def without_timeouts(change: Change) -> Change:
     return lambda log: (found := change(log)) and dropped("timeouts")(found)
 
 
 def logged_rule(rule: str, threshold: float) -> Change:
-    """Verdicts of another rule, with its name."""
-    verdicts = verdicts_as("accidents")
-    note = said(accident=rule, cost_threshold=threshold)
-    return lambda log: (found := verdicts(log)) and note(found)
+    """The log holds verdicts of a rule (which found every second accident) beside its costs."""
+
+    def change(log: Log) -> Log | None:
+        if "accidents" in log.arrays or "costs" not in log.arrays:
+            return None
+        found = put(log, accidents=every_second(log.arrays["costs"] > 0))
+        return said(accident=rule, cost_threshold=threshold)(found)
+
+    return change
 
 
 # --- 10: actions ---

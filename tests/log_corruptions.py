@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,12 @@ from tests.corruptions import ends_of
 from tests.log_forms import FORMS, held_alike
 
 # The clean logs that are corrupted; the others of CLEAN are only looked at as they are.
-TARGETS = ("ledge", "hazards", "buttons", "levers", "stops", "mortal", "gears")
+TARGETS = ("ledge", "hazards", "buttons", "levers", "stops", "mortal", "gears", "judged")
+
+
+ORDER = (1, 3, 10, 0, 2)  # of kinds, as one fault comes after another: names and text last
+# What a clean log has to be told of, by format: nothing but what its writers leave out.
+EXPECTED = {"bare": "stands in", "d4rl": "stands in", "table": "stands in", "omnisafe": "done"}
 
 
 class Outcome(NamedTuple):
@@ -35,7 +42,7 @@ class Outcome(NamedTuple):
     text: str
 
 
-WRONG = ("silent", "unnamed", "crashed", "not read", "false alarm")
+WRONG = ("silent", "unnamed", "crashed", "not read")
 
 
 def load(path: Path, log: Log) -> Dataset:
@@ -94,30 +101,29 @@ def _content(dataset: Dataset, original: Log, rows: np.ndarray) -> str:
     return "" if (right | gap).all() else "other next_observations"
 
 
-def judged(path: Path, original: Log, log: Log, names: tuple[str, ...]) -> Outcome:
-    """What the load of a corrupted log comes to; ``names`` are the corruptions."""
-    try:
-        return _judge_load(load(path, log), original, log, names)
-    except UserError as error:
-        return _judge_refusal(str(error), names)
-    except Exception as error:
-        return Outcome("crashed", repr(error))
+def seen_clean(target: str, form: str) -> str | None:
+    """What is wrong with the load of a clean log; "" if nothing is, None if it cannot be held."""
+    original = clean(target)
+    held = held_clean(target, form)
+    if held is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dataset = load(FORMS[form].write(held, Path(folder)), held)
+        except UserError as error:
+            return f"refused: {error}"
+        expected = re.compile(EXPECTED.get(form, "(?!)"))
+        doubts = [text for text in remarks_of(dataset) if not expected.search(text)]
+        return deviation(dataset, original, held) or "; ".join(doubts)
 
 
-def _judge_refusal(sentence: str, names: tuple[str, ...]) -> Outcome:
-    if all(CORRUPTIONS[name].readable for name in names):
-        return Outcome("not read", sentence)
-    return Outcome("refused" if words_of(names).search(sentence) else "unnamed", sentence)
-
-
-def _judge_load(dataset: Dataset, original: Log, log: Log, names: tuple[str, ...]) -> Outcome:
-    wrong = deviation(dataset, original, log)
-    if not wrong:
-        return Outcome("true", "")
-    named = [text for text in remarks_of(dataset) if words_of(names).search(text)]
-    if named and any(CORRUPTIONS[name].remark for name in names):
-        return Outcome("remarked", named[0])
-    return Outcome("silent", f"{wrong}; remarks: {remarks_of(dataset)}")
+@functools.cache
+def held_clean(target: str, form: str) -> Log | None:
+    """A clean log as a format holds it."""
+    original = clean(target)
+    return (
+        None if form == "omnisafe" and not ends_by_limit(original) else FORMS[form].hold(original)
+    )
 
 
 def ends_by_limit(log: Log) -> bool:
@@ -128,90 +134,95 @@ def ends_by_limit(log: Log) -> bool:
     return bool((cut == (ends_of(log) & limit)).all())
 
 
+@functools.cache
+def outcome(names: tuple[str, ...], target: str, form: str) -> Outcome | None:
+    """What the load of a corrupted log comes to; None if it cannot be made, or is the clean one."""
+    pure, log = held_clean(target, form), corrupted(clean(target), names)
+    held = log and FORMS[form].hold(log)
+    if pure is None or held is None or held_alike(pure, held):
+        return None
+    if any((name, target, form) in UNTELLABLE for name in names):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dataset = load(FORMS[form].write(held, Path(folder)), held)
+        except UserError as error:
+            return _of_refusal(str(error), names)
+        except Exception as error:
+            return Outcome("crashed", repr(error))
+        return _of_load(dataset, held, names, target, form)
+
+
 def corrupted(original: Log, names: tuple[str, ...]) -> Log | None:
-    """A clean log after these corruptions, the text of a file last; None if one cannot be made."""
-    return c.chain(*(CORRUPTIONS[name].change for name in names))(original)
+    """A clean log after these corruptions, one by one; None if one of them cannot be made."""
+    try:
+        return c.chain(*(CORRUPTIONS[name].change for name in names))(original)
+    except KeyError:  # the array that would be changed is gone
+        return None
 
 
-# What a clean log has to be told of, by format: nothing but what its writers leave out.
-EXPECTED = {
-    "bare": r"stands in",
-    "d4rl": r"stands in",
-    "table": r"stands in",
-    "omnisafe": r"done",
-}
+def _of_refusal(sentence: str, names: tuple[str, ...]) -> Outcome:
+    if all(CORRUPTIONS[name].readable for name in names):
+        return Outcome("not read", sentence)
+    return Outcome("refused" if words_of(names).search(sentence) else "unnamed", sentence)
 
 
-def seen_clean(target: str, folder: Path) -> dict[str, str]:
-    """What is wrong with the load of a clean log, by format; of a right loader {}."""
-    original, found = clean(target), {}
-    for form, (hold, write) in FORMS.items():
-        held = hold(original)
-        if held is None or (form == "omnisafe" and not ends_by_limit(original)):
-            continue
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            try:
-                dataset = load(write(held, Path(place)), held)
-            except UserError as error:
-                found[form] = f"refused: {error}"
-                continue
-            wrong = deviation(dataset, original, held)
-            expected = re.compile(EXPECTED.get(form, "(?!)"))
-            doubts = [text for text in remarks_of(dataset) if not expected.search(text)]
-        if wrong or doubts:
-            found[form] = wrong or f"remark: {doubts[0]}"
-    return found
+def _of_load(
+    dataset: Dataset, held: Log, names: tuple[str, ...], target: str, form: str
+) -> Outcome:
+    wrong = deviation(dataset, clean(target), held)
+    if not wrong:
+        return Outcome("true", "")
+    named = [text for text in remarks_of(dataset) if words_of(names).search(text)]
+    if named and all(CORRUPTIONS[name].remark or harmless(name, target, form) for name in names):
+        return Outcome("remarked", f"{wrong}: {named[0]}")
+    return Outcome("silent", f"{wrong}; remarks: {remarks_of(dataset)}")
 
 
-def outcomes(
-    names: tuple[str, ...], target: str, folder: Path, forms: Iterable[str] = tuple(FORMS)
-) -> Iterator[tuple[str, Outcome]]:
-    """(format, outcome) in every format that can hold these corruptions of a clean log."""
-    original = clean(target)
-    log = corrupted(original, names)
-    if log is None:
-        return
-    for form in forms:
-        hold, write = FORMS[form]
-        pure, held = hold(original), hold(log)
-        if pure is None or held is None or held_alike(pure, held):
-            continue
-        if form == "omnisafe" and not ends_by_limit(original):
-            continue
-        if any((name, target, form) in UNTELLABLE for name in names):
-            continue
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            try:
-                path = write(held, Path(place))
-            except UserError as error:  # of `convert`, to a memory map
-                yield form, _judge_refusal(str(error), names)
-                continue
-            except Exception as error:
-                yield form, Outcome("crashed", repr(error))
-                continue
-            yield form, judged(path, original, held, names)
+def harmless(name: str, target: str, form: str) -> bool:
+    """Whether one corruption alone changes nothing that is counted."""
+    alone = outcome((name,), target, form)
+    return alone is None or alone.what == "true"
+
+
+def singles() -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """(names, log, format) of every corruption alone."""
+    for name in CORRUPTIONS:
+        yield from (((name,), target, form) for target in TARGETS for form in FORMS)
+
+
+def pairs() -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """(names, log, format) of every two corruptions, in every format, each of another log."""
+    paired = [name for name, each in CORRUPTIONS.items() if not each.alone]
+    paired.sort(key=lambda name: ORDER.index(CORRUPTIONS[name].kind))
+    turn = itertools.cycle(TARGETS)
+    for names in itertools.combinations(paired, 2):
+        yield from ((names, next(turn), form) for form in FORMS)
 
 
 def main(arguments: list[str]) -> None:
-    counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in CLEAN:
-            for form, doubt in seen_clean(name, Path(folder)).items():
-                print(f"FALSE ALARM {name}, {form}: {doubt}")
-        for name in CORRUPTIONS:
-            if arguments and not any(part in name for part in arguments):
-                continue
-            of_name: Counter[str] = Counter()
-            lines = []
-            for target in TARGETS:
-                for form, outcome in outcomes((name,), target, Path(folder)):
-                    of_name[outcome.what] += 1
-                    if outcome.what in WRONG or arguments:
-                        lines.append(f"    {target}, {form}: {outcome.what}: {outcome.text}")
-            print(f"{name:<48} " + ", ".join(f"{n} {what}" for what, n in of_name.items()))
-            print(*lines, sep="\n", end="\n" if lines else "")
-            counts += of_name
-    print(", ".join(f"{n} {what}" for what, n in counts.most_common()))
+    """Print what went wrong, and a line for each corruption; of those named in ``arguments`` all.
+
+    "pairs" adds every two of them.
+    """
+    for target, form in itertools.product(CLEAN, FORMS):
+        if doubt := seen_clean(target, form):
+            print(f"FALSE ALARM {target}, {form}: {doubt}")
+    wanted = [argument for argument in arguments if argument != "pairs"]
+    cases = itertools.chain(singles(), pairs()) if "pairs" in arguments else singles()
+    counts: dict[tuple[str, ...], Counter[str]] = {}
+    for names, target, form in cases:
+        if wanted and not any(part in name for part in wanted for name in names):
+            continue
+        if found := outcome(names, target, form):
+            counts.setdefault(names, Counter())[found.what] += 1
+            if found.what in WRONG or wanted:
+                print(f"    {' + '.join(names)}: {target}, {form}: {found.what}: {found.text}")
+    for names, each in counts.items():
+        if len(names) == 1:
+            print(f"{names[0]:<48} " + ", ".join(f"{n} {what}" for what, n in each.items()))
+    total = sum(counts.values(), Counter())
+    print(", ".join(f"{n} {what}" for what, n in total.most_common()))
 
 
 if __name__ == "__main__":

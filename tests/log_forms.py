@@ -51,7 +51,7 @@ def write_hdf5(log: Log, folder: Path) -> Path:
 
 def hold_d4rl(log: Log) -> Log | None:
     """No costs, no next observations, no metadata; a termination is the accident."""
-    if "action_count" in log.metadata:
+    if "action_count" in log.metadata or log.spec.accident != "cost":
         return None
     spec = SafetySpec(accident="terminated", horizon=log.spec.horizon)
     return _without(log, "costs", "next_observations", "accidents", metadata={}, spec=spec)
@@ -75,7 +75,7 @@ _OMNISAFE = {
 def hold_omnisafe(log: Log) -> Log | None:
     """One flag for both ends, (N, 1) each; no metadata, and continuous actions alone."""
     needed = {*_OMNISAFE, "terminals", "timeouts"}
-    if not needed <= log.arrays.keys() or not _rows_agree(log):
+    if not needed <= log.arrays.keys() or not _rows_agree(log) or log.spec.accident != "cost":
         return None
     if log.arrays["actions"].dtype.kind != "f" or log.arrays["actions"].ndim != 2:
         return None
@@ -146,7 +146,7 @@ def _cell(value: Any, style: dict[str, str]) -> str:
 def hold_minari(log: Log) -> Log | None:
     """Groups that end where the flags do; next observations are those of the following rows."""
     flags = [log.arrays.get(key) for key in ("terminals", "timeouts")]
-    if any(flag is None or flag.dtype.kind != "b" for flag in flags):
+    if any(flag is None or flag.dtype.kind != "b" for flag in flags) or not _rows_agree(log):
         return None
     ends = log.arrays["terminals"] | log.arrays["timeouts"]
     return _grouped(log, np.concatenate([[0], np.cumsum(ends)[:-1]]))
