@@ -233,13 +233,15 @@ def load_config(
     env_id: str,
     preset: str | Path | None = None,
     inherited: Mapping[str, Any] | None = None,
+    logged: Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
     overrides: Iterable[str] = (),
 ) -> T:
     """Resolve a configuration; later sources win.
 
     dataclass defaults <- ``inherited`` (from the pretrain run) <- ``section`` ("pretrain",
-    "finetune") of the environment's preset or of the YAML file ``preset`` <- ``flags`` (None means
+    "finetune") of the environment's preset <- ``logged`` (what a dataset says of itself) <-
+    ``section`` of the YAML file ``preset``, which takes the preset's place <- ``flags`` (None means
     not given) <- ``overrides`` ("a.b=c"). Unknown keys and wrong values raise ConfigError.
     """
     known = schema_keys(schema)
@@ -255,7 +257,9 @@ def load_config(
                 raise ConfigError(
                     f'Unknown key "{name}" in "{preset}". {suggestion(name, SECTIONS)}'
                 )
-    layers = [inherited or {}, file_values.get(section) or {}]
+    chosen = file_values.get(section) or {}
+    words = [chosen, logged or {}] if preset is None else [logged or {}, chosen]
+    layers = [inherited or {}, *words]
     layers.append({k: v for k, v in (flags or {}).items() if v is not None})
     layers += [_parse_override(text) for text in overrides]
 

@@ -87,14 +87,31 @@ def _make_described(
     return env, describe(env)
 
 
-def make_raw(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
-    """Make a Gymnasium environment as it is, without the adapter; see :func:`make_env`."""
+def time_limit(env_id: str) -> int | None:
+    """Steps after which an environment ends every episode as it is registered; None if it does not.
+
+    None of an id that is unknown, too. EnvError for a module that does not import.
+    """
+    _register(env_id)
+    try:
+        return gymnasium.spec(env_id.rpartition(":")[2]).max_episode_steps
+    except gymnasium.error.Error:
+        return None
+
+
+def _register(env_id: str) -> None:
+    """Import whatever registers an id."""
     importlib.import_module("safe_offrl.envs")  # registers the environments that come with us
     module, separator, _ = env_id.partition(":")
     if separator:
         import_user_module(module, f'environment "{env_id}"')
     elif env_id not in gymnasium.registry:
         import_plugins()
+
+
+def make_raw(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
+    """Make a Gymnasium environment as it is, without the adapter; see :func:`make_env`."""
+    _register(env_id)
     # A constructor need not know render_mode, not even as None.
     options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:

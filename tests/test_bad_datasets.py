@@ -39,7 +39,7 @@ def good() -> Arrays:
     }
 
 
-METADATA = {"env_id": ENV, "accident": "cost", "cost_threshold": 0.0, "horizon": 10}
+METADATA = {"env_id": ENV, "accident": "cost", "cost_threshold": 0.0, "horizon": 20}
 
 
 def put(name: str, index: Any, value: Any, kind: Any = np.float32) -> Callable[[Arrays], Arrays]:

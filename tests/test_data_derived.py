@@ -147,8 +147,10 @@ def test_a_rule_of_ones_own_takes_its_verdicts_from_the_log(tmp_path: Path) -> N
 
 def test_whose_horizon_is_too_short_decides_what_can_be_done(tmp_path: Path) -> None:
     path = write(tmp_path / "log.hdf5", {"horizon": 2})
+    with pytest.raises(DataError, match=r"Set safety\.horizon=4 or more"):  # the file's own
+        load_dataset(path, discount=1.0, spec=SafetySpec())
+    path = write(tmp_path / "log.hdf5", {"horizon": None})
     remedies = {
-        (None, None): r"Set safety\.horizon=4 or more",  # the file's own
         (None, 3): r"Set safety\.horizon=4 or more",
         # safety.horizon cannot be above the environment's own limit.
         (3, None): r"register the environment with max_episode_steps=4 or more, or cut",
@@ -159,6 +161,27 @@ def test_whose_horizon_is_too_short_decides_what_can_be_done(tmp_path: Path) -> 
         with pytest.raises(DataError, match=match):
             load_dataset(path, discount=1.0, spec=spec, horizon=given)
     assert load_dataset(path, discount=1.0, spec=SafetySpec(), horizon=4).horizon == 4
+
+
+def test_a_horizon_other_than_the_one_that_the_log_states_is_an_error_that_names_both(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "log.hdf5", {"horizon": 40.0})
+    for given, chosen, words in (
+        (200, None, r"at most 40 steps.*environment ends them after 200.*safety\.horizon=40"),
+        (20, None, r"at most 40 steps.*environment ends them after 20\..*max_episode_steps=40\.$"),
+        (None, 50, r"at most 40 steps.*safety\.horizon is 50\. Leave safety\.horizon out"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load_dataset(path, discount=1.0, spec=SafetySpec(horizon=chosen), horizon=given)
+    for given, chosen in ((None, None), (40, None), (None, 40), (40, 40)):
+        spec = SafetySpec(horizon=chosen)
+        assert load_dataset(path, discount=1.0, spec=spec, horizon=given).horizon == 40
+    for wrong in (40.5, "40", True, 0):
+        with pytest.raises(DataError, match="metadata's horizon is"):
+            load_dataset(
+                write(tmp_path / "log.hdf5", {"horizon": wrong}), discount=1.0, spec=SafetySpec()
+            )
 
 
 @pytest.mark.parametrize(("share", "episodes", "n"), [(0.15, 3, 1), (0.85, 3, 2), (0.3, 10, 3)])

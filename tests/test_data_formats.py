@@ -171,11 +171,12 @@ def test_csv_columns_are_in_numeric_order(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     names = sorted(f"observations_{i}" for i in range(12))  # observations_10 before observations_2
     values = [name.rpartition("_")[2] for name in names]
-    head, row = ",".join([*names, "actions", "rewards", "terminals"]), ",".join([*values, "2,1,1"])
-    path.write_text(f"{head}\n{row}\n")
+    head = ",".join([*names, "actions", "rewards", "terminals"])
+    rows = [",".join([*values, f"{action},1,1"]) for action in (2, 0)]
+    path.write_text("\n".join([head, *rows]) + "\n")
     batch = load(path, TERMINATED).transitions
-    assert batch.observations.tolist() == [[float(i) for i in range(12)]]
-    assert batch.actions.tolist() == [[0, 0, 1]]
+    assert batch.observations.tolist() == [[float(i) for i in range(12)]] * 2
+    assert batch.actions.tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
 def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
@@ -322,9 +323,10 @@ def test_what_is_complete_already_is_left_alone() -> None:
         "terminals": np.array([0, 0, 1]),
         "timeouts": np.zeros(n),
     }
-    found, metadata = complete(arrays, {"action_low": -1, "action_high": 1})
+    found, metadata, remarks = complete(arrays, {"action_low": -1, "action_high": 1})
     assert all(found[key] is arrays[key] for key in arrays)
     assert metadata == {"action_low": -1, "action_high": 1}
+    assert remarks == ()
 
 
 def test_npz_bombs_lies_and_objects_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
+from safe_offrl.data.content import Raw
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import assemble
 from safe_offrl.data.replay_buffer import from_replay_buffer
@@ -154,5 +155,5 @@ def test_it_can_be_written_and_loaded(tmp_path: Any) -> None:
     buffer, costs = filled(7)
     arrays, metadata = from_replay_buffer(buffer, costs=costs, horizon=3)
     write_dataset(tmp_path / "log.hdf5", arrays, metadata)
-    dataset = assemble(arrays, metadata, discount=1.0, spec=SafetySpec(cost_threshold=4.0))
+    dataset = assemble(Raw(arrays, metadata), discount=1.0, spec=SafetySpec(cost_threshold=4.0))
     assert dataset.transitions.accidents.tolist() == [0, 0, 0, 0, 0, 1, 1]

@@ -211,7 +211,7 @@ def _negative_cost(arrays: dict[str, np.ndarray]) -> None:
 
 
 def _shuffled(arrays: dict[str, np.ndarray]) -> None:
-    arrays["next_observations"][[5, 19]] += 1  # 19 is an episode's last step: not comparable
+    arrays["next_observations"][[5, 19]] += 100  # 19 is an episode's last step: not comparable
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def _shuffled(arrays: dict[str, np.ndarray]) -> None:
         (_one_behaviour, "a single behaviour"),
         (_same_reward, "every reward is the same"),
         (_negative_cost, "2 steps have a cost below 0"),
-        (_shuffled, "1 steps within episodes do not start"),
+        (_shuffled, "next observations of 1 rows (the first is row 5) are far"),
     ],
 )
 def test_each_warning(change: Any, words: str, tmp_path: Path) -> None:

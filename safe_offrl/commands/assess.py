@@ -13,7 +13,13 @@ import torch
 from safe_offrl.assessment import Estimates, assess, choose, risk_text
 from safe_offrl.certificate import policy_sha256
 from safe_offrl.checkpoints import Checkpoint
-from safe_offrl.commands.common import loading, require_own_limit, say_plain, stored_dataset
+from safe_offrl.commands.common import (
+    loading,
+    require_own_limit,
+    say_plain,
+    stored_dataset,
+    warning_lines,
+)
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.device import configure
@@ -70,6 +76,8 @@ def assess_runs(
         dataset = stored_dataset(inputs, safety, discount_of(config))
         subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
         limit = safety.limit(dataset.horizon, dataset.cost_max).value
+        for line in warning_lines(dataset, safety):
+            say(line)
         key = str(run.path)
         estimates[key], limits[key] = assessed(subject, say), (limit, safety.confidence)
         results[key] = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.config import RunInputs
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.inspect import INSPECTED, dataset_warnings
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.descent import CompileMode, Precision
 from safe_offrl.errors import ConfigError, DataError, EnvError, RunError
@@ -39,7 +40,13 @@ def stored_dataset(inputs: RunInputs, spec: SafetySpec, discount: float) -> Data
             f"{inputs.dataset_sha256[:12]}..., or pretrain again."
         )
     horizon = spec.horizon or inputs.horizon
-    dataset = load_dataset(path, discount=discount, spec=spec, horizon=horizon)
+    try:
+        dataset = load_dataset(path, discount=discount, spec=spec, horizon=horizon)
+    except DataError as error:
+        raise DataError(
+            f'The dataset "{path}" has changed since this run was made, or this version of '
+            f"safe-offrl reads it with more care: {error}"
+        ) from error
     if dataset.sha256 != inputs.dataset_sha256:
         raise DataError(
             f'The dataset "{path}" has changed since this run was made (sha256 '
@@ -181,6 +188,13 @@ def data_line(dataset: Dataset, inputs: RunInputs) -> str:
         f"an episode ({Path(inputs.dataset).name}, "
         f"sha256 {dataset.sha256[:12]})"
     )
+
+
+def warning_lines(dataset: Dataset, safety: SafetySpec) -> list[str]:
+    """Header lines: what a load noticed and what cannot be learnt from the log, as in inspect."""
+    limit = safety.limit(dataset.horizon, dataset.cost_max)
+    found = dataset_warnings(dataset.sample(INSPECTED, seed=0), limit)
+    return [f"warning     {text}" for text in found]
 
 
 def constraint_line(safety: SafetySpec, horizon: int) -> str:

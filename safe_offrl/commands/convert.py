@@ -42,6 +42,8 @@ def convert_dataset(
     finally:
         if line is not None:
             line.close()
+    for remark in result.remarks:
+        say(f"warning     {remark}")
     say(f"converted   {result.transitions:,} transitions, {result.source} to {result.target}")
     for loss in result.lost:
         say(f"lost        {loss}")

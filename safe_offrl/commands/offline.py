@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,15 +28,16 @@ from safe_offrl.commands.common import (
     say_plain,
     stored_dataset,
     stored_mode,
+    warning_lines,
 )
-from safe_offrl.commands.trust import trust_own
+from safe_offrl.commands.trust import require_trusted_log, trust_own
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.loading import find_dataset, load_dataset
-from safe_offrl.data.validation import check_learnable, check_matches_env
+from safe_offrl.data.loading import find_dataset, load_dataset, stated_metadata
+from safe_offrl.data.validation import check_learnable, check_matches_env, check_same_env
 from safe_offrl.descent import choose
 from safe_offrl.device import configure, find_device
-from safe_offrl.env import AccidentEnv, make_env
+from safe_offrl.env import AccidentEnv, make_env, time_limit
 from safe_offrl.files import plain
 from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
 from safe_offrl.progress import ProgressLine, Say, StopSignal
@@ -67,6 +69,7 @@ class PretrainPlan:
                 f"steps and {config.alignment_steps:,} of value alignment, seed {config.seed}",
                 data_line(self.dataset, self.inputs),
                 *([f"actions     {self.units}"] if self.units else []),
+                *warning_lines(self.dataset, config.safety),
                 constraint_line(config.safety, self.dataset.horizon),
                 device_line(self.inputs, config.precision, self.compiling),
             ]
@@ -86,6 +89,7 @@ def pretrain_config(
     """Resolve the settings of an offline phase; None means not given.
 
     ``preset`` is a YAML file that takes the place of the environment's, see :func:`load_config`.
+    The accident rule is the dataset's own where nothing else is said.
     """
     named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
     flags = {"env": env, "dataset": dataset, "agent": agent, "steps": steps, "seed": seed}
@@ -98,8 +102,37 @@ def pretrain_config(
         flags=flags,
         overrides=overrides,
     )
-    by_cost = resolve(inherited=COST_DEFAULTS)
-    return by_cost if by_cost.safety.constraint == "cost" else resolve()
+    config = resolve()
+    if config.safety.constraint == "cost":
+        resolve = functools.partial(resolve, inherited=COST_DEFAULTS)
+        config = resolve()
+    if config.dataset is None:
+        return config
+    return with_logged_rule(config, stated_metadata(config.dataset), resolve)
+
+
+def with_logged_rule(
+    config: PretrainConfig,
+    metadata: Mapping[str, Any],
+    resolve: Callable[..., PretrainConfig],
+    *,
+    imports: bool = True,
+) -> PretrainConfig:
+    """Settings under the accident rule that a log was made under, unless another one was asked for.
+
+    ``resolve`` makes the settings anew, with what a log says among their sources. ConfigError if
+    the rule is a function of a module (which a run ``imports``) and the log was not made here.
+    """
+    rule = {key: metadata.get(key) for key in ("accident", "cost_threshold")}
+    if not isinstance(rule["accident"], str):
+        return config
+    words = {f"safety.{key}": value for key, value in rule.items() if value is not None}
+    worded = resolve(logged=words)
+    if worded.safety.accident != rule["accident"]:
+        return config
+    if imports and config.safety.accident != rule["accident"]:
+        require_trusted_log(metadata)
+    return worded
 
 
 def plan_pretrain(
@@ -110,10 +143,12 @@ def plan_pretrain(
     updates = config.steps + config.alignment_steps
     device = find_device(config.device)
     compute, compiling = choose(config.compile, config.precision, updates, device)
+    config = _with_logged_horizon(config)
     env = make_env(config.env, config.safety)
     try:
         path = config.dataset or _default_dataset(config, say)
         path = find_dataset(path)
+        check_same_env(stated_metadata(path), config.env)
         dataset = load_dataset(
             path, discount=discount_of(config), spec=config.safety, horizon=env.horizon
         )
@@ -136,6 +171,16 @@ def plan_pretrain(
         horizon=env.horizon,
     )
     return PretrainPlan(config, inputs, dataset, env_versions, compiling, units)
+
+
+def _with_logged_horizon(config: PretrainConfig) -> PretrainConfig:
+    """Settings with the log's horizon where neither they nor the environment have one."""
+    if config.dataset is None or config.safety.horizon or time_limit(config.env):
+        return config
+    horizon = stated_metadata(config.dataset).get("horizon")
+    if not isinstance(horizon, int | float) or horizon < 1 or horizon % 1:
+        return config
+    return replace(config, safety=replace(config.safety, horizon=int(horizon)))
 
 
 def _assumed_units(dataset: Dataset, env: AccidentEnv) -> str | None:

@@ -17,6 +17,7 @@ from safe_offrl.commands.common import (
     require_own_limit,
     say_plain,
     stored_dataset,
+    warning_lines,
 )
 from safe_offrl.commands.trust import require_trusted
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, to_dict
@@ -81,6 +82,7 @@ class FinetunePlan:
                 + (f", at most {limit} accidents" if limit is not None else "")
                 + f", seed {config.seed}, from {self.inputs.pretrained}",
                 data_line(self.dataset, self.inputs),
+                *warning_lines(self.dataset, safety),
                 constraint_line(safety, self.env.horizon),
                 f"active      {', '.join(on) if on else 'nothing: plain RLPD'}"
                 + (why if self.shield_refusals else ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import typing
 from collections.abc import Sequence
@@ -15,13 +16,13 @@ from safe_offrl.check_env import check_environment
 from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
 from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
 from safe_offrl.commands.filming import filming_evaluation
-from safe_offrl.commands.offline import DEFAULT_ENV
+from safe_offrl.commands.offline import DEFAULT_ENV, with_logged_rule
 from safe_offrl.commands.online import start_loop
 from safe_offrl.commands.online_plan import FinetunePlan, finetune_config, plan_finetune
-from safe_offrl.commands.trust import require_trusted
+from safe_offrl.commands.trust import require_trusted, trust_log
 from safe_offrl.config import load_config, parse_run_yaml
-from safe_offrl.data.inspect import format_summary, summarise
-from safe_offrl.data.loading import load_dataset
+from safe_offrl.data.inspect import INSPECTED, format_summary, summarise
+from safe_offrl.data.loading import load_dataset, stated_metadata
 from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.evaluate import evaluate
@@ -35,8 +36,6 @@ from safe_offrl.run import RunDir, find_run
 from safe_offrl.run_data import Source
 from safe_offrl.safety import SafetySpec
 from safe_offrl.statistics import clopper_pearson
-
-INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
 
 
 def evaluate_run(
@@ -221,6 +220,7 @@ def collect_run(
         if Path(out).exists():
             raise DataError(f'"{out}" exists already. Remove it, or give another name.')
         path = build_dataset(env_id, safety, path=Path(out), config=config, progress=say)
+    trust_log(stated_metadata(path))
     say(f"dataset     {path}")
     return Path(path)
 
@@ -259,16 +259,21 @@ def inspect_dataset(
 ) -> dict[str, Any]:
     """Print what a dataset holds and what cannot be learnt from it; returns it as plain values.
 
-    The accident rule and the limit are those of the preset of the file's environment.
+    The accident rule is the file's own where nothing else is said; the limit is that of the preset
+    of its environment.
     """
-    config = load_config(PretrainConfig, section="pretrain", env_id="", overrides=overrides)
+    stated = stated_metadata(dataset)
+    resolve = functools.partial(
+        load_config,
+        PretrainConfig,
+        section="pretrain",
+        env_id=str(stated.get("env_id", "")),
+        overrides=overrides,
+    )
+    config = with_logged_rule(resolve(), stated, resolve, imports=False)
     loaded = load_dataset(dataset, discount=discount_of(config), spec=config.safety)
-    env_id = str(loaded.metadata.get("env_id", ""))
-    preset = load_config(PretrainConfig, section="pretrain", env_id=env_id, overrides=overrides)
-    if preset != config:
-        loaded = load_dataset(dataset, discount=discount_of(preset), spec=preset.safety)
     loaded = loaded.sample(INSPECTED, seed=0)
-    summary = summarise(loaded, preset.safety)
+    summary = summarise(loaded, config.safety)
     say(format_summary(summary))
     if png is not None:
         Path(png).parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safe_offrl.commands.common import say_plain, stored_pretrain_run
 from safe_offrl.config import RunInputs, parse_run_yaml
-from safe_offrl.errors import RunError
+from safe_offrl.data.content import metadata_text
+from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import cache_folder
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.pretrain import PretrainConfig
@@ -47,6 +50,24 @@ def trust_own(config_text: str, inputs: RunInputs, safety: SafetySpec) -> None:
     if _named(inputs, safety):
         with contextlib.suppress(RunError):  # where nothing can be remembered, it is asked for
             _remember(config_text)
+
+
+def trust_log(metadata: Mapping[str, Any]) -> None:
+    """Remember what a log that was made here says of itself, if its accident rule is a module's."""
+    if ":" in str(metadata.get("accident", "")):
+        with contextlib.suppress(RunError):  # where nothing can be remembered, it is asked for
+            _remember(metadata_text(metadata))
+
+
+def require_trusted_log(metadata: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the accident rule that a log from elsewhere names would be imported."""
+    rule = str(metadata["accident"])
+    if ":" in rule and not _record(metadata_text(metadata)).is_file():
+        raise ConfigError(
+            f'The log was made under the accident rule "{rule}", which would be imported and '
+            "executed, and it was not made on this machine as far as it knows. If you trust it, "
+            f"say safety.accident={rule}; else name another rule."
+        )
 
 
 def _remember(config_text: str) -> None:

@@ -11,50 +11,61 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import MAX_BYTES, REQUIRED, TABLES, Arrays, Metadata, Raw
+from safe_offrl.data.actions import unit_actions
+from safe_offrl.data.content import REQUIRED, TABLES, Arrays, Metadata, Raw
+from safe_offrl.data.flags import Ends, settled_ends
+from safe_offrl.data.motion import Motion, doubts, measure, overshot, unmarked_breaks
+from safe_offrl.data.names import ENDS, METADATA_KEYS, near_name
+from safe_offrl.data.validation import check_flags
 from safe_offrl.errors import DataError
 
-MOST_ACTIONS = 10_000  # that are discrete: a wrong number must not ask for all memory
+AS_MARKED = "as marked"  # the metadata's "ends" of a log whose ends are to be believed
 
 
-def complete(arrays: Arrays, metadata: Metadata, horizon: int | None = None) -> Raw:
-    """Fill in what a format leaves out; what is in the layout already stays as it is.
+def complete(
+    arrays: Arrays,
+    metadata: Metadata,
+    remarks: tuple[str, ...] = (),
+    *,
+    horizon: int | None = None,
+) -> Raw:
+    """Fill in what a format leaves out, and hold its ends of episodes against its observations.
 
-    Scalars (N, 1) become [N]; integer actions one-hot rows [N, n]; actions with stated bounds are
-    rescaled to [-1, 1]; missing costs become 0 (and ``no_costs`` is noted). Without timeouts an
-    episode ends after ``horizon`` steps, else the metadata's; ``dones`` of the horizon's last step
-    are timeouts, the others terminations. Missing next observations are the following row's within
-    an episode; after its last row the observation itself stands in, which only a truncated episode
-    ever uses. Raises DataError where the horizon is needed and unknown.
+    Scalars (N, 1) become [N]; actions [-1, 1] or one-hot rows (:func:`unit_actions`); missing costs
+    become 0 (and ``no_costs`` is noted). Ends are settled by :func:`settled_ends`, with
+    ``horizon``, else the metadata's, where flags do not say. Missing next observations are the
+    following row's within an episode; after its last row the observation itself stands in, which
+    only a truncated episode ever uses. What is in the layout already stays as it is. Raises
+    DataError where the horizon is needed and unknown, and where the ends contradict the
+    observations beyond what chance may do.
     """
     found = {k: _scalars(v) if k not in TABLES else v for k, v in arrays.items()}
     noted = dict(metadata)
-    end = "dones" if "dones" in found else "terminals"
-    for name in ("observations", "actions", "rewards", end):
-        if name not in found:
-            raise DataError(
-                f'The dataset has no array "{name}". Write it in the DSRL layout: '
-                f"{', '.join(REQUIRED)}."
-            )
+    said = [*remarks, *_unread_words(noted)]
+    _require(found)
     _check_rows(found)
-    actions, log_volume = _rescaled(_one_hot(found["actions"], noted), noted)
-    found["actions"] = actions
+    noted |= _whole_horizon(noted)
+    found["actions"], log_volume = unit_actions(found["actions"], noted, said)
     if log_volume and "behaviour_log_probs" in found:
         found["behaviour_log_probs"] = found["behaviour_log_probs"][:] + log_volume
-    horizon = horizon if horizon is not None else noted.get("horizon")
-    if "dones" in found:
-        dones = found.pop("dones").astype(bool)
-        found["timeouts"] = dones & at_horizon(dones, horizon)
-        found["terminals"] = dones & ~found["timeouts"]
-    if "timeouts" not in found:
-        terminals = found["terminals"].astype(bool)
-        found["timeouts"] = at_horizon(terminals, horizon) & ~terminals
+    _settle_ends(found, noted, said, horizon if horizon is not None else noted.get("horizon"))
     if "next_observations" not in found:
         _shift(found, noted)
     if "costs" not in found:
         found["costs"] = np.zeros(len(found["rewards"]), np.float32)
         noted["no_costs"] = True
-    return found, noted
+    return Raw(found, noted, tuple(said))
+
+
+def _require(arrays: Arrays) -> None:
+    """Raise DataError if an array is missing that nothing can stand for."""
+    ends = "dones" if "dones" in arrays else "terminals"
+    missing = [n for n in ("observations", "actions", "rewards", ends) if n not in arrays]
+    if missing:
+        raise DataError(
+            f'The dataset has no array "{missing[0]}". Write it in the DSRL layout: '
+            f"{', '.join(REQUIRED)}."
+        )
 
 
 def _check_rows(arrays: Arrays) -> None:
@@ -77,88 +88,108 @@ def _scalars(array: NDArray[Any]) -> NDArray[Any]:
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
 
 
-def _one_hot(actions: NDArray[Any], metadata: dict[str, Any]) -> NDArray[Any]:
-    """Rows [N, n] of integer actions [N] or (N, 1); others unchanged.
-
-    n is the metadata's action_count, else the largest action + 1.
-    """
-    if actions.dtype.kind not in "iu" or not len(actions) or _scalars(actions).ndim != 1:
-        return actions
-    index = _scalars(actions)[:]
-    found = f"The dataset's actions are the integers {index.min()} to {index.max()}"
-    if index.min() < 0 and "action_count" not in metadata:
-        raise DataError(
-            f"{found}, but discrete actions are numbered from 0. Number them so, or store "
-            "continuous actions as floats."
-        )
-    count = metadata.setdefault("action_count", int(index.max()) + 1)
-    if not isinstance(count, int) or index.min() < 0 or index.max() >= count:
-        raise DataError(
-            f"{found}, but the metadata's action_count is {count}. Store 0 to action_count - 1."
-        )
-    if count > MOST_ACTIONS or 4 * count * len(index) > MAX_BYTES:
-        raise DataError(
-            f"The dataset has {count:,} discrete actions, but one-hot rows are kept of at most "
-            f"{MOST_ACTIONS:,}, and of fewer in a large file. Check the actions and action_count."
-        )
-    rows = np.zeros((len(index), count), np.float32)
-    rows[np.arange(len(index)), index] = 1.0
-    return rows
+def _unread_words(metadata: Metadata) -> list[str]:
+    """Keys of the metadata that were probably meant as one that is read."""
+    missing = [key for key in METADATA_KEYS if key not in metadata]
+    unread = [key for key in metadata if key not in METADATA_KEYS]
+    found = [(near_name(key, unread), key) for key in missing]
+    return [
+        f'the metadata\'s "{near}" is not read: did you mean "{key}"?'
+        for near, key in found
+        if near
+    ]
 
 
-def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> tuple[NDArray[Any], float]:
-    """Actions in [-1, 1] if the metadata's action_low and action_high say otherwise.
-
-    Second, what that adds to the logarithm of their densities: ``sum log((high - low) / 2)``.
-    """
-    given = {"action_low", "action_high"} & metadata.keys()
-    if actions.ndim != 2 or not given:
-        return actions, 0.0
-    if len(given) == 1:
-        raise DataError(
-            f"The metadata have {given.pop()} alone, and actions are rescaled from both bounds. "
-            "Store action_low and action_high, or leave both out."
-        )
-    low = high = np.zeros(0)
-    try:
-        low, high = (
-            np.broadcast_to(np.asarray(metadata[k], np.float64), actions.shape[1:])
-            for k in ("action_low", "action_high")
-        )
-        with np.errstate(over="ignore", invalid="ignore"):
-            usable = bool(np.isfinite(high - low).all() and (low < high).all())
-    except (TypeError, ValueError):
-        usable = False
-    if not usable:
-        raise DataError(
-            "The metadata's action_low and action_high are no bounds of the actions of "
-            f"{actions.shape[1]} numbers. Give finite numbers, or leave both out."
-        )
-    if (low == -1.0).all() and (high == 1.0).all():
-        return actions, 0.0
-    metadata |= {"action_low": -1.0, "action_high": 1.0}
-    with np.errstate(over="ignore", invalid="ignore"):  # refused later, with all that is not finite
-        scaled = 2.0 * (actions[:].astype(np.float64) - low) / (high - low) - 1.0
-        rescaled = scaled.astype(np.float32)
-    return rescaled, float(np.log((high - low) / 2.0).sum())
-
-
-def at_horizon(ends: NDArray[np.bool_], horizon: Any) -> NDArray[np.bool_]:
-    """Rows that are the ``horizon``-th of their episode [N], an episode ending there or at an end.
-
-    >>> at_horizon(np.array([0, 1, 0, 0, 0], bool), 2).tolist()
-    [False, True, False, True, False]
-    """
+def _whole_horizon(metadata: Metadata) -> dict[str, int]:
+    """The metadata's horizon as a whole number, if there is one; 40.0 is 40."""
+    horizon = metadata.get("horizon")
+    if horizon is None:
+        return {}
+    if isinstance(horizon, float) and horizon.is_integer():
+        horizon = int(horizon)
     if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
         raise DataError(
-            "The dataset does not say which episodes were cut by a time limit. "
-            "Set safety.horizon to the time limit of the environment."
+            f"The metadata's horizon is {horizon!r}, but a number of steps is needed. Store the "
+            "time limit of the environment as a whole number."
         )
-    stops = np.flatnonzero(ends) + 1
-    starts = np.concatenate([[0], stops[stops < len(ends)]]).astype(np.int64)
-    lengths = np.diff(np.append(starts, len(ends)))
-    steps = np.arange(len(ends)) - np.repeat(starts, lengths)
-    return np.asarray((steps + 1) % min(horizon, len(ends) + 1) == 0)
+    return {"horizon": horizon}
+
+
+def _settle_ends(
+    arrays: dict[str, NDArray[Any]], metadata: Metadata, remarks: list[str], horizon: int | None
+) -> None:
+    """Set terminals and timeouts, and the next observations of timeouts that are not known."""
+    believed = metadata.get("ends")
+    if believed not in (None, AS_MARKED):
+        raise DataError(
+            f'The metadata\'s "ends" is {believed!r}, but only "{AS_MARKED}" means something there.'
+        )
+    motion = None if believed else measure(arrays)
+    flags = {key: np.asarray(arrays[key][:]) for key in ENDS if key in arrays}
+    for key, array in flags.items():
+        check_flags(key, array)
+    breaks = unmarked_breaks(motion, np.logical_or.reduce([f.astype(bool) for f in flags.values()]))
+    ends = settled_ends(flags, None if breaks is None else breaks.cut, horizon)
+    if breaks is not None and breaks.odd.any():
+        remarks.append(
+            f"the next observations of {int(breaks.odd.sum()):,} rows (the first is row "
+            f"{int(breaks.odd.argmax())}) are far from the following row's observation, to which "
+            "the log goes on."
+        )
+    if "episode_behaviours" in arrays:
+        arrays["episode_behaviours"] = _of_pieces(arrays["episode_behaviours"], flags, ends)
+    settled = {"terminals": ends.terminals, "timeouts": ends.timeouts}
+    arrays |= {
+        key: new
+        for key, new in settled.items()
+        if key not in flags or (flags[key].astype(bool) != new).any()
+    }
+    arrays.pop("dones", None)
+    remarks += ends.remarks
+    if believed:
+        remarks.append('ends of episodes are taken as marked: the metadata\'s "ends" says so.')
+    elif motion is not None:
+        _hold_against(arrays, motion, ends, breaks is not None, remarks)
+    if len(ends.terminals) and not (ends.terminals[-1] or ends.timeouts[-1]):
+        remarks.append("the last episode has no end: it is taken to be cut there.")
+
+
+def _of_pieces(index: NDArray[Any], flags: Arrays, ends: Ends) -> NDArray[Any]:
+    """Who logged each episode, where some were cut into pieces: each piece its episode's."""
+    before = np.logical_or.reduce([array.astype(bool) for array in flags.values()])
+    starts = np.append(0, np.flatnonzero((ends.terminals | ends.timeouts)[:-1]) + 1)
+    episode = np.append(0, np.cumsum(before[:-1]))  # of each row, as it was marked
+    if index.ndim != 1 or len(index) != episode[-1:].sum() + 1 or len(starts) == len(index):
+        return index  # nothing was cut; or it never fitted, which is refused later
+    return np.asarray(index[:][episode[starts]])
+
+
+def _hold_against(
+    arrays: dict[str, NDArray[Any]], motion: Motion, ends: Ends, known: bool, remarks: list[str]
+) -> None:
+    """Refuse ends that the observations contradict; remark on what chance may have done."""
+    for doubt in doubts(arrays, motion, ends.terminals, ends.timeouts, known):
+        if doubt.certain:
+            raise DataError(
+                f"{doubt.sentence}. Mark the last step of each episode and no other. If the marks "
+                f'are right all the same, store the metadata\'s "ends" as "{AS_MARKED}".'
+            )
+        remarks.append(f"{doubt.sentence}.")
+    if known:
+        across = overshot(motion, ends.terminals, ends.timeouts)
+        if across.any():
+            following = np.array(arrays["next_observations"][:])
+            following[across] = arrays["observations"][:][across]
+            arrays["next_observations"] = following
+            remarks.append(
+                f"the next observations of {int(across.sum()):,} timeouts are those of the next "
+                "episode's start: unknown, so their own observations stand in."
+            )
+    elif motion.link is not None:
+        remarks.append(
+            "next observations are not the following rows' observations, so the ends of episodes "
+            "are judged by jumps alone."
+        )
 
 
 def _shift(arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,15 @@ from safe_offrl.errors import DataError
 Arrays = Mapping[str, NDArray[Any]]
 Metadata = Mapping[str, Any]
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
-Raw = tuple[dict[str, NDArray[Any]], dict[str, Any]]  # what a reader returns
+
+
+class Raw(NamedTuple):
+    """What a reader returns; ``remarks``: sentences on what was not used, guessed or repaired."""
+
+    arrays: dict[str, NDArray[Any]]
+    metadata: dict[str, Any]
+    remarks: tuple[str, ...] = ()
+
 
 REQUIRED = (
     "observations",

@@ -14,12 +14,16 @@ from safe_offrl.errors import DataError
 
 
 class Conversion(NamedTuple):
-    """What was converted: format names, the number of transitions, and one phrase for each loss."""
+    """What was converted: format names, the number of transitions, one phrase for each loss.
+
+    ``remarks``: a sentence each on what of the source was not used, guessed or repaired.
+    """
 
     source: str
     target: str
     transitions: int
     lost: list[str]
+    remarks: list[str]
 
 
 def target_format(path: Path) -> str:
@@ -52,15 +56,17 @@ def convert(
         raise DataError(f'"{path}" exists already. Remove it, or give another name.')
     if name == "mmap":
         verify_memory_map(found)
-    with dataset_content(found, horizon) as (arrays, metadata):
+    with dataset_content(found, horizon) as (arrays, metadata, remarks):
         if horizon is not None:
             metadata = {**metadata, "horizon": horizon}
         if kind == "mmap":
             provenance = {"name": found.name, "format": name, "sha256": file_sha256(found)}
-            lost = write_memory_map(path, arrays, metadata, progress, source=provenance)
+            lost = write_memory_map(
+                path, arrays, metadata, progress, source=provenance, remarks=remarks
+            )
         else:
             lost = FORMATS[kind].write(path, arrays, metadata, progress)
-        return Conversion(name, kind, len(arrays["rewards"]), lost)
+        return Conversion(name, kind, len(arrays["rewards"]), lost, list(remarks))
 
 
 def file_sha256(path: Path) -> str:

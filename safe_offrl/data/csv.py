@@ -22,10 +22,14 @@ from safe_offrl.data.content import (
     require_size,
 )
 from safe_offrl.data.hdf5 import replacing
+from safe_offrl.data.names import recognise
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 
-SCALARS = ("rewards", "costs", "terminals", "timeouts", "accidents", "behaviour_log_probs")
+SCALARS = (
+    *("rewards", "costs", "terminals", "timeouts"),
+    *("accidents", "behaviour_log_probs", "dones"),
+)
 BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
 WORDS = {"true": "1", "false": "0"}  # as pandas and others write flags
 MAX_HEADER = 2**20  # bytes of the line that names the columns
@@ -39,13 +43,19 @@ def read_csv(path: Path) -> Raw:
     and false, in any case, for 1 and 0. Other columns are left alone.
     """
     with reading(path, "CSV"), path.open("rb") as file:
-        names = [name.strip().strip('"') for name in file.readline(MAX_HEADER).decode().split(",")]
-        columns = {key: _columns(names, key) for key in (*TABLES, *SCALARS)}
+        # Some programs put a byte order mark before the first name.
+        header = file.readline(MAX_HEADER).decode("utf-8-sig")
+        names = [name.strip().strip('"').strip() for name in header.split(",")]
+        found, remarks = recognise(_stems(names), "Rename its columns")
+        columns = {ours: _columns(names, theirs, ours) for ours, theirs in found.items()}
+        columns = {key: columns[key] for key in (*TABLES, *SCALARS) if columns.get(key)}
         wanted = [i for numbers in columns.values() for i in numbers]
         if not wanted:
+            other = next((mark for mark in ";\t" if mark in header), None)
+            between = f" Separate them by commas, not by {other!r}." if other else ""
             raise DataError(
                 f'The first line of "{path}" names none of our columns. Name them observations_0, '
-                "..., actions_0, ..., rewards, costs, terminals, timeouts."
+                f"..., actions_0, ..., rewards, costs, terminals, timeouts.{between}"
             )
         # A number takes two bytes of text at least, and eight in memory.
         require_size(path, [path.stat().st_size * 4])
@@ -56,7 +66,7 @@ def read_csv(path: Path) -> Raw:
                 usecols=wanted,
                 ndmin=2,
                 comments=None,
-                converters={i: _number for key in SCALARS for i in columns[key]},
+                converters={i: _number for key in SCALARS for i in columns.get(key, [])},
                 encoding="latin1",
             )
     arrays: dict[str, NDArray[Any]] = {}
@@ -64,9 +74,9 @@ def read_csv(path: Path) -> Raw:
         if numbers:
             block, table = table[:, : len(numbers)], table[:, len(numbers) :]
             arrays[key] = block if key in TABLES else block[:, 0]
-    if "actions" in names:
+    if found.get("actions") in names:
         arrays["actions"] = _whole(arrays["actions"][:, 0])
-    return arrays, {}
+    return Raw(arrays, {}, tuple(remarks))
 
 
 def write_csv(
@@ -106,9 +116,14 @@ def write_csv(
     return lost
 
 
-def _columns(names: list[str], key: str) -> list[int]:
-    """Positions of the columns of one array, in the order of their numbers."""
-    if key not in TABLES or (key == "actions" and key in names):
+def _stems(names: list[str]) -> dict[str, int | None]:
+    """The arrays that columns belong to, for :func:`recognise`: all have as many rows."""
+    return {re.sub(r"_\d{1,9}$", "", name): 0 for name in names if name}
+
+
+def _columns(names: list[str], key: str, ours: str) -> list[int]:
+    """Positions of the columns of an array, named ``key`` in the file, by their numbers."""
+    if ours not in TABLES or (ours == "actions" and key in names):
         positions = [i for i, name in enumerate(names) if name == key]
         numbers = list(range(len(positions[:1])))
     else:

@@ -57,6 +57,7 @@ class Dataset:
     ``episode_behaviours`` [M] (int) is who logged each episode, an index into
     ``metadata["behaviours"]``; None if the file does not say. ``behaviour_log_probs`` [N] is the
     log density (or probability) of each logged action under whoever chose it, None if unknown.
+    ``remarks``: a sentence each on what of the file was not used, guessed or repaired.
     """
 
     rows: Rows
@@ -68,6 +69,7 @@ class Dataset:
     metadata: dict[str, Any] = field(default_factory=dict)
     episode_behaviours: np.ndarray | None = None
     behaviour_log_probs: np.ndarray | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def transitions(self) -> Batch:

@@ -46,9 +46,22 @@ def resolve_horizon(
     """The horizon as a step count that covers the longest episode; DataError otherwise.
 
     ``given`` is ``spec.horizon``, or the time limit of the environment where that is None; without
-    either the file's own counts.
+    either the file's own counts, and with it the two must agree.
     """
-    horizon = given or spec.horizon or metadata.get("horizon")
+    stated, asked = metadata.get("horizon"), given or spec.horizon
+    if stated is not None and asked is not None and stated != asked:
+        remedy = "Leave safety.horizon out, or correct what the dataset says"
+        if given and spec.horizon is None:
+            remedy = (
+                "Give a dataset of this environment as it is registered, or register it with "
+                f"max_episode_steps={stated}"
+            ) + (f", or set safety.horizon={stated}" if stated < asked else "")
+        raise DataError(
+            f"The dataset says that its episodes have at most {stated} steps (its horizon), but "
+            f"{'safety.horizon is' if spec.horizon else 'the environment ends them after'} "
+            f"{asked}. {remedy}."
+        )
+    horizon = asked or stated
     if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
         raise DataError(
             f"The dataset's horizon is {horizon}, so a share of time left has no meaning. "
@@ -77,10 +90,9 @@ def accidents_under(
 
     The file's own if its rule is that of ``spec``; otherwise derived from costs or terminals.
     """
-    logged_rule = (metadata.get("accident"), metadata.get("cost_threshold"))
+    logged_rule = metadata.get("accident")
     by_cost = spec.accident in ("cost", "episode_cost")
-    threshold = spec.cost_threshold if by_cost else logged_rule[1]
-    if "accidents" in arrays and logged_rule in ((None, None), (spec.accident, threshold)):
+    if "accidents" in arrays and (logged_rule is None or _own_rule(metadata, spec)):
         return arrays["accidents"].astype(bool)
     if by_cost and metadata.get("no_costs"):
         raise DataError(
@@ -95,12 +107,66 @@ def accidents_under(
         return running(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
     if spec.accident == "terminated":
         return arrays["terminals"].astype(bool)
-    name = f", and {spec.accident} as the metadata's accident" if logged_rule[0] else ""
+    name = f", and {spec.accident} as the metadata's accident" if logged_rule else ""
     raise DataError(
         f'The accident rule "{spec.accident}" cannot be applied to logged data, and the dataset '
-        f"was logged with {logged_rule[0] or 'no rule'}. Store its verdicts, one for each step, "
+        f"was logged with {logged_rule or 'no rule'}. Store its verdicts, one for each step, "
         f'as the array "accidents"{name}; or set safety.accident=cost.'
     )
+
+
+def rule_remarks(
+    arrays: Arrays, metadata: Metadata, spec: SafetySpec, starts: NDArray[np.int64]
+) -> list[str]:
+    """What is to be said where accidents are not counted as they were when the log was made.
+
+    And where what was counted looks like something else: costs that add up within an episode.
+    """
+    found = []
+    stated = metadata.get("accident")
+    if stated is not None and not _own_rule(metadata, spec):
+        found.append(
+            f"the log was made under the accident rule {_rule(stated, metadata)}; accidents are "
+            f"counted under {_rule(spec.accident, {'cost_threshold': spec.cost_threshold})}."
+        )
+    if _running_sums(arrays["costs"][:], starts):
+        found.append(
+            "costs never fall within an episode and reach different heights: if they are sums over "
+            "the episode so far, store what each step costs."
+        )
+    return found
+
+
+def _own_rule(metadata: Metadata, spec: SafetySpec) -> bool:
+    """Whether ``spec`` counts accidents by the rule that the log was made under."""
+    by_cost = spec.accident in ("cost", "episode_cost")
+    threshold = spec.cost_threshold if by_cost else metadata.get("cost_threshold")
+    return (spec.accident, threshold) == (
+        metadata.get("accident"),
+        metadata.get("cost_threshold", 0.0 if by_cost else None),
+    )
+
+
+def _rule(name: object, metadata: Metadata) -> str:
+    threshold = metadata.get("cost_threshold", 0.0)
+    by_cost = name in ("cost", "episode_cost")
+    return f'"{name}" above {threshold}' if by_cost else f'"{name}"'
+
+
+def _running_sums(costs: NDArray[Any], starts: NDArray[np.int64]) -> bool:
+    """Whether costs look as if each were the sum of an episode so far.
+
+    They never fall within an episode, and rise at least twice in several of them: a flag that stays
+    on after an accident rises once.
+    """
+    rises = np.diff(costs.astype(np.float64))
+    inner = np.ones(len(rises), bool)
+    inner[starts[1:-1] - 1] = False
+    if (rises[inner] < 0.0).any():
+        return False
+    climbs = np.flatnonzero(inner & (rises > 0.0))
+    episode = np.searchsorted(starts, climbs, side="right")
+    return bool((np.unique(episode, return_counts=True)[1] >= 2).sum() >= 3)
 
 
 def scalar_columns(

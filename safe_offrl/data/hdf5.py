@@ -32,6 +32,7 @@ from safe_offrl.data.content import (
     require_size,
     stored_type,
 )
+from safe_offrl.data.names import recognise
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 
@@ -58,17 +59,46 @@ def write_dataset(path: str | Path, arrays: Arrays, metadata: Metadata) -> None:
 
 
 def read_hdf5(path: Path) -> Raw:
-    """The known arrays and the metadata; everything else in the file is left alone."""
+    """The known arrays and the metadata; what else the file holds is named, and left alone."""
     with opened(path) as file:
-        found = plain_arrays(file)
+        found, remarks = plain_arrays(file)
         require_size(path, map(declared_size, found.values()))
-        return {key: item[()] for key, item in found.items()}, metadata_of(file)
+        arrays = {key: item[()] for key, item in found.items()}
+        return Raw(arrays, metadata_of(file), tuple(remarks))
 
 
-def plain_arrays(file: h5py.File) -> dict[str, h5py.Dataset]:
-    """The known arrays of the root group, unread."""
-    found = ((key, plain_dataset(file, key)) for key in (*REQUIRED, *OPTIONAL))
-    return {key: item for key, item in found if item is not None}
+def read_hdf5_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone."""
+    with opened(path) as file:
+        return metadata_of(file)
+
+
+def plain_arrays(file: h5py.File) -> tuple[dict[str, h5py.Dataset], list[str]]:
+    """The known arrays of the root group, unread, and what is to be said of the others."""
+    names, remarks = recognise(present_arrays(file))
+    # Of a known name even what is no array, so that it is refused and not overlooked.
+    names = {key: key for key in (*REQUIRED, *OPTIONAL) if key in file} | names
+    found = ((key, plain_dataset(file, theirs)) for key, theirs in names.items())
+    return {key: item for key, item in found if item is not None}, remarks
+
+
+def present_arrays(group: h5py.Group, depth: int = 3) -> dict[str, int | None]:
+    """Rows of every array in a group and the groups within it, by path; None of what is a link.
+
+    Nothing is read, and no link followed.
+    """
+    found: dict[str, int | None] = {}
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            found[name] = None
+            continue
+        item = group[name]
+        if isinstance(item, h5py.Group) and depth > 1:
+            inner = present_arrays(item, depth - 1)
+            found |= {f"{name}/{key}": rows for key, rows in inner.items()}
+        elif isinstance(item, h5py.Dataset):
+            found[name] = item.shape[0] if item.shape else -1
+    return found
 
 
 class Unread:
@@ -87,14 +117,15 @@ class Unread:
 
 
 @contextlib.contextmanager
-def unread_hdf5(path: Path) -> Iterator[tuple[Arrays, Metadata]]:
-    """The known arrays of a file as :class:`Unread`, and the metadata, while it is open."""
+def unread_hdf5(path: Path) -> Iterator[Raw]:
+    """The known arrays of a file as :class:`Unread`, metadata and remarks, while it is open."""
     with contextlib.ExitStack() as stack:
         with reading(path, "HDF5"):
             file = stack.enter_context(h5py.File(path, "r"))
-            arrays: Any = {key: Unread(path, item) for key, item in plain_arrays(file).items()}
-            metadata = metadata_of(file)
-        yield arrays, metadata
+            found, remarks = plain_arrays(file)
+            arrays: Any = {key: Unread(path, item) for key, item in found.items()}
+            raw = Raw(arrays, metadata_of(file), tuple(remarks))
+        yield raw
 
 
 @contextlib.contextmanager

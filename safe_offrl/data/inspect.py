@@ -14,6 +14,7 @@ from safe_offrl.data.groups import Group, Verdict, groups_of, identify
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.statistics import clopper_pearson
 
+INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BINS = 20  # per axis of the coverage histograms, fewer for a small dataset
 MIN_CALIBRATION_EPISODES = 30  # with and without accident: fewer leave a calibration to chance
@@ -82,11 +83,6 @@ def summarise(dataset: Dataset, safety: SafetySpec) -> DatasetSummary:
     accidents = int(dataset.episode_accidents.sum())
     last_steps = dataset.episode_starts[1:] - 1
     truncated = int(dataset.truncated[last_steps].sum())
-    edges = np.full(actions.shape[1], 1.0)
-    if dataset.discrete:
-        action_coverage = float((actions > 0).any(axis=0).mean())
-    else:
-        action_coverage = _coverage(actions, -edges, edges)
     groups = groups_of(dataset)
     limit = safety.limit(dataset.horizon, dataset.cost_max)
     outcomes = dataset.episode_costs if limit.constraint == "cost" else dataset.episode_accidents
@@ -111,7 +107,7 @@ def summarise(dataset: Dataset, safety: SafetySpec) -> DatasetSummary:
         action_shares=_floats(actions.mean(axis=0)) if dataset.discrete else (),
         action_low=_floats(actions.min(axis=0)),
         action_high=_floats(actions.max(axis=0)),
-        action_coverage=action_coverage,
+        action_coverage=_action_coverage(dataset, actions),
         observation_coverage=_principal_coverage(components),
         state_action_coverage=_state_action_coverage(components, actions),
         groups=groups,
@@ -119,7 +115,7 @@ def summarise(dataset: Dataset, safety: SafetySpec) -> DatasetSummary:
         limit=limit.value,
         within_limit=float((outcomes < limit.value).mean()),
         identification=identify(dataset, groups, limit),
-        warnings=tuple(_warnings(dataset, limit, action_coverage, groups)),
+        warnings=tuple(dataset_warnings(dataset, limit)),
     )
 
 
@@ -240,15 +236,17 @@ def _state_action_coverage(points: NDArray[np.float64], actions: NDArray[Any]) -
     return float(seen[cell].mean())
 
 
-def _warnings(
-    dataset: Dataset,
-    limit: Limit,
-    action_coverage: float,
-    groups: tuple[Group, ...],
-) -> list[str]:
-    """What cannot be learnt from this dataset, one sentence each."""
+def _action_coverage(dataset: Dataset, actions: NDArray[Any]) -> float:
+    if dataset.discrete:
+        return float((actions > 0).any(axis=0).mean())
+    edges = np.full(actions.shape[1], 1.0)
+    return _coverage(actions, -edges, edges)
+
+
+def dataset_warnings(dataset: Dataset, limit: Limit) -> list[str]:
+    """What a load noticed, and what cannot be learnt from this dataset, one sentence each."""
     batch = dataset.transitions
-    found = []
+    found = list(dataset.remarks)
     if "warning" in dataset.metadata:
         found.append(str(dataset.metadata["warning"]))
     found += _outcome_warnings(dataset, limit)
@@ -263,12 +261,13 @@ def _warnings(
         for k in np.flatnonzero(high - low < MIN_ACTION_RANGE)
         if not dataset.discrete
     ]
+    action_coverage = _action_coverage(dataset, actions)
     if action_coverage < MIN_ACTION_COVERAGE:
         found.append(
             f"the actions cover {action_coverage:.0%} of their space: elsewhere estimates "
             "extrapolate."
         )
-    if dataset.episode_behaviours is not None and len(groups) == 1:
+    if dataset.episode_behaviours is not None and len(groups_of(dataset)) == 1:
         found.append(
             "a single behaviour logged everything: there is nothing to tell better from worse "
             "except its own noise."
@@ -279,16 +278,6 @@ def _warnings(
         )
     if bool((batch.rewards == batch.rewards[0]).all()):
         found.append("every reward is the same: no policy is better than another.")
-    inner = np.setdiff1d(np.arange(len(dataset.rows) - 1), dataset.episode_starts[1:] - 1)
-    following, logged = (
-        batch.observations.numpy()[inner + 1],
-        batch.next_observations.numpy()[inner],
-    )
-    if broken := int((~np.isclose(following, logged, rtol=1e-4, atol=1e-5)).any(axis=1).sum()):
-        found.append(
-            f"{broken} steps within episodes do not start where the step before ended: times and "
-            "returns to go are unreliable if the steps are not in order."
-        )
     return found
 
 

@@ -16,15 +16,23 @@ from safe_offrl.data.complete import complete
 from safe_offrl.data.content import REQUIRED, Arrays, Metadata, Progress, Raw, dataset_sha256
 from safe_offrl.data.csv import read_csv, write_csv
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.hdf5 import read_hdf5, unread_hdf5, write_dataset
+from safe_offrl.data.hdf5 import read_hdf5, read_hdf5_metadata, unread_hdf5, write_dataset
 from safe_offrl.data.memory_map import (
     is_memory_map,
     load_memory_map,
     read_memory_map,
+    read_memory_map_metadata,
     write_memory_map,
 )
-from safe_offrl.data.minari import data_folder, datasets_folder, read_minari, write_minari
-from safe_offrl.data.npz import read_npz, write_npz
+from safe_offrl.data.minari import (
+    data_folder,
+    datasets_folder,
+    read_minari,
+    read_minari_metadata,
+    require_hdf5,
+    write_minari,
+)
+from safe_offrl.data.npz import read_npz, read_npz_metadata, write_npz
 from safe_offrl.data.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
@@ -34,13 +42,14 @@ from safe_offrl.types import Batch, Layout
 class Format(NamedTuple):
     """How one format is recognised on disk, chosen by the name of a new file, read and written.
 
-    ``read`` returns what the file holds, for :func:`complete`; ``write`` returns one phrase for
-    each thing that the format cannot hold.
+    ``read`` returns what the file holds, for :func:`complete`; ``words`` its metadata alone;
+    ``write`` returns one phrase for each thing that the format cannot hold.
     """
 
     found_at: Callable[[Path], bool]
     suffixes: tuple[str, ...]
     read: Callable[[Path], Raw]
+    words: Callable[[Path], dict[str, Any]]
     write: Callable[[Path, Arrays, Metadata, Progress | None], list[str]]
 
 
@@ -57,11 +66,22 @@ def _has_suffix(*suffixes: str) -> Callable[[Path], bool]:
 
 # The first that fits is taken; a file of another name is tried as HDF5.
 FORMATS: dict[str, Format] = {
-    "mmap": Format(is_memory_map, (".mmap",), read_memory_map, write_memory_map),
-    "minari": Format(lambda p: data_folder(p) is not None, ("",), read_minari, write_minari),
-    "npz": Format(_has_suffix(".npz"), (".npz",), read_npz, write_npz),
-    "csv": Format(_has_suffix(".csv"), (".csv",), read_csv, write_csv),
-    "hdf5": Format(Path.is_file, (".hdf5", ".h5"), read_hdf5, _write_hdf5),
+    "mmap": Format(
+        is_memory_map, (".mmap",), read_memory_map, read_memory_map_metadata, write_memory_map
+    ),
+    "minari": Format(
+        lambda p: data_folder(p) is not None, ("",), read_minari, read_minari_metadata, write_minari
+    ),
+    "npz": Format(_has_suffix(".npz"), (".npz",), read_npz, read_npz_metadata, write_npz),
+    "csv": Format(_has_suffix(".csv"), (".csv",), read_csv, lambda _: {}, write_csv),
+    "hdf5": Format(Path.is_file, (".hdf5", ".h5"), read_hdf5, read_hdf5_metadata, _write_hdf5),
+}
+
+PACKED = {  # how compressed files begin, and what unpacks them
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\x00": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
 }
 
 
@@ -69,16 +89,38 @@ def find_dataset(path: str | Path) -> Path:
     """The file or folder that is meant: as given, else a local Minari id; DataError if neither."""
     for candidate in (Path(path), datasets_folder() / path):
         if any(form.found_at(candidate) for form in FORMATS.values()):
+            _require_unpacked(candidate)
             return candidate.resolve()
+        require_hdf5(candidate)
     raise DataError(
         f'There is no dataset file "{path}". Check the path, or log a dataset with '
         "`safe-offrl collect`."
     )
 
 
+def _require_unpacked(path: Path) -> None:
+    """Raise DataError for a compressed file, which no format is."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(6)
+    for magic, program in PACKED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f'The dataset "{path}" is compressed. Unpack it first, for example with '
+                f"`{program} {path.name}`."
+            )
+
+
 def format_of(path: Path) -> str:
     """Key in :data:`FORMATS` of what :func:`find_dataset` found."""
     return next(name for name, form in FORMATS.items() if form.found_at(path))
+
+
+def stated_metadata(path: str | Path) -> dict[str, Any]:
+    """What a dataset says of itself, without reading its rows; {} of a format that cannot."""
+    found = find_dataset(path)
+    return FORMATS[format_of(found)].words(found)
 
 
 def load_dataset(
@@ -98,20 +140,15 @@ def load_dataset(
     found = find_dataset(path)
     if format_of(found) == "mmap":
         return load_memory_map(found, discount=discount, spec=spec, horizon=horizon)
-    arrays, metadata = complete(*FORMATS[format_of(found)].read(found), horizon or spec.horizon)
-    validate_arrays(arrays)
-    return assemble(arrays, metadata, discount=discount, spec=spec, horizon=horizon)
+    raw = FORMATS[format_of(found)].read(found)
+    raw = complete(*raw, horizon=horizon or spec.horizon)
+    validate_arrays(raw.arrays)
+    return assemble(raw, discount=discount, spec=spec, horizon=horizon)
 
 
-def assemble(
-    arrays: Arrays,
-    metadata: dict[str, Any],
-    *,
-    discount: float,
-    spec: SafetySpec,
-    horizon: int | None = None,
-) -> Dataset:
+def assemble(raw: Raw, *, discount: float, spec: SafetySpec, horizon: int | None = None) -> Dataset:
     """A dataset in memory from valid arrays; see :func:`load_dataset` for the arguments."""
+    arrays, metadata, remarks = raw
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
     columns = derived.scalar_columns(arrays, episodes.starts, metadata, spec, horizon, discount)
@@ -138,25 +175,26 @@ def assemble(
         behaviour_log_probs=arrays["behaviour_log_probs"][:].astype(np.float32)
         if "behaviour_log_probs" in arrays
         else None,
+        remarks=(*remarks, *derived.rule_remarks(arrays, metadata, spec, episodes.starts)),
     )
     derived.count_behaviours(arrays, metadata, dataset.episode_accidents)
     return dataset
 
 
 @contextlib.contextmanager
-def dataset_content(path: Path, horizon: int | None = None) -> Iterator[tuple[Arrays, Metadata]]:
-    """Complete arrays of a dataset and its metadata, for a pass through it in chunks.
+def dataset_content(path: Path, horizon: int | None = None) -> Iterator[Raw]:
+    """Complete arrays of a dataset, metadata and remarks, for a pass through it in chunks.
 
     A memory map and an HDF5 file in the DSRL layout are not read into memory but as they are
     sliced, so their size has no limit.
     """
     name = format_of(path)
     if name == "hdf5":
-        with unread_hdf5(path) as (arrays, metadata):
-            if set(REQUIRED) <= arrays.keys():
-                yield complete(arrays, metadata, horizon)
+        with unread_hdf5(path) as raw:
+            if set(REQUIRED) <= raw.arrays.keys():
+                yield complete(*raw, horizon=horizon)
                 return
-    yield complete(*FORMATS[name].read(path), horizon)
+    yield complete(*FORMATS[name].read(path), horizon=horizon)
 
 
 def _with_share(observations: NDArray[Any], share: NDArray[Any] | None) -> NDArray[Any]:

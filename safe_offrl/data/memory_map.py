@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.data import derived
+from safe_offrl.data.complete import complete
 from safe_offrl.data.content import (
     OPTIONAL,
     REQUIRED,
@@ -33,6 +34,7 @@ from safe_offrl.data.content import (
     Arrays,
     Metadata,
     Progress,
+    Raw,
     chunks,
     dataset_sha256,
     metadata_text,
@@ -59,10 +61,12 @@ def write_memory_map(
     progress: Progress | None = None,
     *,
     source: Metadata | None = None,
+    remarks: Sequence[str] = (),
 ) -> list[str]:
     """Validate and write the folder in chunks, complete or not at all; nothing is lost.
 
-    ``source`` is noted in the header (name and sha256 of the file that this was made from).
+    ``source`` is noted in the header (name and sha256 of the file that this was made from), and so
+    are ``remarks`` on it, which every load repeats.
     """
     validate_arrays(arrays)
     n = len(arrays["rewards"])
@@ -94,6 +98,7 @@ def write_memory_map(
             "metadata": metadata_text(metadata),
             "sha256": dataset_sha256(arrays, metadata),
             "source": dict(source or {}),
+            "remarks": list(remarks),
         }
         header["header_sha256"] = _header_sha256(header)
         write_file(temporary / HEADER, json_bytes(header))
@@ -104,8 +109,8 @@ def write_memory_map(
     return []
 
 
-def read_memory_map(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The arrays, mapped, and the metadata; sizes and the header's hash are checked."""
+def read_memory_map(path: Path) -> Raw:
+    """The arrays, mapped, metadata and remarks; sizes and the header's hash are checked."""
     header, tables = _open(path)
     o, a = header["observation_size"], header["action_size"]
     arrays = {
@@ -116,12 +121,18 @@ def read_memory_map(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
     for key in (*REQUIRED, *OPTIONAL):
         if _file_name(key) in header["files"]:
             arrays[key] = _map(path / _file_name(key), stored_type(key))
-    return arrays, parse_metadata(header["metadata"])
+    remarks = tuple(str(text) for text in header.get("remarks", ()))
+    return Raw(arrays, parse_metadata(header["metadata"]), remarks)
+
+
+def read_memory_map_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone."""
+    return parse_metadata(_open(path)[0]["metadata"])
 
 
 def verify_memory_map(path: Path) -> str:
     """Read everything and compare it with the hash in the header; returns it. Raises DataError."""
-    arrays, metadata = read_memory_map(path)
+    arrays, metadata, _ = read_memory_map(path)
     validate_arrays(arrays)
     found, expected = dataset_sha256(arrays, metadata), _open(path)[0]["sha256"]
     if found != expected:
@@ -136,8 +147,11 @@ def load_memory_map(
     path: Path, *, discount: float, spec: SafetySpec, horizon: int | None
 ) -> Dataset:
     """The dataset of the folder without reading its rows; see load_dataset for the arguments."""
-    arrays, metadata = read_memory_map(path)
+    arrays, metadata, remarks = read_memory_map(path)
     header, tables = _open(path)
+    if "remarks" not in header:  # of an earlier version, which did not look at the ends of episodes
+        settled = complete(arrays, metadata, horizon=horizon or spec.horizon)
+        arrays, remarks = settled.arrays, settled.remarks
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
     scalars = _scalars(path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount)
@@ -153,6 +167,7 @@ def load_memory_map(
         metadata=metadata,
         episode_behaviours=arrays.get("episode_behaviours"),
         behaviour_log_probs=arrays.get("behaviour_log_probs"),
+        remarks=(*remarks, *derived.rule_remarks(arrays, metadata, spec, episodes.starts)),
     )
     derived.count_behaviours(arrays, metadata, dataset.episode_accidents)
     return dataset

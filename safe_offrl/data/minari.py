@@ -38,6 +38,7 @@ from safe_offrl.data.hdf5 import (
     plain_dataset,
     plain_group,
 )
+from safe_offrl.data.names import near_name
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, write_file
@@ -66,6 +67,18 @@ def data_folder(path: Path) -> Path | None:
     return next((c for c in candidates if (c / FILE).is_file()), None)
 
 
+def require_hdf5(path: Path) -> None:
+    """Raise DataError for a Minari dataset that keeps its episodes in another format."""
+    folder = next((f for f in (path / "data", path) if (f / "metadata.json").is_file()), None)
+    if folder is None or (folder / FILE).exists():
+        return
+    kind = _description(folder / "metadata.json").get("data_format")
+    raise DataError(
+        f'The Minari dataset "{path}" has no {FILE}; its metadata.json says that it is stored in '
+        f'the format "{kind}". Only hdf5 is read: write it anew with data_format="hdf5".'
+    )
+
+
 def read_minari(path: Path) -> Raw:
     """Arrays and metadata of a Minari dataset; an episode ends with its group, marked or not."""
     folder = data_folder(path)
@@ -79,6 +92,7 @@ def read_minari(path: Path) -> Raw:
     with opened(folder / FILE) as file:
         names = [m for name in file if (m := re.fullmatch(r"episode_(\d{1,15})", name))]
         groups = [plain_group(file, m[0]) for m in sorted(names, key=lambda m: int(m[1]))]
+        remarks = _unused_infos(next((group for group in groups if group is not None), None))
         episodes = [_Episode(group, leaves) for group in groups if group is not None]
         if not episodes:
             raise DataError(f'The Minari dataset "{path}" is empty. Log at least one episode.')
@@ -104,7 +118,16 @@ def read_minari(path: Path) -> Raw:
         arrays["episode_behaviours"] = np.array(behaviours, dtype=np.int32)
     if arrays["actions"].dtype.kind in "iu":
         arrays["actions"] = arrays["actions"].astype(np.int64) - first_action
-    return arrays, metadata
+    return Raw(arrays, metadata, tuple(remarks))
+
+
+def read_minari_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone."""
+    folder = data_folder(path)
+    if folder is None:
+        return {}
+    with reading(folder / "metadata.json", "the description of a Minari dataset"):
+        return _metadata(_description(folder / "metadata.json"))
 
 
 def write_minari(
@@ -118,7 +141,9 @@ def write_minari(
         discrete = metadata.get("action_count") is not None
         lost = _write_episodes(temporary / "data" / FILE, arrays, discrete, progress)
         size = (temporary / "data" / FILE).stat().st_size / 1e6
-        described = _describe(path.name, arrays, metadata) | {"dataset_size": round(size, 1)}
+        described = _describe(_dataset_id(path), arrays, metadata) | {
+            "dataset_size": round(size, 1)
+        }
         write_file(temporary / "data" / "metadata.json", json_bytes(described))
         temporary.rename(path)
     except BaseException:
@@ -174,6 +199,22 @@ class _Episode:
         if not arrays["terminals"][-1]:
             arrays["timeouts"] = np.append(arrays["timeouts"][:-1], True)
         return arrays
+
+
+def _unused_infos(group: h5py.Group | None) -> list[str]:
+    """What is to be said of infos of an episode that are not read; DataError for near names."""
+    infos = plain_group(group, "infos") if group is not None and "infos" in group else None
+    names = [] if infos is None else [name for name in infos if name not in _INFOS]
+    for key in ("cost", "accident"):
+        near = near_name(_INFOS[key], names)
+        if (infos is None or key not in infos) and near is not None:
+            raise DataError(
+                f'The infos of the dataset have no "{key}", but "{near}", which is not read. '
+                f'Rename it to "{key}" if that is what it holds, else to a name unlike it.'
+            )
+    listed = ", ".join(f'"infos/{name}"' for name in sorted(names)[:6])
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return [f"of the dataset's arrays these are not used: {listed}{more}."] if names else []
 
 
 def _array(group: h5py.Group, path: Leaf) -> h5py.Dataset:
@@ -277,13 +318,20 @@ def _write_episodes(
     )
 
 
+def _dataset_id(path: Path) -> str:
+    """What Minari calls the dataset in a folder: below its own folder with the namespace."""
+    root, place = datasets_folder().resolve(), path.resolve()
+    parts = place.relative_to(root).parts if place.is_relative_to(root) else (path.name,)
+    label = "/".join(re.sub(r"[^-\w]", "-", part) for part in parts)
+    return label if re.search(r"-v\d+$", label) else f"{label}-v0"
+
+
 def _describe(name: str, arrays: Arrays, metadata: Metadata) -> dict[str, Any]:
     """What Minari wants to know of a dataset."""
     size = arrays["actions"].shape[1]
     discrete = metadata.get("action_count") is not None
-    label = re.sub(r"[^-\w]", "-", name)
     described: dict[str, Any] = {
-        "dataset_id": label if re.search(r"-v\d+$", label) else f"{label}-v0",
+        "dataset_id": name,
         "total_episodes": len(find_episodes(arrays).lengths),
         "total_steps": len(arrays["rewards"]),
         "data_format": "hdf5",

@@ -24,18 +24,11 @@ from safe_offrl.data.content import (
     stored_type,
 )
 from safe_offrl.data.hdf5 import replacing
+from safe_offrl.data.names import recognise
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 
-# done mixes terminations and timeouts; complete() tells them apart by the horizon.
-OMNISAFE = {
-    "obs": "observations",
-    "action": "actions",
-    "reward": "rewards",
-    "cost": "costs",
-    "next_obs": "next_observations",
-    "done": "dones",
-}
+OMNISAFE = ("obs", "action", "reward", "cost", "next_obs", "done")  # its names, all of them
 METADATA = "metadata"  # a 0-dimensional array of text: our metadata as JSON
 MAX_TEXT = 2**24  # bytes of metadata
 _HEADERS: dict[Any, Any] = {
@@ -47,17 +40,22 @@ _HEADERS: dict[Any, Any] = {
 def read_npz(path: Path) -> Raw:
     """The known arrays and the metadata of an archive, by our names or OmniSafe's."""
     with reading(path, "npz"), zipfile.ZipFile(path) as archive:
-        present = {name.removesuffix(".npy") for name in archive.namelist()}
-        names = {key: key for key in (*REQUIRED, *OPTIONAL) if key in present}
-        if "observations" not in present and "obs" in present:
-            names = {key: ours for key, ours in OMNISAFE.items() if key in present}
-        require_size(path, [_declared_size(archive, key, "fiub") for key in names])
-        arrays = {ours: _read(archive, key) for key, ours in names.items()}
-        if METADATA not in present:
-            return arrays, {}
-        if _declared_size(archive, METADATA, "U") > MAX_TEXT:
-            raise DataError(f'The metadata of "{path}" are too long. Log the dataset again.')
-        return arrays, parse_metadata(str(_read(archive, METADATA)))
+        members = [name for name in archive.namelist() if name.endswith(".npy")]
+        present = {name.removesuffix(".npy") for name in members}
+        names, remarks = recognise(
+            {key: _rows(archive, key) for key in sorted(present - {METADATA})}
+        )
+        if set(OMNISAFE) <= present:  # of a writer that is known, nothing is to be said
+            remarks = [text for text in remarks if " is read as " not in text]
+        require_size(path, [_declared_size(archive, key, "fiub") for key in names.values()])
+        arrays = {ours: _read(archive, theirs) for ours, theirs in names.items()}
+        return Raw(arrays, _metadata(path, archive), tuple(remarks))
+
+
+def read_npz_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone."""
+    with reading(path, "npz"), zipfile.ZipFile(path) as archive:
+        return _metadata(path, archive)
 
 
 def write_npz(
@@ -74,6 +72,14 @@ def write_npz(
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **named)
     return []
+
+
+def _metadata(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
+    if f"{METADATA}.npy" not in archive.namelist():
+        return {}
+    if _declared_size(archive, METADATA, "U") > MAX_TEXT:
+        raise DataError(f'The metadata of "{path}" are too long. Log the dataset again.')
+    return parse_metadata(str(_read(archive, METADATA)))
 
 
 def _declared_size(archive: zipfile.ZipFile, key: str, kinds: str) -> int:
@@ -96,6 +102,16 @@ def _declared_size(archive: zipfile.ZipFile, key: str, kinds: str) -> int:
         if size + file.tell() != stored:
             raise ValueError(f"{key} declares {size} bytes, but {stored} are stored")
     return size
+
+
+def _rows(archive: zipfile.ZipFile, key: str) -> int | None:
+    """Rows of an array by its header; None of what is no array of rows."""
+    with archive.open(f"{key}.npy") as file:
+        try:
+            read_header = _HEADERS[npy.read_magic(file)]  # type: ignore[no-untyped-call]
+            return read_header(file)[0][0]
+        except (ValueError, KeyError, IndexError):
+            return None
 
 
 def _read(archive: zipfile.ZipFile, key: str) -> NDArray[Any]:

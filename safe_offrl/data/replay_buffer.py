@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.complete import at_horizon, complete, stand_in_warning
-from safe_offrl.data.content import Raw
+from safe_offrl.data.complete import complete, stand_in_warning
+from safe_offrl.data.flags import at_horizon
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 
@@ -19,7 +19,7 @@ def from_replay_buffer(
     costs: NDArray[Any] | None = None,
     env_id: str | None = None,
     horizon: int | None = None,
-) -> Raw:
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Arrays and metadata, as write_dataset takes them, of a Stable-Baselines3 ReplayBuffer.
 
     ``costs`` [buffer_size, n_envs] (or [buffer_size] of one environment) stand in the buffer's own
@@ -66,8 +66,10 @@ def from_replay_buffer(
         metadata |= {"action_low": -1.0, "action_high": 1.0}
     if guessed:
         metadata["warning"] = stand_in_warning(guessed)
-    found, noted = complete(arrays, metadata)
+    found, noted, remarks = complete(arrays, metadata)
     validate_arrays(found)
+    if remarks:
+        noted["warning"] = " ".join([*remarks, *filter(None, [noted.get("warning")])])
     return found, noted
 
 

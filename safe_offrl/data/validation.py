@@ -13,7 +13,7 @@ from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
 
 _OPTIONAL_ROWS = ("accidents", "behaviour_log_probs")  # one number for each transition
-_FLAGS = ("terminals", "timeouts", "accidents")  # 0/1 per transition
+_FLAGS = ("terminals", "timeouts", "dones", "accidents")  # 0/1 per transition
 # Actions are stored in float32, so a bound of exactly 1 may come back a rounding error larger.
 ACTION_TOLERANCE = 1e-6
 _LARGEST = float(np.finfo(np.float32).max)
@@ -62,12 +62,8 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
 def _check_shapes(arrays: Mapping[str, NDArray[np.generic]]) -> None:
     n = len(arrays["observations"]) if arrays["observations"].ndim else 0
     for name, array in arrays.items():
-        expected = "[N, size]" if name in TABLES else "[N]"
         if array.ndim != (2 if name in TABLES else 1) or (array.ndim == 2 and not array.shape[1]):
-            raise DataError(
-                f'The array "{name}" has the shape {list(array.shape)}, expected {expected}. '
-                "Store one row per transition."
-            )
+            raise _wrong_shape(name, array)
         if len(array) != n:
             raise DataError(
                 f'The array "{name}" has {len(array)} rows, but "observations" has {n}. '
@@ -80,6 +76,21 @@ def _check_shapes(arrays: Mapping[str, NDArray[np.generic]]) -> None:
             f"next_observations are {list(arrays['next_observations'].shape)}, but observations "
             f"{list(arrays['observations'].shape)}. Both must have the same shape."
         )
+
+
+def check_flags(name: str, array: NDArray[np.generic]) -> None:
+    """Raise DataError unless an array [N] says true or false of each transition."""
+    if array.ndim != 1:
+        raise _wrong_shape(name, array)
+    _check_values(name, array)
+
+
+def _wrong_shape(name: str, array: NDArray[np.generic]) -> DataError:
+    expected = "[N, size]" if name in TABLES else "[N]"
+    return DataError(
+        f'The array "{name}" has the shape {list(array.shape)}, expected {expected}. '
+        "Store one row per transition."
+    )
 
 
 def _check_values(name: str, array: NDArray[np.generic]) -> None:
@@ -122,6 +133,19 @@ def check_one_hot(actions: NDArray[np.generic], count: int) -> None:
         )
 
 
+def check_same_env(metadata: Mapping[str, object], env_id: str) -> None:
+    """Raise DataError if a dataset names another environment than ``env_id``.
+
+    The part of an id before ":" only says which module registers it, so it is not compared.
+    """
+    logged = str(metadata.get("env_id", env_id))
+    if logged.rpartition(":")[2] != env_id.rpartition(":")[2]:
+        raise DataError(
+            f'The dataset was logged on "{logged}", not on "{env_id}". '
+            f"Use --env {logged}, or give a dataset of {env_id}."
+        )
+
+
 def check_matches_env(
     dataset: Dataset,
     env_id: str,
@@ -132,15 +156,9 @@ def check_matches_env(
 ) -> None:
     """Raise DataError unless the dataset can be of the environment ``env_id``.
 
-    The part of an id before ":" only says which module registers it, so it is not compared. A file
-    that does not name its environment is judged by its actions and sizes alone.
+    A file that does not name its environment is judged by its actions and sizes alone.
     """
-    logged = str(dataset.metadata.get("env_id", env_id))
-    if logged.rpartition(":")[2] != env_id.rpartition(":")[2]:
-        raise DataError(
-            f'The dataset was logged on "{logged}", not on "{env_id}". '
-            f"Use --env {logged}, or give a dataset of {env_id}."
-        )
+    check_same_env(dataset.metadata, env_id)
     if dataset.discrete != discrete:
         kinds = ("continuous", "discrete")
         remedy = (
