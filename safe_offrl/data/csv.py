@@ -76,6 +76,9 @@ def read_csv(path: Path) -> Raw:
             arrays[key] = block if key in TABLES else block[:, 0]
     if found.get("actions") in names:
         arrays["actions"] = _whole(arrays["actions"][:, 0])
+        # So the documentation names the numbers of discrete actions; from 0, if there is one.
+        metadata = {"action_start": 0} if arrays["actions"].min(initial=1) == 0 else {}
+        return Raw(arrays, metadata, tuple(remarks))
     return Raw(arrays, {}, tuple(remarks))
 
 

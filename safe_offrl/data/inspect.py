@@ -272,10 +272,6 @@ def dataset_warnings(dataset: Dataset, limit: Limit) -> list[str]:
             "a single behaviour logged everything: there is nothing to tell better from worse "
             "except its own noise."
         )
-    if below := int((batch.costs < 0.0).sum()):
-        found.append(
-            f"{below} steps have a cost below 0: the expected cost cannot be constrained with them."
-        )
     if bool((batch.rewards == batch.rewards[0]).all()):
         found.append("every reward is the same: no policy is better than another.")
     return found
