@@ -6,6 +6,7 @@ members, U update-to-data ratio (UTD), K candidate actions, D columns of a store
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -106,14 +107,31 @@ class Visited(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """Standardises observations: (o - mean) / std, with the statistics of the log, each [O]."""
+    """From the units of a log to those of learning: observations (o - mean) / std, each [O], and
+    rewards times ``reward_scale``.
+    """
 
     mean: np.ndarray
     std: np.ndarray
+    reward_scale: float = 1.0  # a float32
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         """Standardise observations [..., O], float32."""
         return (observation - self.mean) / self.std
+
+    def parts(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {
+            "normalizer_mean": torch.from_numpy(self.mean),
+            "normalizer_std": torch.from_numpy(self.std),
+            "normalizer_reward_scale": torch.tensor(self.reward_scale, dtype=torch.float64),
+        }
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor]) -> Normalizer:
+        """From the tensors of a checkpoint. Earlier versions learnt from rewards as they are."""
+        mean, std = (tensors[f"normalizer_{key}/value"].numpy() for key in ("mean", "std"))
+        return cls(mean, std, float(tensors.get("normalizer_reward_scale/value", 1.0)))
 
 
 class Episode(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.dataset import ROUNDING, Dataset
 from safe_offrl.data.groups import Group, Verdict, groups_of, identify
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.statistics import clopper_pearson
@@ -206,7 +206,8 @@ def principal_components(observations: NDArray[Any]) -> NDArray[np.float64]:
     """The first two principal components of the standardised observations [N, O] -> [N, <= 2]."""
     values = observations.astype(np.float64)
     deviation = values.std(axis=0)
-    values = (values - values.mean(axis=0))[:, deviation > 0] / deviation[deviation > 0]
+    varies = deviation > ROUNDING * np.abs(values).max(axis=0)
+    values = (values - values.mean(axis=0))[:, varies] / deviation[varies]
     if values.shape[1] == 0:
         return values  # every observation is the same
     variances, vectors = np.linalg.eigh(values.T @ values)  # in ascending order
@@ -284,7 +285,10 @@ def _warnings(
         batch.observations.numpy()[inner + 1],
         batch.next_observations.numpy()[inner],
     )
-    if broken := int((~np.isclose(following, logged, rtol=1e-4, atol=1e-5)).any(axis=1).sum()):
+    # A ten-thousandth of what an entry varies by, and what float32 cannot tell apart.
+    seen = batch.observations.double()
+    tolerance = 1e-4 * seen.std(0, correction=0) + 4.0 * ROUNDING * seen.abs().amax(0)
+    if broken := int((np.abs(following - logged) > tolerance.numpy()).any(axis=1).sum()):
         found.append(
             f"{broken} steps within episodes do not start where the step before ended: times and "
             "returns to go are unreliable if the steps are not in order."
