@@ -65,6 +65,7 @@ class Finetuning:
         self.config = config
         self.env = env
         self.normalizer = Normalizer.restored(pretrained)
+        env.offset = self.normalizer.offset
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout

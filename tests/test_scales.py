@@ -45,7 +45,7 @@ from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCriticConfig
 from safe_offrl.types import Episode
 
-EXACT = (2.0**-27, 2.0**27)  # 7.5e-9 and 1.3e8
+EXACT = (2.0**-30, 2.0**30)  # 9.3e-10 and 1.1e9
 ROUNDED = (1e-8, 1e-4, 1e4, 1e8)
 SCALES = (*EXACT, *ROUNDED)
 UNITS = ("observations", "rewards", "costs", "actions")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.data.content import MAX_BYTES, REQUIRED, TABLES, Arrays, Metadata, Raw
+from safe_offrl.data.offsets import centred
 from safe_offrl.errors import DataError
 
 MOST_ACTIONS = 10_000  # that are discrete: a wrong number must not ask for all memory
@@ -25,7 +26,7 @@ def complete(arrays: Arrays, metadata: Metadata, horizon: int | None = None) -> 
     episode ends after ``horizon`` steps, else the metadata's; ``dones`` of the horizon's last step
     are timeouts, the others terminations. Missing next observations are the following row's within
     an episode; after its last row the observation itself stands in, which only a truncated episode
-    ever uses. Raises DataError where the horizon is needed and unknown.
+    ever uses. Observations that float32 cannot hold have an offset subtracted and noted. Raises DataError where the horizon is needed and unknown.
     """
     found = {k: _scalars(v) if k not in TABLES else v for k, v in arrays.items()}
     noted = dict(metadata)
@@ -54,7 +55,7 @@ def complete(arrays: Arrays, metadata: Metadata, horizon: int | None = None) -> 
     if "costs" not in found:
         found["costs"] = np.zeros(len(found["rewards"]), np.float32)
         noted["no_costs"] = True
-    return found, noted
+    return centred(found, noted)
 
 
 def _check_rows(arrays: Arrays) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safe_offrl.data.offsets import offset_of
 from safe_offrl.errors import DataError
 from safe_offrl.types import Batch, Layout, Normalizer
 
@@ -189,7 +190,12 @@ class Dataset:
         size = np.max([np.abs(x).max(axis=0) for x in self._observations()], axis=0)
         least = np.maximum(ROUNDING * size, SMALLEST)
         std = np.where(std > least, std, np.where(size > SMALLEST, size, 1.0))
-        return Normalizer(mean.astype(np.float32), std.astype(np.float32), self.reward_scale())
+        return Normalizer(
+            mean.astype(np.float32),
+            std.astype(np.float32),
+            self.reward_scale(),
+            offset_of(self.metadata),
+        )
 
     def reward_scale(self) -> float:
         """What rewards are multiplied by to be of the size that learning is tuned to, a float32.

@@ -41,6 +41,7 @@ from safe_offrl.data.content import (
 )
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.mapped_rows import MappedRows
+from safe_offrl.data.offsets import centred
 from safe_offrl.data.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, write_file
@@ -65,6 +66,7 @@ def write_memory_map(
     ``source`` is noted in the header (name and sha256 of the file that this was made from).
     """
     validate_arrays(arrays)
+    arrays, metadata = centred(arrays, metadata)
     n = len(arrays["rewards"])
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
