@@ -50,9 +50,10 @@ def collect(
     """Log whole episodes until ``transitions`` steps (or ``episodes`` episodes) are reached.
 
     ``shares`` [K] sums to 1; episode by episode the behaviour furthest behind its share acts, so
-    any prefix of the log has the mixture. Observations are float64 where the environment's are. Episode k is reset with
+    any prefix of the log has the mixture. Episode k is reset with
     ``episode_seed(seed, k, stream)``. Returns the arrays of
-    :func:`safe_offrl.data.hdf5.write_dataset`, ``accidents`` and ``episode_behaviours`` included.
+    :func:`safe_offrl.data.hdf5.write_dataset`, ``accidents`` and ``episode_behaviours`` included;
+    observations are float64 where the environment's are.
     """
     log = _Log(np.float64 if env.wide else np.float32)
     done = np.zeros(len(behaviours))
@@ -89,7 +90,7 @@ def tell(progress: Progress | None, message: str) -> None:
 class _Log:
     """Transitions of complete episodes, as lists until :meth:`arrays`."""
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: type[np.floating]) -> None:
         self.kind = kind  # of the observations
         self.observations: list[NDArray[Any]] = []
         self.next_observations: list[NDArray[Any]] = []

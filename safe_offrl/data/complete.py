@@ -26,7 +26,8 @@ def complete(arrays: Arrays, metadata: Metadata, horizon: int | None = None) -> 
     episode ends after ``horizon`` steps, else the metadata's; ``dones`` of the horizon's last step
     are timeouts, the others terminations. Missing next observations are the following row's within
     an episode; after its last row the observation itself stands in, which only a truncated episode
-    ever uses. Observations that float32 cannot hold have an offset subtracted and noted. Raises DataError where the horizon is needed and unknown.
+    ever uses. Observations that float32 cannot hold have an offset subtracted and noted. Raises
+    DataError where the horizon is needed and unknown.
     """
     found = {k: _scalars(v) if k not in TABLES else v for k, v in arrays.items()}
     noted = dict(metadata)

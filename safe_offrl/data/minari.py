@@ -257,10 +257,7 @@ def _write_episodes(
             group.attrs.update({"id": k, "total_steps": part.stop - part.start})
             if behaviours is not None:
                 group.attrs["behaviour"] = int(behaviours[k])
-            first, following = (
-                np.asarray(arrays[key][part], wide)
-                for key in OBSERVATIONS
-            )
+            first, following = (np.asarray(arrays[key][part], wide) for key in OBSERVATIONS)
             jumps += int((first[1:] != following[:-1]).any(axis=1).sum())
             group["observations"] = np.concatenate([first, following[-1:]])
             actions = np.asarray(arrays["actions"][part], np.float32)
@@ -283,9 +280,7 @@ def _write_episodes(
     )
 
 
-def _describe(
-    name: str, arrays: Arrays, metadata: Metadata, wide: np.dtype[Any]
-) -> dict[str, Any]:
+def _describe(name: str, arrays: Arrays, metadata: Metadata, wide: np.dtype[Any]) -> dict[str, Any]:
     """What Minari wants to know of a dataset."""
     size = arrays["actions"].shape[1]
     discrete = metadata.get("action_count") is not None
@@ -324,6 +319,4 @@ def _discrete(count: int) -> str:
 def _box(size: int, bound: float, kind: str = "float32") -> str:
     """A Box as Minari serialises it."""
     low, high = [-bound] * size, [bound] * size
-    return json.dumps(
-        {"type": "Box", "dtype": kind, "shape": [size], "low": low, "high": high}
-    )
+    return json.dumps({"type": "Box", "dtype": kind, "shape": [size], "low": low, "high": high})
