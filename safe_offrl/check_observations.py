@@ -26,9 +26,7 @@ def check_observations(report: EnvReport, env: AccidentEnv, values: NDArray[np.f
     coarse = ROUNDING * largest > ROUNDED * values.std(axis=0)
     rounded = np.flatnonzero(np.concatenate(narrow) & varies & coarse)
     constant = np.flatnonzero(~varies)
-    distant = np.flatnonzero(
-        varies & ((largest > FAR_FROM_ONE) | (largest < 1.0 / FAR_FROM_ONE))
-    )
+    distant = np.flatnonzero(varies & ((largest > FAR_FROM_ONE) | (largest < 1.0 / FAR_FROM_ONE)))
     report.measured |= {
         "largest_observation": float(largest.max()),
         "smallest_observation": float(largest.min()),

@@ -23,6 +23,7 @@ from safe_offrl.agents import AGENTS
 from safe_offrl.assessment import assess
 from safe_offrl.baselines import BaselineConfig
 from safe_offrl.behaviours import random_behaviour
+from safe_offrl.collect import default_dataset
 from safe_offrl.data.complete import complete
 from safe_offrl.data.dataset import REWARD_REFERENCE, Dataset
 from safe_offrl.data.inspect import principal_components, summarise
@@ -417,3 +418,15 @@ def test_a_penalty_is_adapted_in_units_of_the_limit(scale: float) -> None:
     assert penalty(cost=50.0, limit=2.0) == pytest.approx(0.6 * 2.0)
     assert penalty(cost=0.1, limit=0.0) == pytest.approx(0.6 * 2.0)
     assert penalty(cost=0.0, limit=0.0) == 0.0
+
+
+@pytest.mark.slow
+def test_the_reference_is_the_size_of_the_default_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path))
+    log = load_dataset(
+        default_dataset(), discount=PretrainConfig().agents.iql.discount, spec=SafetySpec()
+    )
+    # Exactly 1 with the versions of constraints.txt; others log a little differently.
+    assert log.reward_scale() == pytest.approx(1.0, rel=0.02)

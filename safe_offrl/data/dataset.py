@@ -19,7 +19,7 @@ IN_MEMORY_BYTES = 8 * 2**30  # a memory-mapped set larger than this is not copie
 CHUNK_ROWS = 65_536  # rows read at once where a whole memory-mapped set is passed through
 # Temperatures, conservatism and learning rates are chosen for rewards of the size that they have in
 # the default log of PointHazard-v0: the root mean square of its discounted returns to go.
-REWARD_REFERENCE = 0.8263873
+REWARD_REFERENCE = 0.82638733
 ROUNDING = float(np.finfo(np.float32).eps)  # a spread below this share of the size is no spread
 SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 loses digits one by one
 
