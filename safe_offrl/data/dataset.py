@@ -185,9 +185,15 @@ class Dataset:
         A constant entry, one that varies by rounding errors at most, is divided by its size.
         """
         n = len(self.rows)
-        mean = _total(self._observations()) / n
+        size = np.zeros(self.layout.observation_size)
+
+        def measured() -> Iterator[np.ndarray]:
+            for x in self._observations():
+                np.maximum(size, np.abs(x).max(axis=0), out=size)
+                yield x
+
+        mean = _total(measured()) / n
         std = np.sqrt(_total(np.square(x - mean) for x in self._observations()) / n)
-        size = np.max([np.abs(x).max(axis=0) for x in self._observations()], axis=0)
         least = np.maximum(ROUNDING * size, SMALLEST)
         std = np.where(std > least, std, np.where(size > SMALLEST, size, 1.0))
         return Normalizer(
