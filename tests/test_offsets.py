@@ -23,6 +23,7 @@ from safe_offrl.data.conversion import convert
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
+from safe_offrl.data.memory_map import write_memory_map
 from safe_offrl.data.offsets import OFFSET, centred, find_offset, in_own_units
 from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError, DataError
@@ -143,6 +144,18 @@ def test_every_format_keeps_the_digits(
     with np.load(tmp_path / "again.npz") as stored:
         assert stored["observations"].dtype == np.float64
         assert np.abs(stored["observations"] - far["observations"]).max() < 1e-6
+
+
+def test_a_memory_map_of_a_fresh_log_keeps_them_too(
+    far: dict[str, NDArray[Any]], tmp_path: Path
+) -> None:
+    write_memory_map(tmp_path / "log.mmap", far, metadata_of(FAR_ID))
+    write_dataset(tmp_path / "log.hdf5", far, metadata_of(FAR_ID))
+    one, other = (
+        load_dataset(tmp_path / name, discount=0.99, spec=SPEC) for name in ("log.mmap", "log.hdf5")
+    )
+    assert one.sha256 == other.sha256
+    assert torch.equal(one.transitions.observations, other.transitions.observations)
 
 
 def test_logs_that_float32_would_confuse_have_identities_of_their_own(
