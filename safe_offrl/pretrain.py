@@ -142,7 +142,7 @@ class Pretraining:
         self.generator = torch.Generator(device).manual_seed(config.seed)
         train, held_out = dataset.split(config.held_out, config.seed)
         # A robot's joints, a plant's pressures: no network should have to learn their units.
-        self.normalizer = train.normalizer()
+        self.normalizer = train.normalizer()._replace(reward_scale=dataset.reward_scale())
         self.train = train.normalised(self.normalizer)
         self.held_out = held_out.sample(HELD_OUT_ROWS, config.seed).normalised(self.normalizer)
         layout = dataset.layout
@@ -289,8 +289,7 @@ class Pretraining:
             },
             **{f"learner.{k}": v for k, v in self.learner.parts().items()},
             **self.critic.parts(),
-            "normalizer_mean": torch.from_numpy(self.normalizer.mean),
-            "normalizer_std": torch.from_numpy(self.normalizer.std),
+            **self.normalizer.parts(),
             "multiplier": self.multiplier.value,
             "generator": self.generator,
         }

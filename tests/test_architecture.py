@@ -42,7 +42,7 @@ LAYERS = [
         "fitted_features",
         "importance_sampling",
     ],
-    ["fitted_evaluation"],
+    ["fitted_evaluation", "check_observations"],
     [
         "assessment",
         "calibration",

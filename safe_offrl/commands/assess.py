@@ -176,8 +176,8 @@ def _policy(subject: Subject) -> tuple[Actor, Normalizer]:
     )
     with loading(subject.run.path):
         restore_state({"learner.actor": actor}, tensors)
-    mean, std = (tensors[f"normalizer_{key}/value"].numpy() for key in ("mean", "std"))
-    return actor, Normalizer(mean, std)
+    # Returns are estimated in the environment's unit.
+    return actor, Normalizer.restored(tensors)._replace(reward_scale=1.0)
 
 
 def verdict(estimates: Estimates, limit: float, confidence: float) -> dict[str, Any]:

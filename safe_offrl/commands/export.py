@@ -49,6 +49,12 @@ def export_run(
         loop = final_policy(run)
         with contextlib.closing(loop.env):
             actor, shield = loop.deployment.actor, loop.deployment.shield
+            if loop.env.offset is not None:
+                raise ConfigError(
+                    f'The policy of "{run.name}" sees observations that float32 cannot hold, less '
+                    "an offset, and a graph takes float32. Subtract a constant in the environment "
+                    "and make the runs again, or act with safe_offrl.load_policy."
+                )
             space = loop.env.env.action_space
             assert isinstance(space, spaces.Box | spaces.Discrete)  # others are refused
             graph = PolicyGraph(actor, shield, loop.normalizer, space)

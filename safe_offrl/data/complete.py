@@ -17,6 +17,7 @@ from safe_offrl.data.continuity import doubts, overshot, unmarked_breaks
 from safe_offrl.data.flags import Ends, settled_ends
 from safe_offrl.data.motion import Motion, copies_of_episodes, measure
 from safe_offrl.data.names import ENDS, METADATA_KEYS, near_name
+from safe_offrl.data.offsets import centred
 from safe_offrl.data.validation import check_flags
 from safe_offrl.errors import DataError
 
@@ -37,7 +38,8 @@ def complete(
     become 0 (and ``no_costs`` is noted). Ends are settled by :func:`settled_ends`, with
     ``horizon``, else the metadata's, where flags do not say. Missing next observations are the
     following row's within an episode; after its last row the observation itself stands in, which
-    only a truncated episode ever uses. What is in the layout already stays as it is. Raises
+    only a truncated episode ever uses. Observations that float32 cannot hold have an offset
+    subtracted and noted. What is in the layout already stays as it is. Raises
     DataError where the horizon is needed and unknown, and where the ends contradict the
     observations beyond what chance may do.
     """
@@ -47,6 +49,7 @@ def complete(
     _require(found)
     _check_rows(found)
     noted |= _whole_horizon(noted)
+    found, noted = centred(found, noted)
     found["actions"], log_volume = unit_actions(found["actions"], noted, said)
     if log_volume and "behaviour_log_probs" in found:
         found["behaviour_log_probs"] = found["behaviour_log_probs"][:] + log_volume

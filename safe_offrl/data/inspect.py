@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.dataset import ROUNDING, Dataset
 from safe_offrl.data.groups import Group, Verdict, groups_of, identify
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.statistics import clopper_pearson
@@ -202,7 +202,8 @@ def principal_components(observations: NDArray[Any]) -> NDArray[np.float64]:
     """The first two principal components of the standardised observations [N, O] -> [N, <= 2]."""
     values = observations.astype(np.float64)
     deviation = values.std(axis=0)
-    values = (values - values.mean(axis=0))[:, deviation > 0] / deviation[deviation > 0]
+    varies = deviation > ROUNDING * np.abs(values).max(axis=0)
+    values = (values - values.mean(axis=0))[:, varies] / deviation[varies]
     if values.shape[1] == 0:
         return values  # every observation is the same
     variances, vectors = np.linalg.eigh(values.T @ values)  # in ascending order

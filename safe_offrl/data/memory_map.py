@@ -43,6 +43,7 @@ from safe_offrl.data.content import (
 )
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.mapped_rows import MappedRows
+from safe_offrl.data.offsets import centred
 from safe_offrl.data.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, write_file
@@ -70,6 +71,7 @@ def write_memory_map(
     are ``remarks`` on it, which every load repeats, and what is ``unsure``, see :class:`Raw`.
     """
     validate_arrays(arrays)
+    arrays, metadata = centred(arrays, metadata)
     n = len(arrays["rewards"])
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
