@@ -1,4 +1,4 @@
-"""The corruptions by name, the words that name each fault, and those that nobody can tell."""
+"""The corruptions by name, and the words that name each fault."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 
 import numpy as np
 
+from tests import corrupted_ends as ends
 from tests import corruptions as c
 from tests.corruptions import Corruption
 
-ENDS = r"terminals|timeouts|ends? of|episodes? ends?|next_observations|goes on|in order"
-ROWS = (
-    r"next_observations|in order|order of|repeat|twice|same|copies|start where|terminals|timeouts"
-)
+ENDS = r"terminals|timeouts|end is not marked|ends were not marked|ever ends|next_observations"
+ENDS += r"|goes on|do(es)? not lead|has no end|time limit|order of time"
+ROWS = r"in order|order of|repeat|twice|same|copies|start where|" + ENDS
 INFERRED = "a time limit that only a horizon knows: the load says that it has inferred the ends"
 UNMARKED = "an end that is not marked may be of either kind"
 DONE = "a termination at the very horizon is possible"
@@ -28,51 +28,56 @@ def names_of(old: str, new: str) -> str:
 
 CORRUPTIONS: dict[str, Corruption] = {
     # --- 1: ends of episodes ---
-    "terminals held for five rows": Corruption(c.held("terminals", 4), 1, ENDS),
-    "terminals held for two rows": Corruption(c.held("terminals", 1), 1, ENDS),
-    "terminals held into the next episode": Corruption(c.held("terminals", 0, 3), 1, ENDS),
-    "timeouts held for five rows": Corruption(c.held("timeouts", 4), 1, ENDS),
-    "timeouts held into the next episode": Corruption(c.held("timeouts", 0, 3), 1, ENDS),
-    "terminals on every row": Corruption(c.flag("terminals", np.ones_like), 1, ENDS),
-    "timeouts on every row": Corruption(c.flag("timeouts", np.ones_like), 1, ENDS),
-    "terminals a row early": Corruption(c.flag("terminals", c.early), 1, ENDS),
-    "terminals a row late": Corruption(c.flag("terminals", c.late), 1, ENDS),
-    "timeouts a row early": Corruption(c.flag("timeouts", c.early), 1, ENDS),
-    "timeouts a row late": Corruption(c.flag("timeouts", c.late), 1, ENDS),
+    "terminals held for five rows": Corruption(ends.held("terminals", 4), 1, ENDS),
+    "terminals held for two rows": Corruption(ends.held("terminals", 1), 1, ENDS),
+    "terminals held into the next episode": Corruption(ends.held("terminals", 0, 3), 1, ENDS),
+    "timeouts held for five rows": Corruption(ends.held("timeouts", 4), 1, ENDS),
+    "timeouts held into the next episode": Corruption(ends.held("timeouts", 0, 3), 1, ENDS),
+    "terminals on every row": Corruption(ends.flag("terminals", np.ones_like), 1, ENDS),
+    "timeouts on every row": Corruption(ends.flag("timeouts", np.ones_like), 1, ENDS),
+    "terminals a row early": Corruption(ends.flag("terminals", ends.early), 1, ENDS),
+    "terminals a row late": Corruption(ends.flag("terminals", ends.late), 1, ENDS),
+    "timeouts a row early": Corruption(ends.flag("timeouts", ends.early), 1, ENDS),
+    "timeouts a row late": Corruption(ends.flag("timeouts", ends.late), 1, ENDS),
     "half of the terminals missing": Corruption(
-        c.flag("terminals", c.every_second), 1, ENDS, UNMARKED
+        ends.flag("terminals", c.every_second), 1, ENDS, UNMARKED
     ),
-    "half of the timeouts missing": Corruption(c.flag("timeouts", c.every_second), 1, ENDS),
-    "terminals all off": Corruption(c.flag("terminals", np.zeros_like), 1, ENDS, UNMARKED),
-    "timeouts all off": Corruption(c.flag("timeouts", np.zeros_like), 1, ENDS),
-    "no end at all": Corruption(c.no_ends, 1, ENDS + "|ever ends"),
-    "terminals inverted": Corruption(c.flag("terminals", np.logical_not), 1, ENDS),
-    "timeouts inverted": Corruption(c.flag("timeouts", np.logical_not), 1, ENDS),
-    "terminals and timeouts swapped": Corruption(c.swapped, 1, ENDS, DONE),
-    "both flags at a time limit": Corruption(c.both_at_time_limit, 1, ENDS, DONE),
-    "old done under terminals": Corruption(c.old_done, 1, ENDS, DONE),
-    "success kept on": Corruption(c.success_kept_on, 1, ENDS),
+    "half of the timeouts missing": Corruption(ends.flag("timeouts", c.every_second), 1, ENDS),
+    "terminals all off": Corruption(ends.flag("terminals", np.zeros_like), 1, ENDS, UNMARKED),
+    "timeouts all off": Corruption(ends.flag("timeouts", np.zeros_like), 1, ENDS),
+    "no end at all": Corruption(ends.no_ends, 1, ENDS, UNMARKED),
+    "terminals inverted": Corruption(ends.flag("terminals", np.logical_not), 1, ENDS),
+    "timeouts inverted": Corruption(ends.flag("timeouts", np.logical_not), 1, ENDS),
+    "terminals and timeouts swapped": Corruption(ends.swapped, 1, ENDS, DONE),
+    "both flags at a time limit": Corruption(ends.both_at_time_limit, 1, ENDS, DONE),
+    "old done under terminals": Corruption(ends.old_done, 1, ENDS, DONE),
+    "success kept on": Corruption(ends.success_kept_on, 1, ENDS),
     "timeouts missing": Corruption(c.dropped("timeouts"), 1, "timeouts|truncations", INFERRED),
     "terminals missing": Corruption(c.dropped("terminals"), 1, "terminals|terminations"),
-    "last next observation of the reset": Corruption(c.next_of_reset, 1, ENDS),
-    "autoreset rows": Corruption(c.with_reset_rows, 1, ROWS),
-    "two environments interleaved": Corruption(c.interleaved(2), 1, ROWS),
-    "four environments interleaved": Corruption(c.interleaved(4), 1, ROWS),
-    "rows shuffled": Corruption(c.shuffled, 1, ROWS),
-    "rows sorted by reward": Corruption(c.sorted_by_reward, 1, ROWS),
-    "rows reversed": Corruption(c.reversed_rows, 1, ROWS),
-    "episodes reversed": Corruption(c.reversed_episodes, 1, ROWS),
-    "first rows lost": Corruption(c.without(lambda n: slice(7)), 1, ROWS),
-    "last rows lost": Corruption(c.without(lambda n: slice(n - 7, n)), 1, ROWS),
-    "rows lost in the middle": Corruption(
-        c.without(lambda n: slice(n // 2, n // 2 + 100)), 1, ROWS
+    "last next observation of the reset": Corruption(ends.next_of_reset, 1, ENDS),
+    "next observations of the row itself": Corruption(ends.next_of(0), 1, "next.?observations"),
+    "next observations two rows on": Corruption(ends.next_of(2), 1, ROWS),
+    "neither timeouts nor horizon": Corruption(
+        ends.no_timeouts_no_horizon, 1, "horizon|timeouts|truncations|time limit"
     ),
-    "every tenth row lost": Corruption(c.without(lambda n: slice(0, n, 10)), 1, ROWS),
-    "every second row lost": Corruption(c.without(lambda n: slice(0, n, 2)), 1, ROWS),
-    "last rows of episodes lost": Corruption(c.lost_ends, 1, ROWS),
-    "every row twice": Corruption(c.repeated(c.twice), 1, ROWS),
-    "a block of rows twice": Corruption(c.repeated(c.block_twice), 1, ROWS),
-    "the whole log twice": Corruption(c.repeated(c.whole_twice), 1, ROWS),
+    "autoreset rows": Corruption(ends.with_reset_rows, 1, ROWS),
+    "two environments interleaved": Corruption(ends.interleaved(2), 1, ROWS),
+    "four environments interleaved": Corruption(ends.interleaved(4), 1, ROWS),
+    "rows shuffled": Corruption(ends.shuffled, 1, ROWS),
+    "rows sorted by reward": Corruption(ends.sorted_by_reward, 1, ROWS),
+    "rows reversed": Corruption(ends.reversed_rows, 1, ROWS),
+    "episodes reversed": Corruption(ends.reversed_episodes, 1, ROWS),
+    "first rows lost": Corruption(ends.without(lambda n: slice(7)), 1, ROWS),
+    "last rows lost": Corruption(ends.without(lambda n: slice(n - 7, n)), 1, ROWS),
+    "rows lost in the middle": Corruption(
+        ends.without(lambda n: slice(n // 2, n // 2 + 100)), 1, ROWS
+    ),
+    "every tenth row lost": Corruption(ends.without(lambda n: slice(0, n, 10)), 1, ROWS),
+    "every second row lost": Corruption(ends.without(lambda n: slice(0, n, 2)), 1, ROWS),
+    "last rows of episodes lost": Corruption(ends.lost_ends, 1, ROWS),
+    "every row twice": Corruption(ends.repeated(ends.twice), 1, ROWS),
+    "a block of rows twice": Corruption(ends.repeated(ends.block_twice), 1, ROWS),
+    "the whole log twice": Corruption(ends.repeated(ends.whole_twice), 1, ROWS),
     # --- 2: names, shapes, text ---
     **{
         f'{old} as "{new}"': Corruption(
@@ -106,7 +111,9 @@ CORRUPTIONS: dict[str, Corruption] = {
     "rewards a row short": Corruption(c.longer("rewards", -1), 2, "rewards"),
     "costs a row long": Corruption(c.longer("costs", 1), 2, "costs"),
     "flags as floats": Corruption(
-        c.chain(*(c.typed(key, np.float32) for key in ("terminals", "timeouts"))),
+        c.chain(
+            *(c.typed(key, lambda x: x.astype(np.float32)) for key in ("terminals", "timeouts"))
+        ),
         2,
         "",
         readable=True,
@@ -261,11 +268,10 @@ CORRUPTIONS: dict[str, Corruption] = {
     "a cost that is infinite": Corruption(
         c.typed("costs", lambda x: np.where(np.arange(len(x)) == 5, np.inf, x)), 0, "costs"
     ),
+    "costs a row late": Corruption(ends.costs_late, 0, "costs?"),
+    "costs summed up so far": Corruption(ends.costs_so_far, 0, "costs?"),
     "costs negated": Corruption(c.typed("costs", np.negative), 0, "cost"),
 }
-
-# What no reader could know from the file and the settings: (corruption, log, format) -> why.
-UNTELLABLE: dict[tuple[str, str, str], str] = {}
 
 
 @functools.cache

@@ -22,9 +22,10 @@ from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import UserError
 from tests import corruptions as c
 from tests.clean_logs import CLEAN, Log, Truth, clean, truth_of
-from tests.corruption_table import CORRUPTIONS, UNTELLABLE, words_of
+from tests.corruption_table import CORRUPTIONS, words_of
 from tests.corruptions import ends_of
 from tests.log_forms import FORMS, held_alike
+from tests.untellable import untellable
 
 # The clean logs that are corrupted; the others of CLEAN are only looked at as they are.
 TARGETS = ("ledge", "hazards", "buttons", "levers", "stops", "mortal", "gears", "judged")
@@ -36,7 +37,7 @@ EXPECTED = {"bare": "stands in", "d4rl": "stands in", "table": "stands in", "omn
 
 
 class Outcome(NamedTuple):
-    """What a load did: "true", "refused", "remarked", or one of :data:`WRONG`; and its words."""
+    """What a load did: "true", "refused", "remarked", "untellable" or one of :data:`WRONG`."""
 
     what: str
     text: str
@@ -102,7 +103,11 @@ def _content(dataset: Dataset, original: Log, rows: np.ndarray) -> str:
 
 
 def seen_clean(target: str, form: str) -> str | None:
-    """What is wrong with the load of a clean log; "" if nothing is, None if it cannot be held."""
+    """What is wrong with the load of a clean log; "" if nothing is, None if it cannot be held.
+
+    That a row which terminates on the very step of the time limit is taken for terminated may be
+    said.
+    """
     original = clean(target)
     held = held_clean(target, form)
     if held is None:
@@ -112,7 +117,7 @@ def seen_clean(target: str, form: str) -> str | None:
             dataset = load(FORMS[form].write(held, Path(folder)), held)
         except UserError as error:
             return f"refused: {error}"
-        expected = re.compile(EXPECTED.get(form, "(?!)"))
+        expected = re.compile(f"marked both|{EXPECTED.get(form, '(?!)')}")
         doubts = [text for text in remarks_of(dataset) if not expected.search(text)]
         return deviation(dataset, original, held) or "; ".join(doubts)
 
@@ -140,8 +145,6 @@ def outcome(names: tuple[str, ...], target: str, form: str) -> Outcome | None:
     pure, log = held_clean(target, form), corrupted(clean(target), names)
     held = log and FORMS[form].hold(log)
     if pure is None or held is None or held_alike(pure, held):
-        return None
-    if any((name, target, form) in UNTELLABLE for name in names):
         return None
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -176,7 +179,8 @@ def _of_load(
     named = [text for text in remarks_of(dataset) if words_of(names).search(text)]
     if named and all(CORRUPTIONS[name].remark or harmless(name, target, form) for name in names):
         return Outcome("remarked", f"{wrong}: {named[0]}")
-    return Outcome("silent", f"{wrong}; remarks: {remarks_of(dataset)}")
+    what = "untellable" if untellable(names, target, form) else "silent"
+    return Outcome(what, f"{wrong}; remarks: {remarks_of(dataset)}")
 
 
 def harmless(name: str, target: str, form: str) -> bool:
@@ -210,19 +214,28 @@ def main(arguments: list[str]) -> None:
             print(f"FALSE ALARM {target}, {form}: {doubt}")
     wanted = [argument for argument in arguments if argument != "pairs"]
     cases = itertools.chain(singles(), pairs()) if "pairs" in arguments else singles()
-    counts: dict[tuple[str, ...], Counter[str]] = {}
-    for names, target, form in cases:
+    total: Counter[str] = Counter()
+    for names, group in itertools.groupby(cases, key=lambda case: case[0]):
         if wanted and not any(part in name for part in wanted for name in names):
             continue
-        if found := outcome(names, target, form):
-            counts.setdefault(names, Counter())[found.what] += 1
-            if found.what in WRONG or wanted:
-                print(f"    {' + '.join(names)}: {target}, {form}: {found.what}: {found.text}")
-    for names, each in counts.items():
-        if len(names) == 1:
-            print(f"{names[0]:<48} " + ", ".join(f"{n} {what}" for what, n in each.items()))
-    total = sum(counts.values(), Counter())
-    print(", ".join(f"{n} {what}" for what, n in total.most_common()))
+        of_names: Counter[str] = Counter()
+        for _, target, form in group:
+            if found := outcome(names, target, form):
+                of_names[found.what] += 1
+                if found.what in WRONG or wanted:
+                    print(f"    {target}, {form}: {found.what}: {found.text}")
+        print(f"{' + '.join(names):<48} {in_words(of_names)}", flush=True)
+        total += of_names
+    print(in_words(total))
+
+
+def in_words(counts: Counter[str]) -> str:
+    """How many came to what.
+
+    >>> in_words(Counter(["true", "refused", "true"]))
+    '2 true, 1 refused'
+    """
+    return ", ".join(f"{n} {what}" for what, n in counts.most_common())
 
 
 if __name__ == "__main__":

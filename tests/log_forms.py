@@ -58,8 +58,10 @@ def hold_d4rl(log: Log) -> Log | None:
 
 
 def write_npz(log: Log, folder: Path) -> Path:
-    said: dict[str, Any] = {"metadata": np.array(json.dumps(log.metadata))} if log.metadata else {}
-    np.savez(folder / "log.npz", **log.arrays, **said)
+    named: dict[str, Any] = dict(log.arrays)
+    if log.metadata:
+        named["metadata"] = np.array(json.dumps(log.metadata))
+    np.savez(folder / "log.npz", **named)
     return folder / "log.npz"
 
 

@@ -66,6 +66,7 @@ def test_every_corruption_in_every_format(number: str, figure: Record) -> None:
     figure(
         "R10",
         f"corrupted logs, {number}: {counts['true']} true, {counts['refused']} refused, "
-        f"{counts['remarked']} remarked, {len(wrong)} silent or misleading",
+        f"{counts['remarked']} remarked, {counts['untellable']} that nobody can tell, "
+        f"{len(wrong)} silent or misleading",
     )
     assert wrong == []
