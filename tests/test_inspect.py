@@ -226,7 +226,7 @@ def _shuffled(arrays: dict[str, np.ndarray]) -> None:
         (_one_behaviour, "a single behaviour"),
         (_same_reward, "every reward is the same"),
         (_negative_cost, "2 steps have a cost below 0"),
-        (_shuffled, "next observations of 1 rows (the first is row 5) are far"),
+        (_shuffled, "next_observations of 1 rows (the first is row 5) are far"),
     ],
 )
 def test_each_warning(change: Any, words: str, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def _hold_against(
             )
     elif motion.link is not None:
         remarks.append(
-            "next observations are not the following rows' observations, so the ends of episodes "
+            "next_observations are not the following rows' observations, so the ends of episodes "
             "are judged by jumps alone."
         )
 

@@ -60,11 +60,12 @@ def unmarked_breaks(motion: Motion | None, ends: Flags) -> Breaks | None:
     link, step = (float(np.median(d[inner])) for d in (motion.link, motion.step[:-1]))
     if link > 2.0 * step or share < 0.75:
         raise DataError(
-            f"{int(broken.sum()):,} of {int(inner.sum()):,} rows within episodes do not lead to "
-            f"the row that follows (the first is row {int(broken.argmax())}): the rows are not in "
-            "order of time, belong to several environments in turn or are repeated, or terminals "
-            "and timeouts mark ends of episodes where there are none. Store one episode after the "
-            "other, each row once, and mark its last row."
+            f"next_observations of {int(broken.sum()):,} of {int(inner.sum()):,} rows within "
+            "episodes are not the observations of the row that follows (the first is row "
+            f"{int(broken.argmax())}): the rows are not in order of time, belong to several "
+            "environments in turn or are repeated, or terminals and timeouts mark ends of episodes "
+            "where there are none. Store one episode after the other, each row once, and mark its "
+            "last row."
         )
     return None
 
@@ -234,7 +235,7 @@ def _missing_ends(arrays: Arrays, motion: Motion, ends: Flags) -> list[Doubt]:
     return [
         Doubt(
             f"{len(rows):,} rows within episodes (the first is row {rows[0]}) move as far as from "
-            "one episode to the next, as if ends of episodes were not marked or rows were missing",
+            "one episode to the next, as if terminals or timeouts were missing, or rows were",
             certain=bool(same) and len(rows) > MOST_BREAKS * marked.sum(),
         )
     ]
