@@ -33,7 +33,7 @@ from safe_offrl import checkpoints
 from safe_offrl.board import Board
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.errors import RunError
-from safe_offrl.files import json_bytes, json_line, write_atomic, write_file
+from safe_offrl.files import json_bytes, json_line, unwritable, write_atomic, write_file
 from safe_offrl.ledger import Ledger, LedgerWriter, chain_start, read_ledger
 from safe_offrl.types import Episode
 
@@ -357,23 +357,15 @@ def check_name(name: str) -> str:
 def require_runs_folder(root: Path, name: str | None = None) -> None:
     """Raise RunError unless a run, called ``name``, can be written into the folder ``root``.
 
-    For the time before anything that takes long. Nothing is left behind: where ``root`` is still to
-    be made, the folder above it is tried.
+    For the time before anything that takes long. Nothing is left behind.
     """
     if name is not None and (root / check_name(name)).exists():
         raise _taken(root, name)
-    there = next(path for path in (root, *root.absolute().parents) if path.exists())
-    probe = there / f".writable-{os.getpid()}"
-    try:
-        try:
-            write_file(probe, b"?")
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
+    if why := unwritable(root):
         raise RunError(
-            f'Nothing can be written into the runs folder "{root}" ({error.strerror}). '
+            f'Nothing can be written into the runs folder "{root}" ({why}). '
             "Repair that, or choose another folder with --runs."
-        ) from error
+        )
 
 
 def _taken(root: Path, name: str) -> RunError:
