@@ -140,6 +140,7 @@ class Pretraining:
         self.config = config
         compute = Compute(compiled, config.precision, device)
         self.generator = torch.Generator(device).manual_seed(config.seed)
+        self._logged_episodes = dataset.episodes
         train, held_out = dataset.split(config.held_out, config.seed)
         # A robot's joints, a plant's pressures: no network should have to learn their units.
         self.normalizer = train.normalizer()
@@ -285,7 +286,9 @@ class Pretraining:
     def _calibrate(self) -> CalibrationReport:
         actor = copy.deepcopy(self.networks.actor).cpu()
         critic = self.critic.in_memory()
-        return calibrate_critic(critic, actor, self.held_out, self.estimate(), self.limit)
+        return calibrate_critic(
+            critic, actor, self.held_out, self.estimate(), self.limit, self._logged_episodes
+        )
 
     def _parts(self) -> dict[str, Part]:
         return {
