@@ -100,12 +100,18 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
     o, a, k = env.observation_size, env.action_size, graph.draws
     space = env.env.action_space
     parts = [
-        {"name": part.name, "shape": part.box.shape, "start": part.start, "stop": part.stop}
+        {
+            "name": part.name,
+            "path": part.path,
+            "shape": part.box.shape,
+            "start": part.start,
+            "stop": part.stop,
+        }
         for part in env.layout
     ]
     if env.sums_cost:
         name = "min(cost of the episode so far / cost_threshold, 2)"
-        parts.append({"name": name, "shape": (), "start": o - 1, "stop": o})
+        parts.append({"name": name, "path": None, "shape": (), "start": o - 1, "stop": o})
     if isinstance(space, spaces.Discrete):
         action = {"kind": "discrete", "count": a, "start": int(space.start)}
         drawn = "standard Gumbel draws, -log(-log(u))"
@@ -129,7 +135,8 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
         "observation": {
             "size": o,
             "order": parts,
-            "meaning": "the environment's own numbers, not scaled; matrices row by row",
+            "meaning": "the environment's own numbers, not scaled, part by part: at the keys and "
+            "positions of its path, a matrix row by row",
         },
         "action": action,
         "inputs": [
