@@ -27,6 +27,7 @@ from safe_offrl.device import configure
 from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
 from safe_offrl.fitted_features import FittedConfig
+from safe_offrl.importance_sampling import USABLE
 from safe_offrl.nets import Actor
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import ProgressLine, Say
@@ -38,6 +39,10 @@ from safe_offrl.versions import versions
 
 FILE = "assessment.json"
 FORMAT = 1
+GO_BY = (
+    "go by       these: made of the log's episodes, with intervals. What pretrain printed is the "
+    "safety critic's own view, which learning steers by"
+)
 CONFIG = FittedConfig()
 
 
@@ -91,6 +96,7 @@ def assess_runs(
             "estimates": estimates[key].as_dict(),
         }
         say(describe(run.name, estimates[key], limit, safety.confidence))
+    say(GO_BY)
     answer: dict[str, Any] = {"runs": plain(results)}
     if len(found) > 1:
         name, qualifies = choose(estimates, limits)
@@ -227,7 +233,7 @@ def describe(name: str, estimates: Estimates, limit: float, confidence: float) -
         if found is None:
             continue
         scale = estimates.scale if what == "risk" else 1.0
-        note = "" if found.usable else ": UNUSABLE, too few"
+        note = "" if found.usable else f": UNUSABLE, {USABLE:g} needed"
         lines.append(
             f"  {what}, reweighed: WIS {found.wis * scale:.3g} +- {found.wis_error * scale:.2g}, "
             f"doubly robust {found.doubly_robust * scale:.3g} +- "
