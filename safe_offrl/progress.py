@@ -22,7 +22,7 @@ from safe_offrl.types import Episode
 
 Say = Callable[[str], None]
 TELL_SECONDS = 15.0  # of silence at most, where lines are printed
-STOP_SECONDS = 3.0  # that a signal waits for a good moment to stop
+STOP_SECONDS = 2.0  # that a signal waits for a good moment to stop
 RATE_SECONDS = 60.0  # of the past that the remaining time follows from, at least
 LOG_EVERY = 250  # environment steps between two points of a curve: a few hundred points a run
 
