@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that --help answers at once
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -681,8 +682,9 @@ def main() -> None:
 
         if not isinstance(error, Interrupted):
             raise
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        print(error, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(error.exit_code)  # everything is closed; taking Python apart would take seconds
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ class StopSignal:
 class Heartbeat:
     """Says a line where nothing else has for :data:`TELL_SECONDS`: a pipe has no cursor to blink.
 
-    ``line`` makes it, from the time since the beginning ("0:15"). To be closed.
+    ``line`` makes it, from the time since the beginning ("0:15"), perhaps in a thread of its own.
+    To be closed.
     """
 
     def __init__(self, say: Say, line: Callable[[str], str]) -> None:
@@ -119,16 +120,18 @@ class Heartbeat:
             self._said = time.monotonic()
             self._say(text)
 
-    @property
-    def silence(self) -> float:
-        """Seconds since the last line."""
-        return time.monotonic() - self._said
+    def beat(self) -> None:
+        """Say the line, if it is time."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._said >= TELL_SECONDS:
+                self._said = now
+                self._say(self._line(clock(now - self._begun)))
 
     def _beat(self) -> None:
-        while not self._ended.wait(max(0.01, TELL_SECONDS - self.silence)):
-            if self.silence >= TELL_SECONDS:
-                with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-                    self.say(self._line(clock(time.monotonic() - self._begun)))
+        while not self._ended.wait(max(0.01, self._said + TELL_SECONDS - time.monotonic())):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                self.beat()
 
     def close(self) -> None:
         """Keep quiet from here on."""
@@ -160,7 +163,8 @@ class ProgressLine:
         self._total = total
         self._unit = unit
         self._step = self._told = start
-        self._text = ""
+        self._waited = start  # the step at which a line was last said into silence
+        self._text = self._line = ""
         self._marks: deque[tuple[float, int]] = deque()  # (seconds, step), a second or more apart
         self._bar: tqdm[Any] | None = None
         self._heart: Heartbeat | None = None
@@ -186,28 +190,33 @@ class ProgressLine:
             self._marks.popleft()
         self._step = step
         self._text = self._text if text is None else text
+        if fresh or text is not None:
+            self._line = self._format(now)
         if self._bar is not None:
             if fresh or text is not None:
-                self._bar.set_description_str(self._line(now))
+                self._bar.set_description_str(self._line)
             return
         assert self._heart is not None
-        due = self._heart.silence >= TELL_SECONDS
         if text is not None:
-            due |= step * 20 // self._total > self._told * 20 // self._total
-            due |= step >= self._total
+            twentieth = step * 20 // self._total > self._told * 20 // self._total
             self._told = step
-        if due:
-            self._heart.say(self._line(now))
+            if twentieth or step >= self._total:
+                self._heart.say(self._line)
+        self._heart.beat()
 
     def restart(self) -> None:
         """The steps so far say nothing of those to come: other ones begin, or one has compiled."""
         self._marks.clear()
 
-    def _line(self, now: float) -> str:
+    def _format(self, now: float) -> str:
         parts = [f"{self._step:,}/{self._total:,} {self._unit}", self._text, self._remaining(now)]
         return " | ".join(part for part in parts if part)
 
     def _waiting(self, elapsed: str) -> str:
+        """What is said into silence: the line if a step has ended since the last time."""
+        before, self._waited = self._waited, self._step
+        if self._step > before:
+            return self._line
         return f"{self._step:,}/{self._total:,} {self._unit} | at work, {elapsed} so far"
 
     def _remaining(self, now: float) -> str:
