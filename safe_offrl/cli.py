@@ -657,7 +657,7 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk: not the input
         if "--debug" in sys.argv:
