@@ -253,7 +253,8 @@ def dataset_warnings(dataset: Dataset, limit: Limit) -> list[str]:
     found += _outcome_warnings(dataset, limit)
     if len(dataset.rows) < MIN_TRANSITIONS:
         found.append(
-            f"only {len(dataset.rows)} transitions: enough to try the commands, too few to learn."
+            f"only {len(dataset.rows)} transitions: enough to try the commands, too few to learn. "
+            f"Log {MIN_TRANSITIONS - len(dataset.rows)} more at least."
         )
     actions = batch.actions.numpy()
     low, high = actions.min(axis=0), actions.max(axis=0)
@@ -290,25 +291,30 @@ def _outcome_warnings(dataset: Dataset, limit: Limit) -> list[str]:
             which, kept = f"above the limit of {limit.value:g}", episodes - kept
         return [
             f"only {kept} episodes are {which}, too few to calibrate the safety critic "
-            f"(at least {MIN_CALIBRATION_EPISODES})."
+            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - kept} more."
         ]
     accidents, found = int(dataset.episode_accidents.sum()), []
     if accidents == 0:
         found.append(
             "no accident at all: what leads to one cannot be learnt, and no estimate of the "
-            "accident probability can be checked."
+            "accident probability can be checked. Log at least "
+            f"{MIN_CALIBRATION_EPISODES} episodes with one."
         )
     elif accidents < MIN_CALIBRATION_EPISODES:
         found.append(
             f"only {accidents} accident episodes, too few to calibrate the safety critic "
-            f"(at least {MIN_CALIBRATION_EPISODES})."
+            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - accidents} "
+            "more."
         )
     if accidents == episodes:
-        found.append("every episode has an accident: what avoids one cannot be learnt.")
-    elif episodes - accidents < MIN_CALIBRATION_EPISODES:
         found.append(
-            f"only {episodes - accidents} episodes without an accident, too few to calibrate the "
-            f"safety critic (at least {MIN_CALIBRATION_EPISODES})."
+            "every episode has an accident: what avoids one cannot be learnt. Log at least "
+            f"{MIN_CALIBRATION_EPISODES} episodes without one."
+        )
+    elif (safe := episodes - accidents) < MIN_CALIBRATION_EPISODES:
+        found.append(
+            f"only {safe} episodes without an accident, too few to calibrate the safety critic "
+            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - safe} more."
         )
     return found
 
