@@ -6,10 +6,8 @@ import contextlib
 import pickle
 import re
 import time
-import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -17,13 +15,14 @@ import numpy as np
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
 from safe_offrl.behaviours import random_behaviour
-from safe_offrl.env import AccidentEnv, episode_seed, make_raw, refusals
+from safe_offrl.env import AccidentEnv, episode_seed, make_raw
+from safe_offrl.env_contract import refusals
 from safe_offrl.env_report import EnvReport
 from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.observations import entry_name, layout
 from safe_offrl.replay import Recording, first_difference, record, replay, replay_elsewhere
 from safe_offrl.safety import SafetySpec
-from safe_offrl.user_code import sentence
+from safe_offrl.user_code import raised, sentence
 
 LARGE = 1e3  # an observation beyond this loses decimals in float32 and dwarfs the others
 MANY = 1000  # numbers; more look like an image
@@ -137,7 +136,7 @@ def _check_gymnasium(report: EnvReport) -> None:
             warnings.simplefilter("always")
             gymnasium_check_env(make_raw(report.env_id).unwrapped, skip_render_check=True)
     except Exception as error:  # whatever the environment raises under the checker
-        report.add("warn", "gymnasium", f"Gymnasium's checker refuses it: {_describe(error)}")
+        report.add("warn", "gymnasium", f"Gymnasium's checker refuses it: {raised(error)}")
         return
     texts = [re.sub(r"\x1b\[[0-9;]*m|WARN: ", "", str(w.message)) for w in caught]
     texts = [text for text in texts if not any(known in text for known in _HARMLESS)]
@@ -159,7 +158,7 @@ def _check_episodes(report: EnvReport, env: AccidentEnv, episodes: int) -> list[
         report.add("FAIL", "episodes", str(error))
         return []
     except Exception as error:  # whatever the environment raises
-        report.add("FAIL", "episodes", f"Episode {len(recordings) + 1} failed: {_describe(error)}")
+        report.add("FAIL", "episodes", f"Episode {len(recordings) + 1} failed: {raised(error)}")
         return []
     lengths = [len(r.actions) for r in recordings]
     report.measured |= {"horizon": env.horizon, "episodes": episodes, "steps": sum(lengths)}
@@ -194,7 +193,7 @@ def _check_repeats(report: EnvReport, env: AccidentEnv, spec: SafetySpec, first:
             report.add("warn", name, f"{text} where a module is imported, and name it module:Id.")
             return
         except Exception as error:  # whatever the environment raises, this time
-            report.add("FAIL", name, f"What worked fails when repeated: {_describe(error)}")
+            report.add("FAIL", name, f"What worked fails when repeated: {raised(error)}")
             return
         if difference is not None:
             text = f"With the same seed and actions, {difference}. {remedy}: {why}"
@@ -298,7 +297,7 @@ def _check_pickle(report: EnvReport, raw: gymnasium.Env[Any, Any]) -> None:
     try:
         pickle.loads(pickle.dumps(raw.unwrapped))
     except Exception as error:  # whatever pickle or the environment raises
-        text = f"It cannot be pickled ({_describe(error)}). Only other libraries may need that."
+        text = f"It cannot be pickled ({raised(error)}). Only other libraries may need that."
         report.add("warn", "pickle", text)
     else:
         report.add("ok", "pickle", "can be pickled")
@@ -313,21 +312,3 @@ def _entries(env: AccidentEnv, indices: Any) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _describe(error: Exception) -> str:
-    """An exception in one line, with the place in the user's file where it arose."""
-    theirs = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not {Path(gymnasium.__file__).parent, Path(__file__).parent}
-        & {*Path(frame.filename).parents}
-    ]
-    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
-    text = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{place}"
-    if isinstance(error, ValueError) and "to unpack" in text:
-        text += (
-            ". reset() must return (observation, info), step() (observation, reward, terminated, "
-            'truncated, info), the cost in info["cost"]'
-        )
-    return text

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from safe_offrl.env import AccidentEnv
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.shield import Shield
 from safe_offrl.types import Episode, Normalizer
-from safe_offrl.user_code import sentence
 
 FAULTS_IN_A_ROW = 3  # episodes that the environment may fail in before the run stops
 
@@ -126,7 +124,7 @@ def play_episode(
     ended = False
     fault = ""
     try:
-        observation = normalizer(_ask(env.reset, seed=seed)[0])
+        observation = normalizer(env.reset(seed=seed)[0])
         while not ended:
             time_to_go = 1.0 - len(rows) / env.horizon
             action, replaced = shield.choose(
@@ -139,7 +137,7 @@ def play_episode(
                 )
             steps += 1
             interventions += replaced
-            raw, reward, terminated, truncated, info = _ask(env.step, action)
+            raw, reward, terminated, truncated, info = env.step(action)
             following = normalizer(raw)
             accident = bool(info["accident"])
             tail = (reward, accident, info["cost"], terminated, time_to_go, 0.0)
@@ -162,18 +160,6 @@ def play_episode(
         shield_interventions=interventions,
         fault=fault,
     )
-
-
-def _ask(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """What the environment answers; whatever it raises of its own is an EnvFault."""
-    try:
-        return function(*arguments, **named)
-    except EnvError:
-        raise
-    except Exception as error:
-        raise EnvFault(
-            f"The environment raised {type(error).__name__}: {sentence(error)} Repair it."
-        ) from error
 
 
 def faults_in_a_row(before: int, fault: str) -> int:

@@ -22,8 +22,8 @@ LAYERS = [
         "versions",
         "processes",
     ],  # L1: the mathematics
-    ["nets", "observations", "user_code"],
-    ["env_process"],
+    ["nets", "observations", "user_code", "action_bounds"],
+    ["env_process", "env_contract"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints", "baselines"],
     [
