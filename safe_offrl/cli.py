@@ -124,7 +124,7 @@ def pretrain(
             return
         if not dry_run:
             require_runs_folder(runs, name)
-        plan = commands.plan_pretrain(resolved, threads=threads or 1, say=say)
+        plan = commands.plan_pretrain(resolved, threads=threads or 1, preset=config, say=say)
         if dry_run:
             say(plan.header)
             return
@@ -503,6 +503,12 @@ def collect(
         Path | None, typer.Option(metavar="FILE", help="Where to write; the cache if left out.")
     ] = None,
     transitions: Annotated[int | None, _count_option("Steps to log", "--transitions")] = None,
+    steps: Annotated[
+        int | None, _count_option("Most steps of trainings, pilot and log together", "--steps")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="The same, as minutes in the environment.")
+    ] = None,
     seed: Seed = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that train behaviours at the same time.")
@@ -527,7 +533,15 @@ def collect(
     if print_config:
         print(to_yaml(commands.collect_config(env, overrides=keys, **settings)[1]), end="")
         return
-    path = commands.collect_run(env=env, out=out, **settings, overrides=keys, say=_say(as_json))
+    path = commands.collect_run(
+        env=env,
+        out=out,
+        steps=steps,
+        minutes=minutes,
+        **settings,
+        overrides=keys,
+        say=_say(as_json),
+    )
     if as_json:
         _print_json({"dataset": str(path)})
 

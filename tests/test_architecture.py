@@ -25,6 +25,7 @@ LAYERS = [
     ["nets", "observations", "user_code", "action_bounds"],
     ["env_process", "env_contract"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
+    ["dropped"],
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints", "baselines"],
     [
         "finetune_config",
@@ -53,6 +54,7 @@ LAYERS = [
         "evaluate",
         "run",
     ],  # L3: the loops
+    ["log_plan"],
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
     ["summaries"],

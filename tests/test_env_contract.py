@@ -178,7 +178,7 @@ def test_a_verdict_may_be_an_array_of_one(rules: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["two", "number", "nothing"])
 def test_other_verdicts_are_refused(rules: str, name: str) -> None:
-    with pytest.raises(EnvError, match="returned .*True or False"):
+    with pytest.raises(EnvError, match=r"returned .*True or False"):
         act(adapted(answer(), spec=replace(COST, accident=f"{rules}:{name}")))
 
 

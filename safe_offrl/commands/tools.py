@@ -11,8 +11,9 @@ from typing import Any
 
 from safe_offrl import charts, data_chart, page, report, tables
 from safe_offrl.acting import NumpyActor
-from safe_offrl.check_env import check_environment
-from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
+from safe_offrl.behaviours import scripted_behaviours
+from safe_offrl.check_env import SLOW, check_environment
+from safe_offrl.collect import build_dataset, default_dataset
 from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
 from safe_offrl.commands.filming import filming_evaluation
 from safe_offrl.commands.offline import DEFAULT_ENV
@@ -23,11 +24,13 @@ from safe_offrl.config import load_config, parse_run_yaml
 from safe_offrl.data.inspect import format_summary, summarise
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import make_env
+from safe_offrl.env_report import EnvReport
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.evaluate import evaluate
 from safe_offrl.files import plain
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.log_plan import CollectConfig, duration, plan_log, spelt_out
 from safe_offrl.markdown import write_markdown
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import Say
@@ -194,13 +197,18 @@ def collect_run(
     env: str | None = None,
     out: str | Path | None = None,
     transitions: int | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
     seed: int | None = None,
     workers: int | None = None,
     preset: str | Path | None = None,
     overrides: Sequence[str] = (),
     say: Say = say_plain,
 ) -> Path:
-    """Log a dataset; without ``out`` it is the environment's cached default. Returns the path."""
+    """Log a dataset; without ``out`` it is the environment's cached default. Returns the path.
+
+    ``steps`` or ``minutes`` bound what is done in the environment, see :func:`build_dataset`.
+    """
     env_id = env or DEFAULT_ENV
     safety, config = collect_config(
         env_id,
@@ -210,8 +218,12 @@ def collect_run(
         workers=workers,
         overrides=overrides,
     )
+    if steps is not None and minutes is not None:
+        raise ConfigError("Give --steps or --minutes: each bounds all that is done.")
+    if minutes is not None and not 0.0 < minutes < math.inf:
+        raise ConfigError(f"--minutes is {minutes:g}, but a number above 0 is needed. Try 20.")
     if out is None:
-        if transitions is not None or seed is not None:
+        if any(given is not None for given in (transitions, seed, steps, minutes)):
             raise ConfigError(
                 "The cached default dataset has its own size and seed. "
                 "Give --out FILE to log another one."
@@ -220,7 +232,15 @@ def collect_run(
     else:
         if Path(out).exists():
             raise DataError(f'"{out}" exists already. Remove it, or give another name.')
-        path = build_dataset(env_id, safety, path=Path(out), config=config, progress=say)
+        path = build_dataset(
+            env_id,
+            safety,
+            path=Path(out),
+            config=config,
+            steps=steps,
+            minutes=minutes,
+            progress=say,
+        )
     say(f"dataset     {path}")
     return Path(path)
 
@@ -284,9 +304,30 @@ def check_env_run(
 
     ``result["usable"]`` says whether nothing failed.
     """
-    report = check_environment(env_id, _safety_spec(env_id, overrides), episodes=episodes)
+    safety = _safety_spec(env_id, overrides)
+    report = check_environment(env_id, safety, episodes=episodes)
+    if report.usable:
+        _add_log_time(report, safety)
     say(str(report))
     return typing.cast(dict[str, Any], plain(report.as_dict()))
+
+
+def _add_log_time(report: EnvReport, safety: SafetySpec) -> None:
+    """What the default log of the environment takes, at the speed that was found."""
+    _, config = collect_config(report.env_id)
+    with contextlib.closing(make_env(report.env_id, safety)) as env:
+        scripted = len(scripted_behaviours(env))
+        whole = spelt_out(config, env, safety, scripted)
+        plan = plan_log(whole, env, scripted)
+    found = report.measured
+    resets = found["episodes"] / found["steps"]
+    seconds = plan.total * (1.0 / found["steps_per_second"] + resets * found["reset_ms"] / 1e3)
+    report.measured |= {"log_steps": plan.total, "log_seconds": seconds}
+    text = f"`collect` takes up to {plan.total:,} steps, {duration(seconds)} and the learning"
+    if seconds > SLOW:
+        report.add("warn", "default log", f"{text}. Bound it with its --minutes or --steps.")
+    else:
+        report.add("ok", "default log", text)
 
 
 def _safety_spec(
