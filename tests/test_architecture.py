@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the rows above its own; siblings inside one folder may import each other.
 LAYERS = [
-    ["errors", "adam"],  # L0: the words
+    ["errors", "adam", "json_answer"],  # L0: the words
     ["types", "safety", "state", "files", "device", "cuda_graph", "board"],
     [
         "losses",
