@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -9,9 +10,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from safe_offrl.behaviours import Progress, random_behaviour
+from safe_offrl.behaviours import Progress, random_behaviour, scripted_behaviours
 from safe_offrl.dropped import Dropped
-from safe_offrl.env import AccidentEnv, episode_seed
+from safe_offrl.env import AccidentEnv, episode_seed, make_env
+from safe_offrl.env_report import EnvReport
 from safe_offrl.errors import ConfigError, EnvFault
 from safe_offrl.learners import (
     PARALLEL_ENVS,
@@ -28,6 +30,7 @@ from safe_offrl.safety import SafetySpec
 
 PILOT_EPISODES = 250  # per behaviour, at most
 SHORTEST_ROLLOUT = 16  # of each parallel environment, that PPO is given where steps are few
+LONG = 600.0  # seconds of a log that need a word
 TRIAL_STEPS, TRIAL_SECONDS = 100, 2.0  # behind a figure for the speed, whichever is reached first
 
 Settings = TypeVar("Settings", PPOConfig, SACConfig)
@@ -220,6 +223,22 @@ def steps_per_second(env: AccidentEnv, seed: int = 0) -> float:
             if ended:
                 dropped.completed()
     return steps / (time.perf_counter() - start)
+
+
+def add_log_time(report: EnvReport, spec: SafetySpec, config: CollectConfig) -> None:
+    """Add to what was found of an environment how long its default log takes."""
+    with contextlib.closing(make_env(report.env_id, spec)) as env:
+        scripted = len(scripted_behaviours(env))
+        plan = plan_log(spelt_out(config, env, spec, scripted), env, scripted)
+    found = report.measured
+    resets = found["episodes"] / found["steps"]
+    seconds = plan.total * (1.0 / found["steps_per_second"] + resets * found["reset_ms"] / 1e3)
+    report.measured |= {"log_steps": plan.total, "log_seconds": seconds}
+    text = f"`collect` takes up to {plan.total:,} steps, {duration(seconds)} and the learning"
+    if seconds > LONG:
+        report.add("warn", "default log", f"{text}. Bound it with its --minutes or --steps.")
+    else:
+        report.add("ok", "default log", text)
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from safe_offrl.acting import Sampler
 from safe_offrl.env import AccidentEnv
+from safe_offrl.env_contract import ask
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.shield import Shield
 from safe_offrl.types import Episode, Normalizer
@@ -33,6 +36,11 @@ class PlayedEpisode(NamedTuple):
     shield_interventions: int
     fault: str = ""
 
+    @property
+    def content(self) -> str:
+        """Hash of observations, actions and outcomes; "" if the environment failed."""
+        return "" if self.fault else hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()[:16]
+
     def recorded(
         self,
         *,
@@ -42,10 +50,12 @@ class PlayedEpisode(NamedTuple):
         worst_cost: float,
         version: int,
         phase: str,
+        content: str = "",
     ) -> Episode:
         """What the ledger keeps of it; ``steps_before`` were charged by earlier episodes.
 
-        ``worst_cost`` is the most that an episode can cost: what a fault counts as.
+        ``worst_cost`` is the most that an episode can cost: what a fault counts as. ``content``
+        tells episodes of one frozen policy apart.
         """
         fault = bool(self.fault)
         return Episode(
@@ -61,6 +71,7 @@ class PlayedEpisode(NamedTuple):
             phase=phase,
             shield_interventions=self.shield_interventions,
             outcome="fault" if fault else "complete",
+            content=content,
         )
 
 
@@ -124,7 +135,7 @@ def play_episode(
     ended = False
     fault = ""
     try:
-        observation = normalizer(env.reset(seed=seed)[0])
+        observation = normalizer(ask(env.reset, seed=seed)[0])
         while not ended:
             time_to_go = 1.0 - len(rows) / env.horizon
             action, replaced = shield.choose(
@@ -137,7 +148,7 @@ def play_episode(
                 )
             steps += 1
             interventions += replaced
-            raw, reward, terminated, truncated, info = env.step(action)
+            raw, reward, terminated, truncated, info = ask(env.step, action)
             following = normalizer(raw)
             accident = bool(info["accident"])
             tail = (reward, accident, info["cost"], terminated, time_to_go, 0.0)
@@ -160,6 +171,17 @@ def play_episode(
         shield_interventions=interventions,
         fault=fault,
     )
+
+
+def distinct(episodes: Iterable[Episode]) -> list[Episode]:
+    """Of a frozen policy's episodes those that differ in anything that happened, the first of each.
+
+    One whose end is unknown is one of its own.
+    """
+    first: dict[str, Episode] = {}
+    for episode in episodes:
+        first.setdefault(episode.content or f"unknown {episode.index}", episode)
+    return list(first.values())
 
 
 def faults_in_a_row(before: int, fault: str) -> int:

@@ -43,7 +43,7 @@ LAYERS = [
         "fitted_features",
         "importance_sampling",
     ],
-    ["fitted_evaluation"],
+    ["fitted_evaluation", "situations", "env_oddities"],
     [
         "assessment",
         "calibration",

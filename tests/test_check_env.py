@@ -40,8 +40,8 @@ def test_a_sound_environment_has_nothing_to_repair() -> None:
     texts = findings(report, "ok")
     assert list(texts) == [
         *("make", "observations", "actions", "horizon", "accident rule", "gymnasium"),
-        *("episodes", "deterministic", "other process", "episode ends", "accidents", "scale"),
-        *("speed", "pickle"),
+        *("episodes", "deterministic", "other process", "seeds", "episode ends", "accidents"),
+        *("scale", "speed", "pickle"),
     ]
     assert texts["horizon"].startswith("20 steps")
     assert 0.0 < report.measured["accident_share"] < 1.0

@@ -131,11 +131,15 @@ def test_settings_are_an_object_too(
 def test_in_a_process_that_goes_on_standard_output_is_what_it_was(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    def command() -> None:
+        with only_answer():
+            print("noise")
+            give("an answer")
+            raise RuntimeError
+
     before = sys.stdout
-    with pytest.raises(RuntimeError), only_answer():
-        print("noise")
-        give("an answer")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        command()
     print("later")
     assert sys.stdout is before
     out, err = capfd.readouterr()

@@ -11,8 +11,7 @@ from typing import Any
 
 from safe_offrl import charts, data_chart, page, report, tables
 from safe_offrl.acting import NumpyActor
-from safe_offrl.behaviours import scripted_behaviours
-from safe_offrl.check_env import SLOW, check_environment
+from safe_offrl.check_env import check_environment
 from safe_offrl.collect import build_dataset, default_dataset
 from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
 from safe_offrl.commands.filming import filming_evaluation
@@ -24,19 +23,20 @@ from safe_offrl.config import load_config, parse_run_yaml
 from safe_offrl.data.inspect import format_summary, summarise
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import make_env
-from safe_offrl.env_report import EnvReport
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.evaluate import evaluate
 from safe_offrl.files import plain
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.log_plan import CollectConfig, duration, plan_log, spelt_out
+from safe_offrl.log_plan import CollectConfig, add_log_time
 from safe_offrl.markdown import write_markdown
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import Say
+from safe_offrl.rollout import distinct
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.run_data import Source
 from safe_offrl.safety import SafetySpec
+from safe_offrl.situations import find_situations
 from safe_offrl.statistics import clopper_pearson
 
 INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
@@ -54,8 +54,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Play episodes with a run's final policy and write evaluation.json; returns its content.
 
-    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number. Returns
-    are those of complete episodes, None if there is none; every episode has a cost. The first
+    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number, where the
+    environment has few situations (:mod:`safe_offrl.situations`) of different episodes. Returns are
+    those of complete episodes, None if there is none; every episode has a cost. The first
     ``videos`` accidents are filmed. ConfigError where the environment is real: these episodes are
     on no record, those of :func:`certify_run` are.
     """
@@ -72,6 +73,7 @@ def evaluate_run(
         )
     safety = loop.config.safety
     with contextlib.closing(loop.env), filming_evaluation(run, loop, seed, videos, say) as watch:
+        situations = find_situations(loop.env)
         played = list(
             evaluate(
                 loop.env,
@@ -91,9 +93,15 @@ def evaluate_run(
     mean, error = _mean_and_error(returns)
     costs = [episode.cost for episode in played]
     cost, cost_error = _mean_and_error(costs)
-    low, high = clopper_pearson(accidents, episodes, safety.confidence)
+    different = distinct(played)
+    # Of a few situations that are played again and again, a repeated episode says nothing new.
+    counted = different if situations.few else played
+    seen = sum(episode.accident for episode in counted)
+    low, high = clopper_pearson(seen, len(counted), safety.confidence)
     result: dict[str, Any] = {
         "episodes": episodes,
+        "distinct_episodes": len(different),
+        "situations": situations.as_dict(),
         "accidents": accidents,
         "accident_rate": accidents / episodes,
         "accident_rate_low": low,
@@ -115,6 +123,11 @@ def evaluate_run(
         f"rate {accidents / episodes:.3f} [{low:.3f}, {high:.3f}] at {safety.confidence:.0%}, "
         f"cost {cost:.2f} +- {cost_error:.2f}, return {gain}"
     )
+    if situations.few:
+        say(
+            f"warning: {situations}; {len(different):,} of these {episodes:,} episodes are "
+            "different, which the interval counts, and none is of another situation"
+        )
     return result
 
 
@@ -307,27 +320,9 @@ def check_env_run(
     safety = _safety_spec(env_id, overrides)
     report = check_environment(env_id, safety, episodes=episodes)
     if report.usable:
-        _add_log_time(report, safety)
+        add_log_time(report, safety, collect_config(env_id)[1])
     say(str(report))
     return typing.cast(dict[str, Any], plain(report.as_dict()))
-
-
-def _add_log_time(report: EnvReport, safety: SafetySpec) -> None:
-    """What the default log of the environment takes, at the speed that was found."""
-    _, config = collect_config(report.env_id)
-    with contextlib.closing(make_env(report.env_id, safety)) as env:
-        scripted = len(scripted_behaviours(env))
-        whole = spelt_out(config, env, safety, scripted)
-        plan = plan_log(whole, env, scripted)
-    found = report.measured
-    resets = found["episodes"] / found["steps"]
-    seconds = plan.total * (1.0 / found["steps_per_second"] + resets * found["reset_ms"] / 1e3)
-    report.measured |= {"log_steps": plan.total, "log_seconds": seconds}
-    text = f"`collect` takes up to {plan.total:,} steps, {duration(seconds)} and the learning"
-    if seconds > SLOW:
-        report.add("warn", "default log", f"{text}. Bound it with its --minutes or --steps.")
-    else:
-        report.add("ok", "default log", text)
 
 
 def _safety_spec(
