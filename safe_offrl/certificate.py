@@ -24,8 +24,9 @@ from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.ledger import parse_ledger
 from safe_offrl.nets import Actor
-from safe_offrl.rollout import Reservation, play_episode
+from safe_offrl.rollout import Reservation, distinct, play_episode
 from safe_offrl.shield import Shield
+from safe_offrl.situations import Situations
 from safe_offrl.statistics import (
     betabinomial_sequence,
     clopper_pearson_lower,
@@ -181,6 +182,7 @@ def play(
         worst_cost=claim.scale,
         version=version,
         phase="certify",
+        content=played.content,
     )
     return episode, played.fault
 
@@ -231,11 +233,13 @@ def make_certificate(
     episodes: Iterable[Episode],
     record: bytes,
     subject: Mapping[str, Any],
+    situations: Situations | None = None,
 ) -> dict[str, Any]:
     """The content of certificate.json, not yet :func:`sealed`.
 
     ``record`` are the bytes of episodes.jsonl; ``subject`` says what was certified: "policy",
-    "shield", "environment", "versions" and "created", all JSON-able.
+    "shield", "environment", "versions" and "created", all JSON-able. ``situations`` is what is
+    known of the environment's seeds, None where none can be tried.
     """
     episodes = list(episodes)
     total = math.fsum(outcome(claim, episode) for episode in episodes)
@@ -247,6 +251,8 @@ def make_certificate(
         "method": METHODS[claim.method],
         "attempt_confidence": claim.attempt_confidence,
         "episodes": len(episodes),
+        "distinct_episodes": len(distinct(episodes)),
+        "situations": situations and situations.as_dict(),
         "accidents": sum(episode.accident for episode in episodes),
         "unknown_outcomes": sum(episode.outcome != "complete" for episode in episodes),
         "total_outcome": total,
@@ -258,6 +264,7 @@ def make_certificate(
         "does_not_cover": [
             "any other policy: a further gradient step makes another one",
             "another shield, environment, version or distribution of start states",
+            *([f"other situations: {situations}"] if situations and situations.few else []),
             "changes of the environment after these episodes: wear, weather, other people",
             "accidents that the accident rule does not see",
         ],
@@ -321,7 +328,9 @@ def verify(
     played = parse_ledger(record, where).counted
     total = math.fsum(outcome(claim, episode) for episode in played)
     seen = len(played), sum(episode.accident for episode in played)
-    counted = seen == counts and math.isclose(total, certificate["total_outcome"], rel_tol=1e-12)
+    different = len(distinct(played))
+    counted = seen == counts and different == certificate.get("distinct_episodes", different)
+    counted &= math.isclose(total, certificate["total_outcome"], rel_tol=1e-12)
     seeds = all(e.seed == episode_seed(claim.seed, e.index, claim.stream) for e in played)
     return [
         *checks,

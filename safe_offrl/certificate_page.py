@@ -35,6 +35,9 @@ def summary(certificate: dict[str, Any]) -> str:
         stated = f"is at least {found.lower:.4g}"
     else:
         stated = f"is at most {found.upper:.4g}"
+    alike = certificate.get("distinct_episodes", certificate["episodes"])
+    if alike < certificate["episodes"]:
+        what += f", {alike:,} of them different"
     return (
         f"{certificate['verdict']}: {quantity(claim)} at confidence {claim.confidence:g} "
         f"({what}; it {stated})"
@@ -43,6 +46,18 @@ def summary(certificate: dict[str, Any]) -> str:
 
 def _finding(certificate: dict[str, Any]) -> Finding:
     return Finding(*(certificate[key] for key in Finding._fields))
+
+
+def _independence(certificate: dict[str, Any]) -> str:
+    """How many episodes differ, and what is known of the environment's seeds."""
+    situations = certificate["situations"]
+    text = f"{certificate['distinct_episodes']:,} different episodes"
+    if situations is None:
+        return f"{text}; no seeds were tried"
+    return (
+        f"{text}; {situations['seeds']} seeds play {situations['different']} different ones, given "
+        "the same actions"
+    )
 
 
 def page(certificate: dict[str, Any]) -> str:
@@ -57,6 +72,7 @@ def page(certificate: dict[str, Any]) -> str:
         "Seen": f"{seen(claim, certificate['total_outcome'], certificate['episodes'])}, "
         f"{certificate['steps']:,} steps",
         "Bounds": bounds_in_words(claim, _finding(certificate)),
+        "Independence": _independence(certificate),
         "Method": certificate["method"],
         "Attempt": f"{claim.attempt}, at {claim.attempt_confidence:.2%} by itself",
         "Policy": f"version {policy['version']} of the run {policy['run']}, "

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
-import time
-import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -19,45 +16,22 @@ from numpy.typing import NDArray
 
 from safe_offrl.behaviours import Controller, Vector, random_behaviour
 from safe_offrl.check_observations import check_observations
-from safe_offrl.env import AccidentEnv, episode_seed, make_raw, refusals
+from safe_offrl.env import AccidentEnv, episode_seed, make_raw
+from safe_offrl.env_contract import refusals
+from safe_offrl.env_oddities import Listener, add_oddities, clock_in_words
 from safe_offrl.env_report import EnvReport
-from safe_offrl.errors import ConfigError, EnvError
+from safe_offrl.errors import ConfigError, EnvError, EnvFault
 from safe_offrl.observations import layout
 from safe_offrl.replay import Recording, first_difference, record, replay, replay_elsewhere
+from safe_offrl.rollout import FAULTS_IN_A_ROW
 from safe_offrl.safety import SafetySpec
-from safe_offrl.user_code import sentence
+from safe_offrl.situations import find_situations
+from safe_offrl.user_code import raised, sentence
 
 MANY = 1000  # numbers; more look like an image
 SLOW = 600.0  # seconds for the default online budget of 50,000 steps
 # What Gymnasium's checker recommends and this package takes care of.
 _HARMLESS = ("space minimum value is -inf", "space maximum value is inf", "symmetric and normal")
-
-
-class _Listener(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Below the adapter: what the environment itself says, and how long it takes."""
-
-    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
-        super().__init__(env)
-        self.reset_seconds: list[float] = []
-        self.step_seconds = 0.0
-        self.both_ends: list[int] = []  # steps within an episode that terminate AND truncate
-        self._step = 0
-
-    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-        start = time.perf_counter()
-        result = self.env.reset(**options)
-        self.reset_seconds.append(time.perf_counter() - start)
-        self._step = 0
-        return result
-
-    def step(self, action: Any) -> Any:
-        start = time.perf_counter()
-        result = self.env.step(action)
-        self.step_seconds += time.perf_counter() - start
-        self._step += 1
-        if result[2] and result[3]:
-            self.both_ends.append(self._step)
-        return result
 
 
 def check_environment(env_id: str, spec: SafetySpec, *, episodes: int = 20) -> EnvReport:
@@ -78,15 +52,19 @@ def check_environment(env_id: str, spec: SafetySpec, *, episodes: int = 20) -> E
     report.add("ok", "make", f"{cls.__name__} of the module {cls.__module__}")
     if _check_spaces(report, raw, spec):
         _check_gymnasium(report)
-        listener = _Listener(raw)
+        listener = Listener(raw)
         env = AccidentEnv(listener, spec, env_id=env_id)
-        recordings, observations = _check_episodes(report, env, episodes)
+        played, observations = _check_episodes(report, env, episodes)
+        recordings = list(played.values())
         if recordings:
-            _check_repeats(report, env, spec, recordings[0])
+            _check_repeats(report, env, spec, *next(iter(played.items())))
+            if report.usable:
+                _check_seeds(report, env)
             _check_ends(report, env, listener, recordings)
-            _check_accidents(report, spec, recordings)
+            _check_accidents(report, spec, recordings, listener)
             check_observations(report, env, np.array(observations))
-            _check_speed(report, listener, recordings)
+            add_oddities(report, env, listener, recordings)
+            _check_speed(report, listener)
     _check_pickle(report, raw)
     with contextlib.suppress(Exception):  # Gymnasium's checker has said so already
         raw.close()
@@ -138,7 +116,7 @@ def _check_gymnasium(report: EnvReport) -> None:
             warnings.simplefilter("always")
             gymnasium_check_env(make_raw(report.env_id).unwrapped, skip_render_check=True)
     except Exception as error:  # whatever the environment raises under the checker
-        report.add("warn", "gymnasium", f"Gymnasium's checker refuses it: {_describe(error)}")
+        report.add("warn", "gymnasium", f"Gymnasium's checker refuses it: {raised(error)}")
         return
     texts = [re.sub(r"\x1b\[[0-9;]*m|WARN: ", "", str(w.message)) for w in caught]
     texts = [text for text in texts if not any(known in text for known in _HARMLESS)]
@@ -150,14 +128,15 @@ def _check_gymnasium(report: EnvReport) -> None:
 
 def _check_episodes(
     report: EnvReport, env: AccidentEnv, episodes: int
-) -> tuple[list[Recording], list[NDArray[np.float64]]]:
-    """Play with random actions; the adapter refuses what is not finite or lacks a cost.
+) -> tuple[dict[int, Recording], list[NDArray[np.float64]]]:
+    """Play with random actions: {seed: episode}, none if they fail three times in a row.
 
-    The episodes, none if one failed, and every observation of them, in float64.
+    Second, every observation of them in float64.
     """
     factory = random_behaviour(env.action_size).factory
-    recordings: list[Recording] = []
+    played: dict[int, Recording] = {}
     observations: list[NDArray[np.float64]] = []
+    fault, in_a_row = "", 0
 
     def watched(controller: Controller) -> Controller:
         def act(observation: Vector) -> Vector:
@@ -166,32 +145,46 @@ def _check_episodes(
 
         return act
 
-    try:
-        for index in range(episodes):
-            seed = episode_seed(0, index, "check")
-            controller = watched(factory(np.random.default_rng(seed)))
-            recordings.append(record(env, seed, controller))
+    for index in range(episodes):
+        seed, seen = episode_seed(0, index, "check"), len(observations)
+        try:
+            played[seed] = record(env, seed, watched(factory(np.random.default_rng(seed))))
             observations.append(env.exact)
-    except EnvError as error:
-        report.add("FAIL", "episodes", str(error))
-        return [], []
-    except Exception as error:  # whatever the environment raises
-        report.add("FAIL", "episodes", f"Episode {len(recordings) + 1} failed: {_describe(error)}")
-        return [], []
-    lengths = [len(r.actions) for r in recordings]
-    report.measured |= {"horizon": env.horizon, "episodes": episodes, "steps": sum(lengths)}
-    report.add(
-        "ok",
-        "episodes",
-        f"{episodes} with random actions, {min(lengths)} to {max(lengths)} steps long; every "
-        "observation, reward and cost is finite",
-    )
-    return recordings, observations
+            in_a_row = 0
+        except EnvFault as error:
+            del observations[seen:]
+            fault, in_a_row = str(error), in_a_row + 1
+            if in_a_row == FAULTS_IN_A_ROW:
+                break
+        except EnvError as error:
+            report.add("FAIL", "episodes", str(error))
+            return {}, []
+    if in_a_row == FAULTS_IN_A_ROW or not played:
+        report.add("FAIL", "episodes", fault)
+        return {}, []
+    lengths = [len(r.actions) for r in played.values()]
+    report.measured |= {"horizon": env.horizon, "episodes": len(played), "steps": sum(lengths)}
+    if fault:
+        report.add(
+            "warn",
+            "episodes",
+            f"{episodes - len(played)} of {episodes} failed. Each is left out of a log, and counts "
+            f"as an accident online. The last one: {fault}",
+        )
+    else:
+        report.add(
+            "ok",
+            "episodes",
+            f"{episodes} with random actions, {min(lengths)} to {max(lengths)} steps long; every "
+            "observation, reward and cost is finite",
+        )
+    return played, observations
 
 
-def _check_repeats(report: EnvReport, env: AccidentEnv, spec: SafetySpec, first: Recording) -> None:
+def _check_repeats(
+    report: EnvReport, env: AccidentEnv, spec: SafetySpec, seed: int, first: Recording
+) -> None:
     """The first episode again: here after the others, and in another process."""
-    seed = episode_seed(0, 0, "check")
     why = "without that, no run can be resumed and no two runs compared pair by pair."
     repeats: dict[str, tuple[Callable[[], Recording], str]] = {
         "deterministic": (
@@ -211,7 +204,7 @@ def _check_repeats(report: EnvReport, env: AccidentEnv, spec: SafetySpec, first:
             report.add("warn", name, f"{text} where a module is imported, and name it module:Id.")
             return
         except Exception as error:  # whatever the environment raises, this time
-            report.add("FAIL", name, f"What worked fails when repeated: {_describe(error)}")
+            report.add("FAIL", name, f"What worked fails when repeated: {raised(error)}")
             return
         if difference is not None:
             text = f"With the same seed and actions, {difference}. {remedy}: {why}"
@@ -220,37 +213,62 @@ def _check_repeats(report: EnvReport, env: AccidentEnv, spec: SafetySpec, first:
         report.add("ok", name, "the same seed and actions give the same episode")
 
 
+def _check_seeds(report: EnvReport, env: AccidentEnv) -> None:
+    """Whether different seeds play different episodes: else many episodes are looks at one."""
+    found = find_situations(env)
+    report.measured["situations"] = found.different
+    text = str(found)
+    if found.one:
+        report.add(
+            "warn",
+            "seeds",
+            f"{text[0].upper()}{text[1:]}: its episodes differ by the policy's chance alone and "
+            "say nothing of other situations, and `certify` refuses it. Draw start and noise from "
+            "self.np_random, which super().reset(seed=seed) seeds.",
+        )
+    elif found.few:
+        report.add(
+            "warn",
+            "seeds",
+            f"{text}: whatever is counted is about those. Is that all there is?",
+        )
+    else:
+        report.add("ok", "seeds", text)
+
+
 def _check_ends(
-    report: EnvReport, env: AccidentEnv, listener: _Listener, recordings: list[Recording]
+    report: EnvReport, env: AccidentEnv, listener: Listener, recordings: list[Recording]
 ) -> None:
     """Terminated is the task's own end, truncated is the clock's; the values differ."""
-    lengths = {len(r.actions) for r in recordings}
-    terminated = sum(bool(r.outcomes[-1, 3]) for r in recordings)
+    ends = [bool(r.outcomes[-1, 3]) for r in recordings]
+    clock = clock_in_words([len(r.actions) for r in recordings], ends)
     early = [step for step in listener.both_ends if step < env.horizon]
     if early:
         text = (
             f"Step {early[0]} of an episode was both terminated and truncated. It counts as "
             "terminated: return truncated=True only where a time limit cuts an episode off."
         )
-    elif terminated == len(recordings) and len(lengths) == 1 and lengths != {1}:
-        text = (
-            f"Every episode terminates at step {min(lengths)}. If that is a time limit, return "
-            "truncated=True there instead: what terminates is worth nothing afterwards."
-        )
+    elif clock:
+        text = clock
     else:
-        ended = f"{terminated} episodes terminated, {len(recordings) - terminated} truncated"
+        ended = f"{sum(ends)} episodes terminated, {len(ends) - sum(ends)} truncated"
         report.add("ok", "episode ends", ended)
         return
     report.add("warn", "episode ends", text)
 
 
-def _check_accidents(report: EnvReport, spec: SafetySpec, recordings: list[Recording]) -> None:
+def _check_accidents(
+    report: EnvReport, spec: SafetySpec, recordings: list[Recording], listener: Listener
+) -> None:
     """Whether the accident signal is ever seen, and ever absent."""
     share = float(np.mean([r.outcomes[:, 2].any() for r in recordings]))
     costs = [float(r.outcomes[:, 1].sum()) for r in recordings]
     mean_cost = float(np.mean(costs))
     report.measured |= {"accident_share": share, "mean_cost": mean_cost}
     text = f"{share:.0%} of the random episodes have one; cost {mean_cost:.3g} per episode"
+    for words, steps in listener.no_costs.most_common(1):
+        often = "" if steps == listener.steps else f" in {steps / listener.steps:.0%} of the steps"
+        text += f", an accident being 1, since {words}{often}"
     if min(r.outcomes[:, 1].min() for r in recordings) < 0.0:
         advice = "A cost below 0 was seen: what is limited is a sum, so make costs 0 or more."
     elif spec.constraint == "cost" and mean_cost == 0.0:
@@ -271,13 +289,13 @@ def _check_accidents(report: EnvReport, spec: SafetySpec, recordings: list[Recor
     report.add("warn", "accidents", f"{text}. {advice}")
 
 
-def _check_speed(report: EnvReport, listener: _Listener, recordings: list[Recording]) -> None:
+def _check_speed(report: EnvReport, listener: Listener) -> None:
     """What 50,000 steps cost, the learning apart."""
-    steps = sum(len(r.actions) for r in recordings)
-    rate = steps / listener.step_seconds
+    rate = listener.steps / listener.step_seconds
     reset = float(np.median(listener.reset_seconds))
     report.measured |= {"steps_per_second": rate, "reset_ms": 1e3 * reset}
-    seconds = 50_000 * (1.0 / rate + reset * len(recordings) / steps)
+    resets = report.measured["episodes"] / report.measured["steps"]
+    seconds = 50_000 * (1.0 / rate + reset * resets)
     text = f"{rate:,.0f} steps a second, reset {1e3 * reset:.2g} ms; 50k steps take {seconds:.3g} s"
     if seconds > SLOW:
         report.add("warn", "speed", f"{text} without the learning. Is a part of it needless?")
@@ -290,7 +308,7 @@ def _check_pickle(report: EnvReport, raw: gymnasium.Env[Any, Any]) -> None:
     try:
         pickle.loads(pickle.dumps(raw.unwrapped))
     except Exception as error:  # whatever pickle or the environment raises
-        text = f"It cannot be pickled ({_describe(error)}). Only other libraries may need that."
+        text = f"It cannot be pickled ({raised(error)}). Only other libraries may need that."
         report.add("warn", "pickle", text)
     else:
         report.add("ok", "pickle", "can be pickled")
@@ -298,21 +316,3 @@ def _check_pickle(report: EnvReport, raw: gymnasium.Env[Any, Any]) -> None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _describe(error: Exception) -> str:
-    """An exception in one line, with the place in the user's file where it arose."""
-    theirs = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not {Path(gymnasium.__file__).parent, Path(__file__).parent}
-        & {*Path(frame.filename).parents}
-    ]
-    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
-    text = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{place}"
-    if isinstance(error, ValueError) and "to unpack" in text:
-        text += (
-            ". reset() must return (observation, info), step() (observation, reward, terminated, "
-            'truncated, info), the cost in info["cost"]'
-        )
-    return text

@@ -40,6 +40,15 @@ def _count_option(help_text: str, name: str) -> Any:
     return typer.Option(name, parser=_count, metavar="N", help=f"{help_text} (50k, 1.5M).")
 
 
+def _only_json(context: typer.Context, wanted: bool) -> bool:
+    """Keep standard output for the answer, from here to the end of the command."""
+    if wanted:
+        from safe_offrl.json_answer import only_answer
+
+        context.with_resource(only_answer())
+    return wanted
+
+
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
 Name = Annotated[str | None, typer.Option(help="Name of the new run; numbered if left out.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")]
@@ -49,7 +58,10 @@ Resume = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of torch, 1 if left out; stored in the run.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, the rest to stderr.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=_only_json, help="Print one JSON object, the rest to stderr."),
+]
 CheckpointSeconds = Annotated[
     float, typer.Option(min=0.0, help="Seconds of work that a crash may cost.")
 ]
@@ -105,7 +117,6 @@ def pretrain(
     Takes no step in the environment: let `safe-offrl check-env` find what is wrong with one.
     """
     from safe_offrl import commands
-    from safe_offrl.config import to_yaml
     from safe_offrl.run import require_runs_folder
 
     say = _say(as_json)
@@ -124,13 +135,13 @@ def pretrain(
     else:
         resolved = commands.pretrain_config(**settings, preset=config, overrides=keys)
         if print_config:
-            print(to_yaml(resolved), end="")
+            _print_settings(resolved, as_json=as_json)
             return
         if not dry_run:
             require_runs_folder(runs, name)
-        plan = commands.plan_pretrain(resolved, threads=threads or 1, say=say)
+        plan = commands.plan_pretrain(resolved, threads=threads or 1, preset=config, say=say)
         if dry_run:
-            say(plan.header)
+            _end_dry_run(plan.header, say, as_json=as_json)
             return
         run = commands.pretrain_run(plan, name=name, **writing)
     if as_json:
@@ -218,7 +229,6 @@ def finetune(
     shows that its policy keeps the limit, see `safe-offrl assess`.
     """
     from safe_offrl import commands
-    from safe_offrl.config import to_yaml
     from safe_offrl.run import find_run, require_runs_folder
 
     say = _say(as_json)
@@ -249,7 +259,7 @@ def finetune(
         source = find_run(references[0] if references else None, runs, "pretrain")
         resolved = commands.finetune_config(source, **settings, preset=config, overrides=keys)
         if print_config:
-            print(to_yaml(resolved), end="")
+            _print_settings(resolved, as_json=as_json)
             return
         if not dry_run:
             require_runs_folder(runs, name)
@@ -257,7 +267,7 @@ def finetune(
             source, resolved, threads=threads or 1, accept_risk=accept_risk, say=say
         )
         if dry_run:
-            say(plan.header)
+            _end_dry_run(plan.header, say, as_json=as_json)
             return
         run = commands.finetune_run(plan, name=name, **writing)
     if as_json:
@@ -493,7 +503,7 @@ def benchmark(
     plan = narrowed(load_suite(suite), methods, seeds)
     root = runs / f"benchmark-{plan.name}"
     if dry_run:
-        say(commands.benchmark_text(plan, root))
+        _end_dry_run(commands.benchmark_text(plan, root), say, as_json=as_json)
         return
     result = commands.benchmark_run(plan, root=root, workers=workers, say=say)
     if as_json:
@@ -509,6 +519,12 @@ def collect(
         Path | None, typer.Option(metavar="FILE", help="Where to write; the cache if left out.")
     ] = None,
     transitions: Annotated[int | None, _count_option("Steps to log", "--transitions")] = None,
+    steps: Annotated[
+        int | None, _count_option("Most steps of trainings, pilot and log together", "--steps")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="The same, as minutes in the environment.")
+    ] = None,
     seed: Seed = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that train behaviours at the same time.")
@@ -525,15 +541,23 @@ def collect(
     lists. The name of FILE says the format, as with convert.
     """
     from safe_offrl import commands
-    from safe_offrl.config import to_yaml
 
     keys = commands.parse_overrides(overrides or [])
     settings: dict[str, Any] = {"transitions": transitions, "seed": seed, "workers": workers}
     settings["preset"] = config
     if print_config:
-        print(to_yaml(commands.collect_config(env, overrides=keys, **settings)[1]), end="")
+        resolved = commands.collect_config(env, overrides=keys, **settings)[1]
+        _print_settings(resolved, as_json=as_json)
         return
-    path = commands.collect_run(env=env, out=out, **settings, overrides=keys, say=_say(as_json))
+    path = commands.collect_run(
+        env=env,
+        out=out,
+        steps=steps,
+        minutes=minutes,
+        **settings,
+        overrides=keys,
+        say=_say(as_json),
+    )
     if as_json:
         _print_json({"dataset": str(path)})
 
@@ -636,7 +660,26 @@ def _say(as_json: bool) -> Say:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, allow_nan=False))
+    """Give the command's answer, which is printed at its end."""
+    from safe_offrl.json_answer import give
+
+    give(json.dumps(value, allow_nan=False))
+
+
+def _print_settings(settings: Any, *, as_json: bool) -> None:
+    from safe_offrl.config import to_dict, to_yaml
+
+    if as_json:
+        _print_json(to_dict(settings))
+    else:
+        print(to_yaml(settings), end="")
+
+
+def _end_dry_run(text: str, say: Say, *, as_json: bool) -> None:
+    """Say what would be done."""
+    say(text)
+    if as_json:
+        _print_json({"dry_run": True, "text": text.splitlines()})
 
 
 def _refuse_settings_on_resume(settings: list[Any]) -> None:

@@ -9,12 +9,14 @@ those that cost more than the limit. The interaction of training and pilot is NO
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from safe_offrl.behaviours import Behaviour, Progress, random_behaviour, scripte
 from safe_offrl.data.conversion import target_format
 from safe_offrl.data.loading import FORMATS
 from safe_offrl.env import AccidentEnv, make_env
-from safe_offrl.errors import ConfigError, UserError
+from safe_offrl.errors import EnvError, UserError
 from safe_offrl.files import cache_folder
-from safe_offrl.learners import LearnersConfig, learnt_behaviours, resolved
-from safe_offrl.mixture import collect, tell, unsafe_mixture
+from safe_offrl.learners import learnt_behaviours
+from safe_offrl.log_plan import PILOT_EPISODES, CollectConfig, fitted
+from safe_offrl.mixture import Log, collect, tell, unsafe_mixture
 from safe_offrl.safety import SafetySpec
 
 SOURCES = (
@@ -39,46 +42,7 @@ SOURCES = (
     "learners.py",
     "mixture.py",
 )  # what the content of a log depends on
-PILOT_EPISODES = 250  # per behaviour, at most
 SHARE_TOLERANCE = 0.05  # a log whose share is further from the target carries a warning
-
-
-@dataclass(frozen=True)
-class CollectConfig:
-    """How a dataset is logged.
-
-    ``transitions``: at least so many, in whole episodes. ``unsafe_share``: share of the episodes
-    that shall be unsafe, that is have an accident or, where the expected cost is constrained, cost
-    more than the limit. ``pilot_share``: steps of the pilot, all behaviours together, as a share of
-    the log's. ``workers``: processes that train at the same time; the log does not depend on it.
-    """
-
-    transitions: int = 100_000
-    seed: int = 0
-    unsafe_share: float = 0.15
-    pilot_share: float = 1.0
-    workers: int = 2
-    learners: LearnersConfig = field(default_factory=LearnersConfig)
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range; comparisons are written so that NaN is refused too."""
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}, but 0 or more is needed. Try 0.")
-        if self.transitions < 1 or self.workers < 1:
-            raise ConfigError(
-                f"{self.transitions} transitions cannot be collected by {self.workers} workers. "
-                "Ask for at least 1 of each."
-            )
-        if not 0.0 <= self.unsafe_share <= 1.0:
-            raise ConfigError(
-                f"The target share of unsafe episodes is {self.unsafe_share}, but a number in "
-                "[0, 1] is needed. Try 0.15."
-            )
-        if not 0.0 < self.pilot_share < math.inf:
-            raise ConfigError(
-                f"collect.pilot_share is {self.pilot_share}, but a number above 0 is needed. "
-                "Try 1: as many steps as the log."
-            )
 
 
 def build_dataset(
@@ -87,6 +51,8 @@ def build_dataset(
     *,
     path: str | Path,
     config: CollectConfig | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Log a dataset of ``env_id`` into ``path``, in the format that its name says; returns it.
@@ -96,43 +62,60 @@ def build_dataset(
     closest is taken; the metadata's "warning" and ``progress`` say so. Deterministic for given
     versions and machine: the same arguments give the same sha256. With more than one worker, a
     script that calls this needs ``if __name__ == "__main__":``, as for any multiprocessing.
+
+    ``steps``, or ``minutes`` at the speed that is measured first, bound all interaction, see
+    :func:`safe_offrl.log_plan.bounded`. Episodes that the environment fails in are left out; after
+    too many in a row EnvError is raised, and what is logged by then is kept beside ``path``.
     """
     config = config or CollectConfig()
     form = FORMATS[target_format(Path(path))]
-    env = make_env(env_id, spec)
-    scripted = scripted_behaviours(env)
-    learners = resolved(config.learners, spec, scripted=bool(scripted))
-    config = replace(config, learners=learners)
-    behaviours = [*scripted, random_behaviour(env.action_size)]
-    behaviours += learnt_behaviours(
-        env_id,
-        spec,
-        config.learners,
-        seed=config.seed,
-        workers=config.workers,
-        progress=progress,
-    )
-    tell(progress, f"pilot: how often is each of {len(behaviours)} behaviours unsafe?")
-    steps = math.ceil(config.pilot_share * config.transitions / len(behaviours))
-    pilot = [_pilot(env, behaviour, spec, steps, config.seed) for behaviour in behaviours]
-    arrays = collect(
-        env,
-        behaviours=behaviours,
-        shares=unsafe_mixture(pilot, config.unsafe_share),
-        transitions=config.transitions,
-        seed=config.seed,
-        progress=progress,
-    )
-    metadata = _metadata(env, spec, config, behaviours, arrays)
-    env.close()
+    with contextlib.closing(make_env(env_id, spec)) as env:
+        scripted = scripted_behaviours(env)
+        config = fitted(env, spec, config, len(scripted), steps, minutes, progress)
+        behaviours = [*scripted, random_behaviour(env.action_size)]
+        behaviours += learnt_behaviours(
+            env_id,
+            spec,
+            config.learners,
+            seed=config.seed,
+            workers=config.workers,
+            progress=progress,
+        )
+        tell(progress, f"pilot: how often is each of {len(behaviours)} behaviours unsafe?")
+        each = math.ceil(config.pilot_share * config.transitions / len(behaviours))
+        pilot = [_pilot(env, behaviour, spec, each, config.seed) for behaviour in behaviours]
+        log = Log()
+        with _kept_if_broken_off(log, env, spec, config, behaviours, Path(path), progress):
+            collect(
+                env,
+                behaviours=behaviours,
+                shares=unsafe_mixture(pilot, config.unsafe_share),
+                transitions=config.transitions,
+                seed=config.seed,
+                progress=progress,
+                log=log,
+            )
+        arrays = log.arrays(env)
+        metadata = _metadata(env, spec, config, behaviours, arrays)
     share = metadata["unsafe_share"]
+    warnings = []
+    if log.dropped.count:
+        metadata["dropped_episodes"] = log.dropped.count
+        warnings.append(
+            f"{log.dropped.count:,} of {log.dropped.count + len(log.behaviours):,} episodes were "
+            "left out, because the environment failed in them; whether there was an accident is "
+            f"not known. The last time so: {log.dropped.last}"
+        )
     if abs(share - config.unsafe_share) > SHARE_TOLERANCE:
-        metadata["warning"] = (
+        warnings.append(
             f"{share:.1%} of the episodes {_unsafe_phrase(spec)}, not the "
             f"{config.unsafe_share:.0%} aimed at: the nearest mixture that the pilot found comes "
             "no closer."
         )
-        tell(progress, f"warning: {metadata['warning']}")
+    if warnings:
+        metadata["warning"] = " ".join(warnings)
+    for warning in warnings:
+        tell(progress, f"warning: {warning}")
     for lost in form.write(Path(path), arrays, metadata, None):
         tell(progress, f"warning: the format of {path} cannot hold {lost}")
     tell(progress, behaviour_table(metadata["behaviours"]))
@@ -142,6 +125,35 @@ def build_dataset(
         f"episodes, {share:.1%} {_unsafe_phrase(spec)}: {path}",
     )
     return Path(path)
+
+
+@contextlib.contextmanager
+def _kept_if_broken_off(
+    log: Log,
+    env: AccidentEnv,
+    spec: SafetySpec,
+    config: CollectConfig,
+    behaviours: Sequence[Behaviour],
+    path: Path,
+    progress: Progress | None,
+) -> Iterator[None]:
+    """Write what is logged to a file beside ``path`` if the environment or a signal ends it."""
+    try:
+        yield
+    except (EnvError, KeyboardInterrupt) as error:
+        if not log.behaviours:
+            raise
+        names = (f"{path.stem}-unfinished{k or ''}{path.suffix}" for k in itertools.count())
+        kept = next(free for name in names if not (free := path.with_name(name)).exists())
+        arrays = log.arrays(env)
+        metadata = _metadata(env, spec, config, behaviours, arrays)
+        metadata["warning"] = "The log was broken off before it was complete."
+        FORMATS[target_format(kept)].write(kept, arrays, metadata, None)
+        text = f'The {len(log.rewards):,} transitions logged by then are kept: "{kept}".'
+        if isinstance(error, EnvError):
+            raise EnvError(f"{error} {text}") from error
+        tell(progress, text)
+        raise
 
 
 def behaviour_table(behaviours: Sequence[Mapping[str, Any]]) -> str:

@@ -57,6 +57,8 @@ def parse_count(text: str) -> int:
     """
     match = _COUNT.fullmatch(text.strip())
     value = math.nan
+    if match is not None and match[1].replace("_", "").isdecimal():  # a float has 16 digits
+        return int(match[1]) * _FACTORS[match[2].lower()]
     if match is not None:
         value = float(match[1].replace("_", "")) * _FACTORS[match[2].lower()]
     # 1.1M is 1100000.0000000002 in floating point: allow that, and refuse 1.5.

@@ -8,6 +8,7 @@ action bounds.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib
@@ -16,7 +17,7 @@ import inspect
 import math
 import platform
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,19 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from safe_offrl.env_contract import (
+    accident_rule,
+    ask,
+    cost_of,
+    horizon_of,
+    last_observation,
+    no_cost,
+    no_signal,
+    require_actions,
+    reset_values,
+    step_values,
+    verdict,
+)
 from safe_offrl.env_process import ProcessEnv
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.observations import flatten, layout
@@ -33,8 +47,6 @@ from safe_offrl.user_code import import_plugins, import_user_module, sentence
 
 Vector = NDArray[np.float32]
 COST_SHARE_MAX = 2.0  # where the share of an exceeded threshold is cut off
-
-AccidentRule = Callable[[Any, Any, Any, float, bool, bool, Mapping[str, Any]], bool]
 
 
 def episode_seed(seed: int, index: int, stream: str) -> int:
@@ -163,23 +175,6 @@ def describe(env: gymnasium.Env[Any, Any]) -> dict[str, str]:
     }
 
 
-def refusals(env_id: str, env: gymnasium.Env[Any, Any], spec: SafetySpec) -> dict[str, str]:
-    """Everything for which :class:`AccidentEnv` would refuse an environment: {part: sentence}."""
-    parts: dict[str, Callable[[], object]] = {
-        "observations": lambda: layout(env_id, env.observation_space),
-        "actions": lambda: _require_actions(env_id, env.action_space),
-        "horizon": lambda: _horizon(env_id, env, spec),
-        "accident rule": lambda: _accident_rule(spec.accident),
-    }
-    found = {}
-    for part, require in parts.items():
-        try:
-            require()
-        except EnvError as error:
-            found[part] = str(error)
-    return found
-
-
 class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
     """A Gymnasium environment as the loops see it.
 
@@ -195,13 +190,14 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
       used up, at most 2: without it the event would not be Markov (Saute RL, arXiv:2202.06558).
     * ``info["accident"]``: bool, the verdict of the one rule ``spec.accident``.
       ``info["cost"]``: float, the environment's own number; 1 for an accident and 0 otherwise
-      where the environment gives none.
+      where the environment gives none, or another thing than a number (which a limit on the cost
+      refuses).
     * The episode is truncated after ``horizon`` steps. A step that terminates is not truncated.
 
     A user's accident function is given the environment's own observations and actions, not the
     flattened ones. EnvError is raised for spaces that cannot be used, for an environment without
-    horizon or accident signal, and for non-finite actions; its EnvFault for observations, rewards
-    and costs that are not finite or have another shape.
+    horizon or accident signal, and for non-finite actions; its EnvFault for whatever environment or
+    rule raise, and for answers that cannot be used.
     """
 
     def __init__(
@@ -209,11 +205,11 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
     ) -> None:
         super().__init__(env)
         self.env_id: str = env_id or (env.spec.id if env.spec else type(env.unwrapped).__name__)
-        self.horizon: int = _horizon(self.env_id, env, spec)
+        self.horizon: int = horizon_of(self.env_id, env, spec)
         self._threshold = spec.cost_threshold
         self._cost_limited = spec.constraint == "cost"
         self._rule_name = spec.accident
-        self._rule = _accident_rule(spec.accident)
+        self._rule = accident_rule(spec.accident)
         self.sums_cost: bool = spec.accident == "episode_cost"
         self._episode_cost = 0.0
         self.layout = layout(self.env_id, env.observation_space)
@@ -228,7 +224,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             low, high = np.append(low, np.float32(0.0)), np.append(high, np.float32(COST_SHARE_MAX))
         self.observation_size: int = len(low)
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
-        self._actions = _require_actions(self.env_id, env.action_space)
+        self._actions = require_actions(self.env_id, env.action_space)
         self.discrete: bool = isinstance(self._actions, spaces.Discrete)
         if isinstance(self._actions, spaces.Discrete):
             self.action_size: int = int(self._actions.n)
@@ -245,47 +241,66 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Vector, dict[str, Any]]:
         """Start an episode; returns (observation [O], info)."""
-        observation, info = self.env.reset(seed=seed, options=options)
+        answer = ask(self.env.reset, seed=seed, options=options)
+        observation, info = reset_values(self.env_id, answer)
         self._steps = 0
         self._episode_cost = 0.0
-        self._raw_observation = observation
+        self._remember(observation)
         return self.observe(observation, 0.0), info
 
     def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
         """Act with ``action`` [A]; ``info`` holds "accident" (bool) and "cost" (float)."""
         raw_action = self.own_action(action)
-        raw_next, raw_reward, raw_terminated, raw_truncated, info = self.env.step(raw_action)
+        # A copy: some environments write into the action that they are given.
+        answer = ask(self.env.step, copy.copy(raw_action))
+        raw_next, reward, terminated, cut, info = step_values(self.env_id, answer)
         self._steps += 1
-        terminated = bool(raw_terminated)
-        truncated = (bool(raw_truncated) or self._steps >= self.horizon) and not terminated
-        reward = float(raw_reward)
+        truncated = (cut or self._steps >= self.horizon) and not terminated
         if not math.isfinite(reward):
             raise EnvFault(
                 f'"{self.env_id}" gave the reward {reward} at step {self._steps}. '
                 "Fix the environment: rewards must be finite numbers."
             )
+        cost = cost_of(self.env_id, info, self._steps, limited=self._cost_limited)
         if self._rule is None:
-            cost = self._cost(info)
+            if cost is None:
+                raise no_signal(self.env_id, info, self._rule_name, self._steps)
             self._episode_cost += cost
             accident = (self._episode_cost if self.sums_cost else cost) > self._threshold
         else:
-            accident = self._rule(
-                self._raw_observation, raw_action, raw_next, reward, terminated, truncated, info
-            )
-            if not isinstance(accident, bool | np.bool_):
-                raise EnvError(
-                    f'The accident rule "{self._rule_name}" returned {accident!r}. '
-                    "Make it return True or False."
-                )
-            cost = self._cost(info) if "cost" in info else float(accident)
-        self._raw_observation = raw_next
+            told = (raw_action, raw_next, reward, terminated, truncated, info)
+            accident = verdict(self._rule_name, self._rule, self._raw_observation, *told)
+            if cost is None and self._cost_limited and info.get("cost") is not None:
+                raise no_cost(self.env_id, info)
+            cost = float(accident) if cost is None else cost
+        observation = self.observe(raw_next, self._episode_cost)
+        if terminated or truncated:
+            self._require_last(observation, info)
+        self._remember(raw_next)
         return (
-            self.observe(raw_next, self._episode_cost),
+            observation,
             reward,
             terminated,
             truncated,
-            {**info, "accident": bool(accident), "cost": cost},
+            {**info, "accident": accident, "cost": cost},
         )
+
+    def _remember(self, observation: Any) -> None:
+        """Keep what a user's rule is shown: as it was, should the environment write into it."""
+        if ":" in self._rule_name:
+            self._raw_observation = copy.deepcopy(observation)
+
+    def _require_last(self, observation: Vector, info: Mapping[str, Any]) -> None:
+        """EnvError if an episode ends with an observation that is the next one's first."""
+        last = last_observation(info)
+        if last is not None and not np.array_equal(
+            self.observe(last, self._episode_cost), observation
+        ):
+            raise EnvError(
+                f'"{self.env_id}" resets itself within the step that ends an episode, so that its '
+                "last observation is the first one of the next episode. Take the wrapper off that "
+                "does it: every episode is begun with reset() here."
+            )
 
     def versions(self) -> dict[str, str]:
         """What the behaviour of this environment depends on, see :func:`describe`."""
@@ -356,74 +371,3 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
                 "Fix the environment: observations must be finite numbers."
             )
         return seen
-
-    def _cost(self, info: Mapping[str, Any]) -> float:
-        if "cost" not in info:
-            raise EnvError(
-                f'"{self.env_id}" gives no accident signal: the accident rule is "cost", but '
-                'info has no "cost". Put info["cost"] into the environment\'s step(), or set '
-                "safety.accident=terminated, or safety.accident=package.module:function."
-            )
-        cost = float(info["cost"])
-        if not math.isfinite(cost):
-            raise EnvFault(
-                f'"{self.env_id}" gave the cost {cost} at step {self._steps}. '
-                "Fix the environment: costs must be finite numbers."
-            )
-        if cost < 0.0 and self._cost_limited:
-            raise EnvFault(
-                f'"{self.env_id}" gave the cost {cost:g} at step {self._steps}. '
-                "Fix the environment: where the expected cost is limited, costs must be 0 or more."
-            )
-        return cost
-
-
-def _horizon(env_id: str, env: gymnasium.Env[Any, Any], spec: SafetySpec) -> int:
-    limit = env.spec.max_episode_steps if env.spec else None
-    if spec.horizon is None and limit is None:
-        raise EnvError(
-            f'"{env_id}" has no time limit, so "an accident within the horizon" has no meaning. '
-            "Set safety.horizon=STEPS, or register the environment with max_episode_steps."
-        )
-    if spec.horizon is not None and limit is not None and spec.horizon > limit:
-        raise EnvError(
-            f'safety.horizon is {spec.horizon}, but "{env_id}" ends every episode after {limit} '
-            f"steps. Leave safety.horizon out, or set it to at most {limit}."
-        )
-    horizon = spec.horizon if spec.horizon is not None else limit
-    assert horizon is not None
-    return horizon
-
-
-def _require_actions(env_id: str, space: spaces.Space[Any]) -> spaces.Box | spaces.Discrete:
-    if isinstance(space, spaces.Discrete) and space.n > 1:
-        return space
-    if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        kind = "integer Box" if isinstance(space, spaces.Box) else str(space)
-        raise EnvError(
-            f'"{env_id}" has an action space ({kind}) that cannot be used. Give it a Box of real '
-            "numbers, or a Discrete space of at least 2 actions: number the combinations."
-        )
-    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-        raise EnvError(
-            f'"{env_id}" has infinite action bounds, so actions cannot be scaled to [-1, 1]. '
-            "Give its action space finite bounds, for example with gymnasium's RescaleAction."
-        )
-    return space
-
-
-def _accident_rule(name: str) -> AccidentRule | None:
-    """The function behind "terminated" or "package.module:function"; None if the cost decides."""
-    if name in ("cost", "episode_cost"):
-        return None
-    if name == "terminated":
-        return lambda _o, _a, _next, _reward, terminated, _truncated, _info: terminated
-    module_name, _, function = name.partition(":")
-    module = import_user_module(module_name, f'accident rule "{name}"')
-    rule: AccidentRule | None = getattr(module, function, None)
-    if not callable(rule):
-        raise EnvError(
-            f'The accident rule "{name}" cannot be used: the module {module_name} has no function '
-            f'"{function}". Check the spelling of safety.accident=package.module:function.'
-        )
-    return rule

@@ -14,7 +14,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from safe_offrl.errors import EnvError, EnvFault
-from safe_offrl.user_code import sentence
+from safe_offrl.user_code import fault_in_words
 
 START_SECONDS = 120.0  # that the process gets to make the environment
 # Makes the environment, in the new process, and says what its behaviour depends on.
@@ -124,5 +124,4 @@ def _serve(pipe: Connection, make: Make) -> None:
         try:
             pipe.send(("answer", getattr(env, method)(**arguments)))
         except Exception as error:  # whatever the environment raises
-            text = f"The environment raised {type(error).__name__}: {sentence(error)} Repair it."
-            pipe.send(("fault", text))
+            pipe.send(("fault", fault_in_words(error)))

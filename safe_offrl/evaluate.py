@@ -46,6 +46,7 @@ def evaluate(
             worst_cost=worst_cost,
             version=version,
             phase="evaluate",
+            content=played.content,
         )
         if watch is not None:
             watch(episode, played)

@@ -34,7 +34,7 @@ from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.nets import Networks
 from safe_offrl.rollout import Reservation, faults_in_a_row, play_episode
 from safe_offrl.safety_critic import SafetyCritic
-from safe_offrl.state import Part, collect_state, restore_state
+from safe_offrl.state import Part, collect_state, restore_state, seeded
 from safe_offrl.types import Episode, Normalizer, States
 
 REFERENCE_STATES = 32  # start (and visited) states per update of the safety critic
@@ -66,7 +66,7 @@ class Finetuning:
         self.env = env
         self.normalizer = Normalizer.restored(pretrained)
         env.offset = self.normalizer.offset
-        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.generator = seeded(config.seed, device)
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout
         self.networks = Networks(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from safe_offrl.behaviours import Behaviour, Progress
 from safe_offrl.env import make_env
@@ -30,6 +32,7 @@ TRAINING_STAGES = (0.2, 0.5, 1.0)  # shares of a training after which its policy
 PARALLEL_ENVS = 8  # of a learner; one batched forward pass serves all
 SAFER = 0.6  # of the limit: what a policy for safe episodes is trained towards by default
 LOG_STD = -0.5  # with which PPO begins to explore
+EPOCHS, DISCRETE_EPOCHS = 5, 20  # of PPO over a rollout; see resolved()
 SAC_START = 1000  # steps before SAC's first update
 
 
@@ -38,7 +41,8 @@ class PPOConfig:
     """PPO's training.
 
     ``steps``: in the environment, 0 for none; ``penalised_steps``: of each penalised policy, which
-    goes on from the plain one; ``rollout``: of each parallel environment, between two updates.
+    goes on from the plain one; ``rollout``: of each parallel environment, between two updates;
+    ``epochs`` None: see :func:`resolved`.
     """
 
     steps: int = 80_000
@@ -48,7 +52,7 @@ class PPOConfig:
     hidden: tuple[int, ...] = (64, 64)
     rollout: int = 128
     batch_size: int = 256
-    epochs: int = 5
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ class LearnersConfig:
         if min(counts) < 0:
             raise ConfigError(
                 f"{min(counts)} training steps cannot be taken. Ask for at least 0 (none)."
+            )
+        if self.ppo.epochs is not None and self.ppo.epochs < 1:
+            raise ConfigError(
+                f"learners.ppo.epochs is {self.ppo.epochs}, but at least 1 is needed. Try 5."
             )
         strengths = (*self.penalties, *(self.cost_limits or ()))
         if strengths and min(strengths) < 0.0:
@@ -159,13 +167,49 @@ def learnt_behaviours(
     return [behaviour for t in trained for behaviour in t.behaviours]
 
 
-def resolved(config: LearnersConfig, spec: SafetySpec, *, scripted: bool) -> LearnersConfig:
-    """``config`` with its cost limits spelt out; ``scripted``: the environment has controllers."""
-    if config.cost_limits is not None:
-        return config
-    # An accident costs 1 where the environment does not say otherwise.
-    allowed = spec.cost_limit if spec.constraint == "cost" else spec.epsilon
-    return replace(config, cost_limits=() if scripted else (SAFER * allowed,))
+def resolved(
+    config: LearnersConfig, spec: SafetySpec, *, scripted: bool, discrete: bool
+) -> LearnersConfig:
+    """``config`` with all that depends on the environment spelt out.
+
+    ``scripted``: it has controllers, so that a careful policy need not be trained. Where actions
+    are ``discrete`` and nothing is scripted, PPO goes over a rollout 20 times instead of 5: with
+    5 it does not learn to balance CartPole in the steps it has, and its log has no safe episode.
+    """
+    if config.ppo.epochs is None:
+        epochs = DISCRETE_EPOCHS if discrete and not scripted else EPOCHS
+        config = replace(config, ppo=replace(config.ppo, epochs=epochs))
+    if config.cost_limits is None:
+        # An accident costs 1 where the environment does not say otherwise.
+        allowed = spec.cost_limit if spec.constraint == "cost" else spec.epsilon
+        config = replace(config, cost_limits=() if scripted else (SAFER * allowed,))
+    return config
+
+
+def trainings(config: LearnersConfig, *, discrete: bool) -> list[int]:
+    """Steps that each training of a :func:`resolved` configuration takes, whole rollouts."""
+    further = len(config.penalties) + len(config.cost_limits or ())
+    taken = []
+    for settings in (config.ppo, config.sac):
+        if settings.steps and not (discrete and isinstance(settings, SACConfig)):
+            taken.append(training_steps(settings, settings.steps))
+            if settings.penalised_steps:
+                taken += further * [training_steps(settings, settings.penalised_steps)]
+    return taken
+
+
+def training_steps(settings: PPOConfig | SACConfig, steps: int) -> int:
+    """Steps that a training of so many really takes: whole rollouts, at least one a stage."""
+    rollout = PARALLEL_ENVS * (settings.rollout if isinstance(settings, PPOConfig) else 1)
+    taken = 0
+    for stage in TRAINING_STAGES:
+        taken += rollout * math.ceil(_missing(stage, steps, taken) / rollout)
+    return taken
+
+
+def _missing(stage: float, steps: int, done: int) -> int:
+    """Steps that a training of ``steps`` asks for until ``stage``."""
+    return max(1, round(stage * steps) - done)
 
 
 def _unable(job: _Job, progress: Progress | None) -> bool:
@@ -199,7 +243,7 @@ def _train(job: _Job, progress: Progress) -> _Trained:
         model = _model(job, envs)
         begun = model.num_timesteps
         for stage in TRAINING_STAGES:
-            missing = max(1, round(stage * steps) - (model.num_timesteps - begun))
+            missing = _missing(stage, steps, model.num_timesteps - begun)
             model.learn(missing, reset_num_timesteps=False, callback=each_step)
             done = model.num_timesteps - begun
             origin = {
@@ -217,6 +261,11 @@ def _train(job: _Job, progress: Progress) -> _Trained:
                 f"cost {mean_cost:.2f} per episode"
             )
         envs.close()
+        if account.dropped.count:
+            progress(
+                f"training {job.label}: {account.dropped.count:,} episodes were left out, because "
+                f"the environment failed in them: {account.dropped.last}"
+            )
         file = io.BytesIO()
         model.save(file)
     mean_return, mean_cost = account.recent()
@@ -232,9 +281,9 @@ def _model(job: _Job, envs: Any) -> Any:
     if job.start is not None:
         learner = PPO if job.algorithm == "PPO" else SAC
         model: Any = learner.load(io.BytesIO(job.start), env=envs, device="cpu")
-        model.set_random_seed(job.seed)
-        if isinstance(model, PPO):  # what it knows is narrow: it has to explore again
-            with torch.no_grad():
+        model.set_random_seed(narrow_seed(job.seed))
+        if isinstance(model, PPO) and isinstance(model.action_space, spaces.Box):
+            with torch.no_grad():  # what it knows is narrow: it has to explore again
                 model.policy.log_std.fill_(LOG_STD)
         if isinstance(model, SAC):  # its replay buffer, of unpenalised rewards, was not saved
             model.learning_starts = model.num_timesteps + SAC_START
@@ -245,13 +294,13 @@ def _model(job: _Job, envs: Any) -> Any:
         "env": envs,
         "learning_rate": settings.learning_rate,
         "gamma": settings.discount,
-        "seed": job.seed,
+        "seed": narrow_seed(job.seed),
         "device": "cpu",
     }
     if isinstance(settings, PPOConfig):
         return PPO(
             n_steps=settings.rollout,
-            n_epochs=settings.epochs,
+            n_epochs=settings.epochs or EPOCHS,
             batch_size=min(settings.batch_size, settings.rollout * envs.num_envs),
             policy_kwargs={"net_arch": list(settings.hidden), "log_std_init": LOG_STD},
             **common,
@@ -265,6 +314,16 @@ def _model(job: _Job, envs: Any) -> Any:
         policy_kwargs={"net_arch": list(settings.hidden)},
         **common,
     )
+
+
+def narrow_seed(seed: int) -> int:
+    """A seed for Stable-Baselines3 and what it seeds, each environment with the next number.
+
+    Those take 32 bits; one that is too large is hashed to 31.
+    """
+    if seed + PARALLEL_ENVS <= 2**32:
+        return seed
+    return int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1
 
 
 @contextlib.contextmanager

@@ -57,7 +57,8 @@ def chain_start(identity: bytes) -> str:
 
 def ledger_line(episode: Episode, previous: str) -> tuple[bytes, str]:
     """Serialise one episode after the chain ``previous``; returns the line and its own chain."""
-    body = json.dumps(episode._asdict(), allow_nan=False, separators=(",", ":")).encode()[:-1]
+    content = {k: v for k, v in episode._asdict().items() if k != "content" or v}
+    body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()[:-1]
     chain = _link(previous, body)
     framed = body + f',"chain":"{chain}"'.encode()
     return framed + f',"crc32":"{zlib.crc32(framed):08x}"}}\n'.encode(), chain

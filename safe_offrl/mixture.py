@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.behaviours import Behaviour, Progress, Vector
+from safe_offrl.dropped import Dropped
 from safe_offrl.env import AccidentEnv, episode_seed
-from safe_offrl.errors import EnvError
+from safe_offrl.errors import EnvError, EnvFault
 
 MIN_SHARE = 0.1  # of an equal share: what each behaviour gets at least
 
@@ -46,16 +47,18 @@ def collect(
     episodes: int | None = None,
     stream: str = "collect",
     progress: Progress | None = None,
+    log: Log | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Log whole episodes until ``transitions`` steps (or ``episodes`` episodes) are reached.
 
     ``shares`` [K] sums to 1; episode by episode the behaviour furthest behind its share acts, so
     any prefix of the log has the mixture. Episode k is reset with
-    ``episode_seed(seed, k, stream)``. Returns the arrays of
-    :func:`safe_offrl.data.hdf5.write_dataset`, ``accidents`` and ``episode_behaviours`` included;
-    observations are float64 where the environment's are.
+    ``episode_seed(seed, k, stream)``. One that the environment fails in is left out; EnvError for
+    too many in a row. Returns the arrays of :func:`safe_offrl.data.hdf5.write_dataset`,
+    ``accidents`` and ``episode_behaviours`` included; observations are float64 where the
+    environment's are. They are in ``log`` too, whatever is raised.
     """
-    log = _Log(np.float64 if env.wide else np.float32)
+    log = Log() if log is None else log
     done = np.zeros(len(behaviours))
     index = accident_episodes = told = 0
     while len(log.rewards) < transitions and (episodes is None or index < episodes):
@@ -68,17 +71,14 @@ def collect(
         index += 1
         if 10 * len(log.rewards) >= (told + 1) * transitions:
             told = 10 * len(log.rewards) // transitions
+            logged = max(1, len(log.behaviours))
             tell(
                 progress,
                 f"logging: {min(len(log.rewards), transitions):,} of {transitions:,} transitions, "
-                f"{accident_episodes / index:.1%} accident episodes, "
-                f"cost {sum(log.costs) / index:.2f} per episode",
+                f"{accident_episodes / logged:.1%} accident episodes, "
+                f"cost {sum(log.costs) / logged:.2f} per episode",
             )
-    arrays = log.arrays()
-    if env.sums_cost:  # the share of the threshold used is no part of a file: loading adds it
-        for key in ("observations", "next_observations"):
-            arrays[key] = arrays[key][:, :-1]
-    return arrays
+    return log.arrays(env)
 
 
 def tell(progress: Progress | None, message: str) -> None:
@@ -87,11 +87,11 @@ def tell(progress: Progress | None, message: str) -> None:
         progress(message)
 
 
-class _Log:
+class Log:
     """Transitions of complete episodes, as lists until :meth:`arrays`."""
 
-    def __init__(self, kind: type[np.floating]) -> None:
-        self.kind = kind  # of the observations
+    def __init__(self) -> None:
+        self.dropped = Dropped()  # episodes that the environment failed in
         self.observations: list[NDArray[Any]] = []
         self.next_observations: list[NDArray[Any]] = []
         self.actions: list[Vector] = []
@@ -111,11 +111,29 @@ class _Log:
         seed: int,
         rng: np.random.Generator,
     ) -> bool:
-        """Log one episode; returns whether it had an accident."""
+        """Log one episode; returns whether it had an accident (if it is left out: False)."""
+        start = len(self.rewards)
+        try:
+            self._play(env, behaviour, seed, rng)
+        except BaseException as error:
+            for rows in self._columns():
+                del rows[start:]
+            if not isinstance(error, EnvFault):
+                raise
+            self.dropped.add(error)
+            return False
+        self.dropped.completed()
+        self.behaviours.append(behaviour_index)
+        return any(self.accidents[start:])
+
+    def _play(
+        self, env: AccidentEnv, behaviour: Behaviour, seed: int, rng: np.random.Generator
+    ) -> None:
+        """Append the rows of one episode."""
         controller = behaviour.factory(rng)
         observation, _ = env.reset(seed=seed)
-        kept = env.exact.astype(self.kind)
-        start, ended = len(self.rewards), False
+        kind = np.float64 if env.wide else np.float32
+        kept, ended = env.exact.astype(kind), False
         while not ended:
             action = np.asarray(controller(observation), dtype=np.float32)
             if action.shape != (env.action_size,):
@@ -127,7 +145,7 @@ class _Log:
             action = env.executed(action)
             observation, reward, terminated, truncated, info = env.step(action)
             self.observations.append(kept)
-            kept = env.exact.astype(self.kind)
+            kept = env.exact.astype(kind)
             self.next_observations.append(kept)
             self.actions.append(action)
             self.rewards.append(reward)
@@ -136,14 +154,20 @@ class _Log:
             self.timeouts.append(truncated)
             self.accidents.append(info["accident"])
             ended = terminated or truncated
-        self.behaviours.append(behaviour_index)
-        return any(self.accidents[start:])
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The log in the DSRL layout."""
-        return {
-            "observations": np.array(self.observations, dtype=self.kind),
-            "next_observations": np.array(self.next_observations, dtype=self.kind),
+    def _columns(self) -> tuple[list[Any], ...]:
+        """Everything that has a row for each step."""
+        return (
+            *(self.observations, self.next_observations, self.actions, self.rewards, self.costs),
+            *(self.terminals, self.timeouts, self.accidents),
+        )
+
+    def arrays(self, env: AccidentEnv) -> dict[str, NDArray[Any]]:
+        """The log of ``env`` in the DSRL layout."""
+        kind = np.float64 if env.wide else np.float32
+        arrays: dict[str, NDArray[Any]] = {
+            "observations": np.array(self.observations, dtype=kind),
+            "next_observations": np.array(self.next_observations, dtype=kind),
             "actions": np.array(self.actions, dtype=np.float32),
             "rewards": np.array(self.rewards, dtype=np.float32),
             "costs": np.array(self.costs, dtype=np.float32),
@@ -152,3 +176,7 @@ class _Log:
             "accidents": np.array(self.accidents, dtype=bool),
             "episode_behaviours": np.array(self.behaviours, dtype=np.int32),
         }
+        if env.sums_cost:  # the share of the threshold used is no part of a file: loading adds it
+            for key in ("observations", "next_observations"):
+                arrays[key] = arrays[key][:, :-1]
+        return arrays

@@ -9,7 +9,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from safe_offrl.env import AccidentEnv, Vector
+from safe_offrl.dropped import Dropped
+from safe_offrl.env import AccidentEnv, Vector, episode_seed
+from safe_offrl.errors import EnvFault
 
 EPISODES_PER_STEP = 8  # finished ones between two steps of an adapted penalty
 PROPORTIONAL, INTEGRAL = 0.5, 0.1  # gains of an adapted penalty, in its natural unit
@@ -19,12 +21,13 @@ class Account:
     """What the environments of one training share: the penalty, and how episodes ended.
 
     With a ``limit`` on the cost of an episode the penalty is adapted; ``unit`` is the size of a
-    penalty that matters.
+    penalty that matters. Episodes that the environment failed in are ``dropped``.
     """
 
     def __init__(self, *, penalty: float = 0.0, limit: float | None = None, unit: float = 1.0):
         self.penalty = penalty
         self.episodes: list[tuple[float, float]] = []  # (return without penalty, cost)
+        self.dropped = Dropped()
         self._limit = limit
         self._unit = unit
         self._seen = 0
@@ -49,7 +52,11 @@ class Account:
 
 
 class Penalised(gymnasium.Wrapper[Vector, Any, Vector, Vector]):
-    """AccidentEnv as a learner sees it: penalised rewards, and a Discrete space where it is one."""
+    """AccidentEnv as a learner sees it: penalised rewards, and a Discrete space where it is one.
+
+    Where the environment fails, the episode is cut off where it was, and counts nowhere. EnvError
+    if it does so in too many episodes in a row.
+    """
 
     def __init__(self, env: AccidentEnv, account: Account) -> None:
         super().__init__(env)
@@ -57,19 +64,35 @@ class Penalised(gymnasium.Wrapper[Vector, Any, Vector, Vector]):
         if env.discrete:
             self.action_space = spaces.Discrete(env.action_size)
         self._return = self._cost = 0.0
+        self._observation = np.zeros(env.observation_size, np.float32)
 
-    def reset(self, **options: Any) -> tuple[Vector, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, **options: Any) -> tuple[Vector, dict[str, Any]]:
         self._return = self._cost = 0.0
-        return self._adapted.reset(**options)
+        attempt = 0
+        while True:
+            try:
+                self._observation, info = self._adapted.reset(seed=seed, **options)
+            except EnvFault as fault:
+                self._account.dropped.add(fault)
+                attempt += 1
+                seed = None if seed is None else episode_seed(seed, attempt, "another start")
+            else:
+                return self._observation, info
 
     def step(self, action: Any) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
         if self._adapted.discrete:
             action = np.eye(self._adapted.action_size, dtype=np.float32)[int(action)]
-        observation, reward, terminated, truncated, info = self._adapted.step(action)
+        try:
+            observation, reward, terminated, truncated, info = self._adapted.step(action)
+        except EnvFault as fault:
+            self._account.dropped.add(fault)
+            return self._observation, 0.0, False, True, {}
+        self._observation = observation
         self._return += reward
         self._cost += info["cost"]
         if terminated or truncated:
             self._account.episodes.append((self._return, self._cost))
+            self._account.dropped.completed()
         penalty = self._account.penalty
         reward = (reward - penalty * info["cost"]) / (1.0 + penalty)
         return observation, reward, terminated, truncated, info

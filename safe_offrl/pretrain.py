@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, Agent, AgentConfigs
@@ -29,7 +28,7 @@ from safe_offrl.lagrangian import LagrangianConfig, Multiplier
 from safe_offrl.nets import NetworkConfig, Networks
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
-from safe_offrl.state import Part, collect_state, restore_state
+from safe_offrl.state import Part, collect_state, restore_state, seeded
 from safe_offrl.types import Record
 
 
@@ -139,7 +138,7 @@ class Pretraining:
     ) -> None:
         self.config = config
         compute = Compute(compiled, config.precision, device)
-        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.generator = seeded(config.seed, device)
         self._logged_episodes = dataset.episodes
         train, held_out = dataset.split(config.held_out, config.seed)
         # A robot's joints, a plant's pressures: no network should have to learn their units.
@@ -267,7 +266,7 @@ class Pretraining:
         The states of the log are those of its behaviours, not of the actor: for the expected cost
         the estimate is of first order in what sets them apart.
         """
-        generator = torch.Generator(self.generator.device).manual_seed(self.config.seed)
+        generator = seeded(self.config.seed, self.generator.device)
         index = draw_indices(len(self._starts), ESTIMATE_STATES, generator)
         logged = None
         if self.limit.constraint == "cost":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from safe_offrl.acting import Sampler
 from safe_offrl.env import AccidentEnv
+from safe_offrl.env_contract import ask
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.shield import Shield
 from safe_offrl.types import Episode, Normalizer
-from safe_offrl.user_code import sentence
 
 FAULTS_IN_A_ROW = 3  # episodes that the environment may fail in before the run stops
 
@@ -35,6 +36,11 @@ class PlayedEpisode(NamedTuple):
     shield_interventions: int
     fault: str = ""
 
+    @property
+    def content(self) -> str:
+        """Hash of observations, actions and outcomes; "" if the environment failed."""
+        return "" if self.fault else hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()[:16]
+
     def recorded(
         self,
         *,
@@ -44,10 +50,12 @@ class PlayedEpisode(NamedTuple):
         worst_cost: float,
         version: int,
         phase: str,
+        content: str = "",
     ) -> Episode:
         """What the ledger keeps of it; ``steps_before`` were charged by earlier episodes.
 
-        ``worst_cost`` is the most that an episode can cost: what a fault counts as.
+        ``worst_cost`` is the most that an episode can cost: what a fault counts as. ``content``
+        tells episodes of one frozen policy apart.
         """
         fault = bool(self.fault)
         return Episode(
@@ -63,6 +71,7 @@ class PlayedEpisode(NamedTuple):
             phase=phase,
             shield_interventions=self.shield_interventions,
             outcome="fault" if fault else "complete",
+            content=content,
         )
 
 
@@ -127,7 +136,7 @@ def play_episode(
     ended = False
     fault = ""
     try:
-        observation = normalizer(_ask(env.reset, seed=seed)[0])
+        observation = normalizer(ask(env.reset, seed=seed)[0])
         while not ended:
             time_to_go = 1.0 - len(rows) / env.horizon
             action, replaced = shield.choose(
@@ -140,7 +149,7 @@ def play_episode(
                 )
             steps += 1
             interventions += replaced
-            raw, reward, terminated, truncated, info = _ask(env.step, action)
+            raw, reward, terminated, truncated, info = ask(env.step, action)
             following = normalizer(raw)
             accident = bool(info["accident"])
             scaled = reward * normalizer.reward_scale
@@ -166,16 +175,15 @@ def play_episode(
     )
 
 
-def _ask(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """What the environment answers; whatever it raises of its own is an EnvFault."""
-    try:
-        return function(*arguments, **named)
-    except EnvError:
-        raise
-    except Exception as error:
-        raise EnvFault(
-            f"The environment raised {type(error).__name__}: {sentence(error)} Repair it."
-        ) from error
+def distinct(episodes: Iterable[Episode]) -> list[Episode]:
+    """Of a frozen policy's episodes those that differ in anything that happened, the first of each.
+
+    One whose end is unknown is one of its own.
+    """
+    first: dict[str, Episode] = {}
+    for episode in episodes:
+        first.setdefault(episode.content or f"unknown {episode.index}", episode)
+    return list(first.values())
 
 
 def faults_in_a_row(before: int, fault: str) -> int:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from safe_offrl.adam import Adam
 
+_LARGEST_SEED = 2**64 - 1  # that torch takes
+
 Part = nn.Module | Adam | torch.Generator | Tensor
+
+
+def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on ``device`` for any seed of 0 or more: one too large for torch is hashed."""
+    if seed > _LARGEST_SEED:
+        seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed)
 
 
 def collect_state(parts: Mapping[str, Part]) -> dict[str, Tensor]:

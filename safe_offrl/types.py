@@ -165,6 +165,7 @@ class Episode(NamedTuple):
     # "complete"; "fault" (the environment failed) or "lost" (the process died): whether there was
     # an accident is then unknown, and it counts as one. In the ledger alone, also "reserved".
     outcome: str = "complete"
+    content: str = ""  # hash of all that happened, of a frozen policy's complete episode
 
 
 class Record(NamedTuple):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
+
+import gymnasium
 
 from safe_offrl.errors import EnvError
 
@@ -51,3 +54,26 @@ def sentence(error: Exception) -> str:
     """An exception as one line that ends in a full stop."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.endswith((".", "?", "!")) else text + "."
+
+
+def raised(error: Exception) -> str:
+    """An exception in one line, with the place in the user's file where it arose."""
+    theirs = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not {Path(gymnasium.__file__).parent, Path(__file__).parent}
+        & {*Path(frame.filename).parents}
+    ]
+    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{place}"
+
+
+def fault_in_words(error: Exception) -> str:
+    """What an environment raised, and what to do, for people."""
+    text = f"The environment raised {raised(error)}. "
+    if isinstance(error, ValueError) and "to unpack" in str(error):
+        return (
+            f"{text}reset() must return (observation, info), step() (observation, reward, "
+            'terminated, truncated, info), the cost in info["cost"].'
+        )
+    return f"{text}Repair it."

@@ -222,6 +222,105 @@ class OutsideItsSpace(Sound):
     observation_space = spaces.Box(-0.01, 0.01, (2,), np.float32)
 
 
+class PlaceholderBounds(Sound):
+    action_space = spaces.Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (1,))
+
+
+class LargeBounds(Sound):
+    action_space = spaces.Box(-1e8, 1e8, (1,), np.float32)
+
+    def step(self, action: Any) -> Step:
+        return super().step(1e-8 * action)
+
+
+class EverySeedTheSame(Sound):
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return super().reset(seed=7)
+
+
+class ThreeScenarios(Sound):
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return super().reset(seed=None if seed is None else seed % 3)
+
+
+class SeedsTheGlobalGenerator(Sound):
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        np.random.seed(seed)  # noqa: NPY002
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> Step:
+        self.position += 0.1 * np.random.standard_normal()  # noqa: NPY002
+        return super().step(action)
+
+
+class CostAStepLate(Sound):
+    last = 0.0
+
+    def reset(self, **options: Any) -> Any:
+        observation, _ = super().reset(**options)
+        late, self.last = self.last, 0.0
+        return observation, {"cost": late}
+
+    def step(self, action: Any) -> Step:
+        *rest, info = super().step(action)
+        late, self.last = self.last, info["cost"]
+        return (*rest, {"cost": late})
+
+
+class SummedCost(Sound):
+    total = 0.0
+
+    def step(self, action: Any) -> Step:
+        *rest, _ = super().step(action)
+        self.total = (0.0 if self.clock == 1 else self.total) + float(self.position > 0.2)
+        return (*rest, {"cost": self.total})
+
+
+class GrowingCost(SummedCost):
+    """The distance from the middle, which mostly grows and is no sum."""
+
+    def step(self, action: Any) -> Step:
+        *rest, _ = super().step(action)
+        return (*rest, {"cost": abs(self.position)})
+
+
+class WritesIntoItsAction(Sound):
+    def step(self, action: Any) -> Step:
+        result = super().step(action)
+        action *= 0.0
+        return result
+
+
+class LeavesItsSpaceLate(Sound):
+    observation_space = spaces.Box(
+        np.array([-0.9, 0.0], np.float32), np.array([0.9, 1.0], np.float32)
+    )
+
+
+class ClockTerminates(Sound):
+    def step(self, action: Any) -> Step:
+        observation, reward, over, _, info = super().step(action)
+        return observation, reward, over or self.clock == 15, False, info
+
+
+class FailsSometimes(Sound):
+    def step(self, action: Any) -> Step:
+        if self.np_random.random() < 0.02:
+            raise RuntimeError("solver did not converge")
+        return super().step(action)
+
+
+class CostVector(Sound):
+    def step(self, action: Any) -> Step:
+        *rest, info = super().step(action)
+        return (*rest, {"cost": np.array([info["cost"], 0.0])})
+
+
+class OldReset(Sound):
+    def reset(self, **options: Any) -> Any:
+        return super().reset(**options)[0]
+
+
 class Nested(Sound):
     """A plain Dict: Gymnasium sorts its keys, so "arm" comes before "wheels"."""
 
@@ -253,10 +352,20 @@ def hits_wall(
     return bool(abs(next_observation[0]) > 0.5)
 
 
+def any_cost(*arguments: Any) -> bool:
+    return bool(arguments[-1]["cost"].sum() > 0.0)
+
+
 def not_a_verdict(*arguments: Any) -> Any:
     return "yes"
 
 
 for _name in [n for n, c in vars().items() if isinstance(c, type) and issubclass(c, Sound)]:
     gymnasium.register(f"{_name}-v0", entry_point=f"{__name__}:{_name}", max_episode_steps=20)
+gymnasium.register(
+    "ResetsItself-v0",
+    entry_point=f"{__name__}:Sound",
+    max_episode_steps=20,
+    additional_wrappers=(gymnasium.wrappers.Autoreset.wrapper_spec(),),
+)
 gymnasium.register("NoLimit-v0", entry_point=f"{__name__}:Sound")

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safe_offrl.collect import CollectConfig
 from safe_offrl.config import schema_keys
 from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.log_plan import CollectConfig
 from safe_offrl.pretrain import PretrainConfig
 
 SCRIPTS = Path(sys.executable).parent

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the rows above its own; siblings inside one folder may import each other.
 LAYERS = [
-    ["errors", "adam"],  # L0: the words
+    ["errors", "adam", "json_answer"],  # L0: the words
     ["types", "safety", "state", "files", "device", "cuda_graph", "board"],
     [
         "compiler",
@@ -23,9 +23,10 @@ LAYERS = [
         "processes",
     ],  # L1: the mathematics
     ["descent"],
-    ["nets", "observations", "user_code"],
-    ["env_process"],
+    ["nets", "observations", "user_code", "action_bounds"],
+    ["env_process", "env_contract"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
+    ["dropped"],
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints", "baselines"],
     [
         "finetune_config",
@@ -43,7 +44,7 @@ LAYERS = [
         "fitted_features",
         "importance_sampling",
     ],
-    ["fitted_evaluation", "check_observations"],
+    ["fitted_evaluation", "check_observations", "situations", "env_oddities"],
     [
         "assessment",
         "calibration",
@@ -54,6 +55,7 @@ LAYERS = [
         "evaluate",
         "run",
     ],  # L3: the loops
+    ["log_plan"],
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
     ["summaries"],

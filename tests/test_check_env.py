@@ -12,6 +12,7 @@ import pytest
 
 from safe_offrl import cli
 from safe_offrl.check_env import check_environment
+from safe_offrl.env_oddities import clock_in_words
 from safe_offrl.env_report import EnvReport
 from safe_offrl.errors import ConfigError
 from safe_offrl.safety import SafetySpec
@@ -40,8 +41,8 @@ def test_a_sound_environment_has_nothing_to_repair() -> None:
     texts = findings(report, "ok")
     assert list(texts) == [
         *("make", "observations", "actions", "horizon", "accident rule", "gymnasium"),
-        *("episodes", "deterministic", "other process", "episode ends", "accidents", "scale"),
-        *("speed", "pickle"),
+        *("episodes", "deterministic", "other process", "seeds", "episode ends", "accidents"),
+        *("scale", "speed", "pickle"),
     ]
     assert texts["horizon"].startswith("20 steps")
     assert 0.0 < report.measured["accident_share"] < 1.0
@@ -70,6 +71,9 @@ def test_a_sound_environment_has_nothing_to_repair() -> None:
         ("StateSurvivesReset", "deterministic", "at step 1, the reward was "),
         ("HashOrder", "other process", "after reset, observation[1] was "),
         ("NoLimit", "horizon", "no time limit"),
+        ("PlaceholderBounds", "actions", "3.4e+38, which can only stand for"),
+        ("CostVector", "episodes", 'info["cost"] is an array of shape (2,)'),
+        ("OldReset", "episodes", "reset() of"),
         ("Nowhere", "make", 'no environment "bad_environments:Nowhere-v0"'),
     ],
 )
@@ -116,6 +120,69 @@ def test_what_is_only_strange_warns(name: str, where: str, text: str) -> None:
     assert text in warned[where]
     assert report.usable
     assert str(report).endswith("\nusable, 1 warning")
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "text"),
+    [
+        ("LargeBounds", "action bounds", "Actions reach 1e+08"),
+        ("EverySeedTheSame", "seeds", "Every one of 20 seeds plays the same episode"),
+        ("ThreeScenarios", "seeds", "20 seeds play only 3 different episodes"),
+        ("SeedsTheGlobalGenerator", "global chance", "uses or seeds a generator of the whole"),
+        ("SummedCost", "summed cost", "the cost never falls"),
+        ("WritesIntoItsAction", "actions given", "writes into the action"),
+        ("LeavesItsSpaceLate", "observation space", "observation[0]: outside of"),
+        ("ClockTerminates", "episode ends", "terminate at step 15 and none lasts longer"),
+        ("FailsSometimes", "episodes", "of 20 failed"),
+        ("ResetsItself", "autoreset", "The wrapper Autoreset begins the next episode"),
+    ],
+)
+def test_what_only_many_episodes_show_warns(name: str, where: str, text: str) -> None:
+    report = check(name, episodes=20)
+    warned = findings(report, "warn")
+    assert set(warned) - {"gymnasium"} == {where}  # whose checker dislikes some of them too
+    assert text in warned[where]
+    assert report.usable
+
+
+def test_a_cost_that_is_reported_a_step_late() -> None:
+    report = check("CostAStepLate", episodes=20)
+    warned = findings(report, "warn")
+    assert "reset() gives a cost of 1" in warned["late cost"]
+    assert report.measured["accident_share"] == 0.0  # each was in the last step, and is not seen
+
+
+def test_costs_that_are_no_sums_are_left_alone() -> None:
+    for name in ("Sound", "GrowingCost", "AlwaysAnAccident"):
+        assert "summed cost" not in findings(check(name, episodes=20), "warn")
+
+
+def test_an_own_rule_is_enough_and_what_an_accident_costs_is_said() -> None:
+    report = check("CostVector", episodes=20, accident="bad_environments:any_cost")
+    assert not findings(report, "warn")
+    words = 'an accident being 1, since info["cost"] is an array of shape (2,) and type float64'
+    assert words in findings(report, "ok")["accidents"]
+    assert report.measured["accident_share"] == report.measured["mean_cost"] > 0.0
+    limited = check(
+        "CostVector", accident="bad_environments:any_cost", constraint="cost", cost_limit=1.0
+    )
+    assert "The expected cost is limited" in findings(limited, "FAIL")["episodes"]
+
+
+def test_a_clock_by_hand() -> None:
+    # Ten episodes of ten steps; nobody ended before: (0 + 1) / (90 + 1) to the ninth.
+    assert "Every episode terminates at step 10." in clock_in_words([10] * 10, [True] * 10)
+    # Three ended before, in 24 steps, and 7 times 9 steps passed: (4 / 88)^6 is far below 1e-3.
+    lengths, ended = [7, 8, 9, *[10] * 7], [True] * 10
+    assert "7 episodes terminate at step 10 and none lasts longer" in clock_in_words(lengths, ended)
+    # Two at step 10 may meet by chance: (4 / 43)^1.
+    assert clock_in_words([7, 8, 9, 10, 10], [True] * 5) == ""
+    # So may many where every third step ends an episode: (7 / 15)^3 = 0.1.
+    assert clock_in_words([1, 1, 1, 1, 1, 1, 3, 3, 3, 3], [True] * 10) == ""
+    # One is cut off there: it is no termination that ends them all.
+    assert clock_in_words([10] * 10, [True] * 9 + [False]) == ""
+    assert clock_in_words([20, *[10] * 9], [False] + [True] * 9) == ""
+    assert clock_in_words([1] * 20, [True] * 20) == ""  # a bandit: one step is all there is
 
 
 def test_every_refusal_is_named_at_once() -> None:

@@ -12,12 +12,13 @@ import torch
 from safe_offrl import collect as module
 from safe_offrl import learners, mixture
 from safe_offrl.behaviours import Behaviour, random_behaviour
-from safe_offrl.collect import CollectConfig, behaviour_table, build_dataset, default_dataset
+from safe_offrl.collect import behaviour_table, build_dataset, default_dataset
 from safe_offrl.config import load_config
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.env import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError, DataError, EnvError, UserError
 from safe_offrl.learners import LearnersConfig, PPOConfig, SACConfig
+from safe_offrl.log_plan import CollectConfig
 from safe_offrl.mixture import collect, unsafe_mixture
 from safe_offrl.safety import SafetySpec
 
@@ -229,6 +230,159 @@ def test_target_out_of_reach_is_said(tmp_path: Path) -> None:
     assert f"warning: {warning}" in messages
 
 
+# --- environments that fail ---
+
+
+class Fragile(Walk):
+    """Fails in its third step, or in reset(), in every ``period``-th episode."""
+
+    period, where, episodes, until = 4, 3, 0, 10**9
+
+    def reset(self, **options: Any) -> Any:
+        self.episodes, self.clock = self.episodes + 1, 0
+        if self.fails() and self.where == 0:
+            raise RuntimeError("no start position")
+        return super().reset(**options)
+
+    def step(self, action: Any) -> Any:
+        self.clock += 1
+        if self.fails() and self.clock == self.where:
+            raise RuntimeError("solver did not converge")
+        return super().step(action)
+
+    def fails(self) -> bool:
+        return self.episodes > self.until or self.episodes % self.period == 0
+
+
+def fragile(**settings: Any) -> AccidentEnv:
+    env = Fragile()
+    for name, value in settings.items():
+        setattr(env, name, value)
+    return AccidentEnv(env, SafetySpec(horizon=5), env_id="Fragile-v0")
+
+
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_a_failed_episode_is_left_out_and_no_other(where: int) -> None:
+    """All others are those of an environment that never fails, row for row."""
+    behaviours = [constant("right", 1.0), random_behaviour(1)]
+    log = mixture.Log()
+    settings: Any = {"behaviours": behaviours, "shares": [0.5, 0.5], "seed": 3}
+    found = collect(fragile(where=where), transitions=60, log=log, **settings)
+    whole = collect(walk(), transitions=80, **settings)  # 16 episodes of 5 steps
+    kept = [k for k in range(16) if (k + 1) % 4]
+    rows = np.concatenate([np.arange(5 * k, 5 * k + 5) for k in kept])
+    assert len(found["rewards"]) == 60
+    for name in found:
+        index = kept if name == "episode_behaviours" else rows
+        np.testing.assert_array_equal(found[name], whole[name][index], err_msg=name)
+    assert log.dropped.count == 3  # the fourth, eighth and twelfth; the sixteenth is not begun
+
+
+def registered(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
+    """The id of a fragile environment that is made anew each time."""
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    cls: Any = type("Made", (Fragile,), settings)
+    gymnasium.register("Fragile-v0", cls, max_episode_steps=5)
+    return "Fragile-v0"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_log_says_how_many_episodes_were_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    path = build_dataset(
+        registered(monkeypatch),
+        SPEC,
+        path=tmp_path / "a.hdf5",
+        config=CollectConfig(transitions=300, learners=ppo(0)),
+        progress=said.append,
+    )
+    dataset = load_dataset(path, discount=0.99, spec=SPEC)
+    dropped = dataset.metadata["dropped_episodes"]
+    assert dropped in (19, 20, 21)  # one in four of all
+    words = f"{dropped} of {dropped + dataset.episodes} episodes were left out"
+    assert words in dataset.metadata["warning"]
+    assert any(f"warning: {words}" in text and "did not converge" in text for text in said)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["a.hdf5", "a.npz", "folder"])
+def test_what_was_logged_before_an_environment_broke_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # The trial has 20 episodes, the pilot of one behaviour 20, and of the log 60 come to an end.
+    env_id = registered(monkeypatch, period=10**9, until=100)
+    config = CollectConfig(transitions=3000, learners=ppo(0))
+    for attempt in ("", "1"):
+        with pytest.raises(EnvError, match=r"10 episodes in a row.*converge.*are kept") as caught:
+            build_dataset(env_id, SPEC, path=tmp_path / name, config=config)
+        stem, dot, suffix = name.partition(".")
+        kept = tmp_path / f"{stem}-unfinished{attempt}{dot}{suffix}"
+        assert f'The 300 transitions logged by then are kept: "{kept}"' in str(caught.value)
+        assert load_dataset(kept, discount=0.99, spec=SPEC).episodes == 60
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_ctrl_c_keeps_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Fragile):
+        def step(self, action: Any) -> Any:
+            if self.episodes == 50:
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    cls: Any = Interrupted
+    gymnasium.register("Interrupted-v0", cls, max_episode_steps=5)
+    monkeypatch.setattr(Fragile, "period", 10**9)
+    config = CollectConfig(transitions=3000, learners=ppo(0))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(
+            "Interrupted-v0", SPEC, path=tmp_path / "a.hdf5", config=config, progress=said.append
+        )
+    kept = load_dataset(tmp_path / "a-unfinished.hdf5", discount=0.99, spec=SPEC)
+    assert kept.episodes == 9  # 20 of the trial, 20 of the pilot, and the one that was cut off
+    assert "broken off" in kept.metadata["warning"]
+    assert "The 45 transitions logged by then are kept" in said[-1]
+
+
+@pytest.mark.usefixtures("small")
+def test_an_environment_that_never_works_stops_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    env_id = registered(monkeypatch, period=1)
+    with pytest.raises(EnvError, match="10 episodes in a row"):
+        build_dataset(
+            env_id,
+            SPEC,
+            path=tmp_path / "a.hdf5",
+            config=CollectConfig(transitions=300, learners=ppo(600)),
+            progress=said.append,
+        )
+    assert said == []
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small")
+def test_an_unfinished_default_dataset_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path))
+    env_id = registered(monkeypatch, period=10**9, until=100)
+    config = CollectConfig(transitions=3000, learners=ppo(0))
+    with pytest.raises(EnvError, match="are kept"):
+        default_dataset(env_id, config=config)
+    (kept,) = tmp_path.glob("*-unfinished.hdf5")
+    spec = gymnasium.envs.registration.registry[env_id]
+    spec.entry_point.until = 10**9  # type: ignore[union-attr]
+    path = default_dataset(env_id, config=config)
+    assert path != kept
+    assert len(load_dataset(path, discount=0.99, spec=SPEC).rows) >= 3000
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -238,6 +392,7 @@ def test_target_out_of_reach_is_said(tmp_path: Path) -> None:
         "unsafe_share=nan",
         "pilot_share=0",
         "learners.ppo.steps=-1",
+        "learners.ppo.epochs=0",
         "training_steps=5",  # unknown
         "learners.ppo.epoch=5",
     ],

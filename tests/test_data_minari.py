@@ -1,6 +1,7 @@
 """Minari's layout: costs one entry late, numeric order, spaces, and what may not be in a file."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,17 @@ def test_discrete_actions_begin_where_their_space_does(tmp_path: Path) -> None:
     description = DESCRIPTION | {"action_space": json.dumps(space)}
     (path / "data" / "metadata.json").write_text(json.dumps(description))
     assert load(path).transitions.actions.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("largest", [math.inf, float(np.finfo(np.float32).max), 1e10])
+def test_bounds_that_only_stand_for_none_rescale_nothing(tmp_path: Path, largest: float) -> None:
+    path = write(tmp_path / "log", actions=np.array([[0.25], [-1.0]], np.float32))
+    space = BOX | {"low": [-largest], "high": [largest]}
+    description = DESCRIPTION | {"action_space": json.dumps(space)}
+    (path / "data" / "metadata.json").write_text(json.dumps(description))
+    found = load(path)
+    assert "action_high" not in found.metadata
+    assert found.transitions.actions.tolist() == [[0.25], [-1.0]]
 
 
 def test_without_costs_only_other_rules_apply(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from safe_offrl import learners as module
 from safe_offrl import penalty
 from safe_offrl.env import make_env
-from safe_offrl.errors import ConfigError
+from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.frozen import freeze
 from safe_offrl.learners import LearnersConfig, PPOConfig, SACConfig, learnt_behaviours
 from safe_offrl.penalty import Account, Penalised
@@ -136,6 +137,158 @@ def test_discrete_actions_are_left_to_ppo() -> None:
     behaviours = learnt_behaviours("HazardGrid-v0", SPEC, config, seed=0, progress=messages.append)
     assert {b.origin["algorithm"] for b in behaviours} == {"PPO"}
     assert "SAC is left out" in messages[0]
+
+
+def test_discrete_actions_are_trained_under_a_penalty_too() -> None:
+    """A categorical policy has no spread to be widened before it goes on."""
+    config = LearnersConfig(cost_limits=(0.1,), ppo=PPOConfig(steps=300, penalised_steps=300))
+    behaviours = learnt_behaviours("HazardGrid-v0", SPEC, config, seed=0)
+    limits = [b.origin["cost_limit"] for b in behaviours]
+    assert limits == [None] * 3 + [0.1] * 3
+    act = behaviours[-1].factory(np.random.default_rng(0))
+    assert sorted(act(np.zeros(14, np.float32))) == [0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_discrete_task_without_controllers_is_learnt(seed: int) -> None:
+    """The log needs episodes of both kinds; of a policy that learnt little all would be unsafe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PARALLEL_ENVS", 8)
+        spec = SafetySpec(accident="terminated")
+        config = LearnersConfig(cost_limits=(), ppo=PPOConfig())
+        config = module.resolved(config, spec, scripted=False, discrete=True)
+        messages: list[str] = []
+        learnt_behaviours("CartPole-v1", spec, config, seed=seed, progress=messages.append)
+    costs = [float(m.split("cost ")[1].split()[0]) for m in messages]
+    assert costs[0] > 0.5
+    assert costs[-1] < 0.15
+
+
+@pytest.mark.parametrize("seed", [2**32 - 2, 2**32 - 1, 2**32, 20241128153000, 2**64, 10**40])
+def test_any_seed_of_0_or_more_trains(seed: int) -> None:
+    config = LearnersConfig(
+        cost_limits=(0.1,), ppo=PPOConfig(steps=10, penalised_steps=10, rollout=16)
+    )
+    first, second = (
+        learnt_behaviours("PointHazard-v0", SPEC, config, seed=s)[-1] for s in (seed, seed + 1)
+    )
+    x = np.zeros(make_env("PointHazard-v0", SPEC).observation_size, np.float32)
+    a, b = (k.factory(np.random.default_rng(0))(x) for k in (first, second))
+    assert not np.array_equal(a, b)
+
+
+def test_narrow_seeds_are_the_seeds_themselves_where_they_fit() -> None:
+    assert [module.narrow_seed(s) for s in (0, 1, 2**32 - 2)] == [0, 1, 2**32 - 2]
+    hashed = {module.narrow_seed(s) for s in range(2**32, 2**32 + 100)}
+    assert len(hashed) == 100
+    assert max(hashed) < 2**31
+
+
+# --- environments that fail ---
+
+
+class Fails(gymnasium.Env[Any, Any]):
+    """A walk of ten steps, each costing 1, that fails as its class says."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    episodes = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.episodes, self.clock = self.episodes + 1, 0
+        if self.fails() and self.at == 0:
+            raise RuntimeError("no start")
+        return np.zeros(1, np.float32), {}
+
+    at = 0
+    fails: Any = lambda self: False
+
+    def step(self, action: Any) -> Any:
+        self.clock += 1
+        if self.fails() and self.clock == self.at:
+            raise RuntimeError("did not converge")
+        return np.full(1, self.clock, np.float32), 1.0, False, self.clock == 10, {"cost": 1.0}
+
+
+class FailsAtTheThird(Fails):
+    at, fails = 3, lambda self: self.episodes % 2 == 0
+
+
+class FailsToBegin(Fails):
+    at, fails = 0, lambda self: self.episodes % 3 == 1
+
+
+class FailsAlways(Fails):
+    at, fails = 3, lambda self: True
+
+
+class NeverBegins(Fails):
+    at, fails = 0, lambda self: True
+
+
+class SixValues(Fails):
+    def step(self, action: Any) -> Any:
+        observation, reward, *ends, info = super().step(action)
+        return observation, reward, info["cost"], *ends, info
+
+
+for _cls in (FailsAtTheThird, FailsToBegin, FailsAlways, NeverBegins, SixValues):
+    gymnasium.register(
+        f"Learn{_cls.__name__}-v0", f"{__name__}:{_cls.__name__}", max_episode_steps=20
+    )
+
+
+def test_a_failed_episode_is_cut_off_and_counts_nowhere() -> None:
+    account = Account()
+    env = Penalised(make_env("LearnFailsAtTheThird-v0", SPEC), account)
+    act, ends = np.zeros(1, np.float32), []
+    env.reset(seed=0)
+    for _ in range(10 + 3 + 10):
+        observation, reward, terminated, truncated, _ = env.step(act)
+        if terminated or truncated:
+            ends.append((float(observation[0]), reward, terminated, truncated))
+            env.reset()
+    # Episodes of 10, of 2 and the failure, and of 10 steps; the failed one has no return, no cost.
+    assert ends == [(10.0, 1.0, False, True), (2.0, 0.0, False, True), (10.0, 1.0, False, True)]
+    assert account.episodes == [(10.0, 10.0)] * 2
+    assert account.dropped.count == 1
+    assert "did not converge (test_learners.py, line" in account.dropped.last
+
+
+def test_a_start_that_fails_is_tried_again_with_another_seed() -> None:
+    account = Account()
+    env = Penalised(make_env("LearnFailsToBegin-v0", SPEC), account)
+    observation, _ = env.reset(seed=5)
+    assert observation.tolist() == [0.0]
+    assert account.dropped.count == 1
+    env.reset()
+    env.reset()
+    assert account.dropped.count == 2
+
+
+@pytest.mark.parametrize("name", ["FailsAtTheThird", "FailsToBegin"])
+def test_learners_bear_failing_episodes(name: str) -> None:
+    messages: list[str] = []
+    config = LearnersConfig(ppo=PPOConfig(steps=300, rollout=32), sac=SACConfig(steps=120))
+    learnt_behaviours(f"Learn{name}-v0", SPEC, config, seed=0, progress=messages.append)
+    left_out = [m for m in messages if "episodes were left out" in m]
+    assert [m.split(":")[0] for m in left_out] == ["training ppo", "training sac"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("FailsAlways", "did not converge"),
+        ("NeverBegins", "no start"),
+        ("SixValues", r"step\(\) \(observation, reward, terminated, truncated, info\)"),
+    ],
+)
+def test_learners_give_up_an_environment_that_always_fails(name: str, words: str) -> None:
+    config = LearnersConfig(ppo=PPOConfig(steps=300, rollout=32))
+    with pytest.raises(EnvError, match=f"failed in 10 episodes in a row.*{words}"):
+        learnt_behaviours(f"Learn{name}-v0", SPEC, config, seed=0)
 
 
 def test_penalised_reward_by_hand() -> None:

@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ from safe_offrl.progress import (
     StopNow,
     StopSignal,
 )
-from safe_offrl.rollout import faults_in_a_row
+from safe_offrl.rollout import distinct, faults_in_a_row
 from safe_offrl.run import RunDir, find_run
+from safe_offrl.situations import Situations, find_situations, require_situations
 from safe_offrl.types import Episode
 from safe_offrl.user_code import import_user_module
 from safe_offrl.versions import versions
@@ -74,7 +76,7 @@ def certify_run(
     Writes ``certificates/<attempt>/`` into the run folder: the claim before the first episode, each
     episode as it ends, certificate.json and a page. An attempt that was interrupted is continued by
     the same call for the same policy, shield and environment; any other call is a further attempt,
-    and pays for it.
+    and pays for it. ConfigError where every seed of the environment plays the same episode.
     """
     run = find_run(reference, Path(runs))
     if run.state["status"] != "finished":
@@ -92,11 +94,16 @@ def certify_run(
         with contextlib.closing(loop.env):
             claim = _claim(loop, epsilon, cost_limit, confidence, episodes, seed)
             subject = subject_of(run, loop)
+            situations = None  # on a real machine nothing is played that is not on record
+            if loop.config.env.kind != "real":
+                situations = find_situations(loop.env)
+                require_situations(loop.env.env_id, situations)
             claim, folder = _attempt(run, claim, _identity(subject), say)
-            say(_header(run, loop, claim))
+            say(_header(run, loop, claim, situations))
             played = _play(loop, claim, folder / RECORD, run, say)
+        _require_distinct(claim, played, situations, str(folder / RECORD))
         record = (folder / RECORD).read_bytes()
-        content = make_certificate(claim, played, record, subject)
+        content = make_certificate(claim, played, record, subject, situations)
         shown = page(content).encode()
         certificate = sealed({**content, "page_sha256": hashlib.sha256(shown).hexdigest()})
         write_atomic(folder / PAGE, shown)
@@ -311,13 +318,34 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
     return played
 
 
+def _require_distinct(
+    claim: Claim, episodes: Sequence[Episode], situations: Situations | None, where: str
+) -> None:
+    """RunError if a claim would be certified by repetitions of a few episodes.
+
+    Where noise is fine-grained no two episodes are equal, and where it is coarse equal ones are
+    draws like others. But of a few situations that are played again and again the same way, each
+    counts once.
+    """
+    different, needed = len(distinct(episodes)), episodes_without_accident(claim)
+    if situations is None or not situations.few or different >= needed:
+        return
+    total = math.fsum(outcome(claim, episode) for episode in episodes)
+    if judge(claim, total, len(episodes)).verdict == "certified":
+        raise RunError(
+            f"{len(episodes):,} episodes were played and only {different:,} of them differ, as "
+            f"{situations}; the claim takes {needed:,} that are independent, so no certificate was "
+            f"written. Let more be drawn from self.np_random. The episodes are in {where}."
+        )
+
+
 def _line(claim: Claim, total: float, episodes: int) -> str:
     found = judge(claim, total, episodes)
     bounds = f" | [{found.lower:.4g}, {found.upper:.4g}]" if claim.method == "anytime" else ""
     return seen(claim, total, episodes) + bounds
 
 
-def _header(run: RunDir, loop: Finetuning, claim: Claim) -> str:
+def _header(run: RunDir, loop: Finetuning, claim: Claim, situations: Situations | None) -> str:
     """What a person should know before it starts."""
     many = (
         f"{claim.episodes:,} episodes, then one look"
@@ -334,5 +362,6 @@ def _header(run: RunDir, loop: Finetuning, claim: Claim) -> str:
             f"error       {attempt}",
             f"provable    after {episodes_without_accident(claim):,} episodes, if none has an "
             "accident" + (" or a cost" if claim.quantity == "cost" else ""),
+            *([f"warning     {situations}"] if situations and situations.few else []),
         ]
     )

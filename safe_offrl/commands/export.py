@@ -15,7 +15,7 @@ from safe_offrl.commands.certify import subject_of
 from safe_offrl.commands.common import require_output, say_plain
 from safe_offrl.commands.tools import final_policy
 from safe_offrl.env import AccidentEnv
-from safe_offrl.errors import RunError
+from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.export import compare, require_format
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
 from safe_offrl.policy_graph import PolicyGraph

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from safe_offrl.calibration_chart import report_png
-from safe_offrl.collect import CollectConfig, default_dataset
+from safe_offrl.collect import default_dataset
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
     bring_back,
@@ -41,6 +41,7 @@ from safe_offrl.descent import choose
 from safe_offrl.device import configure, find_device
 from safe_offrl.env import AccidentEnv, make_env, time_limit
 from safe_offrl.files import plain
+from safe_offrl.log_plan import CollectConfig
 from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
 from safe_offrl.progress import Heartbeat, ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run
@@ -138,9 +139,17 @@ def with_logged_rule(
 
 
 def plan_pretrain(
-    config: PretrainConfig, *, threads: int = 1, say: Say = say_plain
+    config: PretrainConfig,
+    *,
+    threads: int = 1,
+    preset: str | Path | None = None,
+    say: Say = say_plain,
 ) -> PretrainPlan:
-    """Check environment and dataset against each other; builds the default dataset if needed."""
+    """Check environment and dataset against each other; builds the default dataset if needed.
+
+    ``preset`` is the file that ``config`` was read from, if it was: its section "collect" says how
+    the default dataset is logged.
+    """
     configure(threads)
     updates = config.steps + config.alignment_steps
     device = find_device(config.device)
@@ -148,7 +157,7 @@ def plan_pretrain(
     config = _with_logged_horizon(config)
     env = make_env(config.env, config.safety)
     try:
-        path = config.dataset or _default_dataset(config, say)
+        path = config.dataset or _default_dataset(config, preset, say)
         path = find_dataset(path)
         check_same_env(stated_metadata(path), config.env)
         dataset = load_dataset(
@@ -201,9 +210,9 @@ def _assumed_units(dataset: Dataset, env: AccidentEnv) -> str | None:
     )
 
 
-def _default_dataset(config: PretrainConfig, say: Say) -> Path:
-    """The cached log of the environment, as its preset says how to make it."""
-    settings = load_config(CollectConfig, section="collect", env_id=config.env)
+def _default_dataset(config: PretrainConfig, preset: str | Path | None, say: Say) -> Path:
+    """The cached log of the environment, as its preset or this one says how to make it."""
+    settings = load_config(CollectConfig, section="collect", env_id=config.env, preset=preset)
     with contextlib.closing(Heartbeat(say, "collect     at work, {} so far".format)) as heart:
         return default_dataset(config.env, config.safety, config=settings, progress=heart.say)
 

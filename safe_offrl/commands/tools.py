@@ -13,7 +13,7 @@ from typing import Any
 from safe_offrl import charts, data_chart, page, report, tables
 from safe_offrl.acting import NumpyActor
 from safe_offrl.check_env import check_environment
-from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
+from safe_offrl.collect import build_dataset, default_dataset
 from safe_offrl.commands.common import (
     loading,
     require_output,
@@ -35,12 +35,15 @@ from safe_offrl.evaluate import evaluate
 from safe_offrl.files import json_bytes, plain, write_atomic
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import FinetuneConfig
+from safe_offrl.log_plan import CollectConfig, add_log_time
 from safe_offrl.markdown import write_markdown
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import Heartbeat, Say
+from safe_offrl.rollout import distinct
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.run_data import Source
 from safe_offrl.safety import SafetySpec
+from safe_offrl.situations import find_situations
 from safe_offrl.statistics import clopper_pearson
 from safe_offrl.types import Episode
 
@@ -61,8 +64,9 @@ def evaluate_run(
     It lies in the run, or is the file ``out``, beside which videos are then: nothing is written
     into the run. Refused before the first episode if it cannot be written.
 
-    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number. Returns
-    are those of complete episodes, None if there is none; every episode has a cost. The first
+    Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number, where the
+    environment has few situations (:mod:`safe_offrl.situations`) of different episodes. Returns are
+    those of complete episodes, None if there is none; every episode has a cost. The first
     ``videos`` accidents are filmed. ConfigError where the environment is real: these episodes are
     on no record, those of :func:`certify_run` are.
     """
@@ -88,6 +92,7 @@ def evaluate_run(
         filming_evaluation(target.parent, loop, seed, videos, say) as watch,
         contextlib.closing(Heartbeat(say, lambda _: f"{len(played):,}/{episodes:,} episodes")),
     ):
+        situations = find_situations(loop.env)
         for episode in evaluate(
             loop.env,
             NumpyActor(loop.deployment.actor),
@@ -106,9 +111,15 @@ def evaluate_run(
     mean, error = _mean_and_error(returns)
     costs = [episode.cost for episode in played]
     cost, cost_error = _mean_and_error(costs)
-    low, high = clopper_pearson(accidents, episodes, safety.confidence)
+    different = distinct(played)
+    # Of a few situations that are played again and again, a repeated episode says nothing new.
+    counted = different if situations.few else played
+    seen = sum(episode.accident for episode in counted)
+    low, high = clopper_pearson(seen, len(counted), safety.confidence)
     result: dict[str, Any] = {
         "episodes": episodes,
+        "distinct_episodes": len(different),
+        "situations": situations.as_dict(),
         "accidents": accidents,
         "accident_rate": accidents / episodes,
         "accident_rate_low": low,
@@ -131,6 +142,11 @@ def evaluate_run(
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, json_bytes(result))
+    if situations.few:
+        say(
+            f"warning: {situations}; {len(different):,} of these {episodes:,} episodes are "
+            "different, which the interval counts, and none is of another situation"
+        )
     if out is not None:
         say(f"file        {target}")
     return result
@@ -215,13 +231,18 @@ def collect_run(
     env: str | None = None,
     out: str | Path | None = None,
     transitions: int | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
     seed: int | None = None,
     workers: int | None = None,
     preset: str | Path | None = None,
     overrides: Sequence[str] = (),
     say: Say = say_plain,
 ) -> Path:
-    """Log a dataset; without ``out`` it is the environment's cached default. Returns the path."""
+    """Log a dataset; without ``out`` it is the environment's cached default. Returns the path.
+
+    ``steps`` or ``minutes`` bound what is done in the environment, see :func:`build_dataset`.
+    """
     env_id = env or DEFAULT_ENV
     safety, config = collect_config(
         env_id,
@@ -231,9 +252,13 @@ def collect_run(
         workers=workers,
         overrides=overrides,
     )
+    if steps is not None and minutes is not None:
+        raise ConfigError("Give --steps or --minutes: each bounds all that is done.")
+    if minutes is not None and not 0.0 < minutes < math.inf:
+        raise ConfigError(f"--minutes is {minutes:g}, but a number above 0 is needed. Try 20.")
     with contextlib.closing(Heartbeat(say, "collect     at work, {} so far".format)) as heart:
         if out is None:
-            if transitions is not None or seed is not None:
+            if any(given is not None for given in (transitions, seed, steps, minutes)):
                 raise ConfigError(
                     "The cached default dataset has its own size and seed. "
                     "Give --out FILE to log another one."
@@ -243,7 +268,15 @@ def collect_run(
             if Path(out).exists():
                 raise DataError(f'"{out}" exists already. Remove it, or give another name.')
             require_output(Path(out))
-            path = build_dataset(env_id, safety, path=Path(out), config=config, progress=heart.say)
+            path = build_dataset(
+                env_id,
+                safety,
+                path=Path(out),
+                config=config,
+                steps=steps,
+                minutes=minutes,
+                progress=heart.say,
+            )
     trust_log(stated_metadata(path))
     say(f"dataset     {path}")
     return Path(path)
@@ -313,7 +346,10 @@ def check_env_run(
 
     ``result["usable"]`` says whether nothing failed.
     """
-    report = check_environment(env_id, _safety_spec(env_id, overrides), episodes=episodes)
+    safety = _safety_spec(env_id, overrides)
+    report = check_environment(env_id, safety, episodes=episodes)
+    if report.usable:
+        add_log_time(report, safety, collect_config(env_id)[1])
     say(str(report))
     return typing.cast(dict[str, Any], plain(report.as_dict()))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.action_bounds import placeholder
 from safe_offrl.data.content import MAX_BYTES, chunks
 from safe_offrl.errors import DataError
 
@@ -157,6 +158,11 @@ def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> tuple[NDArray[
         raise DataError(
             "The metadata's action_low and action_high are no bounds of the actions of "
             f"{actions.shape[1]} numbers. Give finite numbers, or leave both out."
+        )
+    if wrong := placeholder(low, high):
+        raise DataError(
+            f"The metadata's action_low and action_high are {wrong}. Store the bounds that are "
+            "meant, or leave both out if the actions are in [-1, 1]."
         )
     if (low == -1.0).all() and (high == 1.0).all():
         return actions, 0.0

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.action_bounds import placeholder
 from safe_offrl.data.content import (
     ATTRIBUTE,
     Arrays,
@@ -276,7 +277,8 @@ def _metadata(description: dict[str, Any]) -> dict[str, Any]:
         metadata["action_count"] = actions.get("n")
     elif actions.get("type") == "Box":
         low, high = (np.ravel(actions.get(key, math.inf)) for key in ("low", "high"))
-        if np.isfinite(low).all() and np.isfinite(high).all():
+        finite = bool(np.isfinite(low).all() and np.isfinite(high).all())
+        if finite and not placeholder(low, high):
             metadata |= {"action_low": low.tolist(), "action_high": high.tolist()}
     return metadata
 
