@@ -26,6 +26,7 @@ from safe_offrl.behaviours import Behaviour, Progress, random_behaviour, scripte
 from safe_offrl.data.conversion import target_format
 from safe_offrl.data.loading import FORMATS
 from safe_offrl.env import AccidentEnv, make_env
+from safe_offrl.env_identity import KEY
 from safe_offrl.errors import ConfigError, UserError
 from safe_offrl.files import cache_folder
 from safe_offrl.learners import LearnersConfig, learnt_behaviours, resolved
@@ -100,6 +101,7 @@ def build_dataset(
     config = config or CollectConfig()
     form = FORMATS[target_format(Path(path))]
     env = make_env(env_id, spec)
+    identity = env.identity()
     scripted = scripted_behaviours(env)
     learners = resolved(config.learners, spec, scripted=bool(scripted))
     config = replace(config, learners=learners)
@@ -123,7 +125,7 @@ def build_dataset(
         seed=config.seed,
         progress=progress,
     )
-    metadata = _metadata(env, spec, config, behaviours, arrays)
+    metadata = {**_metadata(env, spec, config, behaviours, arrays), KEY: identity}
     env.close()
     share = metadata["unsafe_share"]
     if abs(share - config.unsafe_share) > SHARE_TOLERANCE:
@@ -168,9 +170,9 @@ def default_dataset(
     """Path of the cached default dataset of an environment; built on first use.
 
     It lies in ``$SAFE_OFFRL_CACHE``, else ``~/.cache/safe-offrl``, under a name that depends on the
-    environment, the accident rule, the settings, all versions, and the sources that log it, so a
-    change of any of them builds a new file. Processes that ask at the same time wait for one of
-    them to build it.
+    environment's identity (see env_identity.py), the accident rule, the settings, all versions, and
+    the sources that log it, so a change of any of them builds a new file. Processes that ask at the
+    same time wait for one of them to build it.
     """
     spec, config = spec or SafetySpec(), config or CollectConfig()
     env = make_env(env_id, spec)
@@ -182,6 +184,7 @@ def default_dataset(
         "horizon": env.horizon,
         "config": asdict(replace(config, workers=1)),
         "versions": _versions(env),
+        KEY: env.identity(),
         "sources": [
             hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
             for name in SOURCES

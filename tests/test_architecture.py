@@ -23,7 +23,8 @@ LAYERS = [
         "processes",
     ],  # L1: the mathematics
     ["nets", "observations", "user_code"],
-    ["env_process"],
+    ["env_process", "module_sources"],
+    ["env_identity"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints", "baselines"],
     [
@@ -55,7 +56,7 @@ LAYERS = [
     ],  # L3: the loops
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
-    ["summaries"],
+    ["summaries", "comparability"],
     ["pairings"],
     ["report", "benchmark"],
     ["tables", "charts"],

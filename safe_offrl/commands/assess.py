@@ -14,6 +14,7 @@ from safe_offrl.assessment import Estimates, assess, choose, risk_text
 from safe_offrl.certificate import policy_sha256
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.commands.common import loading, require_own_limit, say_plain, stored_dataset
+from safe_offrl.commands.environment import learnt_lines, since_log
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.device import configure
@@ -76,6 +77,9 @@ def assess_runs(
             **verdict(estimates[key], limit, safety.confidence),
             "estimates": estimates[key].as_dict(),
         }
+        if run.environments:
+            for line in learnt_lines(since_log(dataset, run.environments[-1])):
+                say(line)
         say(describe(run.name, estimates[key], limit, safety.confidence))
     answer: dict[str, Any] = {"runs": plain(results)}
     if len(found) > 1:

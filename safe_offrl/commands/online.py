@@ -21,6 +21,7 @@ from safe_offrl.commands.common import (
     stored_mode,
     stored_pretrain_run,
 )
+from safe_offrl.commands.environment import identities, require_same_environment
 from safe_offrl.commands.filming import filming
 from safe_offrl.commands.online_plan import FinetunePlan, plan_finetune
 from safe_offrl.commands.trust import require_trusted, trust_own
@@ -62,7 +63,8 @@ def finetune_run(
         config_text=config_text,
         name=name,
         stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent}",
-        versions=versions(plan.env.versions(), plan.inputs.device),
+        versions=versions(plan.env.versions(), plan.inputs.device)
+        | identities(plan.env.identity(), plan.dataset, stored_pretrain_run(plan.inputs)),
     )
     with run, contextlib.closing(plan.env):
         say(plan.header)
@@ -79,10 +81,13 @@ def resume_finetune(
     *,
     runs: str | Path = "runs",
     threads: int | None = None,
+    accept_risk: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     say: Say = say_plain,
 ) -> RunDir:
-    """Continue an interrupted online phase.
+    """Continue an interrupted online phase; RunError in another environment than it began in.
+
+    With ``accept_risk`` it goes on there, and its record says so.
 
     In a simulation, episodes after the last checkpoint are played again and must come out as the
     ledger has them; the result is bitwise that of an uninterrupted run. In reality, they are
@@ -109,6 +114,7 @@ def resume_finetune(
                 "from it. Restore it, or start a new run."
             )
         with contextlib.closing(plan.env):
+            require_same_environment(run, plan.env, accept_risk, say)
             loop = start_loop(plan)
             checkpoint = bring_back(run, loop)
             # Its policy is not the one that the run will end with.
