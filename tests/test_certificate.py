@@ -226,6 +226,7 @@ def test_certify_and_verify(
         "record",
         "counts",
         "seeds",
+        "environment",
         "policy",
     ]
     assert all(c.passed for c in checks)

@@ -69,6 +69,9 @@ def assess_runs(
         configure(inputs.threads)
         safety = _limited(config.safety, epsilon, cost_limit, confidence)
         dataset = stored_dataset(inputs, safety, discount_of(config))
+        if run.environments:
+            for line in learnt_lines(since_log(dataset, run.environments[-1])):
+                say(line)
         subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
         limit = safety.limit(dataset.horizon, dataset.cost_max).value
         key = str(run.path)
@@ -77,9 +80,6 @@ def assess_runs(
             **verdict(estimates[key], limit, safety.confidence),
             "estimates": estimates[key].as_dict(),
         }
-        if run.environments:
-            for line in learnt_lines(since_log(dataset, run.environments[-1])):
-                say(line)
         say(describe(run.name, estimates[key], limit, safety.confidence))
     answer: dict[str, Any] = {"runs": plain(results)}
     if len(found) > 1:
