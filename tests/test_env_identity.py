@@ -222,6 +222,10 @@ def test_arguments_that_cannot_be_copied_are_large_or_hold_themselves() -> None:
     ring: list[Any] = [1]
     ring.append(ring)
     assert arguments(ring=ring) == {"ring": [1, "builtins.list"]}
+    tree: list[Any] = []
+    for _ in range(60):  # 2^60 leaves, if each were looked at
+        tree = [tree, tree]
+    assert arguments(tree=tree).keys() == {"tree"}
     first, second = np.zeros(1000), np.zeros(1000)
     second[700] = 1e-9
     described = [arguments(table=table)["table"] for table in (first, first.copy(), second)]
