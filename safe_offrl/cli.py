@@ -209,7 +209,9 @@ def finetune(
     accept_risk: Annotated[
         bool,
         typer.Option(
-            "--accept-risk", help="Start although the log does not show that the limit is kept."
+            "--accept-risk",
+            help="Start although the log does not show that the limit is kept; or resume although "
+            "the environment has changed.",
         ),
     ] = False,
     name: Name = None,
@@ -251,10 +253,8 @@ def finetune(
         "shield": False if no_shield else None,
     }
     if resume is not None:
-        _refuse_settings_on_resume(
-            [*settings.values(), name, config, accept_risk or None, *references, *keys]
-        )
-        run = commands.resume_finetune(resume, threads=threads, **writing)
+        _refuse_settings_on_resume([*settings.values(), name, config, *references, *keys])
+        run = commands.resume_finetune(resume, threads=threads, accept_risk=accept_risk, **writing)
     else:
         source = find_run(references[0] if references else None, runs, "pretrain")
         resolved = commands.finetune_config(source, **settings, preset=config, overrides=keys)

@@ -28,6 +28,7 @@ from safe_offrl.behaviours import Behaviour, Progress, random_behaviour, scripte
 from safe_offrl.data.conversion import target_format
 from safe_offrl.data.loading import FORMATS
 from safe_offrl.env import AccidentEnv, make_env
+from safe_offrl.env_identity import KEY
 from safe_offrl.errors import EnvError, UserError
 from safe_offrl.files import cache_folder
 from safe_offrl.learners import learnt_behaviours
@@ -70,6 +71,7 @@ def build_dataset(
     config = config or CollectConfig()
     form = FORMATS[target_format(Path(path))]
     with contextlib.closing(make_env(env_id, spec)) as env:
+        identity = env.identity()
         scripted = scripted_behaviours(env)
         config = fitted(env, spec, config, len(scripted), steps, minutes, progress)
         behaviours = [*scripted, random_behaviour(env.action_size)]
@@ -96,7 +98,7 @@ def build_dataset(
                 log=log,
             )
         arrays = log.arrays(env)
-        metadata = _metadata(env, spec, config, behaviours, arrays)
+        metadata = {**_metadata(env, spec, config, behaviours, arrays), KEY: identity}
     share = metadata["unsafe_share"]
     warnings = []
     if log.dropped.count:
@@ -180,9 +182,9 @@ def default_dataset(
     """Path of the cached default dataset of an environment; built on first use.
 
     It lies in ``$SAFE_OFFRL_CACHE``, else ``~/.cache/safe-offrl``, under a name that depends on the
-    environment, the accident rule, the settings, all versions, and the sources that log it, so a
-    change of any of them builds a new file. Processes that ask at the same time wait for one of
-    them to build it.
+    environment's identity (see env_identity.py), the accident rule, the settings, all versions, and
+    the sources that log it, so a change of any of them builds a new file. Processes that ask at the
+    same time wait for one of them to build it.
     """
     spec, config = spec or SafetySpec(), config or CollectConfig()
     env = make_env(env_id, spec)
@@ -194,6 +196,7 @@ def default_dataset(
         "horizon": env.horizon,
         "config": asdict(replace(config, workers=1)),
         "versions": _versions(env),
+        KEY: env.identity(),
         "sources": [
             hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
             for name in SOURCES

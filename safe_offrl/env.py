@@ -39,6 +39,7 @@ from safe_offrl.env_contract import (
     step_values,
     verdict,
 )
+from safe_offrl.env_identity import environment_identity, rule_identity
 from safe_offrl.env_process import ProcessEnv
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.observations import flatten, layout
@@ -94,9 +95,9 @@ def make_env(
 
 def _make_described(
     env_id: str, render_mode: str | None
-) -> tuple[gymnasium.Env[Any, Any], dict[str, str]]:
+) -> tuple[gymnasium.Env[Any, Any], dict[str, Any]]:
     env = make_raw(env_id, render_mode=render_mode)
-    return env, describe(env)
+    return env, {"versions": describe(env), "identity": environment_identity(env, env_id)}
 
 
 def time_limit(env_id: str) -> int | None:
@@ -305,7 +306,21 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
     def versions(self) -> dict[str, str]:
         """What the behaviour of this environment depends on, see :func:`describe`."""
         env = self.unwrapped
-        return dict(env.versions) if isinstance(env, ProcessEnv) else describe(env)
+        return dict(env.described["versions"]) if isinstance(env, ProcessEnv) else describe(env)
+
+    def identity(self) -> dict[str, Any]:
+        """What this environment and its rule are, see :mod:`safe_offrl.env_identity`; JSON-able.
+
+        To be asked for before the first reset: an environment may change what it was made with.
+        """
+        env = self.unwrapped
+        return {
+            "environment": dict(env.described["identity"])
+            if isinstance(env, ProcessEnv)
+            else environment_identity(self.env, self.env_id),
+            "rule": rule_identity(self._rule_name, self._threshold),
+            "horizon": self.horizon,
+        }
 
     def executed(self, action: Vector) -> Vector:
         """The action [A] that ``step`` carries out when given this one: clipped, or one-hot."""

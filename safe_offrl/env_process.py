@@ -17,8 +17,8 @@ from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.user_code import fault_in_words
 
 START_SECONDS = 120.0  # that the process gets to make the environment
-# Makes the environment, in the new process, and says what its behaviour depends on.
-Make = Callable[[], tuple[gymnasium.Env[Any, Any], Mapping[str, str]]]
+# Makes the environment, in the new process, and describes it.
+Make = Callable[[], tuple[gymnasium.Env[Any, Any], Mapping[str, Any]]]
 
 
 class ProcessEnv(gymnasium.Env[Any, Any]):
@@ -26,7 +26,7 @@ class ProcessEnv(gymnasium.Env[Any, Any]):
 
     EnvFault if there is no answer in time (the process is ended), if the process has died, or with
     what the environment raised there. The next reset starts a new process where there is none.
-    ``versions`` is what ``make`` said. Raises EnvError if the environment cannot be made.
+    ``described`` is what ``make`` said of it. Raises EnvError if the environment cannot be made.
     """
 
     def __init__(self, make: Make, timeout: float) -> None:
@@ -44,7 +44,7 @@ class ProcessEnv(gymnasium.Env[Any, Any]):
         self._process.start()
         theirs.close()  # so that the pipe ends when the process does
         made = self._answer(START_SECONDS)
-        self.observation_space, self.action_space, name, steps, self.versions = made
+        self.observation_space, self.action_space, name, steps, self.described = made
         self.spec = EnvSpec(name, max_episode_steps=steps) if name else None
 
     def reset(
@@ -110,9 +110,9 @@ def _serve(pipe: Connection, make: Make) -> None:
     # The pipe ends with a parent that was killed too, but an environment that hangs never reads it.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        env, versions = make()
+        env, described = make()
         spec = (env.spec.id, env.spec.max_episode_steps) if env.spec else (None, None)
-        pipe.send(("answer", (env.observation_space, env.action_space, *spec, dict(versions))))
+        pipe.send(("answer", (env.observation_space, env.action_space, *spec, dict(described))))
     except EnvError as error:
         pipe.send(("settings", str(error)))
         return

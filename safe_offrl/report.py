@@ -5,6 +5,7 @@ One row a run, one row a method whose seeds are pooled, and paired comparisons o
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safe_offrl.comparability import separated
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
 from safe_offrl.pairings import Pairing, has_outcome, pair
@@ -29,7 +31,9 @@ class Comparison:
     """What :func:`compare` found; tables.py and charts show it.
 
     With several environments, ``groups`` holds a row for each method in each of them, and then one
-    for each method in all, whose returns are scores (see :func:`summaries.scales_of`).
+    for each method in all, whose returns are scores (see :func:`summaries.scales_of`). Where runs
+    of one environment are not comparable (see comparability.py), its variants stand for it, and no
+    row and no pairing goes beyond one environment.
     """
 
     runs: list[RunData]
@@ -75,21 +79,35 @@ def compare(
     sources = [source for reference in references for source in find_runs(reference, root)]
     if not sources:
         raise RunError("There is no run to compare. Name at least one run folder.")
-    data = _read(sources, group_by)
+    data, apart, differing = separated(_read(sources, group_by))
     methods: dict[str, list[RunData]] = {}
     for run in data:
         methods.setdefault(run.method, []).append(run)
-    several = any(len(group) > 1 for group in methods.values())
     environments = list(dict.fromkeys(run.env_id for run in data))
-    scales = scales_of(next(iter(methods.values()))) if len(environments) > 1 else None
     where = {e: f", {e}" if len(environments) > 1 else "" for e in environments}
-    pairings = [found for a, b in _against(methods) if (found := pair(a, b, scales)) is not None]
+    if apart:  # nothing beyond one environment
+        parts = {end: _within(methods, environment) for environment, end in where.items()}
+        scales, pooled = None, [group for part in parts.values() for group in part.values()]
+        pairings = [
+            dataclasses.replace(found, first=found.first + end, second=found.second + end)
+            for end, part in parts.items()
+            for found in _pairings(part, None)
+        ]
+    else:
+        scales = scales_of(next(iter(methods.values()))) if len(environments) > 1 else None
+        pooled, pairings = list(methods.values()), _pairings(methods, scales)
+    several = any(len(group) > 1 for group in pooled)
     return Comparison(
         runs=data,
         rows=[row_of([run], run.name + where[run.env_id]) for run in data],
         groups=_groups(methods, where, scales) if several else [],
         pairings=pairings,
-        notes=[*_twice(sources), *_notes(data, methods, scales), *_unlike(pairings)],
+        notes=[
+            *differing,
+            *_twice(sources),
+            *_notes(data, methods, scales),
+            *_unlike(pairings),
+        ],
     )
 
 
@@ -118,8 +136,7 @@ def _groups(
     rows = [
         row_of(here, _all(here) + end, pooled=True)
         for environment, end in where.items()
-        for group in methods.values()
-        if (here := [run for run in group if run.env_id == environment])
+        for here in _within(methods, environment).values()
     ]
     if scales is not None:
         rows += [
@@ -131,6 +148,16 @@ def _groups(
 
 def _all(runs: Sequence[RunData]) -> str:
     return f"ALL {len(runs)} run{'s' * (len(runs) > 1)}"
+
+
+def _within(methods: Methods, environment: str) -> Methods:
+    """The methods that have runs in an environment, with these."""
+    here = {m: [run for run in runs if run.env_id == environment] for m, runs in methods.items()}
+    return {method: runs for method, runs in here.items() if runs}
+
+
+def _pairings(methods: Methods, scales: Mapping[str, float] | None) -> list[Pairing]:
+    return [found for a, b in _against(methods) if (found := pair(a, b, scales)) is not None]
 
 
 def _against(methods: Methods) -> list[tuple[Sequence[RunData], Sequence[RunData]]]:

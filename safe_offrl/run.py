@@ -33,11 +33,13 @@ from torch import Tensor
 from safe_offrl import checkpoints
 from safe_offrl.board import Board
 from safe_offrl.checkpoints import Checkpoint
+from safe_offrl.env_identity import KEY
 from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, json_line, unwritable, write_atomic, write_file
 from safe_offrl.ledger import Ledger, LedgerWriter, chain_start, read_ledger
 from safe_offrl.types import Episode
 
+RESUMED = f"resumed_{KEY}"  # in versions.json: of the environments that a run went on in since
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -117,6 +119,20 @@ class RunDir:
     def config_text(self) -> str:
         """The resolved configuration as YAML."""
         return (self.path / "config.yaml").read_text(encoding="utf-8")
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """What it was made with, versions.json; empty where that is missing."""
+        return self.read_json("versions.json") if (self.path / "versions.json").is_file() else {}
+
+    @property
+    def environments(self) -> list[Any]:
+        """Identities (see env_identity.py) of the environment that it began in, and since.
+
+        Empty for a run of an earlier version.
+        """
+        versions = self.versions
+        return [versions[KEY], *versions.get(RESUMED, [])] if KEY in versions else []
 
     def set_status(self, status: str, *, count: bool = True, **details: Any) -> None:
         """Record how the run stands: "running", "interrupted" or "finished".

@@ -9,12 +9,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from safe_offrl.env_identity import KEY
 from safe_offrl.errors import RunError
 from safe_offrl.run import RunDir
 from safe_offrl.types import Episode
@@ -87,6 +88,21 @@ class Decision(NamedTuple):
         return self.accepted and not self.satisfied and not self.recovering
 
 
+class Question(NamedTuple):
+    """What a run's accidents and returns are about, as far as its files say.
+
+    ``identity`` (see env_identity.py) is that of the environment it began in; of a run of an
+    earlier version only rule and horizon, from its settings. ``source`` is the sha256 of the
+    environment's file. ``resumed`` are the identities of others that it went on in, ``evaluated``
+    is that of its evaluation.
+    """
+
+    identity: Mapping[str, Any] = {}
+    source: str | None = None
+    resumed: Sequence[Any] = ()
+    evaluated: Mapping[str, Any] | None = None
+
+
 class Source(NamedTuple):
     """A run folder, and the group folder that it was found in (None: it was named itself)."""
 
@@ -114,6 +130,7 @@ class RunData:
     decisions: list[Decision]
     evaluation: Evaluation | None
     estimate: float  # of what is constrained, final policy, by the safety critic; NaN if unknown
+    question: Question = field(default_factory=Question)
 
 
 def method_label(settings: Mapping[str, Any]) -> str:
@@ -211,12 +228,23 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
             decisions=decisions,
             evaluation=_evaluation(evaluated) if evaluated else None,
             estimate=_estimate(run, decisions),
+            question=_question(run, safety, inputs.get("horizon"), evaluated),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             f'The run "{run.name}" holds a value that cannot be read ({error!r}). '
             "Restore the folder from a backup or leave the run out."
         ) from error
+
+
+def _question(
+    run: RunDir, safety: Mapping[str, Any], horizon: Any, evaluated: Mapping[str, Any]
+) -> Question:
+    rule = {key: safety.get(key) for key in ("accident", "cost_threshold")}
+    settings = {"rule": rule, "horizon": safety.get("horizon") or horizon}
+    known, *resumed = run.environments or [settings]
+    source = (run.versions.get("environment") or {}).get("environment_source")
+    return Question(dict(known), source, resumed, evaluated.get(KEY))
 
 
 def _read_config(run: RunDir, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:

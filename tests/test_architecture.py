@@ -24,7 +24,8 @@ LAYERS = [
     ],  # L1: the mathematics
     ["descent"],
     ["nets", "observations", "user_code", "action_bounds"],
-    ["env_process", "env_contract"],
+    ["env_process", "env_contract", "module_sources"],
+    ["env_identity"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
     ["dropped"],
     ["shield", "acceptance", "monitor", "behaviours", "ledger", "checkpoints", "baselines"],
@@ -58,7 +59,7 @@ LAYERS = [
     ["log_plan"],
     ["pretrain", "finetune", "collect"],
     ["config", "progress", "run_data"],  # L4: what users touch
-    ["summaries"],
+    ["summaries", "comparability"],
     ["pairings"],
     ["report", "benchmark"],
     ["tables", "charts"],

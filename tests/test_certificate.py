@@ -24,7 +24,7 @@ from safe_offrl.certificate import (
     verify,
 )
 from safe_offrl.certificate_page import summary
-from safe_offrl.commands.certify import rule_source
+from safe_offrl.commands.environment import rule_source
 from safe_offrl.env import AccidentEnv
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.ledger import LedgerWriter
@@ -226,6 +226,7 @@ def test_certify_and_verify(
         "record",
         "counts",
         "seeds",
+        "environment",
         "policy",
     ]
     assert all(c.passed for c in checks)

@@ -22,6 +22,7 @@ from safe_offrl.commands.common import (
     stored_dataset,
     warning_lines,
 )
+from safe_offrl.commands.environment import learnt_lines, since_log
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.device import configure
@@ -87,6 +88,9 @@ def assess_runs(
         configure(inputs.threads)
         safety = _limited(config.safety, epsilon, cost_limit, confidence)
         dataset = stored_dataset(inputs, safety, discount_of(config))
+        if run.environments:
+            for line in learnt_lines(since_log(dataset, run.environments[-1])):
+                say(line)
         subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
         limit = safety.limit(dataset.horizon, dataset.cost_max).value
         for line in warning_lines(dataset, safety):

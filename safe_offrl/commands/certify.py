@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import inspect
 import json
 import math
 import signal
@@ -35,7 +34,14 @@ from safe_offrl.certificate import (
 )
 from safe_offrl.certificate_page import page, quantity, seen, summary
 from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.environment import (
+    changed_line,
+    environment_check,
+    rule_source,
+    since_run,
+)
 from safe_offrl.commands.tools import final_policy
+from safe_offrl.env_identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune import Finetuning
@@ -52,7 +58,6 @@ from safe_offrl.rollout import distinct, faults_in_a_row
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.situations import Situations, find_situations, require_situations
 from safe_offrl.types import Episode
-from safe_offrl.user_code import import_user_module
 from safe_offrl.versions import versions
 
 MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
@@ -100,6 +105,10 @@ def certify_run(
                 require_situations(loop.env.env_id, situations)
             claim, folder = _attempt(run, claim, _identity(subject), say)
             say(_header(run, loop, claim, situations))
+            for line in changed_line(
+                f"that of {run.name}", since_run(run, subject["environment"][KEY])
+            ):
+                say(line)
             played = _play(loop, claim, folder / RECORD, run, say)
         _require_distinct(claim, played, situations, str(folder / RECORD))
         record = (folder / RECORD).read_bytes()
@@ -115,7 +124,8 @@ def certify_run(
 def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]:
     """Check a certificate's hash, arithmetic and page; beside its run also episodes and policy.
 
-    Raises RunError if any check fails, after saying all of them.
+    Beside its run it must also be about the environment as it is now: in another one nothing is
+    proved. Raises RunError if any check fails, after saying all of them.
     """
     path = Path(path)
     try:
@@ -136,14 +146,9 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]
     )
     run = path.resolve().parent.parent.parent
     if record.is_file() and (run / "run.json").is_file():
-        loop = final_policy(RunDir(run))
-        with contextlib.closing(loop.env):
-            stated = certificate.get("policy", {}), certificate.get("shield", {})
-            same = (
-                policy_sha256(loop.deployment.actor, loop.normalizer),
-                shield_sha256(loop.deployment.shield),
-            ) == tuple(part.get("sha256") for part in stated)
-        checks.append(Check("policy", same, f'of the run "{run.name}", with its shield'))
+        checks.append(environment_check(certificate, RunDir(run)))
+        if checks[-1].passed:  # in another one the policy may not even fit
+            checks.append(_policy_check(certificate, RunDir(run)))
     for check in checks:
         say(f"{'ok    ' if check.passed else 'FAILED'} {check.name:<12}{check.detail}")
     if shown.is_file() and "page_sha256" not in certificate:
@@ -155,6 +160,17 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]
         raise RunError(f'"{path}" does not hold: {", ".join(failed)}. Do not rely on it.')
     say(summary(certificate))
     return checks
+
+
+def _policy_check(certificate: dict[str, Any], run: RunDir) -> Check:
+    loop = final_policy(run)
+    with contextlib.closing(loop.env):
+        stated = certificate.get("policy", {}), certificate.get("shield", {})
+        same = (
+            policy_sha256(loop.deployment.actor, loop.normalizer),
+            shield_sha256(loop.deployment.shield),
+        ) == tuple(part.get("sha256") for part in stated)
+    return Check("policy", same, f'of the run "{run.path.name}", with its shield')
 
 
 def _claim(
@@ -255,26 +271,11 @@ def subject_of(run: RunDir, loop: Finetuning) -> dict[str, Any]:
             "accident": safety.accident,
             **rule_source(safety.accident),
             "cost_threshold": safety.cost_threshold,
+            KEY: loop.env.identity(),
         },
         "versions": versions(loop.env.versions()),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def rule_source(accident: str) -> dict[str, str]:
-    """The sha256 of the file of an accident rule that is a function of the user's; else nothing.
-
-    "unknown" if there is no such file, as of an environment's.
-    """
-    name, colon, _ = accident.partition(":")
-    if not colon:
-        return {}
-    module = import_user_module(name, f'accident rule "{accident}"')
-    try:
-        source = hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # in a zip file, or in C
-        source = "unknown"
-    return {"accident_source": source}
 
 
 def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:

@@ -32,6 +32,7 @@ from safe_offrl.commands.common import (
     warning_lines,
     writing,
 )
+from safe_offrl.commands.environment import identities, learnt_lines, since_log
 from safe_offrl.commands.trust import require_trusted_log, trust_own
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
 from safe_offrl.data.dataset import Dataset
@@ -59,6 +60,7 @@ class PretrainPlan:
     inputs: RunInputs
     dataset: Dataset
     env_versions: dict[str, str]
+    env_identity: dict[str, Any]
     compiling: str  # whether, and why, in words
     units: str | None  # of the log's actions, where it does not say
 
@@ -71,6 +73,7 @@ class PretrainPlan:
                 f"pretrain    {config.agent} on {self.inputs.env_id}, {config.steps:,} gradient "
                 f"steps and {config.alignment_steps:,} of value alignment, seed {config.seed}",
                 data_line(self.dataset, self.inputs),
+                *learnt_lines(since_log(self.dataset, self.env_identity)),
                 *([f"actions     {self.units}"] if self.units else []),
                 *warning_lines(self.dataset, config.safety),
                 constraint_line(config.safety, self.dataset.horizon),
@@ -168,7 +171,7 @@ def plan_pretrain(
         check_learnable(dataset, config.safety)
         require_both_outcomes(dataset, path, config.safety)
         config.safety.limit(dataset.horizon, dataset.cost_max)  # refuses one that cannot bind
-        env_versions = env.versions()
+        env_versions, env_identity = env.versions(), env.identity()
         units = _assumed_units(dataset, env)
     finally:
         env.close()
@@ -181,7 +184,7 @@ def plan_pretrain(
         device=device,
         horizon=env.horizon,
     )
-    return PretrainPlan(config, inputs, dataset, env_versions, compiling, units)
+    return PretrainPlan(config, inputs, dataset, env_versions, env_identity, compiling, units)
 
 
 def _with_logged_horizon(config: PretrainConfig) -> PretrainConfig:
@@ -235,7 +238,8 @@ def pretrain_run(
         config_text=config_text,
         name=name,
         stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-{plan.config.agent}",
-        versions=versions(plan.env_versions, plan.inputs.device),
+        versions=versions(plan.env_versions, plan.inputs.device)
+        | identities(plan.env_identity, plan.dataset),
     )
     with run, writing(run, say, new=True) as stop:
         say(plan.header)

@@ -20,6 +20,7 @@ from safe_offrl.commands.common import (
     stored_pretrain_run,
     writing,
 )
+from safe_offrl.commands.environment import identities, require_same_environment
 from safe_offrl.commands.filming import filming
 from safe_offrl.commands.online_plan import FinetunePlan, plan_finetune
 from safe_offrl.commands.trust import require_trusted, trust_own
@@ -61,7 +62,8 @@ def finetune_run(
         config_text=config_text,
         name=name,
         stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent}",
-        versions=versions(plan.env.versions(), plan.inputs.device),
+        versions=versions(plan.env.versions(), plan.inputs.device)
+        | identities(plan.env.identity(), plan.dataset, stored_pretrain_run(plan.inputs)),
     )
     with run, contextlib.closing(plan.env), writing(run, say, new=True) as stop:
         say(plan.header)
@@ -78,10 +80,13 @@ def resume_finetune(
     *,
     runs: str | Path = "runs",
     threads: int | None = None,
+    accept_risk: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     say: Say = say_plain,
 ) -> RunDir:
-    """Continue an interrupted online phase.
+    """Continue an interrupted online phase; RunError in another environment than it began in.
+
+    With ``accept_risk`` it goes on there, and its record says so.
 
     In a simulation, episodes after the last checkpoint are played again and must come out as the
     ledger has them; the result is bitwise that of an uninterrupted run. In reality, they are
@@ -108,6 +113,7 @@ def resume_finetune(
                 "from it. Restore it, or start a new run."
             )
         with contextlib.closing(plan.env):
+            require_same_environment(run, plan.env, accept_risk, say)
             loop = start_loop(plan)
             with writing(run, say) as stop:
                 checkpoint = bring_back(run, loop)

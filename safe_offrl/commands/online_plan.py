@@ -19,6 +19,7 @@ from safe_offrl.commands.common import (
     stored_dataset,
     warning_lines,
 )
+from safe_offrl.commands.environment import learnt_lines, since_log, since_run
 from safe_offrl.commands.trust import require_trusted
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, to_dict
 from safe_offrl.data.dataset import Dataset
@@ -55,6 +56,7 @@ class FinetunePlan:
     limit: Limit  # what is constrained, in the safety critic's unit
     certifiable: Certifiable  # what the budget can prove at best
     compiling: str  # whether, and why, in words
+    changes: tuple[str, ...]  # header lines: how the environment differs from those learnt in
 
     @property
     def header(self) -> str:
@@ -83,6 +85,7 @@ class FinetunePlan:
                 + f", seed {config.seed}, from {self.inputs.pretrained}",
                 data_line(self.dataset, self.inputs),
                 *warning_lines(self.dataset, safety),
+                *self.changes,
                 constraint_line(safety, self.env.horizon),
                 f"active      {', '.join(on) if on else 'nothing: plain RLPD'}"
                 + (why if self.shield_refusals else ""),
@@ -225,6 +228,12 @@ def plan_finetune(
         )
     env = make_env(source.env_id, config.safety, timeout=config.env.timeout)
     try:
+        if source.horizon not in (None, env.horizon):
+            raise ConfigError(
+                f'An episode of "{source.env_id}" has {env.horizon} steps now, but '
+                f'"{pretrained.name}" learnt what happens within {source.horizon}. Register the '
+                "environment as it was, or pretrain again."
+            )
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
@@ -245,6 +254,10 @@ def plan_finetune(
             accepted = "not limited"
         subject = Subject(pretrained, config.safety, dataset, checkpoint, source_config, source)
         risk = gate(subject, accepted=accepted, say=say)
+        identity = env.identity()
+        changes = learnt_lines(since_log(dataset, identity), since_run(pretrained, identity))
+        if changes:
+            risk = f"{risk}; judged in another environment"
         inputs = dataclasses.replace(
             source,
             threads=threads,
@@ -265,6 +278,7 @@ def plan_finetune(
             limit=limit,
             certifiable=provable,
             compiling=compiling,
+            changes=tuple(changes),
         )
     except BaseException:
         env.close()

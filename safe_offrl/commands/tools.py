@@ -21,6 +21,7 @@ from safe_offrl.commands.common import (
     say_plain,
     stored_pretrain_run,
 )
+from safe_offrl.commands.environment import changed_line, since_run
 from safe_offrl.commands.filming import filming_evaluation
 from safe_offrl.commands.offline import DEFAULT_ENV, with_logged_rule
 from safe_offrl.commands.online import start_loop
@@ -30,6 +31,7 @@ from safe_offrl.config import load_config, parse_run_yaml
 from safe_offrl.data.inspect import INSPECTED, format_summary, summarise
 from safe_offrl.data.loading import load_dataset, stated_metadata
 from safe_offrl.env import make_env
+from safe_offrl.env_identity import KEY
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.evaluate import evaluate
 from safe_offrl.files import json_bytes, plain, write_atomic
@@ -85,7 +87,9 @@ def evaluate_run(
             "evaluate keeps no record. Use "
             f"`safe-offrl certify {run.name} --episodes {episodes}`, which does."
         )
-    safety = loop.config.safety
+    safety, identity = loop.config.safety, loop.env.identity()
+    for line in changed_line(f"that of {run.name}", since_run(run, identity)):
+        say(line)
     played: list[Episode] = []
     with (
         contextlib.closing(loop.env),
@@ -133,6 +137,7 @@ def evaluate_run(
         "mean_action": mean_action,
         "seed": seed,
         "checkpoint_sha256": run.load_checkpoint().sha256,
+        KEY: identity,
     }
     gain = f"{mean:.2f} +- {error:.2f}" if returns else "unknown: no episode came to its end"
     say(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.env_identity import KEY
 from safe_offrl.errors import DataError
 
 # Arrays by name; in place of an array anything with shape, dtype and [a:b], as an HDF5 dataset.
@@ -71,6 +72,7 @@ def dataset_sha256(arrays: Arrays, metadata: Metadata) -> str:
     """Identity of a dataset's content: names, types, shapes and values, and the metadata.
 
     The bytes of the container do not enter: the same data have the same identity in every format.
+    Nor does that of the environment that they were logged in, which is no part of them.
     """
     digest = hashlib.sha256()
     for key in (*REQUIRED, *OPTIONAL):
@@ -79,7 +81,8 @@ def dataset_sha256(arrays: Arrays, metadata: Metadata) -> str:
             digest.update(f"{key} {kind.str} {tuple(array.shape)}\n".encode())
             for part in chunks(len(array)):
                 digest.update(np.ascontiguousarray(array[part].astype(kind)).data)
-    digest.update(json.dumps(metadata, sort_keys=True).encode())
+    content = {key: value for key, value in metadata.items() if key != KEY}
+    digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()
 
 
