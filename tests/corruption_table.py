@@ -166,11 +166,13 @@ CORRUPTIONS: dict[str, Corruption] = {
     },
     "horizon in the file alone": Corruption(c.horizon_as(int), 3, "", readable=True),
     "horizon as a float": Corruption(c.horizon_as(float), 3, "horizon", readable=True),
-    "horizon as text": Corruption(c.horizon_as(str), 3, "horizon"),
-    "horizon that is no whole number": Corruption(c.horizon_as(lambda x: x + 0.5), 3, "horizon"),
-    "horizon 0": Corruption(c.horizon_as(lambda x: 0), 3, "horizon"),
-    "horizon -1": Corruption(c.horizon_as(lambda x: -1), 3, "horizon"),
-    "horizon as true": Corruption(c.horizon_as(lambda x: True), 3, "horizon"),
+    "horizon as text": Corruption(c.horizon_as(str), 3, "horizon", alone=True),
+    "horizon that is no whole number": Corruption(
+        c.horizon_as(lambda x: x + 0.5), 3, "horizon", alone=True
+    ),
+    "horizon 0": Corruption(c.horizon_as(lambda x: 0), 3, "horizon", alone=True),
+    "horizon -1": Corruption(c.horizon_as(lambda x: -1), 3, "horizon", alone=True),
+    "horizon as true": Corruption(c.horizon_as(lambda x: True), 3, "horizon", alone=True),
     "horizon under max_episode_steps": Corruption(
         c.horizon_under("max_episode_steps"), 3, "horizon"
     ),

@@ -177,7 +177,8 @@ def _of_load(
     if not wrong:
         return Outcome("true", "")
     named = [text for text in remarks_of(dataset) if words_of(names).search(text)]
-    if named and all(CORRUPTIONS[name].remark or harmless(name, target, form) for name in names):
+    suspects = names if len(names) == 1 else [n for n in names if not harmless(n, target, form)]
+    if named and all(CORRUPTIONS[name].remark for name in suspects):
         return Outcome("remarked", f"{wrong}: {named[0]}")
     what = "untellable" if untellable(names, target, form) else "silent"
     return Outcome(what, f"{wrong}; remarks: {remarks_of(dataset)}")
