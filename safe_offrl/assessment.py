@@ -6,6 +6,7 @@ sentence, and a choice among policies. All of it is about the policy without its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ FEWEST_EPISODES = 20
 LIKELY = 0.95  # of the policy's actions: the region whose logged actions are counted
 UNLIKELY = 0.05  # probability below which a discrete action is not one of the policy's
 LEAST_SUPPORT = 0.02  # of the logged actions: with fewer the fit says what it likes
+MOST_TIMES = 100.0  # as many episodes: beyond that "log more" is no advice
 LEAST_EPISODES = 10.0  # effective: with fewer an interval means nothing
 
 
@@ -43,7 +45,7 @@ class Estimates:
 
     ``support`` is the share of logged actions that are such as the policy takes;
     ``weighted_risk`` and ``weighted_return`` are None unless the log holds the behaviours'
-    log-probabilities.
+    log-probabilities. ``whole``: all of the log was looked at, not a sample of it.
     """
 
     constraint: str
@@ -54,6 +56,7 @@ class Estimates:
     support: float
     weighted_risk: Weighted | None = None
     weighted_return: Weighted | None = None
+    whole: bool = True
 
     def risk_interval(self, confidence: float) -> tuple[float, float]:
         """Two-sided interval of the accident probability, or of the cost per episode."""
@@ -61,14 +64,31 @@ class Estimates:
         low = lower_limit(self.risk.value, self.risk.error, 1.0 - tail)
         return low * self.scale, self.risk_upper(1.0 - tail)
 
-    def risk_upper(self, confidence: float) -> float:
+    def risk_upper(self, confidence: float, times: float = 1.0) -> float:
         """One-sided upper limit of the same. Of accidents it is never below what as many episodes
         of the policy's own would show at best, if none of them had one.
+
+        Or what it would be if the log had so many ``times`` as many episodes, and said the same.
         """
-        upper = upper_limit(self.risk.value, self.risk.error, confidence)
+        upper = upper_limit(self.risk.value, self.risk.error_of(times), confidence)
         if self.constraint == "accident":
-            upper = max(upper, 1.0 - (1.0 - confidence) ** (1.0 / max(1.0, self.risk.episodes)))
+            own = max(1.0, self.risk.episodes * times)
+            upper = max(upper, 1.0 - (1.0 - confidence) ** (1.0 / own))
         return upper * self.scale
+
+    def more_to_show(self, limit: float, confidence: float) -> int | None:
+        """Further episodes like these after which a log that says the same would show the limit.
+
+        None if no number of them up to MOST_TIMES the log does.
+        """
+        few, enough = 1.0, MOST_TIMES
+        if not self.whole or not self.risk_upper(confidence, enough) < limit:
+            return None
+        while enough - few > 0.01:
+            middle = (few + enough) / 2.0
+            shown = self.risk_upper(confidence, middle) < limit
+            few, enough = (few, middle) if shown else (middle, enough)
+        return math.ceil((enough - 1.0) * self.episodes)
 
     def return_interval(self, confidence: float) -> tuple[float, float]:
         """Two-sided normal interval of the return."""
@@ -86,11 +106,18 @@ class Estimates:
             f"only {self.support:.1%} of the logged actions are such as the policy takes": (
                 self.support >= LEAST_SUPPORT
             ),
-            f"the log is worth {self.risk.episodes:.1f} episodes of this policy": (
+            f"the log is worth {self.risk.episodes:.1f} episodes of this policy, "
+            f"{LEAST_EPISODES:g} needed{self._more_to_be_worth()}": (
                 self.risk.episodes >= LEAST_EPISODES
             ),
         }
         return tuple(text for text, met in demands.items() if not met)
+
+    def _more_to_be_worth(self) -> str:
+        if not self.whole or not 0.0 < self.risk.episodes < LEAST_EPISODES:
+            return ""
+        more = math.ceil((LEAST_EPISODES / self.risk.episodes - 1.0) * self.episodes)
+        return f" (log about {more:,} more episodes like these, or behave more like it)"
 
     def shows_below(self, limit: float, confidence: float) -> bool:
         """Whether the log shows that the risk is below ``limit`` (in its own unit)."""
@@ -108,7 +135,11 @@ class Estimates:
         low, high = (risk_text(x, self.constraint) for x in self.risk_interval(confidence))
         if self.risk_interval(confidence)[0] > limit:
             return f"The log shows that {what} is above the limit: {low} at least."
-        return f"The log cannot show that {below}: anything from {low} to {high} fits it."
+        more = self.more_to_show(limit, confidence)
+        sentence = f"The log cannot show that {below}: anything from {low} to {high} fits it."
+        if more is not None:
+            sentence += f" About {more:,} more episodes like these would, if they say the same."
+        return sentence
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; :meth:`from_dict` reads it back."""
@@ -119,6 +150,7 @@ class Estimates:
             "support": self.support,
             "risk": self.risk._asdict(),
             "return": self.returns._asdict(),
+            **({} if self.whole else {"whole": False}),
         }
         for name, found in (("risk", self.weighted_risk), ("return", self.weighted_return)):
             if found is not None:
@@ -139,6 +171,7 @@ class Estimates:
             risk=Fitted(**content["risk"]),
             returns=Fitted(**content["return"]),
             support=float(content["support"]),
+            whole=bool(content.get("whole", True)),
             **found,
         )
 
@@ -195,8 +228,9 @@ def assess(
     if dataset.episodes < FEWEST_EPISODES:
         raise DataError(
             f"The dataset has {dataset.episodes} episodes, too few to assess a policy from. "
-            f"Log at least {FEWEST_EPISODES}."
+            f"Log at least {FEWEST_EPISODES - dataset.episodes} more."
         )
+    logged = dataset.episodes
     dataset = dataset.sample(MOST_ROWS, seed)
     # Of an episode that was cut off there is nothing to reweigh.
     known = dataset.behaviour_log_probs is not None and bool(whole_episodes(dataset).all())
@@ -215,6 +249,7 @@ def assess(
         support=support(dataset, actor, seed),
         weighted_risk=found[RISK],
         weighted_return=found[RETURN],
+        whole=dataset.episodes == logged,
     )
 
 

@@ -9,6 +9,7 @@ decides, not who acts afterwards.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,6 +83,8 @@ class CalibrationReport:
                 f"{'V_accident' if self.constraint == 'accident' else 'cost':<12}"
                 f"{self.estimate:{form}} per episode for the new policy (upper estimate "
                 f"{self.estimate_upper:{form}}, plain TD {self.estimate_plain_td:{form}})",
+                f"{'':<12}the safety critic's own view, which learning steers by; what to expect, "
+                "and how sure that is, says `safe-offrl assess`",
                 f"critic      AUROC {self.auroc:.2f}, expected calibration error {self.ece:.3f}, "
                 f"ranking among actions {self.ranking:.2f} (at least {self.ranking_low:.2f})",
                 f"shield      {shield}",
@@ -154,9 +157,18 @@ def window_outcomes(dataset: Dataset, values: Floats, window: int) -> Floats:
 
 @torch.no_grad()
 def calibrate_critic(
-    critic: SafetyCritic, actor: Actor, held_out: Dataset, estimate: RiskEstimate, limit: Limit
+    critic: SafetyCritic,
+    actor: Actor,
+    held_out: Dataset,
+    estimate: RiskEstimate,
+    limit: Limit,
+    logged: int,
 ) -> CalibrationReport:
-    """Judge the critic on held-out episodes, and whether a shield may act on it."""
+    """Judge the critic on held-out episodes, and whether a shield may act on it.
+
+    ``logged`` is the number of all episodes of the log: of what is missing so much more is to be
+    logged as a share of it is held out.
+    """
     t = held_out.transitions
     risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
     noise = torch.randn(t.actions.shape, generator=torch.Generator().manual_seed(0))
@@ -175,13 +187,15 @@ def calibrate_critic(
     episode = np.repeat(np.arange(held_out.episodes), held_out.episode_lengths)
     score = auroc(risk, danger)
     accident_episodes = int(held_out.episode_accidents.sum())
+    missing = max(0, MIN_ACCIDENT_EPISODES - accident_episodes)
+    more = -(-missing * logged // held_out.episodes)
     # Written so that a NaN is a refusal.
     demands = {
-        f"{accident_episodes} held-out accident episodes, {MIN_ACCIDENT_EPISODES} needed": (
-            accident_episodes >= MIN_ACCIDENT_EPISODES
-        ),
+        f"{accident_episodes} held-out accident episodes, {MIN_ACCIDENT_EPISODES} needed (log "
+        f"about {more:,} more episodes with an accident)": not missing,
         f"AUROC {score:.2f}, {MIN_AUROC} needed": score >= MIN_AUROC,
-        f"ranking among actions is {ranking_low:.2f} at least, above {MIN_RANKING} needed": (
+        f"ranking among actions is {ranking_low:.2f} at least, above {MIN_RANKING} needed"
+        + _more_to_rank(concordant, pairs, accident_episodes * logged / held_out.episodes): (
             ranking_low > MIN_RANKING
         ),
     }
@@ -205,6 +219,28 @@ def calibrate_critic(
         shield_refusals=tuple(text for text, met in demands.items() if not met),
         bins=reliability_bins(risk, outcomes, seen, episode),
     )
+
+
+def _more_to_rank(right: int, pairs: int, accident_episodes: float) -> str:
+    """How many more of the log's ``accident_episodes`` would show a ranking like this, in words.
+
+    "" where none would: right in half of the pairs, or in fewer.
+    """
+    if 2 * right <= pairs:
+        return ""
+    fewer, enough = pairs, 2 * pairs
+    while not _shows_ranking(right * enough // pairs, enough):
+        fewer, enough = enough, 2 * enough
+    while enough - fewer > 1:
+        middle = (fewer + enough) // 2
+        shown = _shows_ranking(right * middle // pairs, middle)
+        fewer, enough = (fewer, middle) if shown else (middle, enough)
+    more = math.ceil((enough / pairs - 1.0) * accident_episodes)
+    return f" (log about {more:,} more episodes with an accident, if {right / pairs:.2f} holds)"
+
+
+def _shows_ranking(right: int, pairs: int) -> bool:
+    return clopper_pearson(right, pairs, 0.9)[0] > MIN_RANKING
 
 
 def _reliability(

@@ -204,7 +204,8 @@ def reserve(claim: Claim, index: int, env: AccidentEnv, version: int, before: in
 def policy_sha256(actor: Actor, normalizer: Normalizer) -> str:
     """Hash of a policy's parameters and of how it scales observations."""
     arrays = {k: v.numpy() for k, v in actor.state_dict().items()}
-    return _sha256({**arrays, "mean": normalizer.mean, "std": normalizer.std})
+    offset = {} if normalizer.offset is None else {"offset": normalizer.offset}
+    return _sha256({**arrays, "mean": normalizer.mean, "std": normalizer.std, **offset})
 
 
 def shield_sha256(shield: Shield) -> str:

@@ -15,17 +15,18 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from numpy.typing import NDArray
 
-from safe_offrl.behaviours import random_behaviour
+from safe_offrl.behaviours import Controller, Vector, random_behaviour
+from safe_offrl.check_observations import check_observations
 from safe_offrl.env import AccidentEnv, episode_seed, make_raw, refusals
 from safe_offrl.env_report import EnvReport
 from safe_offrl.errors import ConfigError, EnvError
-from safe_offrl.observations import entry_name, layout
+from safe_offrl.observations import layout
 from safe_offrl.replay import Recording, first_difference, record, replay, replay_elsewhere
 from safe_offrl.safety import SafetySpec
 from safe_offrl.user_code import sentence
 
-LARGE = 1e3  # an observation beyond this loses decimals in float32 and dwarfs the others
 MANY = 1000  # numbers; more look like an image
 SLOW = 600.0  # seconds for the default online budget of 50,000 steps
 # What Gymnasium's checker recommends and this package takes care of.
@@ -79,12 +80,12 @@ def check_environment(env_id: str, spec: SafetySpec, *, episodes: int = 20) -> E
         _check_gymnasium(report)
         listener = _Listener(raw)
         env = AccidentEnv(listener, spec, env_id=env_id)
-        recordings = _check_episodes(report, env, episodes)
+        recordings, observations = _check_episodes(report, env, episodes)
         if recordings:
             _check_repeats(report, env, spec, recordings[0])
             _check_ends(report, env, listener, recordings)
             _check_accidents(report, spec, recordings)
-            _check_observations(report, env, recordings)
+            check_observations(report, env, np.array(observations))
             _check_speed(report, listener, recordings)
     _check_pickle(report, raw)
     with contextlib.suppress(Exception):  # Gymnasium's checker has said so already
@@ -147,20 +148,36 @@ def _check_gymnasium(report: EnvReport) -> None:
         report.add("ok", "gymnasium", "its own checker finds nothing")
 
 
-def _check_episodes(report: EnvReport, env: AccidentEnv, episodes: int) -> list[Recording]:
-    """Play with random actions; the adapter refuses what is not finite or lacks a cost."""
+def _check_episodes(
+    report: EnvReport, env: AccidentEnv, episodes: int
+) -> tuple[list[Recording], list[NDArray[np.float64]]]:
+    """Play with random actions; the adapter refuses what is not finite or lacks a cost.
+
+    The episodes, none if one failed, and every observation of them, in float64.
+    """
     factory = random_behaviour(env.action_size).factory
     recordings: list[Recording] = []
+    observations: list[NDArray[np.float64]] = []
+
+    def watched(controller: Controller) -> Controller:
+        def act(observation: Vector) -> Vector:
+            observations.append(env.exact)
+            return controller(observation)
+
+        return act
+
     try:
         for index in range(episodes):
             seed = episode_seed(0, index, "check")
-            recordings.append(record(env, seed, factory(np.random.default_rng(seed))))
+            controller = watched(factory(np.random.default_rng(seed)))
+            recordings.append(record(env, seed, controller))
+            observations.append(env.exact)
     except EnvError as error:
         report.add("FAIL", "episodes", str(error))
-        return []
+        return [], []
     except Exception as error:  # whatever the environment raises
         report.add("FAIL", "episodes", f"Episode {len(recordings) + 1} failed: {_describe(error)}")
-        return []
+        return [], []
     lengths = [len(r.actions) for r in recordings]
     report.measured |= {"horizon": env.horizon, "episodes": episodes, "steps": sum(lengths)}
     report.add(
@@ -169,7 +186,7 @@ def _check_episodes(report: EnvReport, env: AccidentEnv, episodes: int) -> list[
         f"{episodes} with random actions, {min(lengths)} to {max(lengths)} steps long; every "
         "observation, reward and cost is finite",
     )
-    return recordings
+    return recordings, observations
 
 
 def _check_repeats(report: EnvReport, env: AccidentEnv, spec: SafetySpec, first: Recording) -> None:
@@ -254,31 +271,6 @@ def _check_accidents(report: EnvReport, spec: SafetySpec, recordings: list[Recor
     report.add("warn", "accidents", f"{text}. {advice}")
 
 
-def _check_observations(report: EnvReport, env: AccidentEnv, recordings: list[Recording]) -> None:
-    """Scale and variation of every entry [O] over all episodes."""
-    values = np.concatenate([r.observations for r in recordings])
-    largest = np.abs(values).max(axis=0)
-    constant = np.flatnonzero(values.min(axis=0) == values.max(axis=0))
-    large = np.flatnonzero(largest > LARGE)
-    report.measured["largest_observation"] = float(largest.max())
-    if len(large):
-        report.add(
-            "warn",
-            "scale",
-            f"{_entries(env, large)} beyond {LARGE:g}, up to {largest.max():.3g}. Divide in the "
-            "environment: float32 keeps 7 digits, and one such entry hides the others.",
-        )
-    if len(constant):
-        report.add(
-            "warn",
-            "scale",
-            f"{_entries(env, constant)} the same in every step seen. Leave out what never changes, "
-            "or look whether it is filled.",
-        )
-    if not len(large) and not len(constant):
-        report.add("ok", "scale", f"every entry varies, none is beyond {largest.max():.3g}")
-
-
 def _check_speed(report: EnvReport, listener: _Listener, recordings: list[Recording]) -> None:
     """What 50,000 steps cost, the learning apart."""
     steps = sum(len(r.actions) for r in recordings)
@@ -302,13 +294,6 @@ def _check_pickle(report: EnvReport, raw: gymnasium.Env[Any, Any]) -> None:
         report.add("warn", "pickle", text)
     else:
         report.add("ok", "pickle", "can be pickled")
-
-
-def _entries(env: AccidentEnv, indices: Any) -> str:
-    """The first three entries by name, and how many more: "a[0], a[1] and 4 more are"."""
-    names = ", ".join(entry_name(env.layout, int(i)) for i in indices[:3])
-    more = f" and {len(indices) - 3} more" if len(indices) > 3 else ""
-    return f"{names}{more} {'is' if len(indices) == 1 else 'are'}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that --help answers at once
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -69,6 +70,9 @@ DryRun = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Videos = Annotated[
     int | None, typer.Option(min=0, help="Film so many accidents, the first ones; none if out.")
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Where to write; into the run if left out.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)]
 
@@ -143,13 +147,14 @@ def assess(
         float | None, typer.Option(help="Limit of the expected cost per episode.")
     ] = None,
     confidence: Annotated[float | None, typer.Option(help="Of intervals and limits.")] = None,
+    out: Out = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say from the log alone what a pretrained policy would do; of several, name the one to use.
 
-    Writes assessment.json into each run.
+    Writes assessment.json into each run, or all of it into FILE.
     """
     from safe_offrl import commands
 
@@ -158,6 +163,7 @@ def assess(
         epsilon=epsilon,
         cost_limit=cost_limit,
         confidence=confidence,
+        out=out,
         runs=runs,
         say=_say(as_json),
     )
@@ -272,11 +278,12 @@ def evaluate(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the evaluation episodes.")] = 0,
     videos: Videos = None,
+    out: Out = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Play episodes with a run's final policy; writes evaluation.json into the run."""
+    """Play episodes with a run's final policy; writes evaluation.json into the run, or FILE."""
     from safe_offrl import commands
 
     result = commands.evaluate_run(
@@ -285,6 +292,7 @@ def evaluate(
         mean_action=mean_action,
         seed=seed,
         videos=videos or 0,
+        out=out,
         runs=runs,
         say=_say(as_json),
     )
@@ -357,9 +365,7 @@ def export(
     file_format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="onnx or torchscript.")
     ] = "onnx",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write; into the run if left out.")
-    ] = None,
+    out: Out = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
@@ -651,7 +657,7 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk: not the input
         if "--debug" in sys.argv:
@@ -659,9 +665,10 @@ def main() -> None:
         if isinstance(error, IsADirectoryError):
             print(f'error: "{error.filename}" is a folder. Name a file in it.', file=sys.stderr)
             sys.exit(2)
+        # Of a run that can be continued a note says so.
+        further = "continue with --resume" if hasattr(error, "__notes__") else "try again"
         print(
-            f"error: {error}. What was written before is intact: free the cause, then continue "
-            "with --resume.",
+            f"error: {error}. What was written before is intact: free the cause, then {further}.",
             file=sys.stderr,
         )
         sys.exit(1)
@@ -675,8 +682,9 @@ def main() -> None:
 
         if not isinstance(error, Interrupted):
             raise
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        print(error, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(error.exit_code)  # everything is closed; taking Python apart would take seconds
 
 
 if __name__ == "__main__":

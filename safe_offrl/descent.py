@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import sys
-import sysconfig
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from safe_offrl.compiler import compiler_fault
 from safe_offrl.cuda_graph import CudaGraph, Values
 from safe_offrl.device import Device
 from safe_offrl.errors import ConfigError
-from safe_offrl.files import cache_folder
+from safe_offrl.files import cache_folder, unwritable
 
 CompileMode = Literal["auto", "on", "off"]
 Precision = Literal["fp32", "bf16"]
@@ -76,19 +73,23 @@ def choose(
         raise ConfigError(
             f"precision is bf16, but this {name} cannot multiply in bfloat16. Try precision=fp32."
         )
-    missing = _missing_for_compiling()
-    if mode == "on" and missing:
-        raise ConfigError(f"compile is on, but there is {missing}. Install it, or try compile=off.")
     if mode == "off":
         return Compute(False, precision, device), "not compiled"
     if mode == "auto" and updates < WORTH_COMPILING:
         why = f"not compiled: {updates:,} updates do not earn it"
         return Compute(False, precision, device), why
-    if missing:
-        return Compute(False, precision, device), f"not compiled: there is {missing}"
+    fault = compiler_fault()
+    if fault is not None and mode == "on":
+        raise ConfigError(
+            f"compile is on, but {fault.what}. {fault.remedy}, or try compile=off in a new run."
+        )
+    if fault is not None:
+        return Compute(False, precision, device), f"not compiled: {fault.what}"
     # What is compiled outlives the process: the next run starts in seconds. torch asks for the
     # folder once, when the first optimiser is made.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    compiled = cache_folder() / "compiled"
+    if unwritable(compiled) is None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     return Compute(True, precision, device), "compiled (up to a minute the first time)"
 
 
@@ -96,16 +97,6 @@ def _multiplies_bf16(device: Device) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _missing_for_compiling() -> str:
-    """What is not there that compiling needs, in words; "" if nothing is."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f'no C++ compiler "{compiler}"'
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return "no Python.h (a package like python3-dev)"
-    return ""
 
 
 class Descent:
@@ -210,6 +201,8 @@ def _compiled(function: Gradients) -> Gradients:
             return compiled(*arguments)
         except torch._inductor.exc.InductorError as error:
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"Compiling failed ({reason}). Try compile=off.") from error
+            raise ConfigError(
+                f"Compiling failed ({reason}). Try compile=off in a new run."
+            ) from error
 
     return call

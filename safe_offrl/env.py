@@ -186,6 +186,9 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
     * Observations: a Box, or a Dict or Tuple of Boxes (nested too), flattened to one float32
       vector [O] in the order of the space: the keys as the Dict space lists them, a Tuple from
       left to right, each Box in C order.
+      Where ``offset`` [O] is set, it is subtracted before the numbers become float32, as it was
+      from the log (:mod:`safe_offrl.data.offsets`); ``exact`` is the latest one in float64, as the
+      environment gave it, and ``wide`` whether float32 may not hold it.
     * Actions: [A] in [-1, 1], clipped and rescaled to the bounds of the environment's Box. Of a
       Discrete space with A actions (``discrete``), a one-hot row [A]: the largest entry acts.
     * Under the rule "episode_cost" the observation ends with the share of the threshold that is
@@ -215,6 +218,9 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         self._episode_cost = 0.0
         self.layout = layout(self.env_id, env.observation_space)
         boxes = [part.box for part in self.layout]
+        self.wide: bool = not all(np.can_cast(box.dtype, np.float32) for box in boxes)
+        self.offset: NDArray[np.float64] | None = None
+        self.exact: NDArray[np.float64] = np.zeros(0)
         with np.errstate(over="ignore"):  # a float64 bound beyond float32 becomes infinite
             low = np.concatenate([box.low.ravel() for box in boxes]).astype(np.float32)
             high = np.concatenate([box.high.ravel() for box in boxes]).astype(np.float32)
@@ -326,11 +332,13 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         if not self.sums_cost:
             return flat
         share = min(episode_cost / self._threshold, COST_SHARE_MAX)
+        self.exact = np.append(self.exact, share)
         return np.append(flat, np.float32(share))
 
     def _flatten(self, observation: Any) -> Vector:
         """The environment's observation -> float32 vector."""
-        flat = flatten(self.env_id, self.layout, observation)
+        self.exact = flatten(self.env_id, self.layout, observation)
+        flat = self.exact
         expected = self.observation_size - self.sums_cost
         if flat.shape != (expected,):
             raise EnvFault(
@@ -338,12 +346,16 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
                 f"space has {expected}. Fix the environment: "
                 "gymnasium.utils.env_checker.check_env finds such faults."
             )
-        if not np.isfinite(flat).all():
+        if self.offset is not None:
+            flat = flat - self.offset
+        with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite
+            seen = flat.astype(np.float32)
+        if not np.isfinite(seen).all():
             raise EnvFault(
                 f'"{self.env_id}" gave an observation with NaN or infinity at step {self._steps}. '
                 "Fix the environment: observations must be finite numbers."
             )
-        return flat
+        return seen
 
     def _cost(self, info: Mapping[str, Any]) -> float:
         if "cost" not in info:

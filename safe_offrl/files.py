@@ -54,6 +54,23 @@ def write_atomic(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def unwritable(folder: Path) -> str | None:
+    """Why no file can be written into a folder, in the system's words; None if one can.
+
+    Nothing is left behind: where the folder is still to be made, the one above it is tried.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    probe = there / f".writable-{os.getpid()}"
+    try:
+        try:
+            write_file(probe, b"?")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        return str(error.strerror)
+    return None
+
+
 def fsync_folder(path: Path) -> None:
     """Make the names in a folder durable: what was created, renamed or removed there."""
     if os.name == "nt":  # Windows cannot open a folder; NTFS journals the rename itself

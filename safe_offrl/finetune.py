@@ -64,9 +64,8 @@ class Finetuning:
             )
         self.config = config
         self.env = env
-        self.normalizer = Normalizer(
-            pretrained["normalizer_mean/value"].numpy(), pretrained["normalizer_std/value"].numpy()
-        )
+        self.normalizer = Normalizer.restored(pretrained)
+        env.offset = self.normalizer.offset
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout

@@ -58,7 +58,11 @@ class Fitted(NamedTuple):
     @property
     def error(self) -> float:
         """Standard error: of the sampling (no less than the disagreement), features and misfit."""
-        sampling = max(self.sampling, self.disagreement)
+        return self.error_of(1.0)
+
+    def error_of(self, times: float) -> float:
+        """What it would be with so many ``times`` as many episodes: sampling alone gets better."""
+        sampling = max(self.sampling, self.disagreement) / math.sqrt(times)
         return float(np.linalg.norm([sampling, self.features, self.misfit]))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.dataset import ROUNDING, Dataset
 from safe_offrl.losses import first_accident_target, td_target
 from safe_offrl.nets import Actor, StackedMLP, polyak_
 from safe_offrl.safety import Limit
@@ -73,7 +73,9 @@ class Steps(NamedTuple):
     def continuation(self, limit: Limit) -> Tensor:
         """Weight of the next value in each target, 0 or 1: [2, B]."""
         nothing = torch.zeros_like(self.outcomes)
-        return self.targets(nothing + 1.0, limit) - self.targets(nothing, limit)
+        # Rewards have no part in it; beside large ones the 1 would be lost.
+        unpaid = self._replace(outcomes=torch.stack([self.outcomes[RISK], nothing[RETURN]]))
+        return unpaid.targets(nothing + 1.0, limit) - unpaid.targets(nothing, limit)
 
 
 def take(dataset: Dataset, limit: Limit, index: Tensor) -> Steps:
@@ -199,4 +201,6 @@ def episode_totals(dataset: Dataset, limit: Limit) -> tuple[np.ndarray, np.ndarr
 
 
 def _spread(values: np.ndarray) -> float:
-    return float(values.std()) or 1.0
+    """Standard deviation; of values that differ by rounding errors at most their size, or 1."""
+    spread, size = float(values.std()), float(np.abs(values).max())
+    return spread if spread > ROUNDING * size else size or 1.0

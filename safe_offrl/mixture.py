@@ -52,9 +52,10 @@ def collect(
     ``shares`` [K] sums to 1; episode by episode the behaviour furthest behind its share acts, so
     any prefix of the log has the mixture. Episode k is reset with
     ``episode_seed(seed, k, stream)``. Returns the arrays of
-    :func:`safe_offrl.data.hdf5.write_dataset`, ``accidents`` and ``episode_behaviours`` included.
+    :func:`safe_offrl.data.hdf5.write_dataset`, ``accidents`` and ``episode_behaviours`` included;
+    observations are float64 where the environment's are.
     """
-    log = _Log()
+    log = _Log(np.float64 if env.wide else np.float32)
     done = np.zeros(len(behaviours))
     index = accident_episodes = told = 0
     while len(log.rewards) < transitions and (episodes is None or index < episodes):
@@ -89,9 +90,10 @@ def tell(progress: Progress | None, message: str) -> None:
 class _Log:
     """Transitions of complete episodes, as lists until :meth:`arrays`."""
 
-    def __init__(self) -> None:
-        self.observations: list[Vector] = []
-        self.next_observations: list[Vector] = []
+    def __init__(self, kind: type[np.floating]) -> None:
+        self.kind = kind  # of the observations
+        self.observations: list[NDArray[Any]] = []
+        self.next_observations: list[NDArray[Any]] = []
         self.actions: list[Vector] = []
         self.rewards: list[float] = []
         self.costs: list[float] = []
@@ -112,6 +114,7 @@ class _Log:
         """Log one episode; returns whether it had an accident."""
         controller = behaviour.factory(rng)
         observation, _ = env.reset(seed=seed)
+        kept = env.exact.astype(self.kind)
         start, ended = len(self.rewards), False
         while not ended:
             action = np.asarray(controller(observation), dtype=np.float32)
@@ -122,24 +125,25 @@ class _Log:
                 )
             # Stored as executed: the environment would clip silently, or take the largest entry.
             action = env.executed(action)
-            following, reward, terminated, truncated, info = env.step(action)
-            self.observations.append(observation)
-            self.next_observations.append(following)
+            observation, reward, terminated, truncated, info = env.step(action)
+            self.observations.append(kept)
+            kept = env.exact.astype(self.kind)
+            self.next_observations.append(kept)
             self.actions.append(action)
             self.rewards.append(reward)
             self.costs.append(info["cost"])
             self.terminals.append(terminated)
             self.timeouts.append(truncated)
             self.accidents.append(info["accident"])
-            observation, ended = following, terminated or truncated
+            ended = terminated or truncated
         self.behaviours.append(behaviour_index)
         return any(self.accidents[start:])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The log in the DSRL layout."""
         return {
-            "observations": np.array(self.observations, dtype=np.float32),
-            "next_observations": np.array(self.next_observations, dtype=np.float32),
+            "observations": np.array(self.observations, dtype=self.kind),
+            "next_observations": np.array(self.next_observations, dtype=self.kind),
             "actions": np.array(self.actions, dtype=np.float32),
             "rewards": np.array(self.rewards, dtype=np.float32),
             "costs": np.array(self.costs, dtype=np.float32),

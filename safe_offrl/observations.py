@@ -64,10 +64,10 @@ def layout(env_id: str, space: spaces.Space[Any]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def flatten(env_id: str, parts: tuple[Part, ...], observation: Any) -> NDArray[np.float32]:
-    """The environment's observation -> one float32 vector; EnvFault if it lacks a part.
+def flatten(env_id: str, parts: tuple[Part, ...], observation: Any) -> NDArray[np.float64]:
+    """The environment's observation -> one float64 vector of its own; EnvFault if it lacks a part.
 
-    A number beyond float32 becomes infinite; how many numbers there are is the caller's to check.
+    How many numbers there are is the caller's to check.
     """
     flat: list[NDArray[Any]] = []
     for part in parts:
@@ -82,8 +82,7 @@ def flatten(env_id: str, parts: tuple[Part, ...], observation: Any) -> NDArray[n
                 f"observation space ({type(error).__name__}). Fix the environment: every "
                 "observation must have all the parts of the space."
             ) from error
-    with np.errstate(over="ignore"):
-        return np.concatenate(flat).astype(np.float32)
+    return np.concatenate(flat)
 
 
 def entry_name(parts: tuple[Part, ...], index: int) -> str:

@@ -36,7 +36,9 @@ class Account:
             return
         cost = float(np.mean([cost for _, cost in self.episodes[self._seen :]]))
         self._seen = len(self.episodes)
-        excess = min(2.0, (cost - self._limit) / max(self._limit, 1e-3))
+        # In units of the limit; of a limit of 0 any cost is far above it.
+        excess = (cost - self._limit) / self._limit if self._limit > 0.0 else 2.0 * (cost > 0.0)
+        excess = min(2.0, excess)
         self._integral = max(0.0, self._integral + INTEGRAL * self._unit * excess)
         self.penalty = max(0.0, self._integral + PROPORTIONAL * self._unit * excess)
 

@@ -127,7 +127,7 @@ def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
 
 
 class Pretraining:
-    """State and loop of the offline phase; resumable at every record it yields."""
+    """State and loop of the offline phase; resumable after every step."""
 
     def __init__(
         self,
@@ -140,9 +140,10 @@ class Pretraining:
         self.config = config
         compute = Compute(compiled, config.precision, device)
         self.generator = torch.Generator(device).manual_seed(config.seed)
+        self._logged_episodes = dataset.episodes
         train, held_out = dataset.split(config.held_out, config.seed)
         # A robot's joints, a plant's pressures: no network should have to learn their units.
-        self.normalizer = train.normalizer()
+        self.normalizer = train.normalizer()._replace(reward_scale=dataset.reward_scale())
         self.train = train.normalised(self.normalizer)
         self.held_out = held_out.sample(HELD_OUT_ROWS, config.seed).normalised(self.normalizer)
         layout = dataset.layout
@@ -189,6 +190,7 @@ class Pretraining:
         self.multiplier = Multiplier(config.lagrangian, self.limit.share, self.generator.device)
         self.step = 0
         self.report: CalibrationReport | None = None
+        self._metrics: dict[str, Tensor | float] = {}  # since the last record
         logged = self.train.on(self.generator.device)
         self._risky = RiskSampler.of(
             logged,
@@ -207,17 +209,23 @@ class Pretraining:
 
     def run(self) -> Iterator[Record]:
         """Train to the end, yielding a record every ``log_every`` steps."""
+        return (record for record in self.steps() if record is not None)
+
+    def steps(self) -> Iterator[Record | None]:
+        """Train to the end, yielding after each step: the record that is due there, or None."""
         config = self.config
         while self.step < self.total_steps:
-            n = min(config.log_every, self.total_steps - self.step)
-            metrics: dict[str, Tensor] = {}
-            for _ in range(n):
-                metrics |= self._update(aligning=self.step >= config.steps)
-                self.step += 1
-            if self.step == self.total_steps:
+            self._metrics |= self._update(aligning=self.step >= config.steps)
+            self.step += 1
+            last = self.step == self.total_steps
+            if last:
                 # Part of the result, and so of the last checkpoint: may the shield act?
                 self.report = self._calibrate()
-            yield Record(self.step, {f"offline/{k}": float(v) for k, v in metrics.items()})
+            record = None
+            if last or self.step % config.log_every == 0:
+                values = {f"offline/{k}": float(v) for k, v in self._metrics.items()}
+                record, self._metrics = Record(self.step, values), {}
+            yield record
 
     def _update(self, *, aligning: bool) -> dict[str, Tensor]:
         config, generator = self.config, self.generator
@@ -278,7 +286,9 @@ class Pretraining:
     def _calibrate(self) -> CalibrationReport:
         actor = copy.deepcopy(self.networks.actor).cpu()
         critic = self.critic.in_memory()
-        return calibrate_critic(critic, actor, self.held_out, self.estimate(), self.limit)
+        return calibrate_critic(
+            critic, actor, self.held_out, self.estimate(), self.limit, self._logged_episodes
+        )
 
     def _parts(self) -> dict[str, Part]:
         return {
@@ -289,8 +299,7 @@ class Pretraining:
             },
             **{f"learner.{k}": v for k, v in self.learner.parts().items()},
             **self.critic.parts(),
-            "normalizer_mean": torch.from_numpy(self.normalizer.mean),
-            "normalizer_std": torch.from_numpy(self.normalizer.std),
+            **self.normalizer.parts(),
             "multiplier": self.multiplier.value,
             "generator": self.generator,
         }
@@ -302,9 +311,15 @@ class Pretraining:
     def info(self) -> dict[str, Any]:
         """The part of the state that is not tensors; JSON-able."""
         acts = self.report.shield_acts if self.report else False
-        return {"step": self.step, "shield_acts": acts}
+        unlogged = [(k, float(v)) for k, v in self._metrics.items()]  # in this order
+        return {
+            "step": self.step,
+            "shield_acts": acts,
+            **({"unlogged": unlogged} if unlogged else {}),
+        }
 
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` and :meth:`info`, bitwise."""
         restore_state(self._parts(), tensors)
         self.step = int(info["step"])
+        self._metrics = dict(info.get("unlogged", {}))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 Job = TypeVar("Job")
@@ -36,16 +40,20 @@ def run_jobs(
     """``work(job, progress)`` for every job, in up to ``workers`` processes; results in order.
 
     ``work`` is a module's function, and jobs and results can be pickled. With one worker, or one
-    job, everything runs in this process. An exception of a job is raised here; jobs not yet begun
-    are dropped.
+    job, everything runs in this process. An exception of a job is raised here; the other jobs end
+    at once then, and with this process.
     """
     tell = progress or (lambda _message: None)
     if min(workers, len(jobs)) <= 1:
         return [work(job, tell) for job in jobs]
     context = multiprocessing.get_context("spawn")  # torch does not survive a fork
     messages = context.Queue()
+    theirs, ours = context.Pipe(duplex=False)  # ends with this process, however that comes about
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_begin, initargs=(messages,)
+        min(workers, len(jobs)),
+        mp_context=context,
+        initializer=_begin,
+        initargs=(messages, theirs),
     )
     try:
         futures = [pool.submit(_work, work, job) for job in jobs]
@@ -55,16 +63,31 @@ def run_jobs(
             _drain(messages, tell)
             for future in done:
                 future.result()  # raises at once what the job raised
-        return [future.result() for future in futures]
+        results = [future.result() for future in futures]
+    except BaseException:  # nobody waits for what the others do
+        _drain(messages, tell)
+        ours.close()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
-        _drain(messages, tell)
-        messages.close()
+        theirs.close()
+    _drain(messages, tell)
+    ours.close()
+    messages.close()
+    return results
 
 
-def _begin(messages: Any) -> None:
+def _begin(messages: Any, parent: Connection) -> None:
     global _messages
     _messages = messages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent decides
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Connection) -> None:
+    """End this process when the pipe from its parent does, in the middle of whatever it does."""
+    parent.poll(None)
+    os._exit(1)
 
 
 def _work(work: Callable[[Job, Progress], Result], job: Job) -> Result:

@@ -114,7 +114,8 @@ def play_episode(
 ) -> PlayedEpisode:
     """Reset with ``seed`` and act until the episode ends.
 
-    Observations are standardised by ``normalizer``, in what the policy sees and in the rows.
+    Observations are standardised by ``normalizer``, in what the policy sees and in the rows, and
+    the rows' rewards are scaled by it; the episode's return is in the environment's unit.
     Return-to-go is left at 0 in the rows: only Cal-QL reads it, and fills it in. Where the
     environment fails, the episode ends, and its ``fault`` says how. Raises EnvError when the policy
     wants a non-finite action, which is never sent, and for settings that do not fit the
@@ -142,7 +143,8 @@ def play_episode(
             raw, reward, terminated, truncated, info = _ask(env.step, action)
             following = normalizer(raw)
             accident = bool(info["accident"])
-            tail = (reward, accident, info["cost"], terminated, time_to_go, 0.0)
+            scaled = reward * normalizer.reward_scale
+            tail = (scaled, accident, info["cost"], terminated, time_to_go, 0.0)
             rows.append(
                 np.concatenate([observation, action, following, np.asarray(tail, dtype=np.float32)])
             )

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from safe_offrl import checkpoints
 from safe_offrl.board import Board
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.errors import RunError
-from safe_offrl.files import json_bytes, json_line, write_atomic, write_file
+from safe_offrl.files import json_bytes, json_line, unwritable, write_atomic, write_file
 from safe_offrl.ledger import Ledger, LedgerWriter, chain_start, read_ledger
 from safe_offrl.types import Episode
 
@@ -117,12 +118,38 @@ class RunDir:
         """The resolved configuration as YAML."""
         return (self.path / "config.yaml").read_text(encoding="utf-8")
 
-    def set_status(self, status: str, **details: Any) -> None:
-        """Record how the run stands: "running", "interrupted" or "finished"."""
+    def set_status(self, status: str, *, count: bool = True, **details: Any) -> None:
+        """Record how the run stands: "running", "interrupted" or "finished".
+
+        ``count`` its episodes too, so that a ledger cut short is found. Without, as after a failed
+        write, nothing but the status is touched, and a disk that fails again is left alone.
+        """
         self._require_lock()
-        self._sync_lines()
-        counted = {"episodes": self._counts["ledger"]}  # so that a ledger cut short is found
-        self.write_json("run.json", {**self.state, "status": status, **counted, **details})
+        if count:
+            self._sync_lines()
+            details = {"episodes": self._counts["ledger"], **details}
+        try:
+            self.write_json("run.json", {**self.state, "status": status, **details})
+        except (OSError, RunError):
+            if count:
+                raise
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing of it is on record: no episode, no number, no step."""
+        names = ("ledger.jsonl", "metrics.jsonl", "iterations.jsonl")
+        saved = {path.name for path in self.path.glob("checkpoints/step-*")}
+        return not any((self.path / name).is_file() for name in names) and all(
+            int(name.removeprefix("step-")) == 0 for name in saved
+        )
+
+    def discard(self) -> None:
+        """Remove the run, of which nothing is on record, so that its name is free."""
+        self._require_lock()
+        if not self.is_blank:
+            raise RuntimeError(f"{self.path} has a record, which is never removed")
+        self.close()
+        shutil.rmtree(self.path)
 
     def read_json(self, filename: str) -> dict[str, Any]:
         """Read one of the run's JSON files; RunError if it is missing or damaged."""
@@ -141,6 +168,16 @@ class RunDir:
         """Write a JSON file of the run atomically (evaluation.json, calibration.json ...)."""
         write_atomic(self.path / filename, json_bytes(dict(value)))
         return self.path / filename
+
+    def require_writable(self, remedy: str) -> None:
+        """Raise RunError if nothing can be written into the folder: before work that would be lost.
+
+        ``remedy`` is a sentence: what to do then.
+        """
+        if why := unwritable(self.path):
+            raise RunError(
+                f'Nothing can be written into the run folder "{self.path}" ({why}). {remedy}'
+            )
 
     # --- one writer ---
 
@@ -357,23 +394,15 @@ def check_name(name: str) -> str:
 def require_runs_folder(root: Path, name: str | None = None) -> None:
     """Raise RunError unless a run, called ``name``, can be written into the folder ``root``.
 
-    For the time before anything that takes long. Nothing is left behind: where ``root`` is still to
-    be made, the folder above it is tried.
+    For the time before anything that takes long. Nothing is left behind.
     """
     if name is not None and (root / check_name(name)).exists():
         raise _taken(root, name)
-    there = next(path for path in (root, *root.absolute().parents) if path.exists())
-    probe = there / f".writable-{os.getpid()}"
-    try:
-        try:
-            write_file(probe, b"?")
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
+    if why := unwritable(root):
         raise RunError(
-            f'Nothing can be written into the runs folder "{root}" ({error.strerror}). '
+            f'Nothing can be written into the runs folder "{root}" ({why}). '
             "Repair that, or choose another folder with --runs."
-        ) from error
+        )
 
 
 def _taken(root: Path, name: str) -> RunError:

@@ -6,6 +6,7 @@ members, U update-to-data ratio (UTD), K candidate actions, D columns of a store
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -106,14 +107,45 @@ class Visited(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """Standardises observations: (o - mean) / std, with the statistics of the log, each [O]."""
+    """From the units of a log to those of learning: observations (o - mean) / std, each [O], and
+    rewards times ``reward_scale``.
+
+    ``offset`` [O], float64, is what the log's observations are less already, and what the adapter
+    of the environment has to subtract from its own, see :mod:`safe_offrl.data.offsets`.
+    """
 
     mean: np.ndarray
     std: np.ndarray
+    reward_scale: float = 1.0  # a float32
+    offset: np.ndarray | None = None
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         """Standardise observations [..., O], float32."""
         return (observation - self.mean) / self.std
+
+    def parts(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        offset = {} if self.offset is None else {"normalizer_offset": torch.from_numpy(self.offset)}
+        return {
+            "normalizer_mean": torch.from_numpy(self.mean),
+            "normalizer_std": torch.from_numpy(self.std),
+            "normalizer_reward_scale": torch.tensor(self.reward_scale, dtype=torch.float64),
+            **offset,
+        }
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor]) -> Normalizer:
+        """From the tensors of a checkpoint. Earlier versions learnt from rewards as they are."""
+        mean, std = (tensors[f"normalizer_{key}/value"].numpy() for key in ("mean", "std"))
+        scale, offset = (
+            tensors.get(f"normalizer_{key}/value") for key in ("reward_scale", "offset")
+        )
+        return cls(
+            mean,
+            std,
+            1.0 if scale is None else float(scale),
+            None if offset is None else offset.numpy(),
+        )
 
 
 class Episode(NamedTuple):

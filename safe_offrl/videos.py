@@ -150,6 +150,7 @@ class AccidentCamera:
         self._env: AccidentEnv | None = None
         try:
             self._env = make_env(env_id, spec, render_mode="rgb_array")
+            self._env.offset = normalizer.offset
             self._env.reset(seed=0)
             picture(self._env)
         except Exception as error:  # whatever the environment or its renderer raises

@@ -185,6 +185,23 @@ class LargeObservation(Sound):
         return np.array([self.position, 5e4 * self.position], dtype=np.float32)
 
 
+class TinyObservations(Sound):
+    def observe(self) -> Any:
+        return np.array([1e-7 * self.position, 1e-5 * self.position], dtype=np.float32)
+
+
+class FarObservation(Sound):
+    def observe(self) -> Any:
+        return np.array([5.4e6 + self.position, self.position], dtype=np.float32)
+
+
+class FarObservationInFloat64(Sound):
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+    def observe(self) -> Any:
+        return np.array([5.4e6 + 0.01 * self.position, self.position])
+
+
 class ConstantObservation(Sound):
     def observe(self) -> Any:
         return np.array([self.position, 0.5], dtype=np.float32)

@@ -14,14 +14,15 @@ LAYERS = [
     ["errors", "adam"],  # L0: the words
     ["types", "safety", "state", "files", "device", "cuda_graph", "board"],
     [
+        "compiler",
         "losses",
         "distributions",
         "statistics",
         "resampling",
-        "descent",
         "versions",
         "processes",
     ],  # L1: the mathematics
+    ["descent"],
     ["nets", "observations", "user_code"],
     ["env_process"],
     ["agents", "data", "env", "safety_critic", "lagrangian", "acting"],  # L2: the parts
@@ -42,7 +43,7 @@ LAYERS = [
         "fitted_features",
         "importance_sampling",
     ],
-    ["fitted_evaluation"],
+    ["fitted_evaluation", "check_observations"],
     [
         "assessment",
         "calibration",

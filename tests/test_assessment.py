@@ -124,8 +124,45 @@ def test_doubts_show_nothing(changes: dict[str, object], words: str) -> None:
     assert words in found.sentence(0.5, 0.95)
 
 
+def test_what_a_log_cannot_show_it_says_how_many_more_episodes_would() -> None:
+    """Without an accident 1 - .05^(1/n) < .05 takes n = log .05 / log .95 = 58.4 of its own."""
+    found = dataclasses.replace(estimates(), risk=fitted(0.0, 0.0, 29.2), episodes=500)
+    more = found.more_to_show(0.05, 0.95)
+    assert more == pytest.approx(500, abs=10)  # as many again
+    assert found.sentence(0.05, 0.95).endswith(
+        f" fits it. About {more} more episodes like these would, if they say the same."
+    )
+
+
+def test_how_many_more_by_clopper_and_pearson() -> None:
+    """Ten in 100 have the error .03. Four times as many have half of it: 40 in 400."""
+    found = estimates(risk=0.1, error=0.03)
+    limit = clopper_pearson_upper(40, 400, 0.95) + 1e-9
+    assert found.more_to_show(limit, 0.95) == pytest.approx(3 * 600, abs=10)
+    assert found.more_to_show(0.1, 0.95) is None  # the estimate itself is not below it
+    part = Fitted(0.1, 0.03, 0.0, 0.02, 0.0, 500.0)  # what no further episode mends
+    stuck = dataclasses.replace(found, risk=part)
+    assert stuck.more_to_show(limit, 0.95) is None
+    assert stuck.sentence(limit, 0.95).endswith("fits it.")
+    part = part._replace(features=0.01)
+    # (.03^2 / t + .01^2) = .015^2 at t = 7.2
+    mended = dataclasses.replace(found, risk=part).more_to_show(limit, 0.95)
+    assert mended == pytest.approx(6.2 * 600, abs=10)
+    # A sample of the log was looked at: more of it would not be.
+    assert dataclasses.replace(found, whole=False).more_to_show(limit, 0.95) is None
+
+
+def test_a_log_worth_too_little_says_how_many_more_it_takes() -> None:
+    found = dataclasses.replace(estimates(), risk=fitted(0.001, 0.0001, 4.0))
+    # 600 episodes are worth 4: 10 take 1,500.
+    assert found.sentence(0.5, 0.95) == (
+        "The log says too little of this policy: the log is worth 4.0 episodes of this policy, 10 "
+        "needed (log about 900 more episodes like these, or behave more like it)."
+    )
+
+
 def test_it_is_read_back_as_it_was_written() -> None:
-    found = estimates(weighted_risk=Weighted(0.1, 0.2, 0.3, 0.4, 5.0))
+    found = estimates(weighted_risk=Weighted(0.1, 0.2, 0.3, 0.4, 5.0), whole=False)
     assert Estimates.from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 
@@ -225,7 +262,7 @@ def test_an_accident_in_mid_episode_counts_once_when_reweighed() -> None:
 
 def test_too_few_episodes_are_refused() -> None:
     few = log(CASES["careful log, careful policy"], 0).subset(np.arange(19))
-    with pytest.raises(DataError, match="19 episodes, too few"):
+    with pytest.raises(DataError, match=r"19 episodes, too few .* Log at least 1 more\."):
         assess(few, policy_of(CASES["careful log, careful policy"].target), LIMIT, QUICK)
 
 

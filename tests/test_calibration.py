@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 
 from safe_offrl.calibration import (
     CONTRASTS,
     CalibrationReport,
+    _more_to_rank,
     accident_within,
     auroc,
     calibrate_critic,
@@ -112,9 +114,13 @@ def one_step_episodes(n: int = 600) -> Dataset:
 LIMIT = Limit("accident", 0.1, 1.0)
 
 
-def report_of(critic: SafetyCritic, data: Dataset, limit: Limit = LIMIT) -> CalibrationReport:
+def report_of(
+    critic: SafetyCritic, data: Dataset, limit: Limit = LIMIT, share: float = 1.0
+) -> CalibrationReport:
+    """Of a log of which ``data`` is this share, held out."""
     actor = Actor(1, 1, (4,), torch.Generator().manual_seed(0))
-    return calibrate_critic(critic, actor, data, RiskEstimate(0.12, 0.15, 0.1), limit)
+    estimate, logged = RiskEstimate(0.12, 0.15, 0.1), round(data.episodes / share)
+    return calibrate_critic(critic, actor, data, estimate, limit, logged)
 
 
 def test_a_perfect_critic_may_shield() -> None:
@@ -189,21 +195,60 @@ def test_a_ranking_no_better_than_chance_is_refused_and_one_just_better_is_not()
     assert "ranking" not in refusals(113)
 
 
-@pytest.mark.parametrize("accidents", [0, 8])
-def test_too_few_accidents_refuse_whatever_the_critic(accidents: int) -> None:
+@pytest.mark.parametrize(
+    ("accidents", "share", "more"),
+    [
+        (0, 0.1, 100),  # ten are missing, and one in ten is held out
+        (8, 1.0, 2),
+        (9, 0.1, 10),
+        (9, 0.15, 7),  # 1 / .15 = 6.7
+        (3, 0.3, 24),  # 7 / .3 = 23.3
+    ],
+)
+def test_too_few_accidents_refuse_whatever_the_critic_and_say_how_many_more(
+    accidents: int, share: float, more: int
+) -> None:
     data = one_step_episodes()
     bad = np.flatnonzero(data.episode_accidents)[:accidents]
-    good = np.flatnonzero(~data.episode_accidents)
-    report = report_of(PERFECT, data.subset(np.sort(np.concatenate([bad, good]))))
+    good = np.flatnonzero(~data.episode_accidents)[: 450 - accidents]  # 450 / share is whole
+    held_out = data.subset(np.sort(np.concatenate([bad, good])))
+    report = report_of(PERFECT, held_out, share=share)
     assert report.accident_episodes == accidents
     assert not report.shield_acts
-    assert f"{accidents} held-out accident episodes" in report.shield_refusals[0]
+    assert report.shield_refusals[0] == (
+        f"{accidents} held-out accident episodes, 10 needed (log about {more} more episodes with "
+        "an accident)"
+    )
 
 
 def test_nothing_but_accidents_is_refused() -> None:
     data = one_step_episodes()
     report = report_of(PERFECT, data.subset(np.flatnonzero(data.episode_accidents)))
     assert not report.shield_acts
+
+
+def test_a_ranking_that_too_few_pairs_show_says_how_many_more_would() -> None:
+    """By the binomial law: P(at least so many of n right by chance) must come below 5 %."""
+
+    def shown(n: int, right: int, pairs: int) -> bool:
+        return bool(stats.binom.sf(right * n // pairs - 1, n, 0.5) < 0.05)
+
+    for right, pairs in ((112, 200), (6, 8), (1001, 2000)):
+        text = _more_to_rank(right, pairs, accident_episodes=1000.0)
+        more = int(text.split(" more ")[0].split("about ")[1].replace(",", ""))
+        assert text.endswith(f" more episodes with an accident, if {right / pairs:.2f} holds)")
+        n = round(pairs * (1.0 + more / 1000.0))
+        assert shown(n, right, pairs)
+        assert not shown(n - 2 - n // 500, right, pairs)
+    for useless in (0, 50, 100):
+        assert _more_to_rank(useless, 200, 1000.0) == ""
+
+
+def test_the_report_says_whose_the_estimate_is_and_where_to_look() -> None:
+    lines = str(report_of(PERFECT, one_step_episodes())).splitlines()
+    (index,) = [k for k, line in enumerate(lines) if line.startswith("V_accident")]
+    assert lines[index + 1].strip().startswith("the safety critic's own view")
+    assert "`safe-offrl assess`" in lines[index + 1]
 
 
 def test_reliability_by_hand() -> None:

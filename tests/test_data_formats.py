@@ -323,7 +323,7 @@ def test_what_is_complete_already_is_left_alone() -> None:
         "terminals": np.array([0, 0, 1]),
         "timeouts": np.zeros(n),
     }
-    found, metadata, remarks = complete(arrays, {"action_low": -1, "action_high": 1})
+    found, metadata, remarks, _ = complete(arrays, {"action_low": -1, "action_high": 1})
     assert all(found[key] is arrays[key] for key in arrays)
     assert metadata == {"action_low": -1, "action_high": 1}
     assert remarks == ()

@@ -110,8 +110,10 @@ def test_it_is_standardised_as_it_is_drawn(
 ) -> None:
     monkeypatch.setattr("safe_offrl.data.dataset.CHUNK_ROWS", 37)
     (one, _), (other, _) = (dataset.split(0.2, 0) for dataset in both(folder, spec))
-    for mine, theirs in zip(one.normalizer(), other.normalizer(), strict=True):
-        assert np.array_equal(mine, theirs)
+    mine, theirs = one.normalizer(), other.normalizer()
+    assert np.array_equal(mine.mean, theirs.mean)
+    assert np.array_equal(mine.std, theirs.std)
+    assert mine[2:] == theirs[2:]
     one, other = one.normalised(one.normalizer()), other.normalised(other.normalizer())
     assert_equal(one, other)
     drawn = [

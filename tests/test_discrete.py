@@ -277,7 +277,7 @@ def test_an_interrupted_run_resumes_bitwise(
 def test_a_continuous_log_is_refused_for_a_discrete_environment(
     dataset: Path, tmp_path: Path
 ) -> None:
-    with dataset_content(dataset) as (arrays, metadata, _):
+    with dataset_content(dataset) as (arrays, metadata, _, _):
         without = {k: v for k, v in metadata.items() if k != "action_count"}
         write_dataset(tmp_path / "unnamed.hdf5", {k: v[:] for k, v in arrays.items()}, without)
     config = commands.pretrain_config(
@@ -291,7 +291,7 @@ def test_a_continuous_log_is_refused_for_a_discrete_environment(
 def test_rows_that_are_not_one_hot_are_refused(
     dataset: Path, tmp_path: Path, wrong: list[float]
 ) -> None:
-    with dataset_content(dataset) as (arrays, metadata, _):
+    with dataset_content(dataset) as (arrays, metadata, _, _):
         copies = {k: v[:].copy() for k, v in arrays.items()}
     copies["actions"][7] = wrong
     write_dataset(tmp_path / "wrong.hdf5", copies, metadata)

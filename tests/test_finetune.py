@@ -354,7 +354,8 @@ def test_every_batch_of_every_utd_slice_has_its_share_of_logged_rows(
 
     def offline_rows(batch: Batch) -> int:
         assert batch.rewards.shape == (32,)
-        return int((batch.return_to_go == OFFLINE_MARK).sum())
+        mark = torch.tensor(OFFLINE_MARK) * pretraining.normalizer.reward_scale
+        return int((batch.return_to_go == mark).sum())
 
     def watched(method: str, kind: type, name: str) -> None:
         original = getattr(kind, method)

@@ -6,6 +6,7 @@ this machine is in no error message.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ from safe_offrl.files import json_bytes
 from safe_offrl.pretrain import PretrainConfig
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.safety import SafetySpec
+from tests.failing_disk import fail
 from tests.promises import Record
 from tests.test_data_hdf5 import METADATA, make_arrays
 from tests.test_run import TENSORS, make
@@ -261,18 +263,63 @@ def test_own_runs_are_trusted(
         require_trusted(run, plan.inputs, safety)
 
 
-def test_where_nothing_can_be_remembered_it_is_asked_for(
+def unwritable_cache(folder: Path, kind: str, patch: pytest.MonkeyPatch) -> Path:
+    """A cache folder in which nothing can be written."""
+    cache = folder / "cache"
+    if kind == "a file":
+        cache.write_text("no folder")
+    elif kind == "below a file":
+        (folder / "file").write_text("no folder")
+        cache = folder / "file" / "cache"
+    else:
+        cache.mkdir()
+        fail(patch, "write", kind, lambda path, _: cache in path.parents)
+        patch.setattr(Path, "touch", denied)  # it asks the system without os.open
+    patch.setenv("SAFE_OFFRL_CACHE", str(cache))
+    return cache
+
+
+def denied(path: Path) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "denied"])
+def test_where_nothing_can_be_remembered_it_says_so_and_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It does not say "not made on this machine", which it cannot know."""
+    cache = unwritable_cache(tmp_path, kind, monkeypatch)
+    run = foreign_run(tmp_path, tmp_path / "marker", env_id=f"{MODULE}:Env-v0", accident="cost")
+    inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
+    said: list[str] = []
+    trust_own(run.config_text, inputs, config.safety, said.append)
+    (line,) = said
+    assert line.startswith("note        this run will have to be trusted before it is used. The ")
+    assert f'"{cache / "trusted"}", cannot be written (' in line
+    assert line.endswith("Set SAFE_OFFRL_CACHE to a folder of yours.")
+    with pytest.raises(RunError) as caught:
+        require_trusted(run, inputs, config.safety)
+    said_then = str(caught.value)
+    assert said_then.startswith('Whether the run "foreign" was made on this machine is not known')
+    assert f'"{cache / "trusted"}", cannot be written (' in said_then
+    assert "Set SAFE_OFFRL_CACHE to a folder of yours." in said_then
+    assert "was not made on this machine" not in said_then
+    with pytest.raises(RunError, match=r"cannot be written.*Set SAFE_OFFRL_CACHE"):
+        commands.trust_run(run.path)
+
+
+def test_a_list_that_can_be_written_and_does_not_hold_a_run_says_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cache").write_text("no folder")
     monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path / "cache"))
     run = foreign_run(tmp_path, tmp_path / "marker", env_id=f"{MODULE}:Env-v0", accident="cost")
     inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
-    trust_own(run.config_text, inputs, config.safety)
     with pytest.raises(RunError, match="was not made on this machine as far as it knows"):
         require_trusted(run, inputs, config.safety)
-    with pytest.raises(RunError, match="Set SAFE_OFFRL_CACHE"):
-        commands.trust_run(run.path)
+    said: list[str] = []
+    trust_own(run.config_text, inputs, config.safety, said.append)
+    require_trusted(run, inputs, config.safety)
+    assert said == []
 
 
 def test_the_payload_would_make_its_marker(tmp_path: Path) -> None:

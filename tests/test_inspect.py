@@ -1,6 +1,7 @@
 """Every figure of the summary by hand, and each warning on a dataset that deserves it alone."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.groups import Verdict
+from safe_offrl.data.groups import Group, Verdict, _more_to_show
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.inspect import (
     DatasetSummary,
@@ -22,7 +23,7 @@ from safe_offrl.data.inspect import (
 from safe_offrl.data.inspect import summarise as summarise_under
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.data_chart import write_data_png
-from safe_offrl.safety import SafetySpec
+from safe_offrl.safety import Limit, SafetySpec
 
 LENGTH = 10
 
@@ -162,6 +163,38 @@ def test_a_behaviour_within_epsilon_identifies_it_and_nobody_does_not(tmp_path: 
     assert "at least 72 without an accident" in verdict.sentence  # log .025 / log .95 = 71.9
 
 
+def test_too_few_transitions_say_how_many_are_missing(tmp_path: Path) -> None:
+    few = summarise(load(tmp_path, sound_arrays(60)))
+    assert "only 600 transitions" in few.warnings[1]
+    assert few.warnings[1].endswith("too few to learn. Log 400 more at least.")
+
+
+def test_a_cost_that_is_nearly_shown_says_how_many_episodes_would() -> None:
+    """m + z s / sqrt(n) < limit: of 25 episodes 4 +- 1, s is 5, and below 5 are (z 5 / 1)^2."""
+    group = Group("calm", 25, 0.0, 4.0, 1.0, 0)
+    limit = Limit("cost", 0.05, 100.0)
+    assert limit.value == 5.0
+    assert _more_to_show(group, limit, 0.95) == 68 - 25  # (1.645 * 5)^2 = 67.6
+    assert _more_to_show(group._replace(mean_cost=5.0), limit, 0.95) == 0
+    assert (
+        _more_to_show(group._replace(mean_cost=0.0, cost_error=0.1, episodes=4), limit, 0.95) == 6
+    )
+    assert _more_to_show(group._replace(cost_error=math.nan, episodes=1), limit, 0.95) == 0
+
+
+def test_and_the_sentence_says_it(tmp_path: Path) -> None:
+    arrays = sound_arrays(24)
+    arrays["costs"][:] = 0
+    arrays["costs"][[0, 20, 40]] = 1  # by calm: 3 of 12 episodes cost 1
+    arrays["costs"][19::20] = 1  # by wild: each
+    summary = summarise(load(tmp_path, arrays), constraint="cost", cost_limit=0.5)
+    # .25 +- .131, s = .452; of two groups z is 1.96: (1.96 * .452 / .25)^2 = 12.6 of 12.
+    assert summary.identification.sentence.endswith(
+        "Log more episodes of a more careful behaviour, or about 1 more of 'calm' if they cost the "
+        "same."
+    )
+
+
 def test_a_cost_limit_is_identified_by_a_mean_with_its_error(tmp_path: Path) -> None:
     limit = {"constraint": "cost", "cost_limit": 0.5}
     assert identified(tmp_path, wild=True, **limit).identified  # calm: 0 +- 0
@@ -217,16 +250,24 @@ def _shuffled(arrays: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_no_accident, "no accident at all"),
-        (_few_accidents, "only 10 accident episodes, too few to calibrate"),
-        (_all_accidents, "every episode has an accident"),
-        (_few_safe, "only 7 episodes without an accident"),
+        (_no_accident, "Log at least 30 episodes with one."),
+        (
+            _few_accidents,
+            "only 10 accident episodes, too few to calibrate the safety critic (at least "
+            "30). Log 20 more.",
+        ),
+        (_all_accidents, "cannot be learnt. Log at least 30 episodes without one."),
+        (
+            _few_safe,
+            "only 7 episodes without an accident, too few to calibrate the safety critic (at "
+            "least 30). Log 23 more.",
+        ),
         (_narrow_action, "action 1 stays within [-0.09, +0.09]"),
         (_poor_actions, "the actions cover 2%"),
         (_one_behaviour, "a single behaviour"),
         (_same_reward, "every reward is the same"),
         (_negative_cost, "2 steps have a cost below 0"),
-        (_shuffled, "next observations of 1 rows (the first is row 5) are far"),
+        (_shuffled, "next_observations of 1 rows (the first is row 5) are far"),
     ],
 )
 def test_each_warning(change: Any, words: str, tmp_path: Path) -> None:
@@ -266,6 +307,7 @@ def test_too_few_cheap_episodes_are_a_warning(tmp_path: Path) -> None:
     dear["costs"][: 100 * LENGTH] = 1
     summary = summarise(load(tmp_path, dear), constraint="cost", cost_limit=0.5)
     assert "only 14 episodes are below the limit of 0.5" in summary.warnings[0]
+    assert summary.warnings[0].endswith("(at least 30). Log 16 more.")
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

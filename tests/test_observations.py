@@ -54,7 +54,7 @@ def test_nested_parts_have_slices_and_names() -> None:
     ]
     value = {"lidar": [1, 2], "pose": (3.0, {"grid": np.arange(4, 10).reshape(2, 3)})}
     flat = flatten("x", parts, value)
-    assert flat.dtype == np.float32
+    assert flat.dtype == np.float64
     assert flat.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     names = [entry_name(parts, k) for k in (1, 2, 3, 7, 9)]
     assert names == [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+import time
 
 import pytest
 
-from safe_offrl.progress import OnlineCurves, ProgressLine
+from safe_offrl import progress
+from safe_offrl.progress import Heartbeat, OnlineCurves, ProgressLine
 from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
 
@@ -123,3 +127,106 @@ def test_twenty_plain_lines_with_the_time_left() -> None:
     assert len(lines) == 20
     assert lines[0].startswith("500/10,000 steps | x | ETA 0:0")
     assert lines[-1] == "10,000/10,000 steps | x | ETA 0:00"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """``clock[0]`` is the time; nobody waits for it."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Heartbeat, "_beat", lambda self: None)  # the thread has a test of its own
+    return now
+
+
+def test_a_line_is_printed_after_fifteen_seconds_whatever_the_step(clock: list[float]) -> None:
+    """Ten steps of 250,000 a second: a twentieth of the run would take 20 minutes."""
+    lines: list[tuple[float, str]] = []
+    with contextlib.closing(
+        ProgressLine(250_000, say=lambda text: lines.append((clock[0], text)))
+    ) as line:
+        for step in range(1, 1001):
+            clock[0] = step / 10
+            line.update(step, "loss 1" if step % 500 == 0 else None)
+    assert [when for when, _ in lines] == [15.0, 30.0, 45.0, 60.0, 75.0, 90.0]
+    # Ten steps a second, of 250,000: some 24,985 seconds. What is shown is a second old at most.
+    for when, text in lines:
+        head, *middle, left = text.split(" | ")
+        shown = int(head.split("/")[0])
+        assert 10 * when - 10 <= shown <= 10 * when
+        assert left == f"ETA {progress.clock((250_000 - shown) / 10 + 0.01)}"
+        assert middle == (["loss 1"] if when >= 60.0 else [])
+
+
+def test_the_remaining_time_leaves_out_what_compiled(clock: list[float]) -> None:
+    """The first step takes 40 seconds, the others a tenth; as do those of the second part."""
+    lines: list[str] = []
+    with contextlib.closing(ProgressLine(2000, say=lines.append)) as line:
+        for step in range(1, 2001):
+            first = step in (1, 1001)
+            clock[0] += 40.0 if first else 0.1
+            if first:
+                line.restart()
+            line.update(step, "x" if step % 100 == 0 else None)
+    left = {int(text.split("/")[0].replace(",", "")): text.split()[-1] for text in lines}
+    for step in (100, 300, 900, 1100, 1900):
+        minutes, seconds = left[step].split(":")
+        assert 60 * int(minutes) + int(seconds) == pytest.approx((2000 - step) / 10, abs=1.0)
+
+
+def test_the_remaining_time_follows_the_last_minute(clock: list[float]) -> None:
+    """1,000 steps at 100 a second, then ten a second, as where learning begins online."""
+    with contextlib.closing(ProgressLine(2000, say=lambda _: None)) as line:
+        for step in range(1, 1801):
+            clock[0] += 0.01 if step <= 1000 else 0.1
+            line.update(step, "x")
+        assert line._line[-4:] in ("0:19", "0:20")
+        assert len(line._marks) < 100
+
+
+def test_a_twentieth_of_a_long_run_is_what_the_remaining_time_follows(clock: list[float]) -> None:
+    """Steps of two minutes: a minute holds none."""
+    with contextlib.closing(ProgressLine(100, say=lambda _: None)) as line:
+        for step in range(1, 51):
+            clock[0] += 120.0
+            line.update(step, "x")
+        assert line._line.split()[-1] in ("99:59", "100:00")
+
+
+def test_where_no_step_ends_a_line_says_that_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TELL_SECONDS", 0.1)
+    lines: list[str] = []
+    before = threading.active_count()
+    with contextlib.closing(ProgressLine(1000, say=lines.append)) as line:
+        time.sleep(0.55)
+        assert 2 <= len(lines) <= 5
+        assert set(lines) == {"0/1,000 steps | at work, 0:00 so far"}
+        line.update(7, "x")
+        lines.clear()
+        time.sleep(0.35)
+        assert lines[-1] == "7/1,000 steps | at work, 0:00 so far"
+    lines.clear()
+    time.sleep(0.3)
+    assert lines == []
+    assert threading.active_count() == before
+
+
+def test_a_heart_beats_only_into_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TELL_SECONDS", 0.4)
+    lines: list[str] = []
+    with contextlib.closing(Heartbeat(lines.append, "still here, {}".format)) as heart:
+        for k in range(8):
+            heart.say(f"line {k}")
+            time.sleep(0.05)
+        assert lines == [f"line {k}" for k in range(8)]
+        time.sleep(0.6)
+        assert lines[8:] == ["still here, 0:00"] or lines[8:] == ["still here, 0:01"]
+
+
+def test_a_heart_does_not_mind_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TELL_SECONDS", 0.02)
+
+    def broken(text: str) -> None:
+        raise BrokenPipeError
+
+    with contextlib.closing(Heartbeat(broken, str)):
+        time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from safe_offrl.certificate import policy_sha256
 from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.commands.common import (
     loading,
+    require_output,
     require_own_limit,
     say_plain,
     stored_dataset,
@@ -24,8 +26,9 @@ from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.device import configure
 from safe_offrl.errors import RunError
-from safe_offrl.files import json_bytes, plain, write_atomic
+from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
 from safe_offrl.fitted_features import FittedConfig
+from safe_offrl.importance_sampling import USABLE
 from safe_offrl.nets import Actor
 from safe_offrl.pretrain import PretrainConfig, discount_of
 from safe_offrl.progress import ProgressLine, Say
@@ -37,6 +40,10 @@ from safe_offrl.versions import versions
 
 FILE = "assessment.json"
 FORMAT = 1
+GO_BY = (
+    "go by       these: made of the log's episodes, with intervals. What pretrain printed is the "
+    "safety critic's own view, which learning steers by"
+)
 CONFIG = FittedConfig()
 
 
@@ -57,15 +64,21 @@ def assess_runs(
     epsilon: float | None = None,
     cost_limit: float | None = None,
     confidence: float | None = None,
+    out: str | Path | None = None,
     runs: str | Path = "runs",
     say: Say = say_plain,
 ) -> dict[str, Any]:
     """Assess pretrain runs from their logs, and of several name the one to go on with.
 
-    Writes assessment.json into each run; one that is still true of it is not made again. The limits
+    Writes assessment.json into each run; one that is still true of it is not made again. With
+    ``out`` all that is returned goes into this file instead, and nothing into the runs. The limits
     are those that the runs were pretrained with, unless given here.
     """
     found = [find_run(reference, Path(runs), "pretrain") for reference in references]
+    for run in found if out is None else ():
+        run.require_writable("Give --out FILE to write elsewhere.")
+    if out is not None:
+        require_output(Path(out))
     estimates: dict[str, Estimates] = {}
     limits: dict[str, tuple[float, float]] = {}
     results: dict[str, Any] = {}
@@ -79,12 +92,14 @@ def assess_runs(
         for line in warning_lines(dataset, safety):
             say(line)
         key = str(run.path)
-        estimates[key], limits[key] = assessed(subject, say), (limit, safety.confidence)
+        estimates[key] = assessed(subject, say, store=out is None)
+        limits[key] = (limit, safety.confidence)
         results[key] = {
             **verdict(estimates[key], limit, safety.confidence),
             "estimates": estimates[key].as_dict(),
         }
         say(describe(run.name, estimates[key], limit, safety.confidence))
+    say(GO_BY)
     answer: dict[str, Any] = {"runs": plain(results)}
     if len(found) > 1:
         name, qualifies = choose(estimates, limits)
@@ -96,6 +111,10 @@ def assess_runs(
             else f"choice      none is shown to be below its limit; the lowest upper limit of risk "
             f"is that of {name}"
         )
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(out), json_bytes(answer))
+        say(f"file        {out}")
     return answer
 
 
@@ -135,32 +154,35 @@ def stored_estimates(subject: Subject) -> Estimates | None:
     return None
 
 
-def assessed(subject: Subject, say: Say) -> Estimates:
-    """The stored estimates if they are still true, else new ones, which are stored."""
+def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
+    """The stored estimates if they are still true, else new ones, which are stored if wanted."""
     if (stored := stored_estimates(subject)) is not None:
         return stored
     run, dataset = subject.run, subject.dataset
-    actor, normalizer = _policy(subject)
-    limit = subject.safety.limit(dataset.horizon, dataset.cost_max)
-    say(f"assess      {run.path}: the policy, without its shield, from the log alone")
-    line = ProgressLine(100, 0, None if say is say_plain else say, "%")
-    estimates = assess(
-        dataset.normalised(normalizer),
-        actor,
-        limit,
-        CONFIG,
-        progress=lambda done: line.update(round(100 * done), "fitted Q evaluation"),
-    )
-    line.close()
-    content = {
-        **_identity(subject),
-        "estimates": estimates.as_dict(),
-        **verdict(estimates, limit.value, subject.safety.confidence),
-        "versions": versions(),
-    }
-    run.lock()
-    with run:
-        write_atomic(run.path / FILE, json_bytes(json.loads(json.dumps(plain(content)))))
+    with contextlib.ExitStack() as writing:
+        if store:
+            run.lock()  # before the work, not after it
+            writing.enter_context(run)
+        actor, normalizer = _policy(subject)
+        limit = subject.safety.limit(dataset.horizon, dataset.cost_max)
+        say(f"assess      {run.path}: the policy, without its shield, from the log alone")
+        line = ProgressLine(100, 0, None if say is say_plain else say, "%")
+        with contextlib.closing(line):
+            estimates = assess(
+                dataset.normalised(normalizer),
+                actor,
+                limit,
+                CONFIG,
+                progress=lambda done: line.update(round(100 * done), "fitted Q evaluation"),
+            )
+        content = {
+            **_identity(subject),
+            "estimates": estimates.as_dict(),
+            **verdict(estimates, limit.value, subject.safety.confidence),
+            "versions": versions(),
+        }
+        if store:
+            write_atomic(run.path / FILE, json_bytes(json.loads(json.dumps(plain(content)))))
     return estimates
 
 
@@ -176,8 +198,8 @@ def _policy(subject: Subject) -> tuple[Actor, Normalizer]:
     )
     with loading(subject.run.path):
         restore_state({"learner.actor": actor}, tensors)
-    mean, std = (tensors[f"normalizer_{key}/value"].numpy() for key in ("mean", "std"))
-    return actor, Normalizer(mean, std)
+    # Returns are estimated in the environment's unit.
+    return actor, Normalizer.restored(tensors)._replace(reward_scale=1.0)
 
 
 def verdict(estimates: Estimates, limit: float, confidence: float) -> dict[str, Any]:
@@ -214,7 +236,7 @@ def describe(name: str, estimates: Estimates, limit: float, confidence: float) -
         if found is None:
             continue
         scale = estimates.scale if what == "risk" else 1.0
-        note = "" if found.usable else ": UNUSABLE, too few"
+        note = "" if found.usable else f": UNUSABLE, {USABLE:g} needed"
         lines.append(
             f"  {what}, reweighed: WIS {found.wis * scale:.3g} +- {found.wis_error * scale:.2g}, "
             f"doubly robust {found.doubly_robust * scale:.3g} +- "
@@ -263,7 +285,9 @@ def gate(subject: Subject, *, accepted: str | None, say: Say) -> str:
         stored = stored_estimates(subject)
         known = numbers(stored, limit, safety.confidence) if stored else "not assessed"
         return f"{accepted}; {known}"
-    estimates = assessed(subject, say)
+    # A pretrain run that is shared, say, and not ours: all of it counts but for being stored.
+    kept = unwritable(subject.run.path) is None
+    estimates = assessed(subject, say, store=kept)
     if estimates.shows_below(limit, safety.confidence):
         return numbers(estimates, limit, safety.confidence)
     accident = estimates.constraint == "accident"

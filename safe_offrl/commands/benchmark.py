@@ -22,12 +22,11 @@ from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.pretrain import PretrainConfig
 from safe_offrl.processes import own_command
-from safe_offrl.progress import Interrupted, Say, StopSignal
+from safe_offrl.progress import TELL_SECONDS, Interrupted, Say, StopSignal
 from safe_offrl.run import RunDir, require_runs_folder
 from safe_offrl.run_data import Source
 
 POLL_SECONDS = 0.5
-TELL_SECONDS = 60.0  # between two lines of progress while nothing ends
 STOP_SECONDS = 60.0  # that a run has for saving itself
 # Settings that say how a run is made and not which run it is.
 _HOW = {"device", "compile", "videos", "log_every", "env.timeout"}

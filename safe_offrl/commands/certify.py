@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,14 @@ from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.finetune import Finetuning
 from safe_offrl.ledger import LedgerWriter
-from safe_offrl.progress import Interrupted, ProgressLine, Say, StopSignal
+from safe_offrl.progress import (
+    STOP_SECONDS,
+    Interrupted,
+    ProgressLine,
+    Say,
+    StopNow,
+    StopSignal,
+)
 from safe_offrl.rollout import faults_in_a_row
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Episode
@@ -70,7 +78,14 @@ def certify_run(
     """
     run = find_run(reference, Path(runs))
     if run.state["status"] != "finished":
-        raise RunError(f'The run "{run.name}" is not finished. Finish it with --resume first.')
+        raise RunError(
+            f'The run "{run.name}" is not finished. Finish it with '
+            f"`safe-offrl {run.kind} --resume {run.path}`."
+        )
+    run.require_writable(
+        "A certificate lies beside the attempts before it, which count: repair that, or copy the "
+        "run to a folder of yours."
+    )
     run.lock()
     with run:
         loop = final_policy(run)
@@ -263,34 +278,36 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
     total = math.fsum(outcome(claim, episode) for episode in played)
     actor = NumpyActor(loop.deployment.actor)
     show = None if say is say_plain else say
-    progress = ProgressLine(claim.episodes, len(played), show, "episodes")
-    with StopSignal() as stop:
-        while not finished(claim, total, len(played)):
-            before = played[-1].total_steps if played else 0
-            if real:
-                version = loop.deployment.version
-                record.reserve(reserve(claim, len(played), loop.env, version, before).worst)
-            episode, fault = play(
-                claim,
-                len(played),
-                loop.env,
-                actor,
-                loop.deployment.shield,
-                loop.normalizer,
-                loop.deployment.version,
-                before,
-            )
-            record.append(episode)
-            faults = faults_in_a_row(faults, fault)
-            total += outcome(claim, episode)
-            progress.update(len(played), _line(claim, total, len(played)))
-            if stop.number:
-                raise Interrupted(
-                    stop.number,
-                    f"stopped after {len(played):,} episodes; all are recorded. The same command "
-                    "goes on from there.",
+    stopped = "stopped after {:,} episodes; all are recorded. The same command goes on from there."
+    # In reality an episode that is cut off counts as an accident.
+    with (
+        contextlib.closing(ProgressLine(claim.episodes, len(played), show, "episodes")) as progress,
+        StopSignal(None if real else STOP_SECONDS) as stop,
+    ):
+        try:
+            while not finished(claim, total, len(played)):
+                before = played[-1].total_steps if played else 0
+                if real:
+                    version = loop.deployment.version
+                    record.reserve(reserve(claim, len(played), loop.env, version, before).worst)
+                episode, fault = play(
+                    claim,
+                    len(played),
+                    loop.env,
+                    actor,
+                    loop.deployment.shield,
+                    loop.normalizer,
+                    loop.deployment.version,
+                    before,
                 )
-        progress.close()
+                record.append(episode)
+                faults = faults_in_a_row(faults, fault)
+                total += outcome(claim, episode)
+                progress.update(len(played), _line(claim, total, len(played)))
+                if stop.number:
+                    raise Interrupted(stop.number, stopped.format(len(played)))
+        except StopNow:
+            raise Interrupted(stop.number or signal.SIGTERM, stopped.format(len(played))) from None
     return played
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,14 +17,13 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.inspect import INSPECTED, dataset_warnings
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.descent import CompileMode, Precision
-from safe_offrl.errors import ConfigError, DataError, EnvError, RunError
-from safe_offrl.files import write_atomic
-from safe_offrl.progress import Interrupted
+from safe_offrl.errors import ConfigError, DataError, EnvError, RunError, UserError
+from safe_offrl.files import unwritable, write_atomic
+from safe_offrl.progress import STOP_SECONDS, Interrupted, Say, StopNow, StopSignal
 from safe_offrl.run import RunDir
 from safe_offrl.safety import SafetySpec
 
 CHECKPOINT_SECONDS = 10.0  # of work that a crash may cost; a checkpoint takes well under 0.1 s
-STOP_SECONDS = 5.0  # how long a signal waits for the end of an iteration
 
 
 def say_plain(text: str) -> None:
@@ -162,21 +162,45 @@ def require_both_outcomes(dataset: Dataset, path: Path, safety: SafetySpec) -> N
 def interrupted(run: RunDir, number: int, step: int) -> Interrupted:
     """Mark a run as stopped by signal ``number``; returns the exception to raise."""
     run.set_status("interrupted")
-    return Interrupted(
-        number,
-        f"stopped at step {step:,}; everything is saved. Continue with: "
-        f"safe-offrl {run.kind} --resume {run.path}",
-    )
+    return Interrupted(number, f"stopped at step {step:,}; everything is saved. {_continue(run)}")
+
+
+def _continue(run: RunDir) -> str:
+    return f"Continue with: safe-offrl {run.kind} --resume {run.path}"
 
 
 @contextlib.contextmanager
-def stopped_by_environment(run: RunDir) -> Iterator[None]:
-    """Mark a run that its environment brought to an end as interrupted: it can be continued."""
-    try:
-        yield
-    except EnvError:
-        run.set_status("interrupted")
-        raise
+def writing(run: RunDir, say: Say, *, new: bool = False) -> Iterator[StopSignal]:
+    """While a run is written: a signal stops it, and its status says how it ended, whatever did.
+
+    A ``new`` run whose settings are refused before anything of it is on record is removed, and its
+    name is free; of any other the error says how to continue it.
+    """
+    with StopSignal(STOP_SECONDS) as stop:
+        try:
+            yield stop
+        except Interrupted:
+            raise
+        except StopNow:
+            stop.hold()
+            run.set_status("interrupted")
+            raise Interrupted(
+                stop.number or signal.SIGTERM,
+                "stopped at once; what has been done since the last checkpoint is done again. "
+                f"{_continue(run)}",
+            ) from None
+        except BaseException as error:
+            stop.hold()
+            refused = isinstance(error, UserError) and not isinstance(error, EnvError)
+            if new and refused and run.is_blank:
+                run.discard()
+                say(f"removed     {run.path}: it had not begun")
+            else:
+                # Of an environment that failed everything is on record. Of a disk nobody knows.
+                run.set_status("interrupted", count=isinstance(error, EnvError))
+                if not isinstance(error, FloatingPointError):  # it would end the same
+                    error.add_note(_continue(run))
+            raise
 
 
 def data_line(dataset: Dataset, inputs: RunInputs) -> str:
@@ -231,6 +255,19 @@ def save_calibration(run: RunDir, tag: str, step: int, png: bytes) -> None:
     """Write a figure as the run's calibration.png and show it in TensorBoard."""
     write_atomic(run.path / "calibration.png", png)
     run.board.add_picture(f"calibration/{tag}", step, png)
+
+
+def require_output(out: Path) -> None:
+    """Refuse a file to be written, before the work whose result it is to hold.
+
+    ConfigError if it is a folder, or if nothing can be written where it is to lie.
+    """
+    if out.is_dir():
+        raise ConfigError(f'"{out}" is a folder. Give --out a file.')
+    if why := unwritable(out.parent):
+        raise ConfigError(
+            f'"{out}" cannot be written ({why}). Repair that, or give --out another file.'
+        )
 
 
 def parse_overrides(arguments: Iterable[str]) -> list[str]:

@@ -12,12 +12,12 @@ from gymnasium import spaces
 
 from safe_offrl.acting import NumpyActor
 from safe_offrl.commands.certify import subject_of
-from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.common import require_output, say_plain
 from safe_offrl.commands.tools import final_policy
 from safe_offrl.env import AccidentEnv
-from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.errors import RunError
 from safe_offrl.export import compare, require_format
-from safe_offrl.files import json_bytes, plain, write_atomic
+from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
 from safe_offrl.policy_graph import PolicyGraph
 from safe_offrl.progress import Say
 from safe_offrl.run import find_run
@@ -42,13 +42,22 @@ def export_run(
     chosen = require_format(file_format)
     run = find_run(reference, Path(runs))
     path = Path(out) if out is not None else run.path / FOLDER / f"policy{chosen.suffix}"
-    if path.is_dir():
-        raise ConfigError(f'"{path}" is a folder. Give --out a file.')
-    run.lock()  # no newer checkpoint between the policy and its hashes
-    with run:
+    if out is None:
+        run.require_writable("Give --out FILE to write elsewhere.")
+    require_output(path)
+    with contextlib.ExitStack() as stack:
+        if unwritable(run.path) is None:
+            run.lock()  # no newer checkpoint between the policy and its hashes
+            stack.enter_context(run)
         loop = final_policy(run)
         with contextlib.closing(loop.env):
             actor, shield = loop.deployment.actor, loop.deployment.shield
+            if loop.env.offset is not None:
+                raise ConfigError(
+                    f'The policy of "{run.name}" sees observations that float32 cannot hold, less '
+                    "an offset, and a graph takes float32. Subtract a constant in the environment "
+                    "and make the runs again, or act with safe_offrl.load_policy."
+                )
             space = loop.env.env.action_space
             assert isinstance(space, spaces.Box | spaces.Discrete)  # others are refused
             graph = PolicyGraph(actor, shield, loop.normalizer, space)
@@ -97,12 +106,18 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
     o, a, k = env.observation_size, env.action_size, graph.draws
     space = env.env.action_space
     parts = [
-        {"name": part.name, "shape": part.box.shape, "start": part.start, "stop": part.stop}
+        {
+            "name": part.name,
+            "path": part.path,
+            "shape": part.box.shape,
+            "start": part.start,
+            "stop": part.stop,
+        }
         for part in env.layout
     ]
     if env.sums_cost:
         name = "min(cost of the episode so far / cost_threshold, 2)"
-        parts.append({"name": name, "shape": (), "start": o - 1, "stop": o})
+        parts.append({"name": name, "path": None, "shape": (), "start": o - 1, "stop": o})
     if isinstance(space, spaces.Discrete):
         action = {"kind": "discrete", "count": a, "start": int(space.start)}
         drawn = "standard Gumbel draws, -log(-log(u))"
@@ -126,7 +141,8 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
         "observation": {
             "size": o,
             "order": parts,
-            "meaning": "the environment's own numbers, not scaled; matrices row by row",
+            "meaning": "the environment's own numbers, not scaled, part by part: at the keys and "
+            "positions of its path, a matrix row by row",
         },
         "action": action,
         "inputs": [

@@ -53,14 +53,14 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
 
 @contextlib.contextmanager
 def filming_evaluation(
-    run: RunDir, loop: Finetuning, seed: int, most: int, say: Say
+    parent: Path, loop: Finetuning, seed: int, most: int, say: Say
 ) -> Iterator[Callable[[Episode, PlayedEpisode], None] | None]:
-    """What ``evaluate`` shows its episodes to: ``videos/evaluate-SEED-000012.gif``."""
+    """What ``evaluate`` shows its episodes to: ``parent/videos/evaluate-SEED-000012.gif``."""
     if not most:
         yield None
         return
     require_pictures(loop.env)
-    folder = run.path / FOLDER
+    folder = parent / FOLDER
     filmed = 0
     with contextlib.closing(_camera(loop, say)) as camera:
 
@@ -85,7 +85,7 @@ def _write(camera: AccidentCamera, episode: Episode, transitions: Batch, path: P
     clip = camera.clip(episode.seed, transitions)
     if clip is None:
         return False
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, clip)
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from safe_offrl.commands.common import (
     stored_dataset,
     stored_mode,
     warning_lines,
+    writing,
 )
 from safe_offrl.commands.trust import require_trusted_log, trust_own
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
@@ -40,7 +42,7 @@ from safe_offrl.device import configure, find_device
 from safe_offrl.env import AccidentEnv, make_env, time_limit
 from safe_offrl.files import plain
 from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
-from safe_offrl.progress import ProgressLine, Say, StopSignal
+from safe_offrl.progress import Heartbeat, ProgressLine, Say, StopSignal
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Record
 from safe_offrl.versions import versions
@@ -202,7 +204,8 @@ def _assumed_units(dataset: Dataset, env: AccidentEnv) -> str | None:
 def _default_dataset(config: PretrainConfig, say: Say) -> Path:
     """The cached log of the environment, as its preset says how to make it."""
     settings = load_config(CollectConfig, section="collect", env_id=config.env)
-    return default_dataset(config.env, config.safety, config=settings, progress=say)
+    with contextlib.closing(Heartbeat(say, "collect     at work, {} so far".format)) as heart:
+        return default_dataset(config.env, config.safety, config=settings, progress=heart.say)
 
 
 def pretrain_run(
@@ -216,7 +219,7 @@ def pretrain_run(
     """Run a planned offline phase in a new run folder; returns the finished run."""
     configure(plan.inputs.threads)
     config_text = run_yaml(plan.inputs, "pretrain", plan.config, Path(runs))
-    trust_own(config_text, plan.inputs, plan.config.safety)
+    trust_own(config_text, plan.inputs, plan.config.safety, say)
     run = RunDir.create(
         Path(runs),
         kind="pretrain",
@@ -225,12 +228,12 @@ def pretrain_run(
         stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-{plan.config.agent}",
         versions=versions(plan.env_versions, plan.inputs.device),
     )
-    with run:
+    with run, writing(run, say, new=True) as stop:
         say(plan.header)
         say(f"run         {run.path}")
         loop = _loop(plan.config, plan.dataset, plan.inputs)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
-        _drive_pretraining(run, loop, checkpoint_seconds, say)
+        _drive_pretraining(run, loop, stop, checkpoint_seconds, say)
     return run
 
 
@@ -254,9 +257,10 @@ def resume_pretrain(
         choose(stored_mode(inputs), config.precision, config.steps, device)
         dataset = stored_dataset(inputs, config.safety, discount_of(config))
         loop = _loop(config, dataset, inputs)
-        checkpoint = bring_back(run, loop)
-        say(f"resume      {run.path} from step {checkpoint.step:,}")
-        _drive_pretraining(run, loop, checkpoint_seconds, say)
+        with writing(run, say) as stop:
+            checkpoint = bring_back(run, loop)
+            say(f"resume      {run.path} from step {checkpoint.step:,}")
+            _drive_pretraining(run, loop, stop, checkpoint_seconds, say)
     return run
 
 
@@ -264,27 +268,34 @@ def _loop(config: PretrainConfig, dataset: Dataset, inputs: RunInputs) -> Pretra
     return Pretraining(config, dataset, compiled=inputs.compiled, device=inputs.device)
 
 
-def _drive_pretraining(run: RunDir, loop: Pretraining, checkpoint_seconds: float, say: Say) -> None:
-    progress = ProgressLine(loop.total_steps, loop.step, None if say is say_plain else say)
-    saved = time.monotonic()
-    with StopSignal() as stop:
-        for record in loop.run():
-            run.log(record.step, record.values)
-            progress.update(record.step, _offline_line(record))
-            last = record.step >= loop.total_steps
+def _drive_pretraining(
+    run: RunDir, loop: Pretraining, stop: StopSignal, checkpoint_seconds: float, say: Say
+) -> None:
+    show = None if say is say_plain else say
+    saved, begun = time.monotonic(), {loop.step, loop.config.steps}
+    with contextlib.closing(ProgressLine(loop.total_steps, loop.step, show)) as progress:
+        for record in loop.steps():
+            last = loop.step >= loop.total_steps
+            if loop.step - 1 in begun:
+                progress.restart()  # the first step of each part compiles
+            if record is not None:
+                run.log(record.step, record.values)
+            progress.update(loop.step, record and _offline_line(record))
             if last or stop.number or time.monotonic() - saved > checkpoint_seconds:
-                run.save_checkpoint(record.step, loop.state_dict(), loop.info())
+                stop.hold()
+                run.save_checkpoint(loop.step, loop.state_dict(), loop.info())
                 saved = time.monotonic()
-            if stop.number and not last:
-                raise interrupted(run, stop.number, record.step)
-        progress.close()
-        report = loop.calibration()
-        content = plain(report.as_dict())
-        run.write_json("calibration.json", content)
-        curves = {f"offline/calibration/{k}": v for k, v in numbers(content).items()}
-        run.log(loop.total_steps, curves)
-        save_calibration(run, "safety_critic", loop.total_steps, report_png(report))
-        run.set_status("finished")
+                if stop.number and not last:
+                    raise interrupted(run, stop.number, loop.step)
+                if not last:
+                    stop.release()
+    report = loop.calibration()
+    content = plain(report.as_dict())
+    run.write_json("calibration.json", content)
+    curves = {f"offline/calibration/{k}": v for k, v in numbers(content).items()}
+    run.log(loop.total_steps, curves)
+    save_calibration(run, "safety_critic", loop.total_steps, report_png(report))
+    run.set_status("finished")
     say(str(report))
     say(f"finished    {run.path}")
 

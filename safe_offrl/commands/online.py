@@ -9,7 +9,6 @@ from pathlib import Path
 from safe_offrl.calibration_chart import online_blocks, online_png
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
-    STOP_SECONDS,
     bring_back,
     interrupted,
     loading,
@@ -17,9 +16,9 @@ from safe_offrl.commands.common import (
     require_unfinished,
     save_calibration,
     say_plain,
-    stopped_by_environment,
     stored_mode,
     stored_pretrain_run,
+    writing,
 )
 from safe_offrl.commands.filming import filming
 from safe_offrl.commands.online_plan import FinetunePlan, plan_finetune
@@ -30,7 +29,7 @@ from safe_offrl.files import plain
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.iteration import Iteration
-from safe_offrl.progress import OnlineCurves, ProgressLine, Say, StopSignal
+from safe_offrl.progress import STOP_SECONDS, OnlineCurves, ProgressLine, Say, StopSignal
 from safe_offrl.rollout import Reservation
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.types import Episode
@@ -55,7 +54,7 @@ def finetune_run(
 ) -> RunDir:
     """Run a planned online phase in a new run folder; returns the finished run."""
     config_text = run_yaml(plan.inputs, "finetune", plan.config, Path(runs))
-    trust_own(config_text, plan.inputs, plan.config.safety)
+    trust_own(config_text, plan.inputs, plan.config.safety, say)
     run = RunDir.create(
         Path(runs),
         kind="finetune",
@@ -64,13 +63,13 @@ def finetune_run(
         stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent}",
         versions=versions(plan.env.versions(), plan.inputs.device),
     )
-    with run, contextlib.closing(plan.env):
+    with run, contextlib.closing(plan.env), writing(run, say, new=True) as stop:
         say(plan.header)
         say(f"run         {run.path}")
         loop = start_loop(plan)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
         curves = OnlineCurves(plan.limit, plan.config.safety.confidence, plan.config.budget)
-        _drive_finetuning(run, plan, loop, curves, checkpoint_seconds, say)
+        _drive_finetuning(run, plan, loop, curves, stop, checkpoint_seconds, say)
     return run
 
 
@@ -110,13 +109,14 @@ def resume_finetune(
             )
         with contextlib.closing(plan.env):
             loop = start_loop(plan)
-            checkpoint = bring_back(run, loop)
-            # Its policy is not the one that the run will end with.
-            (run.path / "evaluation.json").unlink(missing_ok=True)
-            curves = OnlineCurves(plan.limit, config.safety.confidence, config.budget)
-            curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
-            say(f"resume      {run.path} from step {checkpoint.step:,}")
-            _drive_finetuning(run, plan, loop, curves, checkpoint_seconds, say)
+            with writing(run, say) as stop:
+                checkpoint = bring_back(run, loop)
+                # Its policy is not the one that the run will end with.
+                (run.path / "evaluation.json").unlink(missing_ok=True)
+                curves = OnlineCurves(plan.limit, config.safety.confidence, config.budget)
+                curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
+                say(f"resume      {run.path} from step {checkpoint.step:,}")
+                _drive_finetuning(run, plan, loop, curves, stop, checkpoint_seconds, say)
     return run
 
 
@@ -140,39 +140,55 @@ def _drive_finetuning(
     plan: FinetunePlan,
     loop: Finetuning,
     curves: OnlineCurves,
+    stop: StopSignal,
     checkpoint_seconds: float,
     say: Say,
 ) -> None:
-    progress = ProgressLine(plan.config.budget, curves.step, None if say is say_plain else say)
     run.board.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     saved = time.monotonic()
     real = plan.config.env.kind == "real"
+    show_line = None if say is say_plain else say
+    seen: set[str] = set()  # phases of which an episode was played, and what follows it compiled
+
+    def save(step: int) -> None:
+        """Save, and end where a signal asks for it."""
+        nonlocal saved
+        if stop.number or time.monotonic() - saved > checkpoint_seconds:
+            stop.hold()
+            run.save_checkpoint(step, loop.state_dict(), loop.info())
+            saved = time.monotonic()
+            if stop.number:
+                raise interrupted(run, stop.number, step)
+            stop.release()
+
     with (
-        StopSignal() as stop,
-        stopped_by_environment(run),
+        contextlib.closing(ProgressLine(plan.config.budget, curves.step, show_line)) as progress,
         filming(run, loop, say) as show,
     ):
         for event in loop.run(run.recorded):
             if isinstance(event, Reservation):
                 if stop.number:
-                    run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
-                    raise interrupted(run, stop.number, curves.step)
+                    save(curves.step)
                 run.reserve_episode(event.worst)  # on disk before the first of its steps
+                stop.hold()  # what is cut off in reality counts as an accident
             elif isinstance(event, Episode):
                 # Before anything else can happen. What can be played again need not outlive a power
                 # cut; an environment that failed may not fail again.
                 run.append_episode(event, sync=real or event.outcome != "complete")
+                stop.release()
                 show(event)
                 if event.outcome == "fault" and loop.fault:
                     say(f"fault       in episode {event.index:,}: {loop.fault}")
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())
+                if event.phase not in seen:
+                    seen.add(event.phase)
+                    progress.restart()
                 # What was lived cannot be lived again: not only after an iteration.
-                if real and (stop.number or time.monotonic() - saved > checkpoint_seconds):
-                    run.save_checkpoint(event.total_steps, loop.state_dict(), loop.info())
-                    saved = time.monotonic()
-                if stop.number and time.monotonic() - stop.since > STOP_SECONDS:
+                if real:
+                    save(event.total_steps)
+                elif stop.number and time.monotonic() - stop.since > STOP_SECONDS:
                     # The iteration takes too long. Its episodes are in the ledger, and a resume
                     # plays them again from the last checkpoint.
                     raise interrupted(run, stop.number, event.total_steps)
@@ -181,12 +197,8 @@ def _drive_finetuning(
                 run.log_iteration(decision)
                 curves.add_iteration(decision)
                 run.log(event.step, {**_decision_values(event), **curves.trust(), **event.metrics})
-                if stop.number or time.monotonic() - saved > checkpoint_seconds:
-                    run.save_checkpoint(event.step, loop.state_dict(), loop.info())
-                    saved = time.monotonic()
-                if stop.number:
-                    raise interrupted(run, stop.number, event.step)
-    progress.close()
+                save(event.step)
+    stop.hold()
     # The last line comes after the last checkpoint, so that a resume from it writes it once.
     run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
     run.log(curves.step, curves.values())

@@ -14,7 +14,13 @@ from safe_offrl import charts, data_chart, page, report, tables
 from safe_offrl.acting import NumpyActor
 from safe_offrl.check_env import check_environment
 from safe_offrl.collect import CollectConfig, build_dataset, default_dataset
-from safe_offrl.commands.common import loading, require_safety_keys, say_plain, stored_pretrain_run
+from safe_offrl.commands.common import (
+    loading,
+    require_output,
+    require_safety_keys,
+    say_plain,
+    stored_pretrain_run,
+)
 from safe_offrl.commands.filming import filming_evaluation
 from safe_offrl.commands.offline import DEFAULT_ENV, with_logged_rule
 from safe_offrl.commands.online import start_loop
@@ -26,16 +32,17 @@ from safe_offrl.data.loading import load_dataset, stated_metadata
 from safe_offrl.env import make_env
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.evaluate import evaluate
-from safe_offrl.files import plain
+from safe_offrl.files import json_bytes, plain, write_atomic
 from safe_offrl.finetune import Finetuning
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.markdown import write_markdown
 from safe_offrl.pretrain import PretrainConfig, discount_of
-from safe_offrl.progress import Say
+from safe_offrl.progress import Heartbeat, Say
 from safe_offrl.run import RunDir, find_run
 from safe_offrl.run_data import Source
 from safe_offrl.safety import SafetySpec
 from safe_offrl.statistics import clopper_pearson
+from safe_offrl.types import Episode
 
 
 def evaluate_run(
@@ -45,10 +52,14 @@ def evaluate_run(
     mean_action: bool = False,
     seed: int = 0,
     videos: int = 0,
+    out: str | Path | None = None,
     runs: str | Path = "runs",
     say: Say = say_plain,
 ) -> dict[str, Any]:
     """Play episodes with a run's final policy and write evaluation.json; returns its content.
+
+    It lies in the run, or is the file ``out``, beside which videos are then: nothing is written
+    into the run. Refused before the first episode if it cannot be written.
 
     Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number. Returns
     are those of complete episodes, None if there is none; every episode has a cost. The first
@@ -58,6 +69,10 @@ def evaluate_run(
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")
     run = find_run(reference, Path(runs))
+    target = Path(out) if out is not None else run.path / "evaluation.json"
+    if out is None:
+        run.require_writable("Give --out FILE to write elsewhere.")
+    require_output(target)
     loop = final_policy(run)
     if loop.config.env.kind == "real":
         loop.env.close()
@@ -67,21 +82,25 @@ def evaluate_run(
             f"`safe-offrl certify {run.name} --episodes {episodes}`, which does."
         )
     safety = loop.config.safety
-    with contextlib.closing(loop.env), filming_evaluation(run, loop, seed, videos, say) as watch:
-        played = list(
-            evaluate(
-                loop.env,
-                NumpyActor(loop.deployment.actor),
-                loop.deployment.shield,
-                loop.normalizer,
-                episodes,
-                seed,
-                version=loop.deployment.version,
-                mean_action=mean_action,
-                watch=watch,
-                worst_cost=loop.limit.scale,
-            )
-        )
+    played: list[Episode] = []
+    with (
+        contextlib.closing(loop.env),
+        filming_evaluation(target.parent, loop, seed, videos, say) as watch,
+        contextlib.closing(Heartbeat(say, lambda _: f"{len(played):,}/{episodes:,} episodes")),
+    ):
+        for episode in evaluate(
+            loop.env,
+            NumpyActor(loop.deployment.actor),
+            loop.deployment.shield,
+            loop.normalizer,
+            episodes,
+            seed,
+            version=loop.deployment.version,
+            mean_action=mean_action,
+            watch=watch,
+            worst_cost=loop.limit.scale,
+        ):
+            played.append(episode)  # noqa: PERF402  # its length is shown meanwhile
     accidents = sum(episode.accident for episode in played)
     returns = [e.episode_return for e in played if e.outcome == "complete"]
     mean, error = _mean_and_error(returns)
@@ -104,13 +123,16 @@ def evaluate_run(
         "seed": seed,
         "checkpoint_sha256": run.load_checkpoint().sha256,
     }
-    run.write_json("evaluation.json", result)
     gain = f"{mean:.2f} +- {error:.2f}" if returns else "unknown: no episode came to its end"
     say(
         f"{run.name}: {accidents} accidents in {episodes} episodes, "
         f"rate {accidents / episodes:.3f} [{low:.3f}, {high:.3f}] at {safety.confidence:.0%}, "
         f"cost {cost:.2f} +- {cost_error:.2f}, return {gain}"
     )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, json_bytes(result))
+    if out is not None:
+        say(f"file        {target}")
     return result
 
 
@@ -209,17 +231,19 @@ def collect_run(
         workers=workers,
         overrides=overrides,
     )
-    if out is None:
-        if transitions is not None or seed is not None:
-            raise ConfigError(
-                "The cached default dataset has its own size and seed. "
-                "Give --out FILE to log another one."
-            )
-        path = default_dataset(env_id, safety, config=config, progress=say)
-    else:
-        if Path(out).exists():
-            raise DataError(f'"{out}" exists already. Remove it, or give another name.')
-        path = build_dataset(env_id, safety, path=Path(out), config=config, progress=say)
+    with contextlib.closing(Heartbeat(say, "collect     at work, {} so far".format)) as heart:
+        if out is None:
+            if transitions is not None or seed is not None:
+                raise ConfigError(
+                    "The cached default dataset has its own size and seed. "
+                    "Give --out FILE to log another one."
+                )
+            path = default_dataset(env_id, safety, config=config, progress=heart.say)
+        else:
+            if Path(out).exists():
+                raise DataError(f'"{out}" exists already. Remove it, or give another name.')
+            require_output(Path(out))
+            path = build_dataset(env_id, safety, path=Path(out), config=config, progress=heart.say)
     trust_log(stated_metadata(path))
     say(f"dataset     {path}")
     return Path(path)

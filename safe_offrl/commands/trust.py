@@ -19,7 +19,7 @@ from safe_offrl.commands.common import say_plain, stored_pretrain_run
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.content import metadata_text
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.files import cache_folder
+from safe_offrl.files import cache_folder, unwritable
 from safe_offrl.finetune_config import FinetuneConfig
 from safe_offrl.pretrain import PretrainConfig
 from safe_offrl.progress import Say
@@ -45,11 +45,18 @@ def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = sa
         trust_run(stored_pretrain_run(inputs).path, say=say)
 
 
-def trust_own(config_text: str, inputs: RunInputs, safety: SafetySpec) -> None:
-    """Remember settings that a run is about to be made with, if they import anything."""
+def trust_own(
+    config_text: str, inputs: RunInputs, safety: SafetySpec, say: Say = say_plain
+) -> None:
+    """Remember settings that a run is about to be made with, if they import anything.
+
+    Where nothing can be remembered, it says so: it is asked for then.
+    """
     if _named(inputs, safety):
-        with contextlib.suppress(RunError):  # where nothing can be remembered, it is asked for
+        try:
             _remember(config_text)
+        except RunError as error:
+            say(f"note        this run will have to be trusted before it is used. {error}")
 
 
 def trust_log(metadata: Mapping[str, Any]) -> None:
@@ -77,7 +84,7 @@ def _remember(config_text: str) -> None:
         path.touch()
     except OSError as error:
         raise RunError(
-            f'Nothing can be written into the cache folder "{path.parent}" ({error.strerror}). '
+            f'The list of runs made here, "{path.parent}", cannot be written ({error.strerror}). '
             "Set SAFE_OFFRL_CACHE to a folder of yours."
         ) from error
 
@@ -88,12 +95,21 @@ def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec) -> None:
     # module that is there, an accident rule could be any function.
     known = inputs.env_id.partition(":")[0] in sys.modules
     names = [name for name in _named(inputs, safety) if not (known and name == inputs.env_id)]
-    if names and not _record(run.config_text).is_file():
+    record = _record(run.config_text)
+    if not names or record.is_file():
+        return
+    importing = f"using it would import and execute {', '.join(names)}"
+    vouch = f"If you trust whoever made it, say so once: safe-offrl trust {run.path}"
+    if why := unwritable(record.parent):
         raise RunError(
-            f'The run "{run.name}" was not made on this machine as far as it knows, and using it '
-            f"would import and execute {', '.join(names)}. If you trust whoever made it, say so "
-            f"once: safe-offrl trust {run.path}"
+            f'Whether the run "{run.name}" was made on this machine is not known: the list of '
+            f'those that were, "{record.parent}", cannot be written ({why}), and {importing}. Set '
+            f"SAFE_OFFRL_CACHE to a folder of yours. {vouch}"
         )
+    raise RunError(
+        f'The run "{run.name}" was not made on this machine as far as it knows, and {importing}. '
+        f"{vouch}"
+    )
 
 
 def _named(inputs: RunInputs, safety: SafetySpec) -> list[str]:

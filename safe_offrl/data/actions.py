@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import MAX_BYTES
+from safe_offrl.data.content import MAX_BYTES, chunks
 from safe_offrl.errors import DataError
 
 MOST_ACTIONS = 10_000  # that are discrete: a wrong number must not ask for all memory
@@ -37,7 +37,15 @@ def unit_actions(
     if bounded:
         return _rescaled(actions[:, None] if _is_vector(actions) else actions, metadata)
     if _is_single(actions) and (counted or actions.dtype.kind in "iu") and len(actions):
-        return _one_hot(_numbers(actions, counted), metadata), 0.0
+        one_hot = _one_hot(_numbers(actions, counted), metadata)
+        if not counted:
+            remarks.append(
+                f"actions are whole numbers: taken for {one_hot.shape[1]} discrete actions. State "
+                "action_count, or action_low and action_high, in the metadata."
+            )
+        return one_hot, 0.0
+    if not counted and actions.ndim == 2 and actions.dtype.kind == "f" and len(actions):
+        _judge_whole_floats(actions, remarks)
     if not counted and actions.ndim == 2 and actions.dtype.kind in "iu" and len(actions):
         _judge_whole_rows(actions[:], metadata, remarks)
     return actions, 0.0
@@ -112,6 +120,17 @@ def _judge_whole_rows(actions: NDArray[Any], metadata: dict[str, Any], remarks: 
         remarks.append(
             "actions are whole numbers without stated bounds: taken for continuous ones in "
             "[-1, 1]. State action_low and action_high in the metadata."
+        )
+
+
+def _judge_whole_floats(actions: NDArray[Any], remarks: list[str]) -> None:
+    """Floats that are all 0 or 1 may be numbers of discrete actions, or one-hot rows."""
+    if all(np.isin(actions[part], (0, 1)).all() for part in chunks(len(actions))):
+        if not actions[:].any():  # nothing was ever done
+            return
+        remarks.append(
+            "actions are all 0 or 1, taken for continuous ones in [-1, 1]: if they are discrete, "
+            "state action_count in the metadata."
         )
 
 

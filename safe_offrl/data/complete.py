@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from safe_offrl.data.actions import unit_actions
 from safe_offrl.data.content import REQUIRED, TABLES, Arrays, Metadata, Raw
+from safe_offrl.data.continuity import doubts, overshot, unmarked_breaks
 from safe_offrl.data.flags import Ends, settled_ends
-from safe_offrl.data.motion import Motion, doubts, measure, overshot, unmarked_breaks
+from safe_offrl.data.motion import Motion, copies_of_episodes, measure
 from safe_offrl.data.names import ENDS, METADATA_KEYS, near_name
+from safe_offrl.data.offsets import centred
 from safe_offrl.data.validation import check_flags
 from safe_offrl.errors import DataError
 
@@ -26,6 +28,7 @@ def complete(
     arrays: Arrays,
     metadata: Metadata,
     remarks: tuple[str, ...] = (),
+    unsure: str = "",
     *,
     horizon: int | None = None,
 ) -> Raw:
@@ -35,7 +38,8 @@ def complete(
     become 0 (and ``no_costs`` is noted). Ends are settled by :func:`settled_ends`, with
     ``horizon``, else the metadata's, where flags do not say. Missing next observations are the
     following row's within an episode; after its last row the observation itself stands in, which
-    only a truncated episode ever uses. What is in the layout already stays as it is. Raises
+    only a truncated episode ever uses. Observations that float32 cannot hold have an offset
+    subtracted and noted. What is in the layout already stays as it is. Raises
     DataError where the horizon is needed and unknown, and where the ends contradict the
     observations beyond what chance may do.
     """
@@ -45,16 +49,18 @@ def complete(
     _require(found)
     _check_rows(found)
     noted |= _whole_horizon(noted)
+    found, noted = centred(found, noted)
     found["actions"], log_volume = unit_actions(found["actions"], noted, said)
     if log_volume and "behaviour_log_probs" in found:
         found["behaviour_log_probs"] = found["behaviour_log_probs"][:] + log_volume
-    _settle_ends(found, noted, said, horizon if horizon is not None else noted.get("horizon"))
+    horizon = horizon if horizon is not None else noted.get("horizon")
+    unsure = _settle_ends(found, noted, said, horizon) or unsure
     if "next_observations" not in found:
         _shift(found, noted)
     if "costs" not in found:
         found["costs"] = np.zeros(len(found["rewards"]), np.float32)
         noted["no_costs"] = True
-    return Raw(found, noted, tuple(said))
+    return Raw(found, noted, tuple(said), unsure)
 
 
 def _require(arrays: Arrays) -> None:
@@ -117,8 +123,11 @@ def _whole_horizon(metadata: Metadata) -> dict[str, int]:
 
 def _settle_ends(
     arrays: dict[str, NDArray[Any]], metadata: Metadata, remarks: list[str], horizon: int | None
-) -> None:
-    """Set terminals and timeouts, and the next observations of timeouts that are not known."""
+) -> str:
+    """Set terminals and timeouts, and the next observations of timeouts that are not known.
+
+    Returns why it is not known which episodes terminated, "" if it is.
+    """
     believed = metadata.get("ends")
     if believed not in (None, AS_MARKED):
         raise DataError(
@@ -128,13 +137,22 @@ def _settle_ends(
     flags = {key: np.asarray(arrays[key][:]) for key in ENDS if key in arrays}
     for key, array in flags.items():
         check_flags(key, array)
-    breaks = unmarked_breaks(motion, np.logical_or.reduce([f.astype(bool) for f in flags.values()]))
-    ends = settled_ends(flags, None if breaks is None else breaks.cut, horizon)
+    marked = np.logical_or.reduce([array.astype(bool) for array in flags.values()])
+    breaks = unmarked_breaks(motion, marked)
+    if "timeouts" in flags and not marked.any():
+        breaks = None  # nothing is marked, which is refused later
+    ends = settled_ends(flags, None if breaks is None else breaks.ends, horizon)
     if breaks is not None and breaks.odd.any():
         remarks.append(
-            f"the next observations of {int(breaks.odd.sum()):,} rows (the first is row "
+            f"next_observations of {int(breaks.odd.sum()):,} rows (the first is row "
             f"{int(breaks.odd.argmax())}) are far from the following row's observation, to which "
             "the log goes on."
+        )
+    if breaks is not None and breaks.gaps.any():
+        remarks.append(
+            f"{int(breaks.gaps.sum()):,} rows within episodes (the first is row "
+            f"{int(breaks.gaps.argmax())}) lead near the row that follows, but not to it: rows are "
+            "missing or repeated, so that lengths, times and sums are not those of the episodes."
         )
     if "episode_behaviours" in arrays:
         arrays["episode_behaviours"] = _of_pieces(arrays["episode_behaviours"], flags, ends)
@@ -152,6 +170,8 @@ def _settle_ends(
         _hold_against(arrays, motion, ends, breaks is not None, remarks)
     if len(ends.terminals) and not (ends.terminals[-1] or ends.timeouts[-1]):
         remarks.append("the last episode has no end: it is taken to be cut there.")
+    _remark_on_lengths(arrays, motion, ends, horizon, remarks)
+    return "" if believed else ends.unsure
 
 
 def _of_pieces(index: NDArray[Any], flags: Arrays, ends: Ends) -> NDArray[Any]:
@@ -168,11 +188,13 @@ def _hold_against(
     arrays: dict[str, NDArray[Any]], motion: Motion, ends: Ends, known: bool, remarks: list[str]
 ) -> None:
     """Refuse ends that the observations contradict; remark on what chance may have done."""
-    for doubt in doubts(arrays, motion, ends.terminals, ends.timeouts, known):
+    for doubt in doubts(arrays, motion, ends.terminals, ends.timeouts, known=known):
         if doubt.certain:
+            guessed = " ".join(text for text in remarks if "taken to end" in text)
             raise DataError(
-                f"{doubt.sentence}. Mark the last step of each episode and no other. If the marks "
-                f'are right all the same, store the metadata\'s "ends" as "{AS_MARKED}".'
+                f"{doubt.sentence}. {guessed}{' ' if guessed else ''}Mark the last step of each "
+                "episode and no other. If the marks are right all the same, store the metadata's "
+                f'"ends" as "{AS_MARKED}".'
             )
         remarks.append(f"{doubt.sentence}.")
     if known:
@@ -182,14 +204,42 @@ def _hold_against(
             following[across] = arrays["observations"][:][across]
             arrays["next_observations"] = following
             remarks.append(
-                f"the next observations of {int(across.sum()):,} timeouts are those of the next "
+                f"next_observations of {int(across.sum()):,} timeouts are those of the next "
                 "episode's start: unknown, so their own observations stand in."
             )
     elif motion.link is not None:
         remarks.append(
-            "next observations are not the following rows' observations, so the ends of episodes "
+            "next_observations are not the following rows' observations, so the ends of episodes "
             "are judged by jumps alone."
         )
+
+
+def _remark_on_lengths(
+    arrays: Arrays, motion: Motion | None, ends: Ends, horizon: int | None, remarks: list[str]
+) -> None:
+    """What the episodes' lengths say against the horizon, and which episodes are there twice."""
+    stops = np.flatnonzero(ends.terminals | ends.timeouts) + 1
+    if not len(stops):
+        return
+    starts = np.concatenate([[0], stops])
+    longest = int(np.diff(starts).max())
+    cut = int(ends.timeouts[stops[np.diff(starts) == longest] - 1].sum())
+    if isinstance(horizon, int) and longest < horizon and cut >= 3 and longest > 1:
+        remarks.append(
+            f"timeouts cut {cut:,} episodes after {longest} steps and none is longer, but the "
+            f"horizon is {horizon}: what happens later is not in the log."
+        )
+    if motion is None or motion.repeats:
+        return
+    copies = copies_of_episodes(arrays, starts)
+    copied = f"{copies:,} of {len(stops):,} episodes are copies of others, number by number"
+    if copies > 0.1 * len(stops):
+        raise DataError(
+            f"{copied}: the same rows are there twice, and no interval would hold. Leave the "
+            "copies out."
+        )
+    if copies:
+        remarks.append(f"{copied}: they count twice, although they tell nothing more.")
 
 
 def _shift(arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:

@@ -25,11 +25,15 @@ Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 class Raw(NamedTuple):
-    """What a reader returns; ``remarks``: sentences on what was not used, guessed or repaired."""
+    """What a reader returns; ``remarks``: sentences on what was not used, guessed or repaired.
+
+    ``unsure``: why it is not known which episodes terminated; "" if it is.
+    """
 
     arrays: dict[str, NDArray[Any]]
     metadata: dict[str, Any]
     remarks: tuple[str, ...] = ()
+    unsure: str = ""
 
 
 REQUIRED = (

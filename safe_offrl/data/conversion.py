@@ -56,13 +56,19 @@ def convert(
         raise DataError(f'"{path}" exists already. Remove it, or give another name.')
     if name == "mmap":
         verify_memory_map(found)
-    with dataset_content(found, horizon) as (arrays, metadata, remarks):
+    with dataset_content(found, horizon) as (arrays, metadata, remarks, unsure):
         if horizon is not None:
             metadata = {**metadata, "horizon": horizon}
         if kind == "mmap":
             provenance = {"name": found.name, "format": name, "sha256": file_sha256(found)}
             lost = write_memory_map(
-                path, arrays, metadata, progress, source=provenance, remarks=remarks
+                path,
+                arrays,
+                metadata,
+                progress,
+                source=provenance,
+                remarks=remarks,
+                unsure=unsure,
             )
         else:
             lost = FORMATS[kind].write(path, arrays, metadata, progress)

@@ -23,6 +23,7 @@ from safe_offrl.data.content import (
 )
 from safe_offrl.data.hdf5 import replacing
 from safe_offrl.data.names import recognise
+from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 
@@ -76,14 +77,18 @@ def read_csv(path: Path) -> Raw:
             arrays[key] = block if key in TABLES else block[:, 0]
     if found.get("actions") in names:
         arrays["actions"] = _whole(arrays["actions"][:, 0])
+        # So the documentation names the numbers of discrete actions; from 0, if there is one.
+        metadata = {"action_start": 0} if arrays["actions"].min(initial=1) == 0 else {}
+        return Raw(arrays, metadata, tuple(remarks))
     return Raw(arrays, {}, tuple(remarks))
 
 
 def write_csv(
     path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
 ) -> list[str]:
-    """Validate and write a table, float32 to its last digit; returns what a table cannot hold."""
+    """Validate and write a table, to the last digit; returns what a table cannot hold."""
     validate_arrays(arrays)
+    arrays, metadata, wide = in_own_units(arrays, metadata)
     keys = [key for key in (*REQUIRED, "accidents", "behaviour_log_probs") if key in arrays]
     if metadata.get("accident") in BUILT_IN_RULES:
         # Without the rule beside them they would be taken for the verdict of any rule; these can
@@ -97,11 +102,15 @@ def write_csv(
         for key in keys
         for i in range(arrays[key].shape[1] if key in tables else 1)
     ]
-    form = ["%d" if name in whole else "%.9g" for name in names]
+    digits = "%.9g" if wide == np.float32 else "%.17g"
+    form = ["%d" if name in whole else digits for name in names]
     with replacing(path) as temporary, temporary.open("w", encoding="ascii") as file:
         file.write(",".join(names) + "\n")
         for part in chunks(len(arrays["rewards"])):
-            columns = {key: np.asarray(arrays[key][part], np.float32) for key in keys}
+            columns = {
+                key: np.asarray(arrays[key][part], wide if key in OBSERVATIONS else np.float32)
+                for key in keys
+            }
             if discrete:
                 columns["actions"] = columns["actions"].argmax(axis=1)
             block = [x if x.ndim == 2 else x[:, None] for x in columns.values()]

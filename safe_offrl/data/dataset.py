@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -10,11 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safe_offrl.data.offsets import offset_of
 from safe_offrl.errors import DataError
 from safe_offrl.types import Batch, Layout, Normalizer
 
 IN_MEMORY_BYTES = 8 * 2**30  # a memory-mapped set larger than this is not copied as a whole
 CHUNK_ROWS = 65_536  # rows read at once where a whole memory-mapped set is passed through
+# Temperatures, conservatism and learning rates are chosen for rewards of the size that they have in
+# the default log of PointHazard-v0: the root mean square of its discounted returns to go.
+REWARD_REFERENCE = 0.82638733
+ROUNDING = float(np.finfo(np.float32).eps)  # a spread below this share of the size is no spread
+SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 loses digits one by one
 
 
 class StoredRows(Protocol):
@@ -136,9 +143,9 @@ class Dataset:
 
     @property
     def cost_max(self) -> float:
-        """Largest cost of a step, at least 1e-8: the unit of costs; 1 if none is above 0."""
+        """Largest cost of a step: the unit of costs; 1 if none is above 0."""
         largest = float(self.column("costs").max())
-        return max(largest, 1e-8) if largest > 0.0 else 1.0
+        return largest if largest > 0.0 else 1.0
 
     def subset(self, episodes: np.ndarray) -> Dataset:
         """Only these episodes (indices into 0..M-1), in the order given; a map stays a map."""
@@ -175,15 +182,51 @@ class Dataset:
         return self.subset(np.sort(order[:n]))
 
     def normalizer(self) -> Normalizer:
-        """Mean and standard deviation of the observations; a constant entry keeps its scale."""
+        """Mean and standard deviation of the observations, and the scale of the rewards.
+
+        A constant entry, one that varies by rounding errors at most, is divided by its size.
+        """
         n = len(self.rows)
-        mean = _total(self._observations()) / n
+        size = np.zeros(self.layout.observation_size)
+
+        def measured() -> Iterator[np.ndarray]:
+            for x in self._observations():
+                np.maximum(size, np.abs(x).max(axis=0), out=size)
+                yield x
+
+        mean = _total(measured()) / n
         std = np.sqrt(_total(np.square(x - mean) for x in self._observations()) / n)
-        std[std < 1e-6] = 1.0
-        return Normalizer(mean.astype(np.float32), std.astype(np.float32))
+        least = np.maximum(ROUNDING * size, SMALLEST)
+        std = np.where(std > least, std, np.where(size > SMALLEST, size, 1.0))
+        return Normalizer(
+            mean.astype(np.float32),
+            std.astype(np.float32),
+            self.reward_scale(),
+            offset_of(self.metadata),
+        )
+
+    def reward_scale(self) -> float:
+        """What rewards are multiplied by to be of the size that learning is tuned to, a float32.
+
+        REWARD_REFERENCE over the root mean square of the discounted returns to go, which the
+        critics learn: sparse rewards count by what they are worth on the way. 1 without rewards.
+        DataError where float32 cannot hold them.
+        """
+        returns = self.column("return_to_go").numpy().astype(np.float64)
+        size = math.sqrt(np.square(returns).mean())
+        if size == 0.0:
+            return 1.0
+        with np.errstate(over="ignore"):
+            scale = float(np.float32(REWARD_REFERENCE / size))
+        if not 0.0 < scale < math.inf:
+            raise DataError(
+                f"The dataset's discounted returns are of the size {size:.3g}, beyond float32. "
+                "Store the rewards in another unit."
+            )
+        return scale
 
     def normalised(self, normalizer: Normalizer) -> Dataset:
-        """With standardised observations: a copy, or of a memory map another view."""
+        """With standardised observations and scaled rewards: a copy, or of a map another view."""
         if not isinstance(self.rows, Tensor):
             return replace(self, rows=self.rows.normalised(normalizer))
         batch = self.transitions
@@ -191,6 +234,8 @@ class Dataset:
             batch._replace(
                 observations=torch.from_numpy(normalizer(batch.observations.numpy())),
                 next_observations=torch.from_numpy(normalizer(batch.next_observations.numpy())),
+                rewards=batch.rewards * normalizer.reward_scale,
+                return_to_go=batch.return_to_go * normalizer.reward_scale,
             )
         )
         return replace(self, rows=rows)

@@ -115,6 +115,16 @@ def accidents_under(
     )
 
 
+def require_known_terminations(unsure: str, spec: SafetySpec) -> None:
+    """Raise DataError where accidents are terminations, and which episodes terminated is unsure."""
+    if unsure and spec.accident == "terminated":
+        raise DataError(
+            f'{unsure[0].upper()}{unsure[1:]}; under the accident rule "terminated" that decides '
+            "what was an accident. Correct terminals and timeouts; or, if they are right, store "
+            'the metadata\'s "ends" as "as marked".'
+        )
+
+
 def rule_remarks(
     arrays: Arrays, metadata: Metadata, spec: SafetySpec, starts: NDArray[np.int64]
 ) -> list[str]:
@@ -128,6 +138,16 @@ def rule_remarks(
         found.append(
             f"the log was made under the accident rule {_rule(stated, metadata)}; accidents are "
             f"counted under {_rule(spec.accident, {'cost_threshold': spec.cost_threshold})}."
+        )
+    below = int((arrays["costs"][:] < 0.0).sum())
+    if below and not (arrays["costs"][:] > 0.0).any() and spec.accident in ("cost", "episode_cost"):
+        raise DataError(
+            f"The dataset has costs below 0 ({below} steps) and none above, so the accident rule "
+            f'"{spec.accident}" finds nothing in it. Store what a step costs as a number above 0.'
+        )
+    if below:
+        found.append(
+            f"{below} steps have a cost below 0: the expected cost cannot be constrained with them."
         )
     if _running_sums(arrays["costs"][:], starts):
         found.append(

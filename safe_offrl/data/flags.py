@@ -14,11 +14,15 @@ Flags = NDArray[np.bool_]
 
 
 class Ends(NamedTuple):
-    """``terminals`` and ``timeouts`` [N], never both in a row, and a sentence for each guess."""
+    """``terminals`` and ``timeouts`` [N], never both in a row, and a sentence for each guess.
+
+    ``unsure``: why it is not known which episodes terminated; "" if it is.
+    """
 
     terminals: Flags
     timeouts: Flags
     remarks: list[str]
+    unsure: str
 
 
 def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> Ends:
@@ -33,6 +37,7 @@ def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> En
     """
     flags = {key: array.astype(bool) for key, array in given.items()}
     remarks: list[str] = []
+    unsure = ""
     if "dones" in flags:
         _split_dones(flags, breaks, horizon, remarks)
     terminals = flags["terminals"]
@@ -42,13 +47,16 @@ def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> En
         cut = breaks & ~(terminals | flags["timeouts"])
         if cut.any():
             flags["timeouts"] = flags["timeouts"] | cut
-            remarks.append(
-                f"{_many(cut, 'row')} within an episode {_verb(cut, 'does', 'do')} not lead to the "
-                f"row that follows (the first is row {int(cut.argmax())}): an end is not marked, "
-                "or rows are missing. The episode is taken to be cut there."
+            unsure = (
+                f"{_many(cut, 'end')} of episodes {_verb(cut, 'is', 'are')} marked neither in "
+                f"terminals nor in timeouts: row {int(cut.argmax())} does not lead to the row that "
+                "follows"
             )
+            remarks.append(f"{unsure}. Such an episode is taken to be cut there.")
     terminals, timeouts = _without_both(terminals, flags["timeouts"], remarks)
-    return Ends(terminals, timeouts, remarks)
+    if late := _terminated_at_limit(terminals, timeouts, horizon):
+        remarks.append(f"{late}.")
+    return Ends(terminals, timeouts, remarks, unsure or late)
 
 
 def at_horizon(ends: Flags, horizon: Any) -> Flags:
@@ -122,12 +130,10 @@ def _inferred(
     cut = at_horizon(ends, horizon)
     if breaks is not None:
         cut = cut | (breaks & ~terminals)
-    found = cut & ~terminals
-    if found.any() or not terminals[-1:].all():
-        remarks.append(
-            f"there are no timeouts: an episode is taken to end after {horizon} steps, the "
-            f"horizon ({_many(found, 'episode')})."
-        )
+    remarks.append(
+        f"there are no timeouts: an episode is taken to end after {horizon} steps, the horizon "
+        f"({_many(cut & ~terminals, 'episode')})."
+    )
     return cut
 
 
@@ -147,17 +153,36 @@ def _without_both(terminals: Flags, timeouts: Flags, remarks: list[str]) -> tupl
     if longest.sum() >= 2 and (limit == at_limit).all():
         terminals = terminals & ~limit
         remarks.append(
-            f"{_many(limit, 'row')} {_verb(limit, 'is', 'are')} marked both as terminated and as "
-            f"timed out, all of them on step {int(lengths.max())}, where every episode ends at "
+            f"{_many(limit, 'row')} {_verb(limit, 'is', 'are')} marked both in terminals and in "
+            f"timeouts, all of them on step {int(lengths.max())}, where every episode ends at "
             "the latest: taken for a time limit."
         )
     rest = terminals & timeouts
-    if rest.any():
+    # A step may terminate on the very last of the time limit, and Gymnasium then marks both.
+    if (rest & ~at_limit).any():
         remarks.append(
-            f"{_many(rest, 'row')} {_verb(rest, 'is', 'are')} marked both as terminated and as "
-            "timed out: taken for terminated."
+            f"{_many(rest, 'row')} {_verb(rest, 'is', 'are')} marked both in terminals and in "
+            "timeouts: taken for terminated."
         )
     return terminals, timeouts & ~terminals
+
+
+def _terminated_at_limit(terminals: Flags, timeouts: Flags, horizon: int | None) -> str:
+    """Why terminations may be a time limit's; "" if nothing says so.
+
+    Every one of several episodes that are as long as any terminates, on the same step.
+    """
+    stops = np.flatnonzero(terminals | timeouts)
+    lengths = np.diff(np.concatenate([[-1], stops]))
+    longest = int(lengths.max(initial=0))
+    last = stops[lengths == longest]
+    several = 2 if longest == horizon else 5
+    if longest < 2 or len(last) < several or longest < (horizon or 0) or timeouts[last].any():
+        return ""
+    return (
+        f"terminals mark the end of all {len(last):,} episodes of {longest} steps, and none is "
+        "longer: if that is a time limit, it belongs into timeouts"
+    )
 
 
 def _longest(ends: Flags) -> int:

@@ -88,11 +88,26 @@ def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdi
     if limit.constraint == "accident":
         needed = episodes_needed(limit.value, confidence).fixed
         advice += f", at least {needed:,} without an accident"
+    elif more := _more_to_show(next(g for g in groups if g.name == name), limit, confidence):
+        advice += f", or about {more:,} more of {name!r} if they cost the same"
     return Verdict(
         False,
         f"no: at {CONFIDENCE:.0%} nobody in the log is shown to keep {limit.value:{form}} (closest "
         f"is {name!r}, below {bounds[name]:{form}}), so an estimate there extrapolates. {advice}.",
     )
+
+
+def _more_to_show(group: Group, limit: Limit, confidence: float) -> int:
+    """Further episodes after which a mean cost like this would be below the limit; 0: none would.
+
+    Its upper bound m + z s / sqrt(n) falls with the root of n, and MIN_EPISODES are needed anyway.
+    """
+    room = limit.value - group.mean_cost
+    if not room > 0.0 or math.isnan(group.cost_error):
+        return 0
+    reach = float(special.ndtri(confidence)) * group.cost_error
+    needed = math.floor(group.episodes * (reach / room) ** 2) + 1  # strictly below
+    return max(needed, MIN_EPISODES) - group.episodes
 
 
 def _upper(group: Group, limit: Limit, confidence: float) -> float:

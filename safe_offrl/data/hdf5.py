@@ -33,6 +33,7 @@ from safe_offrl.data.content import (
     stored_type,
 )
 from safe_offrl.data.names import recognise
+from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 
@@ -43,15 +44,17 @@ def write_dataset(path: str | Path, arrays: Arrays, metadata: Metadata) -> None:
     """Validate and write a dataset; a reader sees the old file or the complete new one.
 
     ``arrays``: those of REQUIRED (validation.py), optionally OPTIONAL (content.py). ``metadata``
-    must be JSON-able; load_dataset reads env_id, accident, cost_threshold, horizon, behaviours,
+    must be JSON-able. Observations are stored in float32, or in float64 where that would cost them
+    their digits. load_dataset reads env_id, accident, cost_threshold, horizon, behaviours,
     action_low and action_high (the bounds of the actions as stored) and action_count from it.
     """
     validate_arrays(arrays)
+    arrays, metadata, wide = in_own_units(arrays, metadata)
     text = metadata_text(metadata)
     with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
         for key in (*REQUIRED, *OPTIONAL):
             if key in arrays:
-                array, kind = arrays[key], stored_type(key)
+                array, kind = arrays[key], wide if key in OBSERVATIONS else stored_type(key)
                 stored = file.create_dataset(key, array.shape, kind)
                 for part in chunks(len(array)):
                     stored[part] = array[part].astype(kind)

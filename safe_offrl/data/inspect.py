@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.dataset import ROUNDING, Dataset
 from safe_offrl.data.groups import Group, Verdict, groups_of, identify
 from safe_offrl.safety import Limit, SafetySpec
 from safe_offrl.statistics import clopper_pearson
@@ -202,7 +202,8 @@ def principal_components(observations: NDArray[Any]) -> NDArray[np.float64]:
     """The first two principal components of the standardised observations [N, O] -> [N, <= 2]."""
     values = observations.astype(np.float64)
     deviation = values.std(axis=0)
-    values = (values - values.mean(axis=0))[:, deviation > 0] / deviation[deviation > 0]
+    varies = deviation > ROUNDING * np.abs(values).max(axis=0)
+    values = (values - values.mean(axis=0))[:, varies] / deviation[varies]
     if values.shape[1] == 0:
         return values  # every observation is the same
     variances, vectors = np.linalg.eigh(values.T @ values)  # in ascending order
@@ -252,7 +253,8 @@ def dataset_warnings(dataset: Dataset, limit: Limit) -> list[str]:
     found += _outcome_warnings(dataset, limit)
     if len(dataset.rows) < MIN_TRANSITIONS:
         found.append(
-            f"only {len(dataset.rows)} transitions: enough to try the commands, too few to learn."
+            f"only {len(dataset.rows)} transitions: enough to try the commands, too few to learn. "
+            f"Log {MIN_TRANSITIONS - len(dataset.rows)} more at least."
         )
     actions = batch.actions.numpy()
     low, high = actions.min(axis=0), actions.max(axis=0)
@@ -272,10 +274,6 @@ def dataset_warnings(dataset: Dataset, limit: Limit) -> list[str]:
             "a single behaviour logged everything: there is nothing to tell better from worse "
             "except its own noise."
         )
-    if below := int((batch.costs < 0.0).sum()):
-        found.append(
-            f"{below} steps have a cost below 0: the expected cost cannot be constrained with them."
-        )
     if bool((batch.rewards == batch.rewards[0]).all()):
         found.append("every reward is the same: no policy is better than another.")
     return found
@@ -293,25 +291,30 @@ def _outcome_warnings(dataset: Dataset, limit: Limit) -> list[str]:
             which, kept = f"above the limit of {limit.value:g}", episodes - kept
         return [
             f"only {kept} episodes are {which}, too few to calibrate the safety critic "
-            f"(at least {MIN_CALIBRATION_EPISODES})."
+            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - kept} more."
         ]
     accidents, found = int(dataset.episode_accidents.sum()), []
     if accidents == 0:
         found.append(
             "no accident at all: what leads to one cannot be learnt, and no estimate of the "
-            "accident probability can be checked."
+            "accident probability can be checked. Log at least "
+            f"{MIN_CALIBRATION_EPISODES} episodes with one."
         )
     elif accidents < MIN_CALIBRATION_EPISODES:
         found.append(
             f"only {accidents} accident episodes, too few to calibrate the safety critic "
-            f"(at least {MIN_CALIBRATION_EPISODES})."
+            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - accidents} "
+            "more."
         )
     if accidents == episodes:
-        found.append("every episode has an accident: what avoids one cannot be learnt.")
-    elif episodes - accidents < MIN_CALIBRATION_EPISODES:
         found.append(
-            f"only {episodes - accidents} episodes without an accident, too few to calibrate the "
-            f"safety critic (at least {MIN_CALIBRATION_EPISODES})."
+            "every episode has an accident: what avoids one cannot be learnt. Log at least "
+            f"{MIN_CALIBRATION_EPISODES} episodes without one."
+        )
+    elif (safe := episodes - accidents) < MIN_CALIBRATION_EPISODES:
+        found.append(
+            f"only {safe} episodes without an accident, too few to calibrate the safety critic "
+            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - safe} more."
         )
     return found
 

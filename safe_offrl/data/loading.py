@@ -148,7 +148,8 @@ def load_dataset(
 
 def assemble(raw: Raw, *, discount: float, spec: SafetySpec, horizon: int | None = None) -> Dataset:
     """A dataset in memory from valid arrays; see :func:`load_dataset` for the arguments."""
-    arrays, metadata, remarks = raw
+    arrays, metadata, remarks, unsure = raw
+    derived.require_known_terminations(unsure, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
     columns = derived.scalar_columns(arrays, episodes.starts, metadata, spec, horizon, discount)

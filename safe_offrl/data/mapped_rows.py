@@ -1,4 +1,4 @@
-"""Rows of a memory-mapped dataset: drawn by index, standardised as they are drawn."""
+"""Rows of a memory-mapped dataset: drawn by index, standardised and scaled as they are drawn."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class MappedRows:
         self._whole = True
         self._mean: Tensor | None = None
         self._std: Tensor | None = None
+        self._scale = torch.ones(6)  # of the scalars of a Layout
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -49,11 +50,14 @@ class MappedRows:
             observations = (observations - self._mean) / self._std
             following = (following - self._mean) / self._std
         actions = tables[:, o : o + a].clamp(-1.0, 1.0)  # the tolerance of the validation
-        return torch.cat([observations, actions, following, scalars[:, :6]], dim=1)
+        return torch.cat([observations, actions, following, scalars[:, :6] * self._scale], dim=1)
 
     def column(self, name: str) -> Tensor:
         """A scalar field for all rows [N]; a view if these are all rows of the map."""
-        column = self._scalars[:, SCALARS.index(name)]
+        at = SCALARS.index(name)
+        column = self._scalars[:, at]
+        if self._scale[at] != 1.0:
+            column = column * self._scale[at]
         if self._whole:
             return column
         lengths = self._starts.diff()
@@ -71,10 +75,12 @@ class MappedRows:
         return result
 
     def normalised(self, normalizer: Normalizer) -> MappedRows:
-        """With observations standardised as they are drawn."""
+        """With observations standardised and rewards scaled as they are drawn."""
         result = copy.copy(self)
         result._mean = torch.from_numpy(normalizer.mean)
         result._std = torch.from_numpy(normalizer.std)
+        in_rewards = torch.tensor([name in ("rewards", "return_to_go") for name in SCALARS])
+        result._scale = torch.where(in_rewards, normalizer.reward_scale, 1.0)
         return result
 
     def _position(self, index: Tensor) -> Tensor:

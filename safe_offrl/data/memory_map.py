@@ -43,6 +43,7 @@ from safe_offrl.data.content import (
 )
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.mapped_rows import MappedRows
+from safe_offrl.data.offsets import centred
 from safe_offrl.data.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, write_file
@@ -62,13 +63,15 @@ def write_memory_map(
     *,
     source: Metadata | None = None,
     remarks: Sequence[str] = (),
+    unsure: str = "",
 ) -> list[str]:
     """Validate and write the folder in chunks, complete or not at all; nothing is lost.
 
     ``source`` is noted in the header (name and sha256 of the file that this was made from), and so
-    are ``remarks`` on it, which every load repeats.
+    are ``remarks`` on it, which every load repeats, and what is ``unsure``, see :class:`Raw`.
     """
     validate_arrays(arrays)
+    arrays, metadata = centred(arrays, metadata)
     n = len(arrays["rewards"])
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
@@ -99,6 +102,7 @@ def write_memory_map(
             "sha256": dataset_sha256(arrays, metadata),
             "source": dict(source or {}),
             "remarks": list(remarks),
+            "unsure": unsure,
         }
         header["header_sha256"] = _header_sha256(header)
         write_file(temporary / HEADER, json_bytes(header))
@@ -122,7 +126,8 @@ def read_memory_map(path: Path) -> Raw:
         if _file_name(key) in header["files"]:
             arrays[key] = _map(path / _file_name(key), stored_type(key))
     remarks = tuple(str(text) for text in header.get("remarks", ()))
-    return Raw(arrays, parse_metadata(header["metadata"]), remarks)
+    unsure = str(header.get("unsure", ""))
+    return Raw(arrays, parse_metadata(header["metadata"]), remarks, unsure)
 
 
 def read_memory_map_metadata(path: Path) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def read_memory_map_metadata(path: Path) -> dict[str, Any]:
 
 def verify_memory_map(path: Path) -> str:
     """Read everything and compare it with the hash in the header; returns it. Raises DataError."""
-    arrays, metadata, _ = read_memory_map(path)
+    arrays, metadata, _, _ = read_memory_map(path)
     validate_arrays(arrays)
     found, expected = dataset_sha256(arrays, metadata), _open(path)[0]["sha256"]
     if found != expected:
@@ -147,11 +152,12 @@ def load_memory_map(
     path: Path, *, discount: float, spec: SafetySpec, horizon: int | None
 ) -> Dataset:
     """The dataset of the folder without reading its rows; see load_dataset for the arguments."""
-    arrays, metadata, remarks = read_memory_map(path)
+    arrays, metadata, remarks, unsure = read_memory_map(path)
     header, tables = _open(path)
     if "remarks" not in header:  # of an earlier version, which did not look at the ends of episodes
         settled = complete(arrays, metadata, horizon=horizon or spec.horizon)
-        arrays, remarks = settled.arrays, settled.remarks
+        arrays, remarks, unsure = settled.arrays, settled.remarks, settled.unsure
+    derived.require_known_terminations(unsure, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
     scalars = _scalars(path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount)

@@ -39,6 +39,7 @@ from safe_offrl.data.hdf5 import (
     plain_group,
 )
 from safe_offrl.data.names import near_name
+from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, write_file
@@ -135,15 +136,15 @@ def write_minari(
 ) -> list[str]:
     """Validate and write the folder, complete or not at all; returns what it cannot hold."""
     validate_arrays(arrays)
+    arrays, metadata, wide = in_own_units(arrays, metadata)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     (temporary / "data").mkdir(parents=True)
     try:
         discrete = metadata.get("action_count") is not None
-        lost = _write_episodes(temporary / "data" / FILE, arrays, discrete, progress)
+        lost = _write_episodes(temporary / "data" / FILE, arrays, discrete, wide, progress)
         size = (temporary / "data" / FILE).stat().st_size / 1e6
-        described = _describe(_dataset_id(path), arrays, metadata) | {
-            "dataset_size": round(size, 1)
-        }
+        described = _describe(_dataset_id(path), arrays, metadata, wide)
+        described["dataset_size"] = round(size, 1)
         write_file(temporary / "data" / "metadata.json", json_bytes(described))
         temporary.rename(path)
     except BaseException:
@@ -281,7 +282,11 @@ def _metadata(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_episodes(
-    path: Path, arrays: Arrays, discrete: bool, progress: Progress | None
+    path: Path,
+    arrays: Arrays,
+    discrete: bool,
+    wide: np.dtype[Any],
+    progress: Progress | None,
 ) -> list[str]:
     starts, terminated, _ = find_episodes(arrays)
     behaviours = arrays["episode_behaviours"][:] if "episode_behaviours" in arrays else None
@@ -292,10 +297,7 @@ def _write_episodes(
             group.attrs.update({"id": k, "total_steps": part.stop - part.start})
             if behaviours is not None:
                 group.attrs["behaviour"] = int(behaviours[k])
-            first, following = (
-                np.asarray(arrays[key][part], np.float32)
-                for key in ("observations", "next_observations")
-            )
+            first, following = (np.asarray(arrays[key][part], wide) for key in OBSERVATIONS)
             jumps += int((first[1:] != following[:-1]).any(axis=1).sum())
             group["observations"] = np.concatenate([first, following[-1:]])
             actions = np.asarray(arrays["actions"][part], np.float32)
@@ -326,7 +328,7 @@ def _dataset_id(path: Path) -> str:
     return label if re.search(r"-v\d+$", label) else f"{label}-v0"
 
 
-def _describe(name: str, arrays: Arrays, metadata: Metadata) -> dict[str, Any]:
+def _describe(name: str, arrays: Arrays, metadata: Metadata, wide: np.dtype[Any]) -> dict[str, Any]:
     """What Minari wants to know of a dataset."""
     size = arrays["actions"].shape[1]
     discrete = metadata.get("action_count") is not None
@@ -337,7 +339,7 @@ def _describe(name: str, arrays: Arrays, metadata: Metadata) -> dict[str, Any]:
         "data_format": "hdf5",
         "jpeg_encoding": False,
         "minari_version": VERSION,
-        "observation_space": _box(arrays["observations"].shape[1], math.inf),
+        "observation_space": _box(arrays["observations"].shape[1], math.inf, wide.name),
         "action_space": _discrete(size) if discrete else _box(size, 1.0),
         ATTRIBUTE: metadata_text(metadata),
     }
@@ -361,9 +363,7 @@ def _discrete(count: int) -> str:
     return json.dumps({"type": "Discrete", "dtype": "int64", "start": 0, "n": count})
 
 
-def _box(size: int, bound: float) -> str:
+def _box(size: int, bound: float, kind: str = "float32") -> str:
     """A Box as Minari serialises it."""
     low, high = [-bound] * size, [bound] * size
-    return json.dumps(
-        {"type": "Box", "dtype": "float32", "shape": [size], "low": low, "high": high}
-    )
+    return json.dumps({"type": "Box", "dtype": kind, "shape": [size], "low": low, "high": high})

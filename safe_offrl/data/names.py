@@ -45,6 +45,7 @@ METADATA_KEYS = (
     "action_start",
     "behaviours",
     "ends",
+    "observation_offset",
 )
 # How names begin that were probably meant as ours.
 _STEMS = {

@@ -25,6 +25,7 @@ from safe_offrl.data.content import (
 )
 from safe_offrl.data.hdf5 import replacing
 from safe_offrl.data.names import recognise
+from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data.validation import validate_arrays
 from safe_offrl.errors import DataError
 
@@ -63,8 +64,9 @@ def write_npz(
 ) -> list[str]:
     """Validate and write an archive; nothing is lost."""
     validate_arrays(arrays)
+    arrays, metadata, wide = in_own_units(arrays, metadata)
     named: dict[str, Any] = {
-        key: arrays[key][:].astype(stored_type(key))
+        key: arrays[key][:].astype(wide if key in OBSERVATIONS else stored_type(key))
         for key in (*REQUIRED, *OPTIONAL)
         if key in arrays
     }

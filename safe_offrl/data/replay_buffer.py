@@ -66,7 +66,7 @@ def from_replay_buffer(
         metadata |= {"action_low": -1.0, "action_high": 1.0}
     if guessed:
         metadata["warning"] = stand_in_warning(guessed)
-    found, noted, remarks = complete(arrays, metadata)
+    found, noted, remarks, _ = complete(arrays, metadata)
     validate_arrays(found)
     if remarks:
         noted["warning"] = " ".join([*remarks, *filter(None, [noted.get("warning")])])
