@@ -11,11 +11,17 @@ from tests import corrupted_ends as ends
 from tests import corruptions as c
 from tests.corruptions import Corruption
 
-ENDS = r"terminals|timeouts|end is not marked|ends were not marked|ever ends|next_observations"
+ENDS = r"terminals|timeouts|end is not marked|ends were not marked|ever ends|next.observations"
 ENDS += r"|goes on|do(es)? not lead|has no end|time limit|order of time"
 ROWS = r"in order|order of|repeat|twice|same|copies|start where|" + ENDS
+READING = "it may be another reading of the sensor"
 INFERRED = "a time limit that only a horizon knows: the load says that it has inferred the ends"
+THROTTLE = "a throttle that was only ever 0 or 1 is possible"
+ELEVEN = "eleven discrete actions are possible"
+LIMIT = "an operator may have stopped every episode at the same step"
+QUESTION = "the settings may ask another question of the same log"
 UNMARKED = "an end that is not marked may be of either kind"
+DONES = "a row that is done and timed out may have terminated as well"
 DONE = "a termination at the very horizon is possible"
 
 MINARI = {"timeouts": "truncations", "terminals": "terminations", "costs": "cost"}
@@ -55,8 +61,8 @@ CORRUPTIONS: dict[str, Corruption] = {
     "timeouts missing": Corruption(c.dropped("timeouts"), 1, "timeouts|truncations", INFERRED),
     "terminals missing": Corruption(c.dropped("terminals"), 1, "terminals|terminations"),
     "last next observation of the reset": Corruption(ends.next_of_reset, 1, ENDS),
-    "next observations of the row itself": Corruption(ends.next_of(0), 1, "next.?observations"),
-    "next observations two rows on": Corruption(ends.next_of(2), 1, ROWS),
+    "next observations of the row itself": Corruption(ends.next_of(0), 1, ROWS, READING),
+    "next observations two rows on": Corruption(ends.next_of(2), 1, ROWS, READING),
     "neither timeouts nor horizon": Corruption(
         ends.no_timeouts_no_horizon, 1, "horizon|timeouts|truncations|time limit"
     ),
@@ -76,12 +82,18 @@ CORRUPTIONS: dict[str, Corruption] = {
     "every second row lost": Corruption(ends.without(lambda n: slice(0, n, 2)), 1, ROWS),
     "last rows of episodes lost": Corruption(ends.lost_ends, 1, ROWS),
     "every row twice": Corruption(ends.repeated(ends.twice), 1, ROWS),
-    "a block of rows twice": Corruption(ends.repeated(ends.block_twice), 1, ROWS),
+    "a block of rows twice": Corruption(
+        ends.repeated(ends.block_twice), 1, ROWS, "a world may repeat itself exactly"
+    ),
     "the whole log twice": Corruption(ends.repeated(ends.whole_twice), 1, ROWS),
     # --- 2: names, shapes, text ---
     **{
         f'{old} as "{new}"': Corruption(
-            c.renamed(old, new), 2, names_of(old, new), alone=new != names[0]
+            c.renamed(old, new),
+            2,
+            names_of(old, new),
+            DONES if new == "dones" else "",
+            alone=new != names[0],
         )
         for old, names in {
             "timeouts": (
@@ -103,7 +115,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         }.items()
         for new in names
     },
-    "dones beside terminals": Corruption(c.done_beside_terminals, 2, "dones", INFERRED),
+    "dones beside terminals": Corruption(c.done_beside_terminals, 2, "dones|truncations", INFERRED),
     "verdicts as accident": Corruption(c.verdicts_as("accident"), 2, '"accident"'),
     "verdicts as is_accident": Corruption(c.verdicts_as("is_accident"), 2, '"is_accident"'),
     "timeouts a row short": Corruption(c.longer("timeouts", -1), 2, "timeouts"),
@@ -157,20 +169,23 @@ CORRUPTIONS: dict[str, Corruption] = {
             if end
             else c.horizons(factor, where=where),
             3,
-            "horizon|time limit",
+            f"horizon|truncations|{ENDS}" if end else "horizon|time limit",
+            LIMIT if factor > 1 else "",
             alone=where == "spec" or factor > 1,
         )
         for factor in (0.5, 5)
         for where in ("file", "load", "spec", "file alone")
         for end in ("", ", no timeouts")
     },
-    "horizon in the file alone": Corruption(c.horizon_as(int), 3, "", readable=True),
+    "horizon in the file alone": Corruption(c.horizon_as(int), 3, "horizon", readable=True),
     "horizon as a float": Corruption(c.horizon_as(float), 3, "horizon", readable=True),
-    "horizon as text": Corruption(c.horizon_as(str), 3, "horizon"),
-    "horizon that is no whole number": Corruption(c.horizon_as(lambda x: x + 0.5), 3, "horizon"),
-    "horizon 0": Corruption(c.horizon_as(lambda x: 0), 3, "horizon"),
-    "horizon -1": Corruption(c.horizon_as(lambda x: -1), 3, "horizon"),
-    "horizon as true": Corruption(c.horizon_as(lambda x: True), 3, "horizon"),
+    "horizon as text": Corruption(c.horizon_as(str), 3, "horizon", alone=True),
+    "horizon that is no whole number": Corruption(
+        c.horizon_as(lambda x: x + 0.5), 3, "horizon", alone=True
+    ),
+    "horizon 0": Corruption(c.horizon_as(lambda x: 0), 3, "horizon", alone=True),
+    "horizon -1": Corruption(c.horizon_as(lambda x: -1), 3, "horizon", alone=True),
+    "horizon as true": Corruption(c.horizon_as(lambda x: True), 3, "horizon", alone=True),
     "horizon under max_episode_steps": Corruption(
         c.horizon_under("max_episode_steps"), 3, "horizon"
     ),
@@ -179,9 +194,13 @@ CORRUPTIONS: dict[str, Corruption] = {
     "verdicts above another threshold": Corruption(
         c.logged_rule("cost", 0.5), 3, "cost_threshold|threshold"
     ),
-    "verdicts read under cost": Corruption(c.read_under("cost"), 3, "rules:far"),
-    "verdicts read under terminated": Corruption(c.read_under("terminated"), 3, "rules:far"),
-    "verdicts read under another rule": Corruption(c.read_under("rules:near"), 3, "rules:far"),
+    "verdicts read under cost": Corruption(c.read_under("cost"), 3, "rules:far", QUESTION),
+    "verdicts read under terminated": Corruption(
+        c.read_under("terminated"), 3, "rules:far", QUESTION
+    ),
+    "verdicts read under another rule": Corruption(
+        c.read_under("rules:near"), 3, "rules:far", QUESTION
+    ),
     "verdicts of terminations": Corruption(c.logged_rule("terminated", 0.0), 3, "terminated"),
     "bounds of another unit": Corruption(
         c.continuous(c.said(action_low=0.0, action_high=1.0)), 3, "action_low|outside"
@@ -211,7 +230,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "actions numbered from 1, as said": Corruption(
         c.discrete(c.chain(c.said(action_start=1), c.typed("actions", lambda x: x + 1))),
         10,
-        "",
+        "action",
         readable=True,
     ),
     "actions numbered from 1, no count": Corruption(
@@ -227,7 +246,10 @@ CORRUPTIONS: dict[str, Corruption] = {
         c.discrete(c.typed("actions", lambda x: x.astype(np.float32))), 10, "action"
     ),
     "numbers of actions as float columns": Corruption(
-        c.discrete(c.typed("actions", lambda x: x[:, None].astype(np.float32))), 10, "action"
+        c.discrete(c.typed("actions", lambda x: x[:, None].astype(np.float32))),
+        10,
+        "action",
+        THROTTLE,
     ),
     "numbers of actions as float columns, no count": Corruption(
         c.discrete(
@@ -235,7 +257,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         ),
         10,
         "action",
-        "a throttle that was only ever 0 or 1 is possible",
+        THROTTLE,
     ),
     "numbers of actions as bytes": Corruption(
         c.discrete(c.typed("actions", lambda x: x.astype(np.uint8))), 10, "", readable=True
@@ -255,11 +277,12 @@ CORRUPTIONS: dict[str, Corruption] = {
     "whole-number actions with bounds": Corruption(
         c.continuous(lambda log: c.steps_of_ten(log, action_low=0, action_high=10)),
         10,
-        "",
+        "action",
+        ELEVEN,
         readable=True,
     ),
     "whole-number actions without bounds": Corruption(
-        c.continuous(c.steps_of_ten), 10, "action", "eleven discrete actions are possible"
+        c.continuous(c.steps_of_ten), 10, "action", ELEVEN
     ),
     # --- 0: values ---
     "a reward that is NaN": Corruption(

@@ -150,7 +150,7 @@ def outcome(names: tuple[str, ...], target: str, form: str) -> Outcome | None:
         try:
             dataset = load(FORMS[form].write(held, Path(folder)), held)
         except UserError as error:
-            return _of_refusal(str(error), names)
+            return _of_refusal(str(error), held, names)
         except Exception as error:
             return Outcome("crashed", repr(error))
         return _of_load(dataset, held, names, target, form)
@@ -164,8 +164,10 @@ def corrupted(original: Log, names: tuple[str, ...]) -> Log | None:
         return None
 
 
-def _of_refusal(sentence: str, names: tuple[str, ...]) -> Outcome:
-    if all(CORRUPTIONS[name].readable for name in names):
+def _of_refusal(sentence: str, held: Log, names: tuple[str, ...]) -> Outcome:
+    # What metadata say can be read only where there are any.
+    lost = not held.metadata and any(CORRUPTIONS[name].kind in (3, 10) for name in names)
+    if all(CORRUPTIONS[name].readable for name in names) and not lost:
         return Outcome("not read", sentence)
     return Outcome("refused" if words_of(names).search(sentence) else "unnamed", sentence)
 
@@ -177,7 +179,8 @@ def _of_load(
     if not wrong:
         return Outcome("true", "")
     named = [text for text in remarks_of(dataset) if words_of(names).search(text)]
-    if named and all(CORRUPTIONS[name].remark or harmless(name, target, form) for name in names):
+    suspects = names if len(names) == 1 else [n for n in names if not harmless(n, target, form)]
+    if named and all(CORRUPTIONS[name].remark for name in suspects):
         return Outcome("remarked", f"{wrong}: {named[0]}")
     what = "untellable" if untellable(names, target, form) else "silent"
     return Outcome(what, f"{wrong}; remarks: {remarks_of(dataset)}")

@@ -37,13 +37,18 @@ def _rows_agree(log: Log) -> bool:
     return len({len(array) for array in log.arrays.values()}) == 1
 
 
+def _storable(arrays: Arrays) -> Arrays:
+    """Text as HDF5 takes it."""
+    return {k: v.astype("S") if v.dtype.kind == "U" else v for k, v in arrays.items()}
+
+
 # --- HDF5 and npz: any arrays, and metadata ---
 
 
 def write_hdf5(log: Log, folder: Path) -> Path:
     with h5py.File(folder / "log.hdf5", "w") as file:
-        for key, value in log.arrays.items():
-            file[key] = value if value.dtype.kind != "U" else value.astype("S")
+        for key, value in _storable(log.arrays).items():
+            file[key] = value
         if log.metadata:
             file.attrs["safe_offrl"] = json.dumps(log.metadata)
     return folder / "log.hdf5"
@@ -175,12 +180,12 @@ def write_minari(log: Log, folder: Path) -> Path:
     data.mkdir(parents=True)
     theirs = {"terminals": "terminations", "timeouts": "truncations", "costs": "infos/cost"}
     theirs |= {"accidents": "infos/accident"}
-    group = log.arrays["group"]
+    arrays, group = _storable(log.arrays), log.arrays["group"]
     starts = np.flatnonzero(np.diff(group, prepend=group[0] - 1, append=group[-1] + 1))
     with h5py.File(data / "main_data.hdf5", "w") as file:
         for k, part in enumerate(map(slice, starts[:-1], starts[1:])):
             episode = file.create_group(f"episode_{k}")
-            for key, value in log.arrays.items():
+            for key, value in arrays.items():
                 name = theirs.get(key, key)
                 if name.startswith("infos"):
                     episode[name] = np.concatenate([np.zeros_like(value[:1]), value[part]])
@@ -197,17 +202,20 @@ def _description(log: Log) -> dict[str, Any]:
     """What Farama's own writer says of a dataset; what else is known of it stands beside that."""
     said = dict(log.metadata)
     spec = {"id": said.pop("env_id", "Ledge-v0"), "max_episode_steps": said.pop("horizon", None)}
+    described = {"env_spec": json.dumps(spec)}
     count, start = said.pop("action_count", None), said.pop("action_start", 0)
-    low, high = said.pop("action_low", -1.0), said.pop("action_high", 1.0)
+    low, high = said.pop("action_low", None), said.pop("action_high", None)
     if said:
         return {"safe_offrl": json.dumps(log.metadata)}
     if count is not None:
         space: dict[str, Any] = {"type": "Discrete", "dtype": "int64", "n": count, "start": start}
-    else:
+        described["action_space"] = json.dumps(space)
+    elif low is not None or high is not None:
         size = log.arrays["actions"].shape[1] if log.arrays["actions"].ndim == 2 else 1
-        low, high = ([float(x)] * size for x in (low, high))
-        space = {"type": "Box", "dtype": "float32", "shape": [size], "low": low, "high": high}
-    return {"env_spec": json.dumps(spec), "action_space": json.dumps(space)}
+        bounds = {"low": [low] * size, "high": [high] * size}
+        space = {"type": "Box", "dtype": "float32", "shape": [size], **bounds}
+        described["action_space"] = json.dumps(space)
+    return described
 
 
 # --- memory map ---

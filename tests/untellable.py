@@ -56,6 +56,41 @@ UNTELLABLE = (
         "a damage may grow with each step that does it",
     ),
     Untellable(
+        ("first rows lost", "rows lost in the middle"),
+        (),
+        ("omnisafe",),
+        "with `done` alone the kind of an end is told by the number of steps before it",
+    ),
+    Untellable(
+        ("rows lost in the middle",),
+        (),
+        LINKLESS,
+        "one step across the lost rows may look like any other",
+    ),
+    Untellable(
+        ("half of the terminals missing", "every second row lost", "last rows of episodes lost"),
+        ("mortal",),
+        LINKLESS,
+        "a walk of six steps from anywhere goes on as a walk with portals would",
+    ),
+    Untellable(
+        ("next observations two rows on",),
+        (),
+        ("minari", "episodes"),
+        "the observation after the last step of an episode is the only one that is stored",
+    ),
+    Untellable(
+        tuple(
+            f"horizon x {factor} in the {where}{end}"
+            for factor in ("0.5", "5")
+            for where in ("load", "spec", "file alone")
+            for end in ("", ", no timeouts")
+        ),
+        ("stops", "mortal"),
+        (),
+        "no episode was ever cut by the time limit, so the log knows of none",
+    ),
+    Untellable(
         ("the whole log twice",),
         (),
         (),
