@@ -94,7 +94,6 @@ CORRUPTIONS: dict[str, Corruption] = {
             2,
             names_of(old, new),
             DONES if new == "dones" else "",
-            alone=new != names[0],
         )
         for old, names in {
             "timeouts": (
@@ -172,7 +171,6 @@ CORRUPTIONS: dict[str, Corruption] = {
             3,
             f"horizon|truncations|{ENDS}" if end else "horizon|time limit",
             LIMIT if factor > 1 else "",
-            alone=where == "spec" or factor > 1,
         )
         for factor in (0.5, 5)
         for where in ("file", "load", "spec", "file alone")
@@ -180,13 +178,11 @@ CORRUPTIONS: dict[str, Corruption] = {
     },
     "horizon in the file alone": Corruption(c.horizon_as(int), 3, "horizon", readable=True),
     "horizon as a float": Corruption(c.horizon_as(float), 3, "horizon", readable=True),
-    "horizon as text": Corruption(c.horizon_as(str), 3, "horizon", alone=True),
-    "horizon that is no whole number": Corruption(
-        c.horizon_as(lambda x: x + 0.5), 3, "horizon", alone=True
-    ),
-    "horizon 0": Corruption(c.horizon_as(lambda x: 0), 3, "horizon", alone=True),
-    "horizon -1": Corruption(c.horizon_as(lambda x: -1), 3, "horizon", alone=True),
-    "horizon as true": Corruption(c.horizon_as(lambda x: True), 3, "horizon", alone=True),
+    "horizon as text": Corruption(c.horizon_as(str), 3, "horizon"),
+    "horizon that is no whole number": Corruption(c.horizon_as(lambda x: x + 0.5), 3, "horizon"),
+    "horizon 0": Corruption(c.horizon_as(lambda x: 0), 3, "horizon"),
+    "horizon -1": Corruption(c.horizon_as(lambda x: -1), 3, "horizon"),
+    "horizon as true": Corruption(c.horizon_as(lambda x: True), 3, "horizon"),
     "horizon under max_episode_steps": Corruption(
         c.horizon_under("max_episode_steps"), 3, "horizon"
     ),

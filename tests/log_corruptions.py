@@ -36,6 +36,18 @@ ORDER = (1, 3, 10, 0, 2)  # of kinds, as one fault comes after another: names an
 EXPECTED = {"bare": "stands in", "d4rl": "stands in", "table": "stands in", "omnisafe": "done"}
 
 
+# Other forms of a fault that is in pairs already; they are tried alone.
+ONLY_ALONE = re.compile(
+    r"for two rows|timeouts (held for|on every|inverted)|four env|sorted|second row|first rows"
+    r"|two rows on|(rewards|observations|actions) as"
+    r"|as \"(?!truncations|terminations|cost\"|next_obs\"|accident)|is_accident"
+    r"|(rewards|costs) a row|255|mark before|UTF|CR LF|empty|by name|yes|decimal|tabs|names of"
+    r"|comment|horizon (as t|that|0|-1|under H|x .*spec|x 5)|another threshold|of terminations"
+    r"|read under (term|another)|exchanged|one bound|count as text|from -1|float columns$|bytes"
+    r"|booleans|infinite"
+)
+
+
 class Outcome(NamedTuple):
     """What a load did: "true", "refused", "remarked", "untellable" or one of :data:`WRONG`."""
 
@@ -139,15 +151,19 @@ def ends_by_limit(log: Log) -> bool:
     return bool((cut == (ends_of(log) & limit)).all())
 
 
-@functools.cache
 def held_corrupted(names: tuple[str, ...], target: str, form: str) -> Log | None:
     """A log after these corruptions, as a format holds it; None if fewer of them do the same."""
     pure, log = held_clean(target, form), corrupted(clean(target), names)
     held = log and FORMS[form].hold(log)
     if pure is None or held is None or held_alike(pure, held):
         return None
-    fewer = [held_corrupted((name,), target, form) for name in names if len(names) > 1]
+    fewer = [held_alone(name, target, form) for name in names if len(names) > 1]
     return None if any(each and held_alike(each, held) for each in fewer) else held
+
+
+@functools.lru_cache(2000)
+def held_alone(name: str, target: str, form: str) -> Log | None:
+    return held_corrupted((name,), target, form)
 
 
 @functools.cache
@@ -210,7 +226,7 @@ def singles() -> Iterator[tuple[tuple[str, ...], str, str]]:
 
 def pairs() -> Iterator[tuple[tuple[str, ...], str, str]]:
     """(names, log, format) of every two corruptions, in every format, each of another log."""
-    paired = [name for name, each in CORRUPTIONS.items() if not each.alone]
+    paired = [name for name in CORRUPTIONS if not ONLY_ALONE.search(name)]
     paired.sort(key=lambda name: ORDER.index(CORRUPTIONS[name].kind))
     turn = itertools.cycle(TARGETS)
     for names in itertools.combinations(paired, 2):
