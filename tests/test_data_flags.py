@@ -72,7 +72,7 @@ def test_dones_stand_for_what_is_missing() -> None:
 )
 def test_dones_that_contradict_are_refused(given: dict[str, str]) -> None:
     with pytest.raises(DataError, match="contradict"):
-        settled(**given)
+        settled_ends({key: flags(text) for key, text in given.items()}, None, None)
 
 
 def test_both_flags_are_a_time_limit_where_every_longest_episode_has_both() -> None:

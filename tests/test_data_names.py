@@ -16,7 +16,7 @@ from safe_offrl.data.names import SYNONYMS, near_name, recognise
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
 
-WHOLE = dict.fromkeys(REQUIRED, 4)
+WHOLE: dict[str, int | None] = dict.fromkeys(REQUIRED, 4)
 
 
 def without(name: str, **more: int) -> dict[str, int | None]:
