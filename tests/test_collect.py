@@ -349,6 +349,21 @@ def test_ctrl_c_keeps_what_was_logged(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("small")
+def test_an_environment_that_cannot_be_closed_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closes(_env: Any) -> None:
+        raise RuntimeError("no connection to close")
+
+    env_id = registered(monkeypatch, period=10**9, close=closes)
+    config = CollectConfig(transitions=300, learners=ppo(100), workers=1)
+    words = r'Closing "Fragile-v0" failed: RuntimeError: no connection.*Nothing is lost'
+    with pytest.warns(UserWarning, match=words):
+        path = build_dataset(env_id, SPEC, path=tmp_path / "a.hdf5", config=config)
+    assert len(load_dataset(path, discount=0.99, spec=SPEC).rows) >= 300
+
+
+@pytest.mark.usefixtures("small")
 def test_an_environment_that_never_works_stops_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
