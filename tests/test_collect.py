@@ -261,6 +261,7 @@ def fragile(**settings: Any) -> AccidentEnv:
     return AccidentEnv(env, SafetySpec(horizon=5), env_id="Fragile-v0")
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.parametrize("where", [0, 1, 3])
 def test_a_failed_episode_is_left_out_and_no_other(where: int) -> None:
     """All others are those of an environment that never fails, row for row."""
@@ -306,6 +307,7 @@ def test_a_log_says_how_many_episodes_were_left_out(
     assert any(f"warning: {words}" in text and "did not converge" in text for text in said)
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["a.hdf5", "a.npz", "folder"])
 def test_what_was_logged_before_an_environment_broke_is_kept(
