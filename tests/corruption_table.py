@@ -24,6 +24,7 @@ UNMARKED = "an end that is not marked may be of either kind"
 DONES = "a row that is done and timed out may have terminated as well"
 DONE = "a termination at the very horizon is possible"
 
+
 MINARI = {"timeouts": "truncations", "terminals": "terminations", "costs": "cost"}
 
 
@@ -133,7 +134,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "flags as text": Corruption(
         c.chain(*(c.typed(key, lambda x: x.astype(np.str_)) for key in ("terminals", "timeouts"))),
         2,
-        "terminals|timeouts",
+        "terminals|timeouts|terminations",
     ),
     "flags 0 and 255": Corruption(
         c.chain(*(c.typed(key, lambda x: x * np.uint8(255)) for key in ("terminals", "timeouts"))),

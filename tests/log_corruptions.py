@@ -140,11 +140,21 @@ def ends_by_limit(log: Log) -> bool:
 
 
 @functools.cache
-def outcome(names: tuple[str, ...], target: str, form: str) -> Outcome | None:
-    """What the load of a corrupted log comes to; None if it cannot be made, or is the clean one."""
+def held_corrupted(names: tuple[str, ...], target: str, form: str) -> Log | None:
+    """A log after these corruptions, as a format holds it; None if fewer of them do the same."""
     pure, log = held_clean(target, form), corrupted(clean(target), names)
     held = log and FORMS[form].hold(log)
     if pure is None or held is None or held_alike(pure, held):
+        return None
+    fewer = [held_corrupted((name,), target, form) for name in names if len(names) > 1]
+    return None if any(each and held_alike(each, held) for each in fewer) else held
+
+
+@functools.cache
+def outcome(names: tuple[str, ...], target: str, form: str) -> Outcome | None:
+    """What the load of a corrupted log comes to; None if there is none to be loaded."""
+    held = held_corrupted(names, target, form)
+    if held is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         try:

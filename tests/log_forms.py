@@ -212,8 +212,9 @@ def _description(log: Log) -> dict[str, Any]:
         described["action_space"] = json.dumps(space)
     elif low is not None or high is not None:
         size = log.arrays["actions"].shape[1] if log.arrays["actions"].ndim == 2 else 1
-        bounds = {"low": [low] * size, "high": [high] * size}
-        space = {"type": "Box", "dtype": "float32", "shape": [size], **bounds}
+        bounds = {"low": low, "high": high}
+        given = {key: [bound] * size for key, bound in bounds.items() if bound is not None}
+        space = {"type": "Box", "dtype": "float32", "shape": [size], **given}
         described["action_space"] = json.dumps(space)
     return described
 
