@@ -16,6 +16,7 @@ import importlib.metadata
 import inspect
 import math
 import platform
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ from safe_offrl.env_process import ProcessEnv
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.observations import flatten, layout
 from safe_offrl.safety import SafetySpec
-from safe_offrl.user_code import import_plugins, import_user_module, sentence
+from safe_offrl.user_code import import_plugins, import_user_module, raised, sentence
 
 Vector = NDArray[np.float32]
 COST_SHARE_MAX = 2.0  # where the share of an exceeded threshold is cut off
@@ -254,14 +255,9 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         raw_action = self.own_action(action)
         # A copy: some environments write into the action that they are given.
         answer = ask(self.env.step, copy.copy(raw_action))
-        raw_next, reward, terminated, cut, info = step_values(self.env_id, answer)
         self._steps += 1
+        raw_next, reward, terminated, cut, info = step_values(self.env_id, answer, self._steps)
         truncated = (cut or self._steps >= self.horizon) and not terminated
-        if not math.isfinite(reward):
-            raise EnvFault(
-                f'"{self.env_id}" gave the reward {reward} at step {self._steps}. '
-                "Fix the environment: rewards must be finite numbers."
-            )
         cost = cost_of(self.env_id, info, self._steps, limited=self._cost_limited)
         if self._rule is None:
             if cost is None:
@@ -285,6 +281,14 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             truncated,
             {**info, "accident": accident, "cost": cost},
         )
+
+    def close(self) -> None:
+        """Close the environment; a warning where that fails, for no result depends on it."""
+        try:
+            super().close()
+        except Exception as error:  # whatever the environment raises
+            text = f'Closing "{self.env_id}" failed: {raised(error)}. Nothing is lost by it.'
+            warnings.warn(text, stacklevel=2)
 
     def _remember(self, observation: Any) -> None:
         """Keep what a user's rule is shown: as it was, should the environment write into it."""

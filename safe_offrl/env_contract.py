@@ -130,7 +130,9 @@ def reset_values(env_id: str, answer: Any) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def step_values(env_id: str, answer: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+def step_values(
+    env_id: str, answer: Any, step: int
+) -> tuple[Any, float, bool, bool, dict[str, Any]]:
     """The answer of step(): five values, of which three are a number and two truth values."""
     if not isinstance(answer, tuple | list) or len(answer) != 5:
         raise EnvFault(
@@ -146,9 +148,10 @@ def step_values(env_id: str, answer: Any) -> tuple[Any, float, bool, bool, dict[
             f'step() of "{env_id}" returned {found}, but it must return {STEP_GIVES}: two truth '
             "values and a dict. Fix the environment."
         )
-    if reward is None:
+    if reward is None or not math.isfinite(reward):
+        given = _kind(raw_reward) if reward is None else reward
         raise EnvFault(
-            f'step() of "{env_id}" returned {_kind(raw_reward)} as its reward. '
+            f'"{env_id}" gave the reward {given} at step {step}. '
             "Fix the environment: rewards must be finite numbers."
         )
     return observation, reward, bool(terminated), bool(truncated), cast("dict[str, Any]", info)

@@ -159,6 +159,11 @@ def fitted(
     plan = plan_log(config, env, scripted)
     speed = f"at {rate:,.0f} steps a second"
     tell(progress, f"plan: {plan}; {duration(plan.total / rate)} {speed}, learning apart")
+    if steps is None and plan.total / rate > LONG:
+        tell(
+            progress,
+            f"for a shorter one: safe-offrl collect --env {env.env_id} --minutes 30 --out FILE",
+        )
     if config != whole:
         full = plan_log(whole, env, scripted)
         tell(

@@ -173,9 +173,5 @@ class AccidentCamera:
     def close(self) -> None:
         """Close the environment; may be called twice."""
         env, self._env = self._env, None
-        if env is None:
-            return
-        try:
+        if env is not None:
             env.close()
-        except Exception as error:  # nothing is lost by it
-            self._say(f"warning: closing the environment of the videos failed: {sentence(error)}")

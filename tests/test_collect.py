@@ -261,6 +261,7 @@ def fragile(**settings: Any) -> AccidentEnv:
     return AccidentEnv(env, SafetySpec(horizon=5), env_id="Fragile-v0")
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.parametrize("where", [0, 1, 3])
 def test_a_failed_episode_is_left_out_and_no_other(where: int) -> None:
     """All others are those of an environment that never fails, row for row."""
@@ -306,6 +307,7 @@ def test_a_log_says_how_many_episodes_were_left_out(
     assert any(f"warning: {words}" in text and "did not converge" in text for text in said)
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["a.hdf5", "a.npz", "folder"])
 def test_what_was_logged_before_an_environment_broke_is_kept(
@@ -346,6 +348,21 @@ def test_ctrl_c_keeps_what_was_logged(tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept.episodes == 9  # 20 of the trial, 20 of the pilot, and the one that was cut off
     assert "broken off" in kept.metadata["warning"]
     assert "The 45 transitions logged by then are kept" in said[-1]
+
+
+@pytest.mark.usefixtures("small")
+def test_an_environment_that_cannot_be_closed_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closes(_env: Any) -> None:
+        raise RuntimeError("no connection to close")
+
+    env_id = registered(monkeypatch, period=10**9, close=closes)
+    config = CollectConfig(transitions=300, learners=ppo(100), workers=1)
+    words = r'Closing "Fragile-v0" failed: RuntimeError: no connection.*Nothing is lost'
+    with pytest.warns(UserWarning, match=words):
+        path = build_dataset(env_id, SPEC, path=tmp_path / "a.hdf5", config=config)
+    assert len(load_dataset(path, discount=0.99, spec=SPEC).rows) >= 300
 
 
 @pytest.mark.usefixtures("small")

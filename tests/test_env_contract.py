@@ -220,8 +220,11 @@ def test_a_rule_sees_what_was_there_whatever_the_environment_writes_into(rules: 
         ((np.zeros(2), 0.0, "no", False, {}), "terminated as 'no'"),
         ((np.zeros(2), 0.0, np.zeros(2, bool), False, {}), "terminated as an array of shape"),
         ((np.zeros(2), 0.0, False, False, None), "info as None"),
-        (answer(reward=np.zeros(2)), r"array of shape \(2,\) and type float64 as its reward"),
-        (answer(reward=None), "None as its reward"),
+        (
+            answer(reward=np.zeros(2)),
+            r"the reward an array of shape \(2,\) and type float64 at step 1",
+        ),
+        (answer(reward=None), "the reward None at step 1"),
         (KeyError("motor"), r"raised KeyError: 'motor' \(test_env_contract\.py, line"),
     ],
 )

@@ -240,6 +240,7 @@ for _cls in (FailsAtTheThird, FailsToBegin, FailsAlways, NeverBegins, SixValues)
     )
 
 
+@pytest.mark.promise("R11")
 def test_a_failed_episode_is_cut_off_and_counts_nowhere() -> None:
     account = Account()
     env = Penalised(make_env("LearnFailsAtTheThird-v0", SPEC), account)
@@ -257,6 +258,7 @@ def test_a_failed_episode_is_cut_off_and_counts_nowhere() -> None:
     assert "did not converge (test_learners.py, line" in account.dropped.last
 
 
+@pytest.mark.promise("R11")
 def test_a_start_that_fails_is_tried_again_with_another_seed() -> None:
     account = Account()
     env = Penalised(make_env("LearnFailsToBegin-v0", SPEC), account)
@@ -268,6 +270,7 @@ def test_a_start_that_fails_is_tried_again_with_another_seed() -> None:
     assert account.dropped.count == 2
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.parametrize("name", ["FailsAtTheThird", "FailsToBegin"])
 def test_learners_bear_failing_episodes(name: str) -> None:
     messages: list[str] = []
@@ -277,6 +280,7 @@ def test_learners_bear_failing_episodes(name: str) -> None:
     assert [m.split(":")[0] for m in left_out] == ["training ppo", "training sac"]
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.parametrize(
     ("name", "words"),
     [

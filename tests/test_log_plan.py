@@ -20,6 +20,7 @@ from safe_offrl.log_plan import (
     CollectConfig,
     bounded,
     duration,
+    fitted,
     plan_log,
     spelt_out,
     steps_per_second,
@@ -184,6 +185,20 @@ def test_minutes_are_steps_at_the_measured_speed(
     # The whole: 2 x 80,896 of trainings, 7 x (14,286 + 29) steps of the pilot, but at most 250
     # episodes of 30 each, 100,029 of the log and 100 of the trial: 314,421 at 50 a second.
     assert said[1].endswith("which take 314,421 steps in all, 1 h 45 min")
+
+
+@pytest.mark.parametrize(("rate", "told"), [(5.0, True), (5000.0, False)])
+def test_a_log_that_takes_long_says_how_to_bound_it(
+    monkeypatch: pytest.MonkeyPatch, rate: float, told: bool
+) -> None:
+    monkeypatch.setattr(log_plan, "steps_per_second", lambda env: rate)
+    said: list[str] = []
+    config = CollectConfig(transitions=5_000, learners=LearnersConfig(ppo=PPOConfig(steps=0)))
+    with make_env("Counted-v0", SPEC) as env:
+        assert fitted(env, SPEC, config, 0, None, None, said.append).transitions == 5_000
+    # 5,029 of the pilot, as many of the log, 100 of the trial: 34 minutes at 5 a second, or 2 s.
+    assert ("; 34 min at 5 steps" if told else "; 2 s at 5,000 steps") in said[0]
+    assert any("--minutes 30 --out FILE" in text for text in said) == told
 
 
 @pytest.mark.parametrize(

@@ -47,16 +47,18 @@ def read_csv(path: Path) -> Raw:
         # Some programs put a byte order mark before the first name.
         header = file.readline(MAX_HEADER).decode("utf-8-sig")
         names = [name.strip().strip('"').strip() for name in header.split(",")]
+        if len(names) == 1 and (other := next((mark for mark in ";\t" if mark in header), None)):
+            raise DataError(
+                f'The columns of "{path}" are separated by {other!r}. Separate them by commas.'
+            )
         found, remarks = recognise(_stems(names), "Rename its columns")
         columns = {ours: _columns(names, theirs, ours) for ours, theirs in found.items()}
         columns = {key: columns[key] for key in (*TABLES, *SCALARS) if columns.get(key)}
         wanted = [i for numbers in columns.values() for i in numbers]
         if not wanted:
-            other = next((mark for mark in ";\t" if mark in header), None)
-            between = f" Separate them by commas, not by {other!r}." if other else ""
             raise DataError(
                 f'The first line of "{path}" names none of our columns. Name them observations_0, '
-                f"..., actions_0, ..., rewards, costs, terminals, timeouts.{between}"
+                f"..., actions_0, ..., rewards, costs, terminals, timeouts."
             )
         # A number takes two bytes of text at least, and eight in memory.
         require_size(path, [path.stat().st_size * 4])
