@@ -12,7 +12,7 @@ from tests import corruptions as c
 from tests.corruptions import Corruption
 
 ENDS = r"terminals|timeouts|end is not marked|ends were not marked|ever ends|next.observations"
-ENDS += r"|goes on|do(es)? not lead|has no end|time limit|order of time"
+ENDS += r"|goes on|do(es)? not lead|time limit|order of time"
 ROWS = r"in order|order of|repeat|twice|same|copies|start where|" + ENDS
 READING = "it may be another reading of the sensor"
 INFERRED = "a time limit that only a horizon knows: the load says that it has inferred the ends"
@@ -170,7 +170,7 @@ CORRUPTIONS: dict[str, Corruption] = {
             else c.horizons(factor, where=where),
             3,
             f"horizon|truncations|{ENDS}" if end else "horizon|time limit",
-            LIMIT if factor > 1 else "",
+            INFERRED if end else LIMIT if factor > 1 else "",
         )
         for factor in (0.5, 5)
         for where in ("file", "load", "spec", "file alone")

@@ -25,7 +25,7 @@ from tests.clean_logs import CLEAN, Log, Truth, clean, truth_of
 from tests.corruption_table import CORRUPTIONS, words_of
 from tests.corruptions import ends_of
 from tests.log_forms import FORMS, held_alike
-from tests.untellable import untellable
+from tests.untellable import LINKLESS, untellable
 
 # The clean logs that are corrupted; the others of CLEAN are only looked at as they are.
 TARGETS = ("ledge", "hazards", "buttons", "levers", "stops", "mortal", "gears", "judged")
@@ -204,12 +204,23 @@ def _of_load(
     wrong = deviation(dataset, clean(target), held)
     if not wrong:
         return Outcome("true", "")
-    named = [text for text in remarks_of(dataset) if words_of(names).search(text)]
+    usual = re.compile(EXPECTED.get(form, "(?!)"))
+    new = [text for text in remarks_of(dataset) if not usual.search(text)]
+    named = [text for text in new if words_of(names).search(text)]
     suspects = names if len(names) == 1 else [n for n in names if not harmless(n, target, form)]
-    if named and all(CORRUPTIONS[name].remark for name in suspects):
+    if named and all(may_be_remarked(name, form) for name in suspects):
         return Outcome("remarked", f"{wrong}: {named[0]}")
     what = "untellable" if untellable(names, target, form) else "silent"
     return Outcome(what, f"{wrong}; remarks: {remarks_of(dataset)}")
+
+
+def may_be_remarked(name: str, form: str) -> bool:
+    """Whether a load may count otherwise if it says why.
+
+    Where a file holds no next observations, jumps alone tell of ends and of the order of rows, and
+    there are worlds that jump.
+    """
+    return bool(CORRUPTIONS[name].remark) or (CORRUPTIONS[name].kind == 1 and form in LINKLESS)
 
 
 def harmless(name: str, target: str, form: str) -> bool:
