@@ -263,7 +263,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         c.discrete(lambda log: c.one_hot(log, int)), 10, "", readable=True
     ),
     "one-hot as integers, no count": Corruption(
-        c.discrete(lambda log: c.without_count(c.one_hot(log, int))),
+        c.discrete(c.chain(lambda log: c.one_hot(log, int), c.without_count)),
         10,
         "action",
         "continuous actions that were only ever 0 or 1 are possible",

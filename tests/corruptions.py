@@ -225,8 +225,12 @@ def without_count(log: Log) -> Log:
     return dataclasses.replace(log, metadata=metadata)
 
 
-def one_hot(log: Log, kind: type) -> Log:
-    return put(log, actions=np.eye(log.metadata["action_count"], dtype=kind)[log.arrays["actions"]])
+def one_hot(log: Log, kind: type) -> Log | None:
+    """Rows in place of the numbers 0 to action_count - 1."""
+    index, count = log.arrays["actions"], log.metadata["action_count"]
+    if index.dtype.kind != "i" or index.max() >= count:
+        return None
+    return put(log, actions=np.eye(count, dtype=kind)[index])
 
 
 def steps_of_ten(log: Log, **metadata: Any) -> Log | None:

@@ -208,7 +208,9 @@ def _of_load(
     new = [text for text in remarks_of(dataset) if not usual.search(text)]
     named = [text for text in new if words_of(names).search(text)]
     suspects = names if len(names) == 1 else [n for n in names if not harmless(n, target, form)]
-    if named and all(may_be_remarked(name, form) for name in suspects):
+    # An end that is marked neither way may be of either kind.
+    unmarked = wrong.startswith("terminated") and any("marked neither" in text for text in named)
+    if unmarked or (named and all(may_be_remarked(name, form) for name in suspects)):
         return Outcome("remarked", f"{wrong}: {named[0]}")
     what = "untellable" if untellable(names, target, form) else "silent"
     return Outcome(what, f"{wrong}; remarks: {remarks_of(dataset)}")
