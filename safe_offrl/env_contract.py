@@ -116,7 +116,8 @@ def ask(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         return function(*arguments, **named)
     except EnvError:
         raise
-    except Exception as error:
+    # An exit would end every command as if all were well.
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise EnvFault(fault_in_words(error)) from error
 
 

@@ -50,7 +50,46 @@ def sources_and_packages(modules: Iterable[str]) -> dict[str, dict[str, str]]:
             for imported, at_once in _imports(path, parts if is_package else parts[:-1]):
                 if at_once or not _is_installed(imported):
                     waiting.append(imported)
+            for text in _texts(path):
+                if (beside := _file_beside(path, text)) is not None:
+                    sources[f"{name}: {text}"] = _sha256(beside)
+                elif _is_dotted(text) and _is_local(text):
+                    waiting.append(text)  # imported by its name, as by importlib
     return {"sources": dict(sorted(sources.items())), "packages": dict(sorted(packages.items()))}
+
+
+def _texts(path: Path) -> set[str]:
+    """Every text that a Python file holds and that could name a file or a module."""
+    try:
+        tree = ast.parse(path.read_bytes()) if path.suffix == ".py" else ast.Module([], [])
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {text for text in texts if isinstance(text, str) and 0 < len(text) <= 200}
+
+
+def _file_beside(path: Path, text: str) -> Path | None:
+    """The file in a module's folder, or below it, that a text in it names: its numbers, say."""
+    if "\0" in text or text.startswith(("/", "~")) or ".." in text or text.endswith(".py"):
+        return None
+    found = path.parent / text
+    try:
+        return found if found.is_file() else None
+    except OSError:
+        return None
+
+
+def _is_dotted(text: str) -> bool:
+    return "." in text and all(part.isidentifier() for part in text.split("."))
+
+
+def _is_local(name: str) -> bool:
+    """Whether a module lies in a folder of the user's own."""
+    try:
+        path, _ = _file(name)
+    except (ImportError, ValueError):
+        return False
+    return path is not None and not _is_installed(name) and not _STANDARD & set(path.parents)
 
 
 def _counts(name: str, given: set[str]) -> bool:

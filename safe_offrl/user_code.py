@@ -56,7 +56,7 @@ def sentence(error: Exception) -> str:
     return text if text.endswith((".", "?", "!")) else text + "."
 
 
-def raised(error: Exception) -> str:
+def raised(error: BaseException) -> str:
     """An exception in one line, with the place in the user's file where it arose."""
     theirs = [
         frame
@@ -68,7 +68,7 @@ def raised(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{place}"
 
 
-def fault_in_words(error: Exception) -> str:
+def fault_in_words(error: BaseException) -> str:
     """What an environment raised, and what to do, for people."""
     text = f"The environment raised {raised(error)}. "
     if isinstance(error, ValueError) and "to unpack" in str(error):

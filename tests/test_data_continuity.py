@@ -176,10 +176,10 @@ def test_ranks_by_hand() -> None:
 def test_copies_of_episodes_are_counted_and_many_are_refused() -> None:
     arrays = walks()
     starts = np.arange(0, EPISODES + 1) * LENGTH
-    assert copies_of_episodes(arrays, starts) == 0
+    assert copies_of_episodes(arrays, starts) == (0, 0)
     rows = np.append(np.arange(EPISODES * LENGTH), np.arange(2 * LENGTH))  # two of them again
     more = {key: array[rows] for key, array in arrays.items()}
-    assert copies_of_episodes(more, np.append(starts, starts[1:3] + starts[-1])) == 2
+    assert copies_of_episodes(more, np.append(starts, starts[1:3] + starts[-1])) == (2, 2)
     assert "2 of 42 episodes are copies of others" in settled(more).remarks[0]
     with pytest.raises(DataError, match="40 of 80 episodes are copies"):
         settled({key: np.concatenate([array, array]) for key, array in arrays.items()})

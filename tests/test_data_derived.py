@@ -66,7 +66,7 @@ def test_every_step_after_the_threshold_is_an_accident() -> None:
 
 
 def test_a_files_own_verdict_counts_under_the_same_episode_cost_alone(tmp_path: Path) -> None:
-    logged = np.array([0, 0, 1, 0, 0, 0], bool)
+    logged = np.array([0, 0, 1, 0, 0, 1], bool)
     rule = {"accident": "episode_cost", "cost_threshold": 4.0}
     path = write(tmp_path / "log.hdf5", rule, accidents=logged)
 
@@ -77,8 +77,12 @@ def test_a_files_own_verdict_counts_under_the_same_episode_cost_alone(tmp_path: 
         )
         return loaded
 
-    assert accidents(4.0) == [0, 0, 1, 0, 0, 0]
+    with pytest.raises(DataError, match=r"accidents are not those.*episode_cost. above 4\.0"):
+        accidents(4.0)
     assert accidents(2.0) == [0, 1, 1, 1, 1, 1]
+    exceeded = derived.costs_so_far(COSTS, STARTS) + COSTS > 4.0
+    write(tmp_path / "log.hdf5", rule, accidents=exceeded)
+    assert accidents(4.0) == exceeded.tolist()
 
 
 def test_returns_and_sums_stay_within_their_episode() -> None:

@@ -118,7 +118,8 @@ def test_accidents_follow_the_rule_of_the_run(path: Path) -> None:
     custom = {**METADATA, "accident": "m:f"}
     behaviours = {"behaviours": METADATA["behaviours"]}
     logged, by_cost = [1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0]
-    assert accidents(METADATA) == logged  # the same rule
+    with pytest.raises(DataError, match="accidents are not those of the rule that it names"):
+        accidents(METADATA)  # which can be checked
     assert accidents(behaviours) == logged  # a foreign file
     assert accidents(custom, accident="m:f") == logged
     assert accidents(custom) == by_cost  # another rule: derived

@@ -41,6 +41,7 @@ from safe_offrl.data.validation import check_learnable, check_matches_env, check
 from safe_offrl.descent import choose
 from safe_offrl.device import configure, find_device
 from safe_offrl.env import AccidentEnv, make_env, time_limit
+from safe_offrl.errors import DataError
 from safe_offrl.files import plain
 from safe_offrl.log_plan import CollectConfig
 from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
@@ -114,7 +115,11 @@ def pretrain_config(
         config = resolve()
     if config.dataset is None:
         return config
-    return with_logged_rule(config, stated_metadata(config.dataset), resolve)
+    try:
+        stated = stated_metadata(config.dataset)
+    except DataError:  # what is not there or damaged is refused by whoever loads it
+        return config
+    return with_logged_rule(config, stated, resolve)
 
 
 def with_logged_rule(

@@ -37,8 +37,14 @@ def unit_actions(
         )
     if bounded:
         return _rescaled(actions[:, None] if _is_vector(actions) else actions, metadata)
-    if _is_single(actions) and (counted or actions.dtype.kind in "iu") and len(actions):
-        one_hot = _one_hot(_numbers(actions, counted), metadata)
+    if _is_single(actions) and (counted or actions.dtype.kind in "iub") and len(actions):
+        numbers = _numbers(actions, counted)
+        if "action_start" not in metadata and len(numbers) and int(numbers.min()) > 0:
+            remarks.append(
+                "no action has the number 0, from which they are numbered unless the metadata's "
+                "action_start says otherwise."
+            )
+        one_hot = _one_hot(numbers, metadata)
         if not counted:
             remarks.append(
                 f"actions are whole numbers: taken for {one_hot.shape[1]} discrete actions. State "
@@ -47,7 +53,7 @@ def unit_actions(
         return one_hot, 0.0
     if not counted and actions.ndim == 2 and actions.dtype.kind == "f" and len(actions):
         _judge_whole_floats(actions, remarks)
-    if not counted and actions.ndim == 2 and actions.dtype.kind in "iu" and len(actions):
+    if not counted and actions.ndim == 2 and actions.dtype.kind in "iub" and len(actions):
         _judge_whole_rows(actions[:], metadata, remarks)
     return actions, 0.0
 
@@ -63,7 +69,7 @@ def _is_single(actions: NDArray[Any]) -> bool:
 def _numbers(actions: NDArray[Any], counted: list[str]) -> NDArray[np.int64]:
     """Numbers of discrete actions [N]; DataError for floats that are none."""
     values = np.asarray(actions[:]).reshape(-1)
-    if values.dtype.kind in "iu":
+    if values.dtype.kind in "iub":
         return values.astype(np.int64)
     exact = values.dtype.kind == "f" and bool((np.abs(values) < 2.0**53).all())  # NaN is not
     if not exact or (values != np.floor(values)).any():
@@ -110,6 +116,7 @@ def _one_hot(numbers: NDArray[np.int64], metadata: dict[str, Any]) -> NDArray[np
 
 def _judge_whole_rows(actions: NDArray[Any], metadata: dict[str, Any], remarks: list[str]) -> None:
     """Whole numbers of several columns without a word on them: one-hot rows, or continuous."""
+    actions = actions.astype(np.int64)
     flags = ((actions == 0) | (actions == 1)).all()
     if flags and (actions.sum(axis=1) == 1).all() and actions.shape[1] > 1:
         metadata["action_count"] = actions.shape[1]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.data.actions import unit_actions
-from safe_offrl.data.content import REQUIRED, TABLES, Arrays, Metadata, Raw
+from safe_offrl.data.content import HISTORY, REQUIRED, TABLES, Arrays, Metadata, Raw
 from safe_offrl.data.continuity import doubts, overshot, unmarked_breaks
 from safe_offrl.data.flags import Ends, settled_ends
 from safe_offrl.data.motion import Motion, copies_of_episodes, measure
@@ -45,7 +45,9 @@ def complete(
     """
     found = {k: _scalars(v) if k not in TABLES else v for k, v in arrays.items()}
     noted = dict(metadata)
-    said = [*remarks, *_unread_words(noted)]
+    earlier, doubted = taken_history(noted)
+    said = [*dict.fromkeys([*earlier, *remarks]), *_unread_words(noted)]
+    unsure = doubted or unsure
     _require(found)
     _check_rows(found)
     noted |= _whole_horizon(noted)
@@ -61,6 +63,16 @@ def complete(
         found["costs"] = np.zeros(len(found["rewards"]), np.float32)
         noted["no_costs"] = True
     return Raw(found, noted, tuple(said), unsure)
+
+
+def taken_history(metadata: dict[str, Any]) -> tuple[tuple[str, ...], str]:
+    """What was said of a file's source, and was unsure, when it was converted.
+
+    Taken out of the metadata, where they stand beside what the file says of itself.
+    """
+    remarks, unsure = (metadata.pop(key, None) for key in HISTORY)
+    found = tuple(str(text) for text in remarks) if isinstance(remarks, list) else ()
+    return found, unsure if isinstance(unsure, str) else ""
 
 
 def _require(arrays: Arrays) -> None:
@@ -232,14 +244,18 @@ def _remark_on_lengths(
     if motion is None or motion.repeats:
         return
     copies = copies_of_episodes(arrays, starts)
-    copied = f"{copies:,} of {len(stops):,} episodes are copies of others, number by number"
-    if copies > 0.1 * len(stops):
+    copied = (
+        f"{copies.episodes:,} of {len(stops):,} episodes are copies of others, number by number"
+    )
+    if copies.in_a_row > 0.1 * len(stops):
         raise DataError(
-            f"{copied}: the same rows are there twice, and no interval would hold. Leave the "
-            "copies out."
+            f"{copied}, in the same order: the same rows are there twice, and no interval would "
+            "hold. Leave the copies out."
         )
-    if copies:
-        remarks.append(f"{copied}: they count twice, although they tell nothing more.")
+    if copies.episodes > 0.02 * len(stops):
+        remarks.append(
+            f"{copied}: if these are not visits of their own, they count twice and tell nothing."
+        )
 
 
 def _shift(arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:

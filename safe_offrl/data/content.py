@@ -46,6 +46,8 @@ REQUIRED = (
     "terminals",
     "timeouts",
 )
+# Metadata that say how an earlier load found the source of a file; no part of its content.
+HISTORY = ("remarks", "unsure")
 ATTRIBUTE = "safe_offrl"  # the name under which a container keeps our metadata, as JSON
 # accidents [N] (bool) is the accident rule's verdict, episode_behaviours [M] (int32) the index into
 # metadata["behaviours"] of the behaviour that logged each episode, behaviour_log_probs [N] the log
@@ -81,7 +83,7 @@ def dataset_sha256(arrays: Arrays, metadata: Metadata) -> str:
             digest.update(f"{key} {kind.str} {tuple(array.shape)}\n".encode())
             for part in chunks(len(array)):
                 digest.update(np.ascontiguousarray(array[part].astype(kind)).data)
-    content = {key: value for key, value in metadata.items() if key != KEY}
+    content = {key: value for key, value in metadata.items() if key not in (KEY, *HISTORY)}
     digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.data.content import Arrays
-from safe_offrl.data.motion import FEWEST, Distances, Flags, Motion, distance, rows_of
+from safe_offrl.data.motion import FEWEST, SAMPLE, Distances, Flags, Motion, distance, rows_of
 from safe_offrl.errors import DataError
 
 MOST_BREAKS = 0.25  # share of the rows within episodes: more are no order of time
 NEIGHBOURS = 10  # episodes before and after one that it is compared with
 MOST_ENDS = 20_000  # that are compared, from both sides of a larger log
+FEW = 0.02  # share of the ends that may be odd in an honest log
 CERTAIN = 6.0  # standard errors that chance does not reach in any number of logs
 DOUBTFUL = 4.0
 
@@ -89,6 +90,7 @@ def doubts(
     found = _dependent_starts(arrays, motion, terminals, timeouts)
     found += [] if found else _single_steps(motion, terminals, timeouts)
     found += _shifted(motion, terminals, "terminals") + _shifted(motion, timeouts, "timeouts")
+    found += [] if found else _stray_starts(arrays, motion, terminals, timeouts)
     if not known and not found:
         found += _missing_ends(arrays, motion, ends)
     return found
@@ -137,7 +139,10 @@ def _ends_that_lead_on(
     suspects = suspects[_nearest(here, places) > motion.rounding]
     if not len(suspects):
         return []
-    certain = not motion.repeats or len(suspects) > 0.1 * marked.sum()
+    # Readings that never repeat do not meet by chance; those of a coarse sensor may.
+    inner = np.setdiff1d(np.arange(len(marked)), np.append(starts, suspects + 1))[:SAMPLE]
+    seen = rows_of(arrays["observations"], inner)
+    certain = len(np.unique(seen, axis=0)) == len(seen) or len(suspects) > 0.1 * marked.sum()
     return [Doubt(_sentence(motion, terminals, timeouts, suspects), certain)]
 
 
@@ -162,9 +167,39 @@ def _dependent_starts(
     score = (0.5 - float(ranks.mean())) * float(np.sqrt(12.0 * len(ranks)))
     if score < DOUBTFUL or ranks.mean() > 0.45:
         return []
-    suspects = marked[ranks <= 0.25]
+    suspects = marked[
+        (ranks <= 0.25) & (motion.jump[marked] <= _usual_jump(motion, terminals | timeouts))
+    ]
+    if len(suspects) < 0.5 * (ranks <= 0.25).sum():
+        return []  # a slow variable goes on, but the rest begins anew
     certain = score >= CERTAIN or ranks.mean() <= 0.1
     return [Doubt(_sentence(motion, terminals, timeouts, suspects), certain)]
+
+
+def _usual_jump(motion: Motion, ends: Flags) -> float:
+    """How far one row may lie from the next within an episode, few exceptions apart."""
+    inner = ~ends[:-1]
+    if inner.sum() < FEWEST:
+        return 0.25 * motion.apart
+    return 1.5 * float(np.quantile(motion.jump[inner], 0.99))
+
+
+def _stray_starts(arrays: Arrays, motion: Motion, terminals: Flags, timeouts: Flags) -> list[Doubt]:
+    """Starts a usual step from the end before, each at a place of its own, where most share one."""
+    marked = np.flatnonzero((terminals | timeouts)[:-1])[:MOST_ENDS]
+    if len(marked) < 5:
+        return []
+    starts = motion.scale(rows_of(arrays["observations"], marked + 1))
+    _, which, count = np.unique(starts, axis=0, return_inverse=True, return_counts=True)
+    if count.max() < 0.5 * len(marked):
+        return []
+    alone = count[which.reshape(-1)] == 1
+    near = motion.jump[marked] <= _usual_jump(motion, terminals | timeouts)
+    rows = marked[alone & near]
+    if not len(rows):
+        return []
+    certain = len(rows) >= max(3.0, FEW * len(marked))
+    return [Doubt(_sentence(motion, terminals, timeouts, rows), certain)]
 
 
 def _ranks(ends: NDArray[np.float64], starts: NDArray[np.float64], rounding: float) -> Distances:
@@ -210,8 +245,9 @@ def _shifted(motion: Motion, flags: Flags, name: str) -> list[Doubt]:
     return [
         Doubt(
             f"the log jumps a row {'before' if before > after else 'after'} where {name} mark ends "
-            f"of episodes (the first in row {rows[0]}), and goes on there: they are a row {which}",
-            certain=True,
+            f"of episodes (the first in row {rows[0]}), and goes on there, as if they were a row "
+            f"{which}",
+            certain=False,
         )
     ]
 

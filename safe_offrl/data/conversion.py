@@ -57,18 +57,18 @@ def convert(
     if name == "mmap":
         verify_memory_map(found)
     with dataset_content(found, horizon) as (arrays, metadata, remarks, unsure):
+        if unsure and kind == "csv":
+            raise DataError(
+                f"{unsure[0].upper()}{unsure[1:]}; a table could not say so. Write another format."
+            )
+        history = {"remarks": list(remarks), "unsure": unsure}
+        metadata = {**metadata, **{key: value for key, value in history.items() if value}}
         if horizon is not None:
             metadata = {**metadata, "horizon": horizon}
         if kind == "mmap":
             provenance = {"name": found.name, "format": name, "sha256": file_sha256(found)}
             lost = write_memory_map(
-                path,
-                arrays,
-                metadata,
-                progress,
-                source=provenance,
-                remarks=remarks,
-                unsure=unsure,
+                path, arrays, metadata, progress, source=provenance, settled=True
             )
         else:
             lost = FORMATS[kind].write(path, arrays, metadata, progress)

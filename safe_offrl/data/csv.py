@@ -18,6 +18,7 @@ from safe_offrl.data.content import (
     Progress,
     Raw,
     chunks,
+    parse_metadata,
     reading,
     require_size,
 )
@@ -41,8 +42,10 @@ def read_csv(path: Path) -> Raw:
 
     next_observations_0, ..., accidents, behaviour_log_probs, costs and timeouts may be missing; a
     single column ``actions`` holds the indices of discrete actions. Columns of one number take true
-    and false, in any case, for 1 and 0. Other columns are left alone.
+    and false, in any case, for 1 and 0. Other columns are left alone, and named. The metadata are
+    in a file beside it, ``NAME.csv.json``, if there is one.
     """
+    metadata = read_csv_metadata(path)
     with reading(path, "CSV"), path.open("rb") as file:
         # Some programs put a byte order mark before the first name.
         header = file.readline(MAX_HEADER).decode("utf-8-sig")
@@ -60,6 +63,7 @@ def read_csv(path: Path) -> Raw:
                 f'The first line of "{path}" names none of our columns. Name them observations_0, '
                 f"..., actions_0, ..., rewards, costs, terminals, timeouts."
             )
+        _require_cells(path, len(header.split(",")))
         # A number takes two bytes of text at least, and eight in memory.
         require_size(path, [path.stat().st_size * 4])
         with warnings.catch_warnings(action="ignore"):  # of an empty table, which is refused later
@@ -80,9 +84,19 @@ def read_csv(path: Path) -> Raw:
     if found.get("actions") in names:
         arrays["actions"] = _whole(arrays["actions"][:, 0])
         # So the documentation names the numbers of discrete actions; from 0, if there is one.
-        metadata = {"action_start": 0} if arrays["actions"].min(initial=1) == 0 else {}
-        return Raw(arrays, metadata, tuple(remarks))
-    return Raw(arrays, {}, tuple(remarks))
+        if arrays["actions"].min(initial=1) == 0:
+            metadata = {"action_start": 0} | metadata
+    return Raw(arrays, metadata, tuple(remarks))
+
+
+def read_csv_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a table: a JSON object in a file beside it, {} without one."""
+    beside = path.with_name(f"{path.name}.json")
+    if not beside.is_file():
+        return {}
+    with reading(beside, "the metadata of a table"):
+        require_size(beside, [beside.stat().st_size])
+        return parse_metadata(beside.read_bytes(), beside.name)
 
 
 def write_csv(
@@ -125,6 +139,18 @@ def write_csv(
     if "episode_behaviours" in arrays:
         lost.append("which behaviour logged which episode")
     return lost
+
+
+def _require_cells(path: Path, cells: int) -> None:
+    """Raise DataError for a row with another number of cells than the first line names."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip() and line.count(b",") + 1 != cells:
+                raise DataError(
+                    f'Line {number} of "{path}" has {line.count(b",") + 1} cells, but the first '
+                    f"line names {cells} columns. Write numbers with a decimal point, and one cell "
+                    "for each column."
+                )
 
 
 def _stems(names: list[str]) -> dict[str, int | None]:

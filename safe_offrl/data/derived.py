@@ -12,6 +12,8 @@ from safe_offrl.data.content import Arrays, Metadata
 from safe_offrl.errors import DataError
 from safe_offrl.safety import SafetySpec
 
+BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
+ROUNDING = 1e-6  # of a number that was stored in float32, with some margin
 SHARE_LIMIT = 2.0  # of cost_threshold: a larger share used tells the policy nothing more
 
 
@@ -93,26 +95,66 @@ def accidents_under(
     logged_rule = metadata.get("accident")
     by_cost = spec.accident in ("cost", "episode_cost")
     if "accidents" in arrays and (logged_rule is None or _own_rule(metadata, spec)):
-        return arrays["accidents"].astype(bool)
+        verdicts = arrays["accidents"].astype(bool)
+        if logged_rule is not None:
+            _require_agreement(arrays, starts, metadata, spec, verdicts)
+        return verdicts
     if by_cost and metadata.get("no_costs"):
         raise DataError(
             f'The dataset has no costs, so the accident rule "{spec.accident}" finds nothing in '
             "it. Set safety.accident=terminated, or add an array of costs."
         )
-    if spec.accident == "cost":
-        return arrays["costs"] > spec.cost_threshold
-    if spec.accident == "episode_cost":
-        spent = costs_so_far(arrays["costs"], starts) + arrays["costs"]
-        exceeds = (spent > spec.cost_threshold).astype(np.float64)
-        return running(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
-    if spec.accident == "terminated":
-        return arrays["terminals"].astype(bool)
+    if spec.accident in BUILT_IN_RULES:
+        return _built_in(arrays, starts, spec)
     name = f", and {spec.accident} as the metadata's accident" if logged_rule else ""
     raise DataError(
         f'The accident rule "{spec.accident}" cannot be applied to logged data, and the dataset '
         f"was logged with {logged_rule or 'no rule'}. Store its verdicts, one for each step, "
         f'as the array "accidents"{name}; or set safety.accident=cost.'
     )
+
+
+def _built_in(arrays: Arrays, starts: NDArray[np.int64], spec: SafetySpec) -> NDArray[np.bool_]:
+    """Accidents by cost or termination [N], the same for costs in float64 and as they are stored.
+
+    In float32 a tenth is a little more than a tenth, and a sum of ten more than one.
+    """
+    if spec.accident == "terminated":
+        return arrays["terminals"].astype(bool)
+    costs = arrays["costs"].astype(np.float32)
+    if spec.accident == "cost":
+        return np.asarray(costs > np.float32(spec.cost_threshold))
+    spent = costs_so_far(costs, starts) + costs
+    exceeds = (spent > spec.cost_threshold * (1.0 + ROUNDING)).astype(np.float64)
+    return running(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
+
+
+def _require_agreement(
+    arrays: Arrays,
+    starts: NDArray[np.int64],
+    metadata: Metadata,
+    spec: SafetySpec,
+    verdicts: NDArray[np.bool_],
+) -> None:
+    """Raise DataError if verdicts are not those of the built-in rule that the file names."""
+    if spec.accident not in BUILT_IN_RULES or (
+        metadata.get("no_costs") and spec.accident != "terminated"
+    ):
+        return
+    wrong = verdicts != _built_in(arrays, starts, spec)
+    if spec.accident == "cost":  # of a cost at the threshold, rounding may have decided
+        wrong &= ~np.isclose(arrays["costs"], spec.cost_threshold, rtol=ROUNDING, atol=0.0)
+    elif spec.accident == "episode_cost":
+        spent = costs_so_far(arrays["costs"], starts) + arrays["costs"]
+        near = np.isclose(spent, spec.cost_threshold, rtol=1e-5, atol=0.0)
+        wrong &= ~(running(np.maximum, near.astype(np.float64), starts) > 0.0)
+    if wrong.any():
+        raise DataError(
+            f"The dataset's accidents are not those of the rule that it names, "
+            f"{_rule(spec.accident, metadata)}, in {int(wrong.sum()):,} steps (the first is row "
+            f"{int(wrong.argmax())}). Leave the array accidents out, or correct the metadata's "
+            "accident and cost_threshold."
+        )
 
 
 def require_known_terminations(unsure: str, spec: SafetySpec) -> None:

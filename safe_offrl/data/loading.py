@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safe_offrl.data import derived
 from safe_offrl.data.complete import complete
 from safe_offrl.data.content import REQUIRED, Arrays, Metadata, Progress, Raw, dataset_sha256
-from safe_offrl.data.csv import read_csv, write_csv
+from safe_offrl.data.csv import read_csv, read_csv_metadata, write_csv
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import read_hdf5, read_hdf5_metadata, unread_hdf5, write_dataset
 from safe_offrl.data.memory_map import (
@@ -73,7 +73,7 @@ FORMATS: dict[str, Format] = {
         lambda p: data_folder(p) is not None, ("",), read_minari, read_minari_metadata, write_minari
     ),
     "npz": Format(_has_suffix(".npz"), (".npz",), read_npz, read_npz_metadata, write_npz),
-    "csv": Format(_has_suffix(".csv"), (".csv",), read_csv, lambda _: {}, write_csv),
+    "csv": Format(_has_suffix(".csv"), (".csv",), read_csv, read_csv_metadata, write_csv),
     "hdf5": Format(Path.is_file, (".hdf5", ".h5"), read_hdf5, read_hdf5_metadata, _write_hdf5),
 }
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.data import derived
-from safe_offrl.data.complete import complete
+from safe_offrl.data.complete import complete, taken_history
 from safe_offrl.data.content import (
     OPTIONAL,
     REQUIRED,
@@ -62,13 +62,12 @@ def write_memory_map(
     progress: Progress | None = None,
     *,
     source: Metadata | None = None,
-    remarks: Sequence[str] = (),
-    unsure: str = "",
+    settled: bool = False,
 ) -> list[str]:
     """Validate and write the folder in chunks, complete or not at all; nothing is lost.
 
-    ``source`` is noted in the header (name and sha256 of the file that this was made from), and so
-    are ``remarks`` on it, which every load repeats, and what is ``unsure``, see :class:`Raw`.
+    ``source`` is noted in the header (name and sha256 of the file that this was made from).
+    ``settled``: ends of episodes have been held against the observations, which a load then spares.
     """
     validate_arrays(arrays)
     arrays, metadata = centred(arrays, metadata)
@@ -101,8 +100,7 @@ def write_memory_map(
             "metadata": metadata_text(metadata),
             "sha256": dataset_sha256(arrays, metadata),
             "source": dict(source or {}),
-            "remarks": list(remarks),
-            "unsure": unsure,
+            "settled": settled,
         }
         header["header_sha256"] = _header_sha256(header)
         write_file(temporary / HEADER, json_bytes(header))
@@ -114,7 +112,7 @@ def write_memory_map(
 
 
 def read_memory_map(path: Path) -> Raw:
-    """The arrays, mapped, metadata and remarks; sizes and the header's hash are checked."""
+    """The arrays, mapped, and the metadata; sizes and the header's hash are checked."""
     header, tables = _open(path)
     o, a = header["observation_size"], header["action_size"]
     arrays = {
@@ -125,9 +123,7 @@ def read_memory_map(path: Path) -> Raw:
     for key in (*REQUIRED, *OPTIONAL):
         if _file_name(key) in header["files"]:
             arrays[key] = _map(path / _file_name(key), stored_type(key))
-    remarks = tuple(str(text) for text in header.get("remarks", ()))
-    unsure = str(header.get("unsure", ""))
-    return Raw(arrays, parse_metadata(header["metadata"]), remarks, unsure)
+    return Raw(arrays, parse_metadata(header["metadata"]))
 
 
 def read_memory_map_metadata(path: Path) -> dict[str, Any]:
@@ -152,11 +148,13 @@ def load_memory_map(
     path: Path, *, discount: float, spec: SafetySpec, horizon: int | None
 ) -> Dataset:
     """The dataset of the folder without reading its rows; see load_dataset for the arguments."""
-    arrays, metadata, remarks, unsure = read_memory_map(path)
+    arrays, metadata, *_ = read_memory_map(path)
     header, tables = _open(path)
-    if "remarks" not in header:  # of an earlier version, which did not look at the ends of episodes
+    if header.get("settled"):
+        remarks, unsure = taken_history(metadata)
+    else:
         settled = complete(arrays, metadata, horizon=horizon or spec.horizon)
-        arrays, remarks, unsure = settled.arrays, settled.remarks, settled.unsure
+        arrays, metadata, remarks, unsure = settled
     derived.require_known_terminations(unsure, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)

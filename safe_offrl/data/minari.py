@@ -270,8 +270,8 @@ def _metadata(description: dict[str, Any]) -> dict[str, Any]:
     spec = parse_metadata(given, "env_spec") if given else {}
     if isinstance(spec.get("id"), str):
         metadata["env_id"] = spec["id"]
-    if isinstance(spec.get("max_episode_steps"), int):
-        metadata["horizon"] = spec["max_episode_steps"]
+    if isinstance(limit := _time_limit(spec), int):
+        metadata["horizon"] = limit
     actions = _space(description, "action_space")
     if actions.get("type") == "Discrete":
         metadata["action_count"] = actions.get("n")
@@ -281,6 +281,18 @@ def _metadata(description: dict[str, Any]) -> dict[str, Any]:
         if finite and not placeholder(low, high):
             metadata |= {"action_low": low.tolist(), "action_high": high.tolist()}
     return metadata
+
+
+def _time_limit(spec: dict[str, Any]) -> Any:
+    """Steps after which an environment's specification ends an episode, by itself or a wrapper."""
+    if spec.get("max_episode_steps") is not None:
+        return spec["max_episode_steps"]
+    wrappers = spec.get("additional_wrappers")
+    for wrapper in wrappers if isinstance(wrappers, list) else ():
+        if isinstance(wrapper, dict) and wrapper.get("name") == "TimeLimit":
+            arguments = wrapper.get("kwargs")
+            return arguments.get("max_episode_steps") if isinstance(arguments, dict) else None
+    return None
 
 
 def _write_episodes(

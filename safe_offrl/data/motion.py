@@ -104,8 +104,19 @@ def rows_of(observations: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]
     return np.asarray(observations[rows])
 
 
-def copies_of_episodes(arrays: Arrays, starts: NDArray[np.int64]) -> int:
-    """How many episodes are, number by number, an earlier one again. ``starts`` [M + 1]."""
+class Copies(NamedTuple):
+    """``episodes`` of a log that are, number by number, an earlier one again.
+
+    ``in_a_row``: those that follow each other as their originals do, as in rows that are there
+    twice; chance repeats one here and one there.
+    """
+
+    episodes: int
+    in_a_row: int
+
+
+def copies_of_episodes(arrays: Arrays, starts: NDArray[np.int64]) -> Copies:
+    """Which of a log's episodes are copies; ``starts`` [M + 1] are their first rows, then N."""
     keys = ("observations", "actions", "rewards")
     position = np.arange(starts[-1]) - np.repeat(starts[:-1], np.diff(starts))
     sums = np.zeros(starts[-1], np.uint64)
@@ -119,7 +130,13 @@ def copies_of_episodes(arrays: Arrays, starts: NDArray[np.int64]) -> int:
             order = 2 * position[part].astype(np.uint64) + 1
             sums[part] = mixed * order * np.uint64(0x9E3779B97F4A7C15)
         totals = np.add.reduceat(sums, starts[:-1])
-    return len(totals) - len(np.unique(np.column_stack([totals, np.diff(starts)]), axis=0))
+    keys_of = np.column_stack([totals, np.diff(starts).astype(np.uint64)])
+    _, first, which = np.unique(keys_of, axis=0, return_index=True, return_inverse=True)
+    original = first[which.reshape(-1)]
+    copied = original < np.arange(len(original))
+    follows = copied[1:] & copied[:-1] & (np.diff(original) == 1)
+    in_a_row = np.append(follows, False) | np.append(False, follows)
+    return Copies(int(copied.sum()), int(in_a_row.sum()))
 
 
 def _scale(observations: NDArray[Any]) -> tuple[Scale, float]:

@@ -53,9 +53,11 @@ _STEMS = {
     "next_observations": r"(next_?(obs|state)|(obs|state)\w*_?next|new_?(obs|state))",
     "actions": r"act",
     "rewards": r"rew",
-    "costs": r"(\w*_)?costs?(_|$)",
+    "costs": r"((total|info|episode)_)?costs?(_|$)",
     "terminals": r"(is_?)?(termin|done)",
-    "timeouts": r"(is_?)?(trunc|time_?(out|limit))",
+    "timeouts": (
+        r"(is_?)?(trunc|time_?(out|limit)|last$|interrupt)|end_of_episode|episode_ends?|max_steps"
+    ),
     "accidents": r"(is_?)?accident",
 }
 _KEY_STEMS = {
