@@ -256,7 +256,7 @@ def held_alike(first: Log, second: Log) -> bool:
     )
 
 
-def _same(first: Arrays | NDArray[Any], second: Any) -> bool:
-    first = np.asarray(first)
-    equal = np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
-    return first.dtype == second.dtype and bool(equal)
+def _same(first: NDArray[Any], second: NDArray[Any]) -> bool:
+    if first.dtype != second.dtype:
+        return False
+    return np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
