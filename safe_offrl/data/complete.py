@@ -46,7 +46,7 @@ def complete(
     found = {k: _scalars(v) if k not in TABLES else v for k, v in arrays.items()}
     noted = dict(metadata)
     earlier, doubted = taken_history(noted)
-    said = [*dict.fromkeys([*earlier, *remarks]), *_unread_words(noted)]
+    said = [*earlier, *remarks, *_unread_words(noted)]
     unsure = doubted or unsure
     _require(found)
     _check_rows(found)
@@ -62,7 +62,7 @@ def complete(
     if "costs" not in found:
         found["costs"] = np.zeros(len(found["rewards"]), np.float32)
         noted["no_costs"] = True
-    return Raw(found, noted, tuple(said), unsure)
+    return Raw(found, noted, tuple(dict.fromkeys(said)), unsure)
 
 
 def taken_history(metadata: dict[str, Any]) -> tuple[tuple[str, ...], str]:

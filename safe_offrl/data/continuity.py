@@ -51,11 +51,13 @@ def unmarked_breaks(motion: Motion | None, ends: Flags) -> Breaks | None:
     broken = inner & ~same
     share = broken.sum() / inner.sum()
     if share <= MOST_BREAKS:
-        far = 1.5 * float(np.quantile(motion.step[:-1][inner & same], 0.999))
+        steps = motion.step[:-1][inner & same]
+        far = 1.5 * float(np.quantile(steps, 0.999))
         odd = broken & (motion.step[:-1] > far) & (motion.jump <= far)
         broken &= ~odd
         # All are one thing or the other: an episode may well begin near where the last one ended.
-        leads_on = broken.any() and float(np.median(motion.jump[broken])) <= far
+        a_few_steps = max(3.0 * float(np.median(steps)), float(np.quantile(steps, 0.99)))
+        leads_on = broken.any() and float(np.median(motion.jump[broken])) <= a_few_steps
         found = [np.append(flags, False) for flags in (broken, odd)]
         return Breaks(none, found[0], found[1]) if leads_on else Breaks(found[0], none, found[1])
     link, step = (float(np.median(d[inner])) for d in (motion.link, motion.step[:-1]))
@@ -121,7 +123,7 @@ def _linked(motion: Motion, ends: Flags) -> Flags:
 def _tolerance(motion: Motion, inner: Flags) -> float:
     """Below it a next observation is the following row's observation."""
     usual = float(np.median(motion.usual[:-1][inner])) if inner.any() else motion.apart
-    return max(motion.rounding, 1e-3 * usual)
+    return max(motion.rounding, 1e-5 * usual)
 
 
 def _ends_that_lead_on(
