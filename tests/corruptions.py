@@ -27,8 +27,7 @@ class Corruption(NamedTuple):
     ``kind`` is that of the fault: 1 ends of episodes and order of rows, 2 names and how a file is
     written, 3 metadata, 10 actions; 0 values. ``remark``: why the load may go on with a remark
     although it counts otherwise ("": it may not). ``readable``: no fault but a way of writing, so
-    that it must be read as it was meant. ``alone``: it is one of several spellings of the same, of
-    which one is enough in pairs.
+    that it must be read as it was meant.
     """
 
     change: Change
@@ -36,7 +35,6 @@ class Corruption(NamedTuple):
     words: str
     remark: str = ""
     readable: bool = False
-    alone: bool = False
 
 
 def put(log: Log, **arrays: Any) -> Log:
@@ -227,8 +225,12 @@ def without_count(log: Log) -> Log:
     return dataclasses.replace(log, metadata=metadata)
 
 
-def one_hot(log: Log, kind: type) -> Log:
-    return put(log, actions=np.eye(log.metadata["action_count"], dtype=kind)[log.arrays["actions"]])
+def one_hot(log: Log, kind: type) -> Log | None:
+    """Rows in place of the numbers 0 to action_count - 1."""
+    index, count = log.arrays["actions"], log.metadata["action_count"]
+    if index.dtype.kind != "i" or index.max() >= count:
+        return None
+    return put(log, actions=np.eye(count, dtype=kind)[index])
 
 
 def steps_of_ten(log: Log, **metadata: Any) -> Log | None:

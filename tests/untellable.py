@@ -8,13 +8,14 @@ from typing import NamedTuple
 class Untellable(NamedTuple):
     """Corruptions that no reader could know of from the file and the settings, and why.
 
-    In these logs and formats; () are all.
+    In these logs and formats; () are all. ``beside``: only together with this other one.
     """
 
     names: tuple[str, ...]
     logs: tuple[str, ...]
     forms: tuple[str, ...]
     why: str
+    beside: str = ""
 
 
 LINKLESS = ("bare", "d4rl", "table", "minari", "episodes")  # hold no next observation of their own
@@ -91,6 +92,13 @@ UNTELLABLE = (
         "no episode was ever cut by the time limit, so the log knows of none",
     ),
     Untellable(
+        ("rows shuffled", "two environments interleaved"),
+        (),
+        (),
+        "one-step episodes in any order are the log of a bandit",
+        beside="terminals on every row",
+    ),
+    Untellable(
         ("the whole log twice",),
         (),
         (),
@@ -104,6 +112,7 @@ def untellable(names: tuple[str, ...], target: str, form: str) -> bool:
     """Whether one of the corruptions cannot be told there."""
     return any(
         set(each.names) & set(names)
+        and (each.beside in names or not each.beside)
         and (target in each.logs or not each.logs)
         and (form in each.forms or not each.forms)
         for each in UNTELLABLE

@@ -150,7 +150,7 @@ def _settle_ends(
     for key, array in flags.items():
         check_flags(key, array)
     marked = np.logical_or.reduce([array.astype(bool) for array in flags.values()])
-    breaks = unmarked_breaks(motion, marked)
+    breaks = unmarked_breaks(arrays, motion, marked)
     if "timeouts" in flags and not marked.any():
         breaks = None  # nothing is marked, which is refused later
     ends = settled_ends(flags, None if breaks is None else breaks.ends, horizon)

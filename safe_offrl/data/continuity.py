@@ -35,7 +35,7 @@ class Breaks(NamedTuple):
     odd: Flags
 
 
-def unmarked_breaks(motion: Motion | None, ends: Flags) -> Breaks | None:
+def unmarked_breaks(arrays: Arrays, motion: Motion | None, ends: Flags) -> Breaks | None:
     """Where a log breaks within its episodes (``ends`` [N] marks their last rows).
 
     None if that is not known: it is where next observations are, and most of them are the following
@@ -56,8 +56,8 @@ def unmarked_breaks(motion: Motion | None, ends: Flags) -> Breaks | None:
         odd = broken & (motion.step[:-1] > far) & (motion.jump <= far)
         broken &= ~odd
         # All are one thing or the other: an episode may well begin near where the last one ended.
-        a_few_steps = max(3.0 * float(np.median(steps)), float(np.quantile(steps, 0.99)))
-        leads_on = broken.any() and float(np.median(motion.jump[broken])) <= a_few_steps
+        near = broken.any() and float(np.median(motion.jump[broken])) <= far
+        leads_on = near and not _begin_at_starts(arrays, motion, ends, broken)
         found = [np.append(flags, False) for flags in (broken, odd)]
         return Breaks(none, found[0], found[1]) if leads_on else Breaks(found[0], none, found[1])
     link, step = (float(np.median(d[inner])) for d in (motion.link, motion.step[:-1]))
@@ -71,6 +71,16 @@ def unmarked_breaks(motion: Motion | None, ends: Flags) -> Breaks | None:
             "last row."
         )
     return None
+
+
+def _begin_at_starts(arrays: Arrays, motion: Motion, ends: Flags, broken: Flags) -> bool:
+    """Whether most rows after a break are just where other episodes begin."""
+    starts = np.append(0, np.flatnonzero(ends[:-1]) + 1)[:512]
+    rows = np.flatnonzero(broken)[:512] + 1
+    observations = arrays["observations"]
+    places = motion.scale(rows_of(observations, starts))
+    distances = _nearest(motion.scale(rows_of(observations, rows)), places)
+    return float(np.median(distances)) <= motion.rounding
 
 
 class Doubt(NamedTuple):
