@@ -129,7 +129,8 @@ def seen_clean(target: str, form: str) -> str | None:
             dataset = load(FORMS[form].write(held, Path(folder)), held)
         except UserError as error:
             return f"refused: {error}"
-        expected = re.compile(f"marked both|{EXPECTED.get(form, '(?!)')}")
+        jumps = "move as far" if target == "portals" and form in LINKLESS else "(?!)"
+        expected = re.compile(f"marked both|{jumps}|{EXPECTED.get(form, '(?!)')}")
         doubts = [text for text in remarks_of(dataset) if not expected.search(text)]
         return deviation(dataset, original, held) or "; ".join(doubts)
 

@@ -151,7 +151,7 @@ def _settle_ends(
         check_flags(key, array)
     marked = np.logical_or.reduce([array.astype(bool) for array in flags.values()])
     breaks = unmarked_breaks(arrays, motion, marked)
-    if "timeouts" in flags and not marked.any():
+    if not marked.any() and ("timeouts" in flags or "terminals" not in flags):
         breaks = None  # nothing is marked, which is refused later
     ends = settled_ends(flags, None if breaks is None else breaks.ends, horizon)
     if breaks is not None and breaks.odd.any():
