@@ -117,8 +117,8 @@ def _content(dataset: Dataset, original: Log, rows: np.ndarray) -> str:
 def seen_clean(target: str, form: str) -> str | None:
     """What is wrong with the load of a clean log; "" if nothing is, None if it cannot be held.
 
-    That a row which terminates on the very step of the time limit is taken for terminated may be
-    said.
+    It may be said that a row which terminates on the very step of the time limit is taken for
+    terminated; and, where no next observation tells otherwise, that a portal may be an end.
     """
     original = clean(target)
     held = held_clean(target, form)
@@ -129,8 +129,8 @@ def seen_clean(target: str, form: str) -> str | None:
             dataset = load(FORMS[form].write(held, Path(folder)), held)
         except UserError as error:
             return f"refused: {error}"
-        jumps = "move as far" if target == "portals" and form in LINKLESS else "(?!)"
-        expected = re.compile(f"marked both|{jumps}|{EXPECTED.get(form, '(?!)')}")
+        portal = "move as far" if target == "portals" and form in LINKLESS else "(?!)"
+        expected = re.compile(f"marked both|{portal}|{EXPECTED.get(form, '(?!)')}")
         doubts = [text for text in remarks_of(dataset) if not expected.search(text)]
         return deviation(dataset, original, held) or "; ".join(doubts)
 

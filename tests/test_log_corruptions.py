@@ -154,7 +154,7 @@ gymnasium.register("CorruptedLedge-v0", entry_point=f"{__name__}:Ledge", max_epi
 
 
 def command_output(command: str, path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What `inspect` prints, or `pretrain` before its first step, or the sentence of an error."""
+    """What `inspect` or `pretrain` prints before its first step; its sentence if it stops."""
     try:
         if command == "inspect":
             commands.inspect_dataset(path)
