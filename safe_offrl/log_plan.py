@@ -137,7 +137,25 @@ def bounded(config: CollectConfig, env: AccidentEnv, scripted: int, steps: int) 
         middle = 0.5 * (low + high)
         fits = plan_log(_scaled(config, middle), env, scripted).total <= steps
         low, high = (middle, high) if fits else (low, middle)
-    return _scaled(config, low)
+    found = _scaled(config, low)
+    if _trains(config) and not _trains(found):  # what the trainings leave is the log's
+        untrained = replace(config, learners=_scaled(config, 0.0).learners)
+        return bounded(untrained, env, scripted, steps)
+    return found
+
+
+def steps_to_train(config: CollectConfig, env: AccidentEnv, scripted: int) -> int:
+    """Steps that a log like this one takes at least if anything is to be trained for it."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if _trains(_scaled(config, middle)) else (middle, high)
+    return plan_log(_scaled(config, high), env, scripted).total
+
+
+def _trains(config: CollectConfig) -> bool:
+    learners = config.learners
+    return any(each.steps or each.penalised_steps for each in (learners.ppo, learners.sac))
 
 
 def fitted(
@@ -172,6 +190,14 @@ def fitted(
             f"{whole.transitions:,}, which take {full.total:,} steps in all, "
             f"{duration(full.total / rate)}",
         )
+        if _trains(whole) and not _trains(config):
+            needed = steps_to_train(whole, env, scripted)
+            tell(
+                progress,
+                "warning: too few steps to train anything, so the log is of scripted and random "
+                f"actions alone; a training takes {needed:,} steps in all, "
+                f"{duration(needed / rate)} and the learning",
+            )
     return config
 
 

@@ -12,8 +12,13 @@ from tests import corruptions as c
 from tests.corruptions import Corruption
 
 ENDS = r"terminals|timeouts|end is not marked|ends were not marked|ever ends|next.observations"
-ENDS += r"|goes on|do(es)? not lead|time limit|order of time"
+ENDS += (
+    r"|goes on|do(es)? not lead|time limit|order of time|move as far|rows are missing|end neither"
+)
 ROWS = r"in order|order of|repeat|twice|same|copies|start where|" + ENDS
+JUMPS = "the load says that next observations do not lead to the next rows"
+MISSING = "what was in rows that are not there is not known: the load says that they are missing"
+NAMELESS = "a table cannot name the rule of its verdicts: the load says that they are believed"
 READING = "it may be another reading of the sensor"
 INFERRED = "a time limit that only a horizon knows: the load says that it has inferred the ends"
 THROTTLE = "a throttle that was only ever 0 or 1 is possible"
@@ -73,13 +78,13 @@ CORRUPTIONS: dict[str, Corruption] = {
     "rows shuffled": Corruption(ends.shuffled, 1, ROWS),
     "rows sorted by reward": Corruption(ends.sorted_by_reward, 1, ROWS),
     "rows reversed": Corruption(ends.reversed_rows, 1, ROWS),
-    "episodes reversed": Corruption(ends.reversed_episodes, 1, ROWS),
+    "episodes reversed": Corruption(ends.reversed_episodes, 1, ROWS, JUMPS),
     "first rows lost": Corruption(ends.without(lambda n: slice(7)), 1, ROWS),
     "last rows lost": Corruption(ends.without(lambda n: slice(n - 7, n)), 1, ROWS),
     "rows lost in the middle": Corruption(
-        ends.without(lambda n: slice(n // 2, n // 2 + 100)), 1, ROWS
+        ends.without(lambda n: slice(n // 2, n // 2 + 100)), 1, ROWS, MISSING
     ),
-    "every tenth row lost": Corruption(ends.without(lambda n: slice(0, n, 10)), 1, ROWS),
+    "every tenth row lost": Corruption(ends.without(lambda n: slice(0, n, 10)), 1, ROWS, MISSING),
     "every second row lost": Corruption(ends.without(lambda n: slice(0, n, 2)), 1, ROWS),
     "last rows of episodes lost": Corruption(ends.lost_ends, 1, ROWS),
     "every row twice": Corruption(ends.repeated(ends.twice), 1, ROWS),
@@ -189,7 +194,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "horizon under Horizon": Corruption(c.horizon_under("Horizon"), 3, "horizon"),
     "verdicts of another rule": Corruption(c.logged_rule("rules:fast", 0.0), 3, "rules:fast"),
     "verdicts above another threshold": Corruption(
-        c.logged_rule("cost", 0.5), 3, "cost_threshold|threshold"
+        c.logged_rule("cost", 0.5), 3, "threshold|does not name its rule", NAMELESS
     ),
     "verdicts read under cost": Corruption(c.read_under("cost"), 3, "rules:far", QUESTION),
     "verdicts read under terminated": Corruption(
@@ -198,7 +203,9 @@ CORRUPTIONS: dict[str, Corruption] = {
     "verdicts read under another rule": Corruption(
         c.read_under("rules:near"), 3, "rules:far", QUESTION
     ),
-    "verdicts of terminations": Corruption(c.logged_rule("terminated", 0.0), 3, "terminated"),
+    "verdicts of terminations": Corruption(
+        c.logged_rule("terminated", 0.0), 3, "terminated|does not name its rule", NAMELESS
+    ),
     "bounds of another unit": Corruption(
         c.continuous(c.said(action_low=0.0, action_high=1.0)), 3, "action_low|outside"
     ),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from safe_offrl.data.complete import complete
 from safe_offrl.data.content import Raw
-from safe_offrl.data.continuity import _ranks
+from safe_offrl.data.continuity import _ranks, _shifted
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data.motion import copies_of_episodes, measure
 from safe_offrl.data.names import ENDS
@@ -205,3 +205,27 @@ def test_what_never_changes_tells_nothing() -> None:
     arrays["terminals"][:] = True
     assert not any("goes on" in text for text in settled(arrays).remarks)
     assert set(ENDS) == {"terminals", "timeouts", "dones"}
+
+
+@pytest.mark.parametrize(("shift", "word"), [(1, "before"), (-1, "after")])
+def test_flags_beside_the_jumps_are_remarked_where_all_begin_at_one_place(
+    shift: int, word: str
+) -> None:
+    """Starts at one place are equally near to every end, so only the jumps tell."""
+    arrays = walks(linked=False, start=0.0)
+    along = np.linspace(0, 3, LENGTH)[np.arange(len(arrays["rewards"])) % LENGTH]
+    arrays["observations"] += along.astype(np.float32)[:, None]
+    arrays["timeouts"] = np.roll(arrays["timeouts"], shift)
+    motion = measure(arrays)
+    assert motion is not None
+    (doubt,) = _shifted(motion, arrays["timeouts"], "timeouts")
+    late = "late" if shift > 0 else "early"
+    assert f"jumps a row {word} where timeouts mark ends" in doubt.sentence
+    assert doubt.sentence.endswith(f"as if they were a row {late}")
+    assert _shifted(motion, np.roll(arrays["timeouts"], -shift), "timeouts") == []
+
+
+def test_a_horizon_that_no_episode_reaches_is_remarked() -> None:
+    (said,) = complete(walks(), {}, horizon=2 * LENGTH).remarks
+    assert said.startswith(f"timeouts cut 40 episodes after {LENGTH} steps and none is longer")
+    assert complete(walks(), {}, horizon=LENGTH).remarks == ()

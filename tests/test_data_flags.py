@@ -100,5 +100,8 @@ def test_terminations_that_are_a_time_limits_are_unsure() -> None:
     # The horizon says that there may be longer ones; a cut one of that length, that it is chance;
     # and an episode of one step has no time limit.
     assert settled(terminals="001001010", timeouts="000000000", horizon=4).unsure == ""
+    many = "001" * 5  # which say it themselves where no horizon does
+    assert settled(terminals=many, timeouts="0" * 15).unsure != ""
+    assert settled(terminals=many, timeouts="0" * 15, horizon=4).unsure == ""
     assert settled(terminals="001000010", timeouts="000001000", horizon=3).unsure == ""
     assert settled(terminals="111111111", timeouts="000000000", horizon=1).unsure == ""

@@ -44,7 +44,7 @@ class Answers(gymnasium.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         action *= 0.0
         answer = next(self.answers)
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer
 
@@ -226,6 +226,9 @@ def test_a_rule_sees_what_was_there_whatever_the_environment_writes_into(rules: 
         ),
         (answer(reward=None), "the reward None at step 1"),
         (KeyError("motor"), r"raised KeyError: 'motor' \(test_env_contract\.py, line"),
+        # What would end the command as if all were well.
+        (SystemExit(0), "raised SystemExit: 0"),
+        (GeneratorExit(), "raised GeneratorExit"),
     ],
 )
 def test_a_wrong_answer_of_step_is_one_sentence(given: Any, words: str) -> None:

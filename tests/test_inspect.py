@@ -265,7 +265,7 @@ def _shuffled(arrays: dict[str, np.ndarray]) -> None:
         (_narrow_action, "action 1 stays within [-0.09, +0.09]"),
         (_poor_actions, "the actions cover 2%"),
         (_one_behaviour, "a single behaviour"),
-        (_same_reward, "every reward is the same"),
+        (_same_reward, "every episode has the same return"),
         (_negative_cost, "2 steps have a cost below 0"),
         (_shuffled, "next_observations of 1 rows (the first is row 5) are far"),
     ],

@@ -42,6 +42,24 @@ def sources(*names: str) -> list[str]:
     return list(sources_and_packages(names)["sources"])
 
 
+def test_files_and_modules_that_a_module_names_count(tree: Tree) -> None:
+    """Numbers in a file beside it, and what it imports by a name in a text."""
+    root = tree(
+        ms_a='import importlib\nP = "params.json"\nM = importlib.import_module("ms_p.sub")\n',
+        ms_p__init="",
+        ms_p__sub="EDGE = 1.0\n",
+        ms_b='"""See params.yaml, ../secret.txt and /etc/passwd."""\nX = "/etc/passwd"\n',
+    )
+    (root / "params.json").write_text('{"edge": 1.0}')
+    (root / "params.yaml").write_text("edge: 1.0")
+    before = sources_and_packages(["ms_a"])["sources"]
+    assert list(before) == ["ms_a", "ms_a: params.json", "ms_p", "ms_p.sub"]
+    (root / "params.json").write_text('{"edge": 0.2}')
+    after = sources_and_packages(["ms_a"])["sources"]
+    assert {name for name in before if before[name] != after[name]} == {"ms_a: params.json"}
+    assert sources("ms_b") == ["ms_b"]  # a text that is no name, and what lies elsewhere
+
+
 def test_what_a_module_imports_counts_and_what_lies_beside_it_does_not(tree: Tree) -> None:
     tree(
         ms_a="import os, ms_b\nfrom ms_c import x\n",

@@ -79,7 +79,7 @@ class Slow(gymnasium.Env):
     def _observe(self):
         return np.array([self.place, 0.0], np.float32)
 
-gymnasium.register("Slow-v0", entry_point=Slow, max_episode_steps=20)
+gymnasium.register("Dawdling-v0", entry_point=Slow, max_episode_steps=20)
 '''
 SMALL = ["networks.actor_hidden=[16]", "networks.critic_hidden=[16]", "critic.hidden=[16]"]
 SETTINGS = ["batch_size=32", "steps=5", "alignment_steps=2", *SMALL]
@@ -94,13 +94,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(here)
         patch.setattr(sys, "path", [str(here), *sys.path])
         patch.setenv("SAFE_OFFRL_CACHE", str(here / "cache"))
-        with contextlib.closing(make_env("slow_env:Slow-v0", SafetySpec())) as env:
+        with contextlib.closing(make_env("slow_env:Dawdling-v0", SafetySpec())) as env:
             behaviours = [random_behaviour(env.action_size)]
             arrays = collect(env, behaviours=behaviours, shares=[1.0], transitions=2000, seed=0)
-        metadata = {"env_id": "Slow-v0", "horizon": 20, "behaviours": [{"name": "random"}]}
+        metadata = {"env_id": "Dawdling-v0", "horizon": 20, "behaviours": [{"name": "random"}]}
         write_dataset(here / "log.hdf5", arrays, metadata)
         config = commands.pretrain_config(
-            env="slow_env:Slow-v0", dataset="log.hdf5", overrides=SETTINGS
+            env="slow_env:Dawdling-v0", dataset="log.hdf5", overrides=SETTINGS
         )
         plan = commands.plan_pretrain(config, say=silent)
         commands.pretrain_run(plan, name="offline", say=silent)
@@ -151,7 +151,7 @@ def stop(
 
 WALKING = "walking-*"
 # What it does: the command, and the file that is there when it does it.
-COLLECT = "collect --env slow_env:Slow-v0 --out {name}.hdf5 learners.ppo.steps=4000"
+COLLECT = "collect --env slow_env:Dawdling-v0 --out {name}.hdf5 learners.ppo.steps=4000"
 LONG = {
     "alignment": (
         "pretrain alignment_steps=1000000 compile=off",
@@ -184,7 +184,7 @@ def test_a_signal_ends_it_within_seconds(
     arguments, begun = LONG[doing]
     given = arguments.format(name=name).split()
     if given[0] == "pretrain":
-        given += ["--env", "slow_env:Slow-v0", "--dataset", "log.hdf5", "--name", name]
+        given += ["--env", "slow_env:Dawdling-v0", "--dataset", "log.hdf5", "--name", name]
         given += [text for text in SETTINGS if text.split("=")[0] not in arguments]
         given += ["--checkpoint-seconds", "0.2"]
     walks = begun is WALKING
@@ -230,8 +230,8 @@ def test_a_signal_ends_an_assessment(folder: Path, figure: Record) -> None:
 @pytest.mark.promise("R7")
 def test_a_signal_ends_a_benchmark_and_its_runs(folder: Path, figure: Record) -> None:
     (folder / "suite.yaml").write_text(
-        "environments: ['slow_env:Slow-v0']\nmethods: [ours]\nseeds: 1\nbudget: 2k\n"
-        "evaluation_episodes: 5\ndatasets: {'slow_env:Slow-v0': log.hdf5}\n"
+        "environments: ['slow_env:Dawdling-v0']\nmethods: [ours]\nseeds: 1\nbudget: 2k\n"
+        "evaluation_episodes: 5\ndatasets: {'slow_env:Dawdling-v0': log.hdf5}\n"
         "pretrain: {steps: 5, alignment_steps: 1000000, compile: 'off', batch_size: 32}\n"
     )
     process = start(folder, "benchmark", "--suite", "suite.yaml")
@@ -260,7 +260,7 @@ def test_a_signal_ends_what_compiles(
     text = f'case "$*" in *--version*|*trial.cpp*) exec {REAL} "$@";; esac\n'
     compiler = script(tmp_path, f"{text}touch {begun}; exec sleep 600")
     name = f"compiling-{number.name}"
-    given = ["--env", "slow_env:Slow-v0", "--dataset", "log.hdf5", "--name", name, *SETTINGS]
+    given = ["--env", "slow_env:Dawdling-v0", "--dataset", "log.hdf5", "--name", name, *SETTINGS]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     process = start(folder, "pretrain", *given, "compile=on", CXX=compiler, **cache)
     took, _, errors = stop(process, number, begun.exists)

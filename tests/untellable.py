@@ -27,7 +27,13 @@ UNTELLABLE = (
         "without next observations it may be the log of a world that jumps",
     ),
     Untellable(
-        ("episodes reversed",),
+        ("two environments interleaved", "four environments interleaved", "rows sorted by reward"),
+        ("mortal",),
+        LINKLESS,
+        "so does one in which everything is noise",
+    ),
+    Untellable(
+        ("episodes reversed", "rows reversed"),
         (),
         LINKLESS,
         "without next observations it may be the log of a world that runs the other way",

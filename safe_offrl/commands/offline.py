@@ -33,7 +33,7 @@ from safe_offrl.commands.common import (
     writing,
 )
 from safe_offrl.commands.environment import identities, learnt_lines, since_log
-from safe_offrl.commands.trust import require_trusted_log, trust_own
+from safe_offrl.commands.trust import is_trusted_log, require_trusted_log, trust_own
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import find_dataset, load_dataset, stated_metadata
@@ -96,8 +96,9 @@ def pretrain_config(
     """Resolve the settings of an offline phase; None means not given.
 
     ``preset`` is a YAML file that takes the place of the environment's, see :func:`load_config`.
-    The accident rule is the dataset's own where nothing else is said.
+    Environment and accident rule are the dataset's own where nothing else is said.
     """
+    env = env or _logged_env(dataset, overrides)
     named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
     flags = {"env": env, "dataset": dataset, "agent": agent, "steps": steps, "seed": seed}
     resolve = functools.partial(
@@ -109,9 +110,11 @@ def pretrain_config(
         flags=flags,
         overrides=overrides,
     )
-    config = resolve()
+    by_cost = functools.partial(resolve, inherited=COST_DEFAULTS)
+    config = by_cost()
     if config.safety.constraint == "cost":
-        resolve = functools.partial(resolve, inherited=COST_DEFAULTS)
+        resolve = by_cost
+    else:
         config = resolve()
     if config.dataset is None:
         return config
@@ -120,6 +123,20 @@ def pretrain_config(
     except DataError:  # what is not there or damaged is refused by whoever loads it
         return config
     return with_logged_rule(config, stated, resolve)
+
+
+def _logged_env(dataset: str | None, overrides: Sequence[str]) -> str | None:
+    """The environment that a dataset names; None where another is, or it would import a module."""
+    if dataset is None or any(text.partition("=")[0] == "env" for text in overrides):
+        return None
+    try:
+        stated = stated_metadata(dataset)
+    except DataError:
+        return None
+    env_id = stated.get("env_id")
+    if not isinstance(env_id, str) or (":" in env_id and not is_trusted_log(stated)):
+        return None
+    return env_id
 
 
 def with_logged_rule(

@@ -60,16 +60,21 @@ def trust_own(
 
 
 def trust_log(metadata: Mapping[str, Any]) -> None:
-    """Remember what a log that was made here says of itself, if its accident rule is a module's."""
-    if ":" in str(metadata.get("accident", "")):
+    """Remember what a log that was made here says of itself, if that would import anything."""
+    if any(":" in str(metadata.get(key, "")) for key in ("env_id", "accident")):
         with contextlib.suppress(RunError):  # where nothing can be remembered, it is asked for
             _remember(metadata_text(metadata))
+
+
+def is_trusted_log(metadata: Mapping[str, Any]) -> bool:
+    """Whether a log that names a module was made here."""
+    return _record(metadata_text(metadata)).is_file()
 
 
 def require_trusted_log(metadata: Mapping[str, Any]) -> None:
     """Raise ConfigError if the accident rule that a log from elsewhere names would be imported."""
     rule = str(metadata["accident"])
-    if ":" in rule and not _record(metadata_text(metadata)).is_file():
+    if ":" in rule and not is_trusted_log(metadata):
         raise ConfigError(
             f'The log was made under the accident rule "{rule}", which would be imported and '
             "executed, and it was not made on this machine as far as it knows. If you trust it, "

@@ -46,7 +46,7 @@ def complete(
     found = {k: _scalars(v) if k not in TABLES else v for k, v in arrays.items()}
     noted = dict(metadata)
     earlier, doubted = taken_history(noted)
-    said = [*dict.fromkeys([*earlier, *remarks]), *_unread_words(noted)]
+    said = [*earlier, *remarks, *_unread_words(noted)]
     unsure = doubted or unsure
     _require(found)
     _check_rows(found)
@@ -62,7 +62,7 @@ def complete(
     if "costs" not in found:
         found["costs"] = np.zeros(len(found["rewards"]), np.float32)
         noted["no_costs"] = True
-    return Raw(found, noted, tuple(said), unsure)
+    return Raw(found, noted, tuple(dict.fromkeys(said)), unsure)
 
 
 def taken_history(metadata: dict[str, Any]) -> tuple[tuple[str, ...], str]:
@@ -150,8 +150,8 @@ def _settle_ends(
     for key, array in flags.items():
         check_flags(key, array)
     marked = np.logical_or.reduce([array.astype(bool) for array in flags.values()])
-    breaks = unmarked_breaks(motion, marked)
-    if "timeouts" in flags and not marked.any():
+    breaks = unmarked_breaks(arrays, motion, marked)
+    if not marked.any() and ("timeouts" in flags or "terminals" not in flags):
         breaks = None  # nothing is marked, which is refused later
     ends = settled_ends(flags, None if breaks is None else breaks.ends, horizon)
     if breaks is not None and breaks.odd.any():

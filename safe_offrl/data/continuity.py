@@ -35,7 +35,7 @@ class Breaks(NamedTuple):
     odd: Flags
 
 
-def unmarked_breaks(motion: Motion | None, ends: Flags) -> Breaks | None:
+def unmarked_breaks(arrays: Arrays, motion: Motion | None, ends: Flags) -> Breaks | None:
     """Where a log breaks within its episodes (``ends`` [N] marks their last rows).
 
     None if that is not known: it is where next observations are, and most of them are the following
@@ -51,11 +51,13 @@ def unmarked_breaks(motion: Motion | None, ends: Flags) -> Breaks | None:
     broken = inner & ~same
     share = broken.sum() / inner.sum()
     if share <= MOST_BREAKS:
-        far = 1.5 * float(np.quantile(motion.step[:-1][inner & same], 0.999))
+        steps = motion.step[:-1][inner & same]
+        far = 1.5 * float(np.quantile(steps, 0.999))
         odd = broken & (motion.step[:-1] > far) & (motion.jump <= far)
         broken &= ~odd
         # All are one thing or the other: an episode may well begin near where the last one ended.
-        leads_on = broken.any() and float(np.median(motion.jump[broken])) <= far
+        near = broken.any() and float(np.median(motion.jump[broken])) <= far
+        leads_on = near and not _begin_at_starts(arrays, motion, ends, broken)
         found = [np.append(flags, False) for flags in (broken, odd)]
         return Breaks(none, found[0], found[1]) if leads_on else Breaks(found[0], none, found[1])
     link, step = (float(np.median(d[inner])) for d in (motion.link, motion.step[:-1]))
@@ -69,6 +71,16 @@ def unmarked_breaks(motion: Motion | None, ends: Flags) -> Breaks | None:
             "last row."
         )
     return None
+
+
+def _begin_at_starts(arrays: Arrays, motion: Motion, ends: Flags, broken: Flags) -> bool:
+    """Whether most rows after a break are just where other episodes begin."""
+    starts = np.append(0, np.flatnonzero(ends[:-1]) + 1)[:512]
+    rows = np.flatnonzero(broken)[:512] + 1
+    observations = arrays["observations"]
+    places = motion.scale(rows_of(observations, starts))
+    distances = _nearest(motion.scale(rows_of(observations, rows)), places)
+    return float(np.median(distances)) <= motion.rounding
 
 
 class Doubt(NamedTuple):
@@ -121,7 +133,7 @@ def _linked(motion: Motion, ends: Flags) -> Flags:
 def _tolerance(motion: Motion, inner: Flags) -> float:
     """Below it a next observation is the following row's observation."""
     usual = float(np.median(motion.usual[:-1][inner])) if inner.any() else motion.apart
-    return max(motion.rounding, 1e-3 * usual)
+    return max(motion.rounding, 1e-5 * usual)
 
 
 def _ends_that_lead_on(

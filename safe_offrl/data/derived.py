@@ -181,6 +181,15 @@ def rule_remarks(
             f"the log was made under the accident rule {_rule(stated, metadata)}; accidents are "
             f"counted under {_rule(spec.accident, {'cost_threshold': spec.cost_threshold})}."
         )
+    if "accidents" in arrays and stated is None and spec.accident in BUILT_IN_RULES:
+        usable = spec.accident == "terminated" or not metadata.get("no_costs")
+        other = usable and (arrays["accidents"].astype(bool) != _built_in(arrays, starts, spec))
+        if np.any(other):
+            found.append(
+                f"the array accidents is believed, though in {int(np.sum(other)):,} steps it is "
+                f"not what {_rule(spec.accident, {'cost_threshold': spec.cost_threshold})} says: "
+                "the file does not name its rule."
+            )
     below = int((arrays["costs"][:] < 0.0).sum())
     if below and not (arrays["costs"][:] > 0.0).any() and spec.accident in ("cost", "episode_cost"):
         raise DataError(

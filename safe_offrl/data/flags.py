@@ -107,8 +107,6 @@ def _split_dones(
         cut = at_horizon(dones if breaks is None else dones | breaks, horizon)
         flags["timeouts"] = dones & cut
         flags["terminals"] = dones & ~cut
-        if breaks is not None:
-            flags["timeouts"] |= breaks & ~dones
         remarks.append(
             f"done on step {horizon} of an episode, the horizon's last, is taken for a time limit "
             f"({_many(flags['timeouts'], 'episode')}), on any other for a termination."

@@ -152,13 +152,18 @@ def format_summary(summary: DatasetSummary) -> str:
     lines.append(f"{'group':<{width + 2}}  episodes    return            cost  accident episodes")
     lines += [
         f"  {g.name:<{width}}  {g.episodes:>8,}  {g.mean_return:>8.4g}  "
-        f"{g.mean_cost:>7.4g} +- {g.cost_error:<5.2g} {g.accident_episodes:>6,} = "
+        f"{g.mean_cost:>7.4g} {_error_text(g)} {g.accident_episodes:>6,} = "
         f"{g.accident_episodes / g.episodes:.1%}"
         for g in s.groups
     ]
     lines.append(f"identified    {kept}: {s.identification.sentence}")
     lines += [f"warning: {warning}" for warning in s.warnings]
     return "\n".join(lines)
+
+
+def _error_text(group: Group) -> str:
+    """The standard error of a mean cost; blank for a single episode, which has none."""
+    return f"+- {group.cost_error:<5.2g}" if group.episodes > 1 else " " * 8
 
 
 def first_accidents(dataset: Dataset) -> NDArray[np.float64]:
@@ -274,8 +279,9 @@ def dataset_warnings(dataset: Dataset, limit: Limit) -> list[str]:
             "a single behaviour logged everything: there is nothing to tell better from worse "
             "except its own noise."
         )
-    if bool((batch.rewards == batch.rewards[0]).all()):
-        found.append("every reward is the same: no policy is better than another.")
+    returns = dataset.episode_returns  # of equal rewards, too, a longer episode may have more
+    if returns.min() == returns.max():
+        found.append("every episode has the same return: no policy is better than another.")
     return found
 
 

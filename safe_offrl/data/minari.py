@@ -120,7 +120,15 @@ def read_minari(path: Path) -> Raw:
         arrays["episode_behaviours"] = np.array(behaviours, dtype=np.int32)
     if arrays["actions"].dtype.kind in "iu":
         arrays["actions"] = arrays["actions"].astype(np.int64) - first_action
-    return Raw(arrays, metadata, tuple(remarks))
+    unmarked = sum(episode.unmarked for episode in episodes)
+    unsure = ""
+    if unmarked:
+        unsure = (
+            f"{unmarked:,} of {len(episodes):,} episodes end neither in terminations nor in "
+            "truncations"
+        )
+        remarks.append(f"{unsure}: they are taken to be cut.")
+    return Raw(arrays, metadata, tuple(remarks), unsure)
 
 
 def read_minari_metadata(path: Path) -> dict[str, Any]:
@@ -159,6 +167,7 @@ class _Episode:
 
     def __init__(self, group: h5py.Group, leaves: list[Leaf] | None) -> None:
         self.group = group
+        self.unmarked = False  # whether its last step ends it only by being the last
         self.steps = {ours: _array(group, (theirs,)) for theirs, ours in _STEPS.items()}
         self.actions = _array(group, ("actions",))
         self.observations = [
@@ -199,6 +208,7 @@ class _Episode:
                 "Log the dataset again."
             )
         if not arrays["terminals"][-1]:
+            self.unmarked = not arrays["timeouts"][-1]
             arrays["timeouts"] = np.append(arrays["timeouts"][:-1], True)
         return arrays
 
