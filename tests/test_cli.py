@@ -168,9 +168,12 @@ def test_bad_input(call: Call, arguments: list[str], message: str) -> None:
 def test_dataset_of_another_environment(call: Call, tmp_path: Path) -> None:
     path = walk_dataset(tmp_path / "walk.hdf5", "CliWalk-v0")
     refused(
-        call("pretrain", "--dataset", str(path)),
+        call("pretrain", "--dataset", str(path), "--env", "PointHazard-v0"),
         r'logged on "CliWalk-v0", not on "PointHazard-v0"',
     )
+    own = call("pretrain", "--dataset", str(path), "--dry-run")  # where none is named
+    assert "CliWalk-v0" in own.out + own.err
+    assert "PointHazard" not in own.out + own.err
 
 
 @pytest.mark.parametrize(
