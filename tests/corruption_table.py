@@ -85,7 +85,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         ends.without(lambda n: slice(n // 2, n // 2 + 100)), 1, ROWS, MISSING
     ),
     "every tenth row lost": Corruption(ends.without(lambda n: slice(0, n, 10)), 1, ROWS, MISSING),
-    "every second row lost": Corruption(ends.without(lambda n: slice(0, n, 2)), 1, ROWS),
+    "every second row lost": Corruption(ends.without(lambda n: slice(0, n, 2)), 1, ROWS, MISSING),
     "last rows of episodes lost": Corruption(ends.lost_ends, 1, ROWS),
     "every row twice": Corruption(ends.repeated(ends.twice), 1, ROWS),
     "a block of rows twice": Corruption(
@@ -192,7 +192,9 @@ CORRUPTIONS: dict[str, Corruption] = {
         c.horizon_under("max_episode_steps"), 3, "horizon"
     ),
     "horizon under Horizon": Corruption(c.horizon_under("Horizon"), 3, "horizon"),
-    "verdicts of another rule": Corruption(c.logged_rule("rules:fast", 0.0), 3, "rules:fast"),
+    "verdicts of another rule": Corruption(
+        c.logged_rule("rules:fast", 0.0), 3, "rules:fast|does not name its rule", NAMELESS
+    ),
     "verdicts above another threshold": Corruption(
         c.logged_rule("cost", 0.5), 3, "threshold|does not name its rule", NAMELESS
     ),

@@ -105,3 +105,10 @@ def test_terminations_that_are_a_time_limits_are_unsure() -> None:
     assert settled(terminals=many, timeouts="0" * 15, horizon=4).unsure == ""
     assert settled(terminals="001000010", timeouts="000001000", horizon=3).unsure == ""
     assert settled(terminals="111111111", timeouts="000000000", horizon=1).unsure == ""
+
+
+def test_dones_that_share_a_step_other_than_the_horizon_are_unsure() -> None:
+    three = "001" * 3 + "01"
+    assert settled(dones=three, horizon=9).unsure.startswith("terminals mark the end of all 3")
+    assert settled(dones=three, horizon=3).unsure == ""  # there they are timeouts
+    assert settled(dones="001001" + "01", horizon=9).unsure == ""  # two may be chance

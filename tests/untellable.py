@@ -27,6 +27,12 @@ UNTELLABLE = (
         "without next observations it may be the log of a world that jumps",
     ),
     Untellable(
+        ("every tenth row lost", "every second row lost"),
+        ("mortal",),
+        (),
+        "a world in which all is noise goes on from any of its rows",
+    ),
+    Untellable(
         ("two environments interleaved", "four environments interleaved", "rows sorted by reward"),
         ("mortal",),
         LINKLESS,

@@ -38,6 +38,7 @@ def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> En
     flags = {key: array.astype(bool) for key, array in given.items()}
     remarks: list[str] = []
     unsure = ""
+    mixed = given.keys() == {"dones"}
     if "dones" in flags:
         _split_dones(flags, breaks, horizon, remarks)
     terminals = flags["terminals"]
@@ -54,7 +55,7 @@ def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> En
             )
             remarks.append(f"{unsure}. Such an episode is taken to be cut there.")
     terminals, timeouts = _without_both(terminals, flags["timeouts"], remarks)
-    if late := _terminated_at_limit(terminals, timeouts, horizon):
+    if late := _terminated_at_limit(terminals, timeouts, horizon, mixed):
         remarks.append(f"{late}.")
     return Ends(terminals, timeouts, remarks, unsure or late)
 
@@ -165,17 +166,21 @@ def _without_both(terminals: Flags, timeouts: Flags, remarks: list[str]) -> tupl
     return terminals, timeouts & ~terminals
 
 
-def _terminated_at_limit(terminals: Flags, timeouts: Flags, horizon: int | None) -> str:
+def _terminated_at_limit(
+    terminals: Flags, timeouts: Flags, horizon: int | None, mixed: bool
+) -> str:
     """Why terminations may be a time limit's; "" if nothing says so.
 
-    Every one of several episodes that are as long as any terminates, on the same step.
+    Every one of several episodes that are as long as any terminates, on the same step. Of dones,
+    which are ``mixed``, the horizon has told what is a time limit, and may be another one.
     """
     stops = np.flatnonzero(terminals | timeouts)
     lengths = np.diff(np.concatenate([[-1], stops]))
     longest = int(lengths.max(initial=0))
     last = stops[lengths == longest]
-    several = 2 if longest == horizon else 5
-    if longest < 2 or len(last) < several or longest < (horizon or 0) or timeouts[last].any():
+    several = 2 if longest == horizon else 3 if mixed else 5
+    least = 0 if mixed else horizon or 0
+    if longest < 2 or len(last) < several or longest < least or timeouts[last].any():
         return ""
     return (
         f"terminals mark the end of all {len(last):,} episodes of {longest} steps, and none is "

@@ -216,7 +216,9 @@ class _Episode:
 def _unused_infos(group: h5py.Group | None) -> list[str]:
     """What is to be said of infos of an episode that are not read; DataError for near names."""
     infos = plain_group(group, "infos") if group is not None and "infos" in group else None
-    names = [] if infos is None else [name for name in infos if name not in _INFOS]
+    known = {"observations", "actions", "infos", *_STEPS}
+    names = [name for name in group or () if name not in known]
+    names += [f"infos/{name}" for name in infos or () if name not in _INFOS]
     for key in ("cost", "accident"):
         near = near_name(_INFOS[key], names)
         if (infos is None or key not in infos) and near is not None:
@@ -224,7 +226,7 @@ def _unused_infos(group: h5py.Group | None) -> list[str]:
                 f'The infos of the dataset have no "{key}", but "{near}", which is not read. '
                 f'Rename it to "{key}" if that is what it holds, else to a name unlike it.'
             )
-    listed = ", ".join(f'"infos/{name}"' for name in sorted(names)[:6])
+    listed = ", ".join(f'"{name}"' for name in sorted(names)[:6])
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return [f"of the dataset's arrays these are not used: {listed}{more}."] if names else []
 
@@ -280,7 +282,7 @@ def _metadata(description: dict[str, Any]) -> dict[str, Any]:
     spec = parse_metadata(given, "env_spec") if given else {}
     if isinstance(spec.get("id"), str):
         metadata["env_id"] = spec["id"]
-    if isinstance(limit := _time_limit(spec), int):
+    if isinstance(limit := _time_limit(spec), int | float):
         metadata["horizon"] = limit
     actions = _space(description, "action_space")
     if actions.get("type") == "Discrete":
