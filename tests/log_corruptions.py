@@ -130,7 +130,9 @@ def seen_clean(target: str, form: str) -> str | None:
         except UserError as error:
             return f"refused: {error}"
         portal = "move as far" if target == "portals" and form in LINKLESS else "(?!)"
-        expected = re.compile(f"marked both|{portal}|{EXPECTED.get(form, '(?!)')}")
+        # A lap always takes twelve steps, and a done does not say whether it was driven to its end.
+        lap = "belongs into timeouts" if (target, form) == ("laps", "omnisafe") else "(?!)"
+        expected = re.compile(f"marked both|{portal}|{lap}|{EXPECTED.get(form, '(?!)')}")
         doubts = [text for text in remarks_of(dataset) if not expected.search(text)]
         return deviation(dataset, original, held) or "; ".join(doubts)
 
