@@ -229,3 +229,17 @@ def test_a_horizon_that_no_episode_reaches_is_remarked() -> None:
     (said,) = complete(walks(), {}, horizon=2 * LENGTH).remarks
     assert said.startswith(f"timeouts cut 40 episodes after {LENGTH} steps and none is longer")
     assert complete(walks(), {}, horizon=LENGTH).remarks == ()
+
+
+@pytest.mark.parametrize("following", ["true", "own", "of the row before"])
+def test_where_every_row_is_an_end_next_observations_tell_nothing(following: str) -> None:
+    arrays = walks()
+    arrays["terminals"][:] = True
+    if following != "true":
+        own = arrays["observations"]
+        arrays["next_observations"] = own if following == "own" else np.roll(own, 1, axis=0)
+    with pytest.raises(DataError, match="set on all of them"):
+        settled(arrays)
+    order = np.random.default_rng(0).permutation(len(own := arrays["observations"]))
+    arrays["observations"] = own[order]  # visits of a bandit
+    assert settled(arrays).remarks == ()

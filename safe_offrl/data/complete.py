@@ -15,7 +15,7 @@ from safe_offrl.data.actions import unit_actions
 from safe_offrl.data.content import HISTORY, REQUIRED, TABLES, Arrays, Metadata, Raw
 from safe_offrl.data.continuity import doubts, overshot, unmarked_breaks
 from safe_offrl.data.flags import Ends, settled_ends
-from safe_offrl.data.motion import Motion, copies_of_episodes, measure
+from safe_offrl.data.motion import FEWEST, Motion, copies_of_episodes, measure
 from safe_offrl.data.names import ENDS, METADATA_KEYS, near_name
 from safe_offrl.data.offsets import centred
 from safe_offrl.data.validation import check_flags
@@ -219,7 +219,7 @@ def _hold_against(
                 f"next_observations of {int(across.sum()):,} timeouts are those of the next "
                 "episode's start: unknown, so their own observations stand in."
             )
-    elif motion.link is not None:
+    elif motion.link is not None and (~(ends.terminals | ends.timeouts)).sum() > FEWEST:
         remarks.append(
             "next_observations are not the following rows' observations, so the ends of episodes "
             "are judged by jumps alone."

@@ -45,8 +45,8 @@ def unmarked_breaks(arrays: Arrays, motion: Motion | None, ends: Flags) -> Break
     if motion is None or motion.link is None or motion.step is None:
         return None
     inner, none = ~ends[:-1], np.zeros(len(ends), bool)
-    if not inner.any():
-        return Breaks(none, none, none)
+    if inner.sum() < FEWEST:
+        return None  # there is nothing that next observations could lead to
     same = motion.link <= _tolerance(motion, inner)
     broken = inner & ~same
     share = broken.sum() / inner.sum()
