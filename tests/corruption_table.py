@@ -192,7 +192,9 @@ CORRUPTIONS: dict[str, Corruption] = {
         c.horizon_under("max_episode_steps"), 3, "horizon"
     ),
     "horizon under Horizon": Corruption(c.horizon_under("Horizon"), 3, "horizon"),
-    "verdicts of another rule": Corruption(c.logged_rule("rules:fast", 0.0), 3, "rules:fast"),
+    "verdicts of another rule": Corruption(
+        c.logged_rule("rules:fast", 0.0), 3, "rules:fast|does not name its rule", NAMELESS
+    ),
     "verdicts above another threshold": Corruption(
         c.logged_rule("cost", 0.5), 3, "threshold|does not name its rule", NAMELESS
     ),
