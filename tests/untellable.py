@@ -111,6 +111,13 @@ UNTELLABLE = (
         beside="terminals on every row",
     ),
     Untellable(
+        ("rows shuffled", "two environments interleaved"),
+        (),
+        (),
+        "nearly all are one-step episodes in any order, as of a bandit",
+        beside="terminals inverted",
+    ),
+    Untellable(
         ("the whole log twice",),
         (),
         (),
