@@ -133,7 +133,7 @@ def _linked(motion: Motion, ends: Flags) -> Flags:
 def _tolerance(motion: Motion, inner: Flags) -> float:
     """Below it a next observation is the following row's observation."""
     usual = float(np.median(motion.usual[:-1][inner])) if inner.any() else motion.apart
-    return max(motion.rounding, 1e-5 * usual)
+    return max(motion.rounding, 1e-4 * usual)
 
 
 def _ends_that_lead_on(

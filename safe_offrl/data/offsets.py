@@ -33,7 +33,8 @@ class Shifted:
         return len(self._array)
 
     def __getitem__(self, part: Any) -> NDArray[Any]:
-        return (np.asarray(self._array[part], np.float64) + self._shift).astype(self.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+            return (np.asarray(self._array[part], np.float64) + self._shift).astype(self.dtype)
 
 
 def find_offset(observations: Any) -> NDArray[np.float64] | None:
@@ -78,7 +79,9 @@ def centred(arrays: Arrays, metadata: Metadata) -> tuple[dict[str, NDArray[Any]]
     if offset is None:
         return found, noted
     noted[OFFSET] = offset.tolist()
-    for key in (name for name in OBSERVATIONS if name in found):
+    # Another shape than the observations' own is refused later.
+    shape = found["observations"].shape
+    for key in (name for name in OBSERVATIONS if name in found and found[name].shape == shape):
         lazy: Any = Shifted(found[key], -offset, np.float32)
         found[key] = lazy[:] if isinstance(found[key], np.ndarray) else lazy
     return found, noted
