@@ -207,7 +207,7 @@ def test_a_signal_ends_it_within_seconds(
         assert run.state["status"] == "interrupted"
         assert f"safe-offrl {given[0]} --resume {Path('runs') / name}" in errors
         assert process.returncode == 128 + number
-    elif given[0] == "certify":
+    elif given[0] == "certify" and any(folder.glob("runs/offline/certificates/*")):
         assert "The same command goes on from there." in errors
         assert process.returncode == 128 + number
     else:
@@ -218,8 +218,8 @@ def test_a_signal_ends_it_within_seconds(
 def test_a_signal_ends_an_assessment(folder: Path, figure: Record) -> None:
     process = start(folder, "assess", "offline")
     assert process.stdout is not None
-    first = process.stdout.readline()
-    assert first.startswith("assess      ")
+    lines = iter(process.stdout.readline, "")  # warnings of the log come first
+    assert any(line.startswith("assess      ") for line in lines)
     took, _, _ = stop(process, signal.SIGTERM, lambda: True)
     figure("R7", f"assess, SIGTERM: {took:.1f} s")
     assert took < LIMIT * BUSY

@@ -51,7 +51,7 @@ def resolve_horizon(
     either the file's own counts, and with it the two must agree.
     """
     stated, asked = metadata.get("horizon"), given or spec.horizon
-    if stated is not None and asked is not None and stated != asked:
+    if isinstance(stated, int | float) and asked is not None and stated != asked:
         remedy = "Leave safety.horizon out, or correct what the dataset says"
         if given and spec.horizon is None:
             remedy = (
