@@ -207,7 +207,7 @@ def test_a_signal_ends_it_within_seconds(
         assert run.state["status"] == "interrupted"
         assert f"safe-offrl {given[0]} --resume {Path('runs') / name}" in errors
         assert process.returncode == 128 + number
-    elif given[0] == "certify" and any(folder.glob("runs/offline/certificates/*")):
+    elif given[0] == "certify":
         assert "The same command goes on from there." in errors
         assert process.returncode == 128 + number
     else:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def certify_run(
             subject = subject_of(run, loop)
             situations = None  # on a real machine nothing is played that is not on record
             if loop.config.env.kind != "real":
-                situations = find_situations(loop.env)
+                with _stopped_before_it_began():
+                    situations = find_situations(loop.env)
                 require_situations(loop.env.env_id, situations)
             claim, folder = _attempt(run, claim, _identity(subject), say)
             say(_header(run, loop, claim, situations))
@@ -276,6 +277,19 @@ def subject_of(run: RunDir, loop: Finetuning) -> dict[str, Any]:
         "versions": versions(loop.env.versions()),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@contextlib.contextmanager
+def _stopped_before_it_began() -> Iterator[None]:
+    """Interrupted at once by a signal that comes before anything is on record."""
+    stopped = "stopped before the first episode. The same command goes on from there."
+    with StopSignal(0.0) as stop:
+        try:
+            yield
+        except StopNow:
+            raise Interrupted(stop.number or signal.SIGTERM, stopped) from None
+        if stop.number:
+            raise Interrupted(stop.number, stopped)
 
 
 def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:
