@@ -128,7 +128,8 @@ def without(part: Callable[[int], Any]) -> Change:
 
 def lost_ends(log: Log) -> Log:
     """The last row of every second episode is missing, and its flag with it."""
-    return take(log, np.delete(np.arange(len(log.rows)), np.flatnonzero(ends_of(log))[1::2]))
+    last = np.flatnonzero(np.append(np.diff(log.episode) != 0, True))
+    return take(log, np.delete(np.arange(len(log.rows)), last[1::2]))
 
 
 def repeated(index: Callable[[int], NDArray[Any]]) -> Change:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from safe_offrl.data.complete import complete
 from safe_offrl.data.content import Raw
-from safe_offrl.data.continuity import _ranks, _shifted
+from safe_offrl.data.continuity import _ranks, _shifted, _stray_starts
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data.motion import copies_of_episodes, measure
 from safe_offrl.data.names import ENDS
@@ -145,6 +145,50 @@ def test_rows_out_of_order_are_refused() -> None:
         settled({key: array[turns] for key, array in arrays.items()})
 
 
+def test_rows_in_reverse_are_refused_although_each_is_near_the_next() -> None:
+    arrays = {key: array[::-1] for key, array in walks().items() if key != "timeouts"}
+    with pytest.raises(DataError, match="in reverse order of time"):
+        settled(arrays)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_first_row_that_goes_nowhere_is_remarked(linked: bool) -> None:
+    arrays = walks(linked=linked)
+    twice = np.sort(np.append(np.arange(EPISODES * LENGTH), np.arange(EPISODES) * LENGTH))
+    added = {key: array[twice].copy() for key, array in arrays.items()}
+    if linked:
+        starts = np.arange(EPISODES) * (LENGTH + 1)
+        added["next_observations"][starts] = added["observations"][starts]
+    (said,) = complete(added, {}, horizon=LENGTH + 1).remarks
+    assert said.startswith("the first row of 40 episodes leads to the same observation again")
+
+
+def test_a_held_flag_shows_where_a_third_of_the_starts_share_one_place() -> None:
+    """All 40 begin at 0; a flag on each last three rows makes 80 starts of their own."""
+    arrays = walks(linked=False, start=0.0)
+    arrays["observations"] += np.linspace(0, 3, LENGTH)[
+        np.arange(len(arrays["rewards"])) % LENGTH, None
+    ].astype(np.float32)
+    step = np.arange(len(arrays["rewards"])) % LENGTH
+    held = step >= LENGTH - 3
+    motion = measure(arrays)
+    assert motion is not None
+    off = np.zeros_like(held)
+    (doubt,) = _stray_starts(arrays, motion, held, off)
+    assert doubt.certain
+    assert doubt.sentence.startswith("80 of 119 ends of episodes (terminals")
+    assert _stray_starts(arrays, motion, step == LENGTH - 1, off) == []
+    # Episodes that begin anywhere, far from where the one before ended, are no doubt.
+    far = arrays["observations"].copy()
+    far[np.flatnonzero(held)[:-1] + 1] += np.float32(9.0) * np.random.default_rng(0).choice(
+        [-1, 1], (int(held.sum()) - 1, 2)
+    )
+    far[step == 0] = 0.0
+    motion = measure({"observations": far})
+    assert motion is not None
+    assert _stray_starts({"observations": far}, motion, held, off) == []
+
+
 def test_missing_rows_are_no_ends() -> None:
     arrays = {key: np.delete(array, [20, 200], axis=0) for key, array in walks().items()}
     raw = settled(arrays)
@@ -218,11 +262,12 @@ def test_flags_beside_the_jumps_are_remarked_where_all_begin_at_one_place(
     arrays["timeouts"] = np.roll(arrays["timeouts"], shift)
     motion = measure(arrays)
     assert motion is not None
-    (doubt,) = _shifted(motion, arrays["timeouts"], "timeouts")
+    (doubt,) = _shifted(arrays, motion, arrays["timeouts"], "timeouts")
     late = "late" if shift > 0 else "early"
+    assert doubt.certain == (shift > 0)  # the flags then stand where the log begins
     assert f"jumps a row {word} where timeouts mark ends" in doubt.sentence
     assert doubt.sentence.endswith(f"as if they were a row {late}")
-    assert _shifted(motion, np.roll(arrays["timeouts"], -shift), "timeouts") == []
+    assert _shifted(arrays, motion, np.roll(arrays["timeouts"], -shift), "timeouts") == []
 
 
 def test_a_horizon_that_no_episode_reaches_is_remarked() -> None:

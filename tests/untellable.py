@@ -104,6 +104,20 @@ UNTELLABLE = (
         "nearly all are one-step episodes in any order, as of a bandit",
         beside="terminals inverted",
     ),
+    Untellable(
+        ("old done under terminals", "terminals and timeouts swapped"),
+        (),
+        ("minari", "episodes", *LINKLESS),
+        "a task may always take the same steps, fewer than the horizon, and nothing shows the gaps",
+        beside="every tenth row lost",
+    ),
+    Untellable(
+        ("last next observation of the reset",),
+        (),
+        (),
+        "an environment may do nothing on the first step of an episode: the load says that",
+        beside="autoreset rows",
+    ),
 )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from safe_offrl.data.actions import unit_actions
 from safe_offrl.data.content import HISTORY, REQUIRED, TABLES, Arrays, Metadata, Raw
-from safe_offrl.data.continuity import doubts, overshot, unmarked_breaks
+from safe_offrl.data.continuity import doubts, idle_starts, overshot, unmarked_breaks
 from safe_offrl.data.flags import Ends, settled_ends
 from safe_offrl.data.motion import FEWEST, Motion, copies_of_episodes, measure
 from safe_offrl.data.names import ENDS, METADATA_KEYS, near_name
@@ -209,6 +209,8 @@ def _hold_against(
                 f'"ends" as "{AS_MARKED}".'
             )
         remarks.append(f"{doubt.sentence}.")
+    if idle := idle_starts(motion, ends.terminals | ends.timeouts):
+        remarks.append(idle)
     if known:
         across = overshot(motion, ends.terminals, ends.timeouts)
         if across.any():

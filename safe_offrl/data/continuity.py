@@ -60,6 +60,7 @@ def unmarked_breaks(arrays: Arrays, motion: Motion | None, ends: Flags) -> Break
         leads_on = near and not _begin_at_starts(arrays, motion, ends, broken)
         found = [np.append(flags, False) for flags in (broken, odd)]
         return Breaks(none, found[0], found[1]) if leads_on else Breaks(found[0], none, found[1])
+    _require_forward(arrays, motion, inner)
     link, step = (float(np.median(d[inner])) for d in (motion.link, motion.step[:-1]))
     if link > 2.0 * step or share < 0.75:
         raise DataError(
@@ -71,6 +72,18 @@ def unmarked_breaks(arrays: Arrays, motion: Motion | None, ends: Flags) -> Break
             "last row."
         )
     return None
+
+
+def _require_forward(arrays: Arrays, motion: Motion, inner: Flags) -> None:
+    """Raise DataError if most rows lead to the row before them."""
+    rows = np.flatnonzero(inner)[:SAMPLE]
+    before = motion.scale(rows_of(arrays["observations"], rows))
+    led_to = motion.scale(rows_of(arrays["next_observations"], rows + 1))
+    if np.median(distance(before, led_to)) <= motion.rounding:
+        raise DataError(
+            "The next observation of most rows is the observation of the row before: the rows are "
+            "in reverse order of time. Store each episode from its first step to its last."
+        )
 
 
 def _begin_at_starts(arrays: Arrays, motion: Motion, ends: Flags, broken: Flags) -> bool:
@@ -101,8 +114,10 @@ def doubts(
             return _ends_that_lead_on(arrays, motion, terminals, timeouts, linked)
     found = _dependent_starts(arrays, motion, terminals, timeouts)
     found += [] if found else _single_steps(motion, terminals, timeouts)
-    found += _shifted(motion, terminals, "terminals") + _shifted(motion, timeouts, "timeouts")
-    found += [] if found else _stray_starts(arrays, motion, terminals, timeouts)
+    found += _shifted(arrays, motion, terminals, "terminals")
+    found += _shifted(arrays, motion, timeouts, "timeouts")
+    if not any(doubt.certain for doubt in found):
+        found = _stray_starts(arrays, motion, terminals, timeouts) or found
     if not known and not found:
         found += _missing_ends(arrays, motion, ends)
     return found
@@ -197,18 +212,22 @@ def _usual_jump(motion: Motion, ends: Flags) -> float:
 
 
 def _stray_starts(arrays: Arrays, motion: Motion, terminals: Flags, timeouts: Flags) -> list[Doubt]:
-    """Starts a usual step from the end before, each at a place of its own, where most share one."""
+    """Starts a usual step from the end before, each at a place of its own, where many share one.
+
+    Where fewer than half share it, episodes may begin at it or anywhere: then most of those that
+    begin anywhere begin far from where the one before ended.
+    """
     marked = np.flatnonzero((terminals | timeouts)[:-1])[:MOST_ENDS]
     if len(marked) < 5:
         return []
     starts = motion.scale(rows_of(arrays["observations"], marked + 1))
     _, which, count = np.unique(starts, axis=0, return_inverse=True, return_counts=True)
-    if count.max() < 0.5 * len(marked):
+    usual, shared = _usual_jump(motion, terminals | timeouts), count.max() / len(marked)
+    if shared < 0.2 or (shared < 0.5 and usual > 0.5 * motion.apart):
         return []
     alone = count[which.reshape(-1)] == 1
-    near = motion.jump[marked] <= _usual_jump(motion, terminals | timeouts)
-    rows = marked[alone & near]
-    if not len(rows):
+    rows = marked[alone & (motion.jump[marked] <= usual)]
+    if not len(rows) or (shared < 0.5 and len(rows) < 0.5 * alone.sum()):
         return []
     certain = len(rows) >= max(3.0, FEW * len(marked))
     return [Doubt(_sentence(motion, terminals, timeouts, rows), certain)]
@@ -230,6 +249,18 @@ def _ranks(ends: NDArray[np.float64], starts: NDArray[np.float64], rounding: flo
     return nearer / np.maximum(compared, 1.0)
 
 
+def idle_starts(motion: Motion, ends: Flags) -> str:
+    """That the first row of every episode alone goes nowhere, "" if it does; ``ends`` [N]."""
+    starts = np.append(True, ends[:-1])
+    idle = motion.usual <= motion.rounding
+    if starts.sum() < 5 or idle[starts].mean() < 0.9 or idle[~starts].mean() > 0.05:
+        return ""
+    return (
+        f"the first row of {int(idle[starts].sum()):,} episodes leads to the same observation "
+        "again, and hardly another does: if an environment was only reset there, it is no step."
+    )
+
+
 def _single_steps(motion: Motion, terminals: Flags, timeouts: Flags) -> list[Doubt]:
     """Many episodes of a single step, each a usual step away from where the one before ended."""
     ends = terminals | timeouts
@@ -243,8 +274,11 @@ def _single_steps(motion: Motion, terminals: Flags, timeouts: Flags) -> list[Dou
     return [Doubt(_sentence(motion, terminals, timeouts, rows), certain=False)]
 
 
-def _shifted(motion: Motion, flags: Flags, name: str) -> list[Doubt]:
-    """Flags [N] that stand a row beside where the log jumps."""
+def _shifted(arrays: Arrays, motion: Motion, flags: Flags, name: str) -> list[Doubt]:
+    """Flags [N] that stand a row beside where the log jumps.
+
+    That is certain where they stand on the very place in which the log begins.
+    """
     rows = np.flatnonzero(flags[1:-2]) + 1
     inner = ~flags[:-1]
     if len(rows) < 5 or inner.sum() < FEWEST:
@@ -254,12 +288,17 @@ def _shifted(motion: Motion, flags: Flags, name: str) -> list[Doubt]:
     if here > 1.5 * usual or max(before, after) < 2.0 * max(usual, here, motion.rounding):
         return []
     which = "late" if before > after else "early"
+    first = motion.scale(rows_of(arrays["observations"], np.array([0])))
+    at_first, after_it = (
+        distance(motion.scale(rows_of(arrays["observations"], r)), first) <= motion.rounding
+        for r in (rows, rows + 1)
+    )
     return [
         Doubt(
             f"the log jumps a row {'before' if before > after else 'after'} where {name} mark ends "
             f"of episodes (the first in row {rows[0]}), and goes on there, as if they were a row "
             f"{which}",
-            certain=False,
+            certain=bool(at_first.mean() > 0.5 and after_it.mean() < 0.1),
         )
     ]
 
