@@ -128,7 +128,8 @@ def without(part: Callable[[int], Any]) -> Change:
 
 def lost_ends(log: Log) -> Log:
     """The last row of every second episode is missing, and its flag with it."""
-    last = np.flatnonzero(np.append(np.diff(log.episode) != 0, True))
+    _, from_behind = np.unique(log.episode[::-1], return_index=True)
+    last = np.sort(len(log.rows) - 1 - from_behind)
     return take(log, np.delete(np.arange(len(log.rows)), last[1::2]))
 
 

@@ -211,7 +211,7 @@ def _of_load(
     new = [text for text in remarks_of(dataset) if not usual.search(text)]
     named = [text for text in new if words_of(names).search(text)]
     suspects = names if len(names) == 1 else [n for n in names if not harmless(n, target, form)]
-    if len(suspects) > 1 and named:  # two faults hide each other; that one is named is enough
+    if len(suspects) > 1 and named:  # who mends the one that is named is left with the other alone
         return Outcome("remarked", f"{wrong}: {named[0]}")
     # An end that is marked neither way may be of either kind.
     unmarked = wrong.startswith("terminated") and any("marked neither" in text for text in named)

@@ -98,7 +98,7 @@ UNTELLABLE = (
         beside="terminals on every row",
     ),
     Untellable(
-        ("rows shuffled", "two environments interleaved"),
+        ("rows shuffled", "two environments interleaved", "rows reversed"),
         (),
         (),
         "nearly all are one-step episodes in any order, as of a bandit",
@@ -110,6 +110,13 @@ UNTELLABLE = (
         ("minari", "episodes", *LINKLESS),
         "a task may always take the same steps, fewer than the horizon, and nothing shows the gaps",
         beside="every tenth row lost",
+    ),
+    Untellable(
+        ("timeouts a row late",),
+        (),
+        LINKLESS,
+        "from its end the log has its flags where they belong, and a walk is a walk either way",
+        beside="rows reversed",
     ),
     Untellable(
         ("last next observation of the reset",),

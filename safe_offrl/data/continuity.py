@@ -283,9 +283,12 @@ def _shifted(arrays: Arrays, motion: Motion, flags: Flags, name: str) -> list[Do
     inner = ~flags[:-1]
     if len(rows) < 5 or inner.sum() < FEWEST:
         return []
-    usual = float(np.median(motion.jump[inner]))
-    here, before, after = (float(np.median(motion.jump[rows + s])) for s in (0, -1, 1))
-    if here > 1.5 * usual or max(before, after) < 2.0 * max(usual, here, motion.rounding):
+    usual = max(float(np.median(motion.jump[inner])), motion.rounding)
+    far, near = motion.jump >= 2.0 * usual, motion.jump[rows] <= 1.5 * usual
+    before, after = (float((near & far[rows + s]).mean()) for s in (-1, 1))
+    chance = max(float(far[inner].mean()), 1.0 / len(rows))
+    score = (max(before, after) - chance) / np.sqrt(chance * (1.0 - chance) / len(rows))
+    if max(before, after) < 0.3 or score < DOUBTFUL:
         return []
     which = "late" if before > after else "early"
     first = motion.scale(rows_of(arrays["observations"], np.array([0])))
