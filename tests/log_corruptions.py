@@ -209,9 +209,10 @@ def _of_load(
         return Outcome("true", "")
     usual = re.compile(EXPECTED.get(form, "(?!)"))
     new = [text for text in remarks_of(dataset) if not usual.search(text)]
-    named = [text for text in new if words_of(names).search(text)]
-    suspects = names if len(names) == 1 else [n for n in names if not harmless(n, target, form)]
-    if len(suspects) > 1 and named:  # who mends the one that is named is left with the other alone
+    suspects = tuple(n for n in names if len(names) == 1 or not harmless(n, target, form))
+    named = [text for text in new if words_of(suspects or names).search(text)]
+    # Two faults hide each other. Who mends the one that is named is left with the other alone.
+    if len(names) > 1 and named:
         return Outcome("remarked", f"{wrong}: {named[0]}")
     # An end that is marked neither way may be of either kind.
     unmarked = wrong.startswith("terminated") and any("marked neither" in text for text in named)

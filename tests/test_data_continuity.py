@@ -189,6 +189,17 @@ def test_a_held_flag_shows_where_a_third_of_the_starts_share_one_place() -> None
     assert _stray_starts({"observations": far}, motion, held, off) == []
 
 
+def test_starts_of_their_own_tell_also_where_no_end_leads_on() -> None:
+    """A flag held into every second episode; what follows flagged rows is their own reading."""
+    arrays = walks(start=0.0)
+    row = np.arange(len(arrays["rewards"]))
+    arrays["timeouts"] |= row % (2 * LENGTH) == 0
+    flagged = arrays["timeouts"]
+    arrays["next_observations"][flagged] = arrays["observations"][flagged]
+    with pytest.raises(DataError, match=r"20 of 59 ends .*timeouts; the first in row 0"):
+        settled(arrays)
+
+
 def test_missing_rows_are_no_ends() -> None:
     arrays = {key: np.delete(array, [20, 200], axis=0) for key, array in walks().items()}
     raw = settled(arrays)

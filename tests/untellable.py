@@ -112,6 +112,20 @@ UNTELLABLE = (
         beside="every tenth row lost",
     ),
     Untellable(
+        ("half of the terminals missing",),
+        ("mortal",),
+        (),
+        "next observations of the next start hide the ends, and a walk of six steps goes on",
+        beside="last next observation of the reset",
+    ),
+    Untellable(
+        tuple(f"horizon x 0.5 in the {where}" for where in ("load", "spec", "file alone")),
+        ("gears",),
+        LINKLESS,
+        "of 35 ends that the horizon makes twelve are none, which chance may look like",
+        beside="timeouts missing",
+    ),
+    Untellable(
         ("timeouts a row late",),
         (),
         LINKLESS,

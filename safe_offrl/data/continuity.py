@@ -111,7 +111,8 @@ def doubts(
     if known:
         linked = _linked(motion, ends)
         if not linked[ends[:-1]].all():
-            return _ends_that_lead_on(arrays, motion, terminals, timeouts, linked)
+            found = _ends_that_lead_on(arrays, motion, terminals, timeouts, linked)
+            return found or _stray_starts(arrays, motion, terminals, timeouts)
     found = _dependent_starts(arrays, motion, terminals, timeouts)
     found += [] if found else _single_steps(motion, terminals, timeouts)
     found += _shifted(arrays, motion, terminals, "terminals")
