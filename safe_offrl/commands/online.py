@@ -70,7 +70,7 @@ def finetune_run(
         say(f"run         {run.path}")
         loop = start_loop(plan)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
-        curves = OnlineCurves(plan.limit, plan.config.safety.confidence, plan.config.budget)
+        curves = OnlineCurves(loop.monitor, plan.config.budget)
         _drive_finetuning(run, plan, loop, curves, stop, checkpoint_seconds, say)
     return run
 
@@ -119,7 +119,7 @@ def resume_finetune(
                 checkpoint = bring_back(run, loop)
                 # Its policy is not the one that the run will end with.
                 (run.path / "evaluation.json").unlink(missing_ok=True)
-                curves = OnlineCurves(plan.limit, config.safety.confidence, config.budget)
+                curves = OnlineCurves(loop.monitor, config.budget)
                 curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
                 say(f"resume      {run.path} from step {checkpoint.step:,}")
                 _drive_finetuning(run, plan, loop, curves, stop, checkpoint_seconds, say)
