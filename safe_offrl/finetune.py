@@ -96,13 +96,16 @@ class Finetuning:
             compute,
         )
         self.limit = config.safety.limit(env.horizon, dataset.cost_max)
+        # What an episode counts as whose end is unknown. A limited cost is a share of its scale.
+        by_cost = self.limit.constraint == "cost"
+        self.worst_cost = self.limit.scale if by_cost else dataset.worst_cost
         self.critic = SafetyCritic(
             layout.observation_size,
             layout.action_size,
             env.horizon,
             config.critic,
             self.generator,
-            dataset.cost_max if self.limit.constraint == "cost" else None,
+            dataset.cost_max if by_cost else None,
             compute,
         )
         self.experience = Experience(
@@ -211,7 +214,7 @@ class Finetuning:
             "steps_before": self.steps,
             "version": self.deployment.version,
             "phase": "warmup" if self.steps < config.warmup_steps else "online",
-            "worst_cost": self.limit.scale,
+            "worst_cost": self.worst_cost,
         }
         if real:
             yield Reservation.of(steps=self.env.horizon, **about)

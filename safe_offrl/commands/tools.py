@@ -107,7 +107,7 @@ def evaluate_run(
             version=loop.deployment.version,
             mean_action=mean_action,
             watch=watch,
-            worst_cost=loop.limit.scale,
+            worst_cost=loop.worst_cost,
         ):
             played.append(episode)  # noqa: PERF402  # its length is shown meanwhile
     accidents = sum(episode.accident for episode in played)

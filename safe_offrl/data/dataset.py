@@ -147,6 +147,17 @@ class Dataset:
         largest = float(self.column("costs").max())
         return largest if largest > 0.0 else 1.0
 
+    @property
+    def worst_cost(self) -> float:
+        """The most that an episode of the horizon can cost, as far as the log tells.
+
+        Every step as dear as the dearest that did not end its episode, and the last one as dear as
+        the dearest of all (1 if none is above 0). An environment may hold dearer ones.
+        """
+        costs, ended = self.column("costs"), self.column("terminated") > 0
+        lasting = max(0.0, float(costs.masked_fill(ended, 0.0).max()))
+        return (self.horizon - 1) * lasting + self.cost_max
+
     def subset(self, episodes: np.ndarray) -> Dataset:
         """Only these episodes (indices into 0..M-1), in the order given; a map stays a map."""
         spans = [slice(self.episode_starts[e], self.episode_starts[e + 1]) for e in episodes]
