@@ -286,7 +286,9 @@ class Pretraining:
         reference = self.critic.reference_states(
             self._starts[index], logged, self._steps_per_episode
         )
-        return self.critic.estimate(self.networks.actor, reference, generator)
+        return self.critic.estimate(
+            self.networks.actor, reference, generator, self.config.safety.confidence
+        )
 
     def calibration(self) -> CalibrationReport:
         """The report on the safety critic, made when training ends."""

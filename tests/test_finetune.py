@@ -378,6 +378,23 @@ def test_every_batch_of_every_utd_slice_has_its_share_of_logged_rows(
     assert set(counts["critics"] + counts["actor"] + counts["safety"]) == {round(32 * share)}
 
 
+def test_the_estimate_that_decides_is_as_sure_as_was_asked(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """At 50 % it is the mean itself; above it as many standard errors as a normal quantile."""
+
+    def first(confidence: float) -> float:
+        safety = SafetySpec(epsilon=0.9, confidence=confidence)
+        trace = begin(config_of(safety=safety), dataset, pretraining)
+        return next(e for e in trace.run() if isinstance(e, Iteration)).v_previous
+
+    mean = first(0.5)
+    usual = first(0.95) - mean
+    assert usual > 0.0
+    assert (first(0.99) - mean) / usual == pytest.approx(2.326 / 1.645, rel=1e-3)
+    assert (first(0.8) - mean) / usual == pytest.approx(0.842 / 1.645, rel=1e-3)
+
+
 # --- budgets ---
 
 

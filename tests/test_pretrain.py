@@ -124,6 +124,15 @@ def test_the_fewest_episodes_that_can_be_split_are_learnt_from(
         assert pretraining.calibration().episodes == 1
 
 
+def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
+    def upper(confidence: float) -> float:
+        safety = SafetySpec(confidence=confidence)
+        return Pretraining(config_of(safety=safety), dataset).estimate().upper
+
+    mean = upper(0.5)
+    assert (upper(0.99) - mean) / (upper(0.95) - mean) == pytest.approx(2.326 / 1.645, rel=1e-3)
+
+
 @pytest.mark.parametrize("agent", [*AGENTS, "bc_safe"])
 def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
     """bc_safe learns none: what is aligned after it has the alignment's own discount."""
