@@ -325,9 +325,14 @@ class Finetuning:
         allowed = self.config.accident_budget
         if allowed is not None and self.monitor.accidents >= allowed:
             return f"the accident budget of {allowed} is spent"
-        if self.config.budget - self.steps < self.env.horizon:
-            return "the budget is spent"
-        return ""
+        budget, horizon = self.config.budget, self.env.horizon
+        left = budget - self.steps
+        if left >= horizon:
+            return ""
+        if left:
+            words = f"steps are left, fewer than an episode of {horizon:,} may take"
+            return f"{left:,} of {budget:,} {words}"
+        return "the budget is spent"
 
     def _iterate(self, metrics: dict[str, float]) -> Iteration:
         """Propose the learner to the deployment, or deploy it where nothing is to be tested."""

@@ -406,7 +406,9 @@ def test_the_budget_is_never_exceeded_and_used_up(
     list(trace.run())
     assert sum(len(actions) for actions in trace.sent.values()) == trace.tuning.steps
     assert budget - HORIZON < trace.tuning.steps <= budget
-    assert trace.tuning.stopped == "the budget is spent"
+    left = budget - trace.tuning.steps
+    words = f"{left} of {budget} steps are left, fewer than an episode of {HORIZON} may take"
+    assert trace.tuning.stopped == (words if left else "the budget is spent")
     # The state is whole at the end: what is loaded from it has nothing left to do.
     again = begin(config_of(budget=budget), dataset, pretraining)
     again.tuning.load(trace.tuning.state_dict(), trace.tuning.info())
