@@ -93,7 +93,7 @@ def assess_runs(
                 say(line)
         subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
         limit = safety.limit(dataset.horizon, dataset.cost_max).value
-        for line in warning_lines(dataset, safety):
+        for line in warning_lines(dataset, safety, config.held_out):
             say(line)
         key = str(run.path)
         estimates[key] = assessed(subject, say, store=out is None)
