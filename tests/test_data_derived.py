@@ -139,6 +139,20 @@ def test_the_most_that_an_episode_can_cost() -> None:
     )  # nothing ever went on
 
 
+def test_what_an_episode_can_return() -> None:
+    """Ten steps, each as good (or bad) as the best (worst) that did not end its episode."""
+
+    def range_of(rewards: list[float], terminated: Sequence[int] = ()) -> tuple[float, float]:
+        dataset = dataset_of([0.0] * len(rewards), terminated)
+        dataset.transitions.rewards[:] = torch.tensor(rewards)
+        return dataset.return_range
+
+    assert range_of([1.0, 1.0, 1.0]) == (1.0, 10.0)  # the shortest episode has one step
+    assert range_of([-1.0, -2.0, -1.0]) == (-20.0, -1.0)
+    assert range_of([0.0, 5.0, -1.0], terminated=[1]) == (-10.0, 5.0)
+    assert range_of([0.0, 5.0, -1.0], terminated=[1, 2]) == (-1.0, 5.0)
+
+
 def test_a_sample_holds_whole_episodes_and_little_more_than_asked() -> None:
     dataset = dataset_of([0.0] * 7)  # episodes of 2 and 5 steps
     assert dataset.sample(7, 0) is dataset
