@@ -153,17 +153,19 @@ def decide(
     *,
     kl_limit: float | None,
     constrain_safety: bool,
+    confidence: float,
     generator: torch.Generator,
 ) -> tuple[Decision, Actor]:
     """Backtrack from the learner towards the deployed policy until both constraints hold.
 
     ``visited`` are transitions of the latest episodes, the deployed policy's and perhaps those of
     the one or two before it; ``reference`` are the critic's states for an estimate. ``kl_limit``
-    None switches the KL constraint off. While the deployed policy itself is not below the limit, a
-    candidate must have a lower estimate than it. Returns the decision and the policy to act.
+    None switches the KL constraint off; ``confidence`` is that of the upper estimate. While the
+    deployed policy itself is not below the limit, a candidate must have a lower estimate than it.
+    Returns the decision and the policy to act.
     """
     noise = normal(visited.batch.actions.shape, generator)
-    v_previous = _probability(critic.estimate(previous, reference, generator).upper)
+    v_previous = _probability(critic.estimate(previous, reference, generator, confidence).upper)
     fraction, decision = 1.0, None
     for _ in range(config.tries):
         candidate = interpolate(previous, learner, fraction)

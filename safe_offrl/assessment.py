@@ -36,6 +36,7 @@ LIKELY = 0.95  # of the policy's actions: the region whose logged actions are co
 UNLIKELY = 0.05  # probability below which a discrete action is not one of the policy's
 LEAST_SUPPORT = 0.02  # of the logged actions: with fewer the fit says what it likes
 MOST_TIMES = 100.0  # as many episodes: beyond that "log more" is no advice
+RETURN_SLACK = 0.01  # of what episodes can return: so far beyond it a fit without error may come
 LEAST_EPISODES = 10.0  # effective: with fewer an interval means nothing
 
 
@@ -46,6 +47,8 @@ class Estimates:
     ``support`` is the share of logged actions that are such as the policy takes;
     ``weighted_risk`` and ``weighted_return`` are None unless the log holds the behaviours'
     log-probabilities. ``whole``: all of the log was looked at, not a sample of it.
+    ``return_range`` is what an episode can return, see :attr:`Dataset.return_range`; None if
+    nobody said.
     """
 
     constraint: str
@@ -57,6 +60,7 @@ class Estimates:
     weighted_risk: Weighted | None = None
     weighted_return: Weighted | None = None
     whole: bool = True
+    return_range: tuple[float, float] | None = None
 
     def risk_interval(self, confidence: float) -> tuple[float, float]:
         """Two-sided interval of the accident probability, or of the cost per episode."""
@@ -91,9 +95,38 @@ class Estimates:
         return math.ceil((enough - 1.0) * self.episodes)
 
     def return_interval(self, confidence: float) -> tuple[float, float]:
-        """Two-sided normal interval of the return."""
+        """Two-sided normal interval of the return, as far as an episode can return so much."""
         reach = float(special.ndtri((1.0 + confidence) / 2.0)) * self.returns.error
-        return self.returns.value - reach, self.returns.value + reach
+        value = self.returns.value
+        return self._returnable(value - reach), self._returnable(value + reach)
+
+    @property
+    def return_value(self) -> float:
+        """The fitted return, or the nearest to it that an episode can return."""
+        return self._returnable(self.returns.value)
+
+    def _returnable(self, value: float) -> float:
+        return value if self.return_range is None else float(np.clip(value, *self.return_range))
+
+    @property
+    def beyond(self) -> str:
+        """What was fitted where no episode can return so much, or so little, in words; or ""."""
+        if self.return_range is None or self.return_value == self.returns.value:
+            return ""
+        least, most = self.return_range
+        return (
+            f"a return of {self.returns.value:.3g} was fitted where the log's rewards allow "
+            f"{least:.3g} to {most:.3g} in an episode"
+        )
+
+    @property
+    def _return_is_possible(self) -> bool:
+        """Whether the fitted return is no further beyond than its error explains."""
+        if self.return_range is None:
+            return True
+        least, most = self.return_range
+        allowed = 2.0 * self.returns.error + RETURN_SLACK * (most - least)
+        return abs(self.returns.value - self.return_value) <= allowed
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -103,6 +136,7 @@ class Estimates:
             "the evaluation did not come to a finite number": bool(
                 np.isfinite([self.risk.error, self.returns.error, self.risk.value]).all()
             ),
+            self.beyond: self._return_is_possible,
             f"only {self.support:.1%} of the logged actions are such as the policy takes": (
                 self.support >= LEAST_SUPPORT
             ),
@@ -150,6 +184,7 @@ class Estimates:
             "support": self.support,
             "risk": self.risk._asdict(),
             "return": self.returns._asdict(),
+            "return_range": self.return_range,
             **({} if self.whole else {"whole": False}),
         }
         for name, found in (("risk", self.weighted_risk), ("return", self.weighted_return)):
@@ -160,6 +195,7 @@ class Estimates:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Estimates:
         """The inverse of :meth:`as_dict`; KeyError or TypeError if it is something else."""
+        possible = content.get("return_range")
         found = {
             name: Weighted(**content[name]) if name in content else None
             for name in ("weighted_risk", "weighted_return")
@@ -172,6 +208,7 @@ class Estimates:
             returns=Fitted(**content["return"]),
             support=float(content["support"]),
             whole=bool(content.get("whole", True)),
+            return_range=None if possible is None else (float(possible[0]), float(possible[1])),
             **found,
         )
 
@@ -230,7 +267,7 @@ def assess(
             f"The dataset has {dataset.episodes} episodes, too few to assess a policy from. "
             f"Log at least {FEWEST_EPISODES - dataset.episodes} more."
         )
-    logged = dataset.episodes
+    logged, return_range = dataset.episodes, dataset.return_range
     dataset = dataset.sample(MOST_ROWS, seed)
     # Of an episode that was cut off there is nothing to reweigh.
     known = dataset.behaviour_log_probs is not None and bool(whole_episodes(dataset).all())
@@ -250,6 +287,7 @@ def assess(
         weighted_risk=found[RISK],
         weighted_return=found[RETURN],
         whole=dataset.episodes == logged,
+        return_range=return_range,
     )
 
 

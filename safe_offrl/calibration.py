@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from safe_offrl.calibration_curves import Bin, reliability_bins
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.inspect import MIN_HELD_OUT_EPISODES
 from safe_offrl.nets import Actor
 from safe_offrl.safety import Limit
 from safe_offrl.safety_critic import RiskEstimate, SafetyCritic
@@ -28,8 +29,8 @@ Floats = NDArray[np.float32]
 
 CONTRASTS = 201  # that a report keeps: a long log has thousands
 WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
-# What the shield needs before it may act, each with the reason it is refused for.
-MIN_ACCIDENT_EPISODES = 10
+# What the shield needs before it may act, beside MIN_HELD_OUT_EPISODES with an accident, each with
+# the reason it is refused for.
 MIN_AUROC = 0.8
 MIN_RANKING = 0.5  # of the lower 95 % limit: shown to be better than chance
 
@@ -187,11 +188,11 @@ def calibrate_critic(
     episode = np.repeat(np.arange(held_out.episodes), held_out.episode_lengths)
     score = auroc(risk, danger)
     accident_episodes = int(held_out.episode_accidents.sum())
-    missing = max(0, MIN_ACCIDENT_EPISODES - accident_episodes)
+    missing = max(0, MIN_HELD_OUT_EPISODES - accident_episodes)
     more = -(-missing * logged // held_out.episodes)
     # Written so that a NaN is a refusal.
     demands = {
-        f"{accident_episodes} held-out accident episodes, {MIN_ACCIDENT_EPISODES} needed (log "
+        f"{accident_episodes} held-out accident episodes, {MIN_HELD_OUT_EPISODES} needed (log "
         f"about {more:,} more episodes with an accident)": not missing,
         f"AUROC {score:.2f}, {MIN_AUROC} needed": score >= MIN_AUROC,
         f"ranking among actions is {ranking_low:.2f} at least, above {MIN_RANKING} needed"

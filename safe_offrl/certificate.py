@@ -167,10 +167,11 @@ def play(
     normalizer: Normalizer,
     version: int,
     steps_before: int,
+    worst_cost: float,
 ) -> tuple[Episode, str]:
     """The ``index``-th episode of a claim, and how the environment failed in it ("" if not).
 
-    Its seed and its noise depend on nothing else.
+    Its seed and its noise depend on nothing else. It costs ``worst_cost`` if the environment fails.
     """
     seed = episode_seed(claim.seed, index, claim.stream)
     rng = np.random.default_rng([claim.seed, claim.attempt, index])
@@ -179,7 +180,7 @@ def play(
         index=index,
         seed=seed,
         steps_before=steps_before,
-        worst_cost=claim.scale,
+        worst_cost=worst_cost,
         version=version,
         phase="certify",
         content=played.content,
@@ -187,14 +188,16 @@ def play(
     return episode, played.fault
 
 
-def reserve(claim: Claim, index: int, env: AccidentEnv, version: int, before: int) -> Reservation:
+def reserve(
+    claim: Claim, index: int, env: AccidentEnv, version: int, before: int, worst_cost: float
+) -> Reservation:
     """What the ``index``-th episode counts as if it is cut off where none can be played again."""
     return Reservation.of(
         index=index,
         seed=episode_seed(claim.seed, index, claim.stream),
         steps=env.horizon,
         steps_before=before,
-        worst_cost=claim.scale,
+        worst_cost=worst_cost,
         version=version,
         phase="certify",
     )

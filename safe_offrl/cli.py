@@ -1,4 +1,6 @@
-"""The command line: `safe-offrl COMMAND`. Each command parses its arguments and calls commands.py.
+"""The command line: `safe-offrl COMMAND`. A command parses its arguments and calls a function.
+
+The functions are those of :mod:`safe_offrl.commands`.
 
 Everything heavy is imported inside the commands, so that --help answers at once (no torch).
 """

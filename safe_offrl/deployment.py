@@ -98,6 +98,7 @@ class Deployment:
             self.acceptance,
             kl_limit=float(self.delta) if self.kl_limited else None,
             constrain_safety=self.safety_limited,
+            confidence=monitor.confidence,
             generator=generator,
         )
         if self.kl_limited:

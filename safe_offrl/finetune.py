@@ -96,13 +96,16 @@ class Finetuning:
             compute,
         )
         self.limit = config.safety.limit(env.horizon, dataset.cost_max)
+        # What an episode counts as whose end is unknown. A limited cost is a share of its scale.
+        by_cost = self.limit.constraint == "cost"
+        self.worst_cost = self.limit.scale if by_cost else dataset.worst_cost
         self.critic = SafetyCritic(
             layout.observation_size,
             layout.action_size,
             env.horizon,
             config.critic,
             self.generator,
-            dataset.cost_max if self.limit.constraint == "cost" else None,
+            dataset.cost_max if by_cost else None,
             compute,
         )
         self.experience = Experience(
@@ -211,7 +214,7 @@ class Finetuning:
             "steps_before": self.steps,
             "version": self.deployment.version,
             "phase": "warmup" if self.steps < config.warmup_steps else "online",
-            "worst_cost": self.limit.scale,
+            "worst_cost": self.worst_cost,
         }
         if real:
             yield Reservation.of(steps=self.env.horizon, **about)
@@ -322,9 +325,14 @@ class Finetuning:
         allowed = self.config.accident_budget
         if allowed is not None and self.monitor.accidents >= allowed:
             return f"the accident budget of {allowed} is spent"
-        if self.config.budget - self.steps < self.env.horizon:
-            return "the budget is spent"
-        return ""
+        budget, horizon = self.config.budget, self.env.horizon
+        left = budget - self.steps
+        if left >= horizon:
+            return ""
+        if left:
+            words = f"steps are left, fewer than an episode of {horizon:,} may take"
+            return f"{left:,} of {budget:,} {words}"
+        return "the budget is spent"
 
     def _iterate(self, metrics: dict[str, float]) -> Iteration:
         """Propose the learner to the deployment, or deploy it where nothing is to be tested."""

@@ -104,8 +104,18 @@ ESTIMATE_STATES = 2000  # policy actions behind one estimate of what is constrai
 
 
 def discount_of(config: PretrainConfig) -> float:
-    """Discount of the chosen agent: what return_to_go in the dataset must be computed with."""
-    return config.agents.iql.discount if config.agent == "iql" else config.agents.cql.discount
+    """Discount of the run's values: what return_to_go in the dataset must be computed with.
+
+    That of the chosen agent; bc_safe learns no values, so that of the alignment. KeyError for an
+    agent that has none here.
+    """
+    discounts = {
+        "iql": config.agents.iql.discount,
+        "cql": config.agents.cql.discount,
+        "calql": config.agents.cql.discount,
+        "bc_safe": config.alignment.discount,
+    }
+    return discounts[config.agent]
 
 
 def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
@@ -276,7 +286,9 @@ class Pretraining:
         reference = self.critic.reference_states(
             self._starts[index], logged, self._steps_per_episode
         )
-        return self.critic.estimate(self.networks.actor, reference, generator)
+        return self.critic.estimate(
+            self.networks.actor, reference, generator, self.config.safety.confidence
+        )
 
     def calibration(self) -> CalibrationReport:
         """The report on the safety critic, made when training ends."""

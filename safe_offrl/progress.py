@@ -17,7 +17,6 @@ from typing import Any
 from tqdm import tqdm
 
 from safe_offrl.monitor import SafetyMonitor
-from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
 
 Say = Callable[[str], None]
@@ -236,16 +235,17 @@ class ProgressLine:
 
 
 class OnlineCurves:
-    """The numbers of the online phase, from the ledger and the decisions alone.
+    """The numbers of the online phase, from its monitor, the ledger and the decisions alone.
 
     It keeps nothing that cannot be recomputed from the run folder, so a resumed run goes on with
     exactly the same curves.
     """
 
-    def __init__(self, limit: Limit, confidence: float, budget: int) -> None:
-        self._limit = limit
+    def __init__(self, monitor: SafetyMonitor, budget: int) -> None:
+        """``monitor`` is the run's own, and nothing but the run updates it; ``budget`` in steps."""
+        self._monitor = monitor
+        self._limit = monitor.limit
         self._budget = budget
-        self._monitor = SafetyMonitor(limit, confidence)
         self._returns: list[float] = []
         self._costs: list[float] = []
         self._iteration: dict[str, Any] = {}
@@ -261,9 +261,8 @@ class OnlineCurves:
             self.add_iteration(iteration)
 
     def add_episode(self, episode: Episode) -> bool:
-        """Count an episode; returns whether a point of the curves is due."""
+        """Take in an episode that the monitor has counted; whether a point of the curves is due."""
         before, self.step = self.step, episode.total_steps
-        self._monitor.update(episode.accident, episode.cost, episode.version)
         if episode.outcome == "complete":  # nobody knows what another would have brought
             self._returns.append(episode.episode_return)
         self._costs.append(episode.cost)

@@ -54,8 +54,8 @@ class PlayedEpisode(NamedTuple):
     ) -> Episode:
         """What the ledger keeps of it; ``steps_before`` were charged by earlier episodes.
 
-        ``worst_cost`` is the most that an episode can cost: what a fault counts as. ``content``
-        tells episodes of one frozen policy apart.
+        ``worst_cost`` is the most that an episode is known to cost: what a fault counts as.
+        ``content`` tells episodes of one frozen policy apart.
         """
         fault = bool(self.fault)
         return Episode(

@@ -40,6 +40,7 @@ from safe_offrl.losses import (
 )
 from safe_offrl.nets import EVERY, Actor, Members, StackedMLP, polyak_
 from safe_offrl.state import Part
+from safe_offrl.statistics import standard_errors
 from safe_offrl.types import Batch, States
 
 LOG_ALPHA_MIN = -12.0  # 6e-6: no pressure to speak of, and a way back up
@@ -343,11 +344,14 @@ class SafetyCritic:
         }
 
     @torch.no_grad()
-    def estimate(self, actor: Actor, reference: States, generator: torch.Generator) -> RiskEstimate:
+    def estimate(
+        self, actor: Actor, reference: States, generator: torch.Generator, confidence: float
+    ) -> RiskEstimate:
         """The constrained quantity under the policy, over a sample of reference states.
 
-        The upper limit adds 1.645 standard errors: spread between the pushed members, and between
-        states. It is a limit on the critic's own uncertainty, not a certificate.
+        The upper limit adds the standard errors of a one-sided ``confidence`` (1.645 at 0.95):
+        spread between the pushed members, and between states. It is a limit on the critic's own
+        uncertainty, not a certificate.
         """
         distribution = actor(reference.observations)
         noise = normal(distribution[0].shape, generator)  # [S, A]
@@ -366,6 +370,6 @@ class SafetyCritic:
         value = members.mean()
         return RiskEstimate(
             value=float(value),
-            upper=float(value + 1.645 * variance.sqrt()),
+            upper=float(value + standard_errors(confidence) * variance.sqrt()),
             reference=float(reference.total(values[self.plain]).mean()),
         )

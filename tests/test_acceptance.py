@@ -76,6 +76,7 @@ def judge(
         config,
         kl_limit=delta,
         constrain_safety=accidents,
+        confidence=0.95,
         generator=torch.Generator().manual_seed(0),
     )
 

@@ -16,6 +16,7 @@ from safe_offrl.assessment import (
     support,
     upper_limit,
 )
+from safe_offrl.commands.assess import describe, numbers, verdict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.distributions import Gaussian, log_prob
 from safe_offrl.envs.hazard_line import SIZE
@@ -93,6 +94,42 @@ def test_the_interval_of_the_return_is_normal() -> None:
     assert estimates(returns=1.0).return_interval(0.95) == pytest.approx((0.804, 1.196), abs=1e-3)
 
 
+def test_a_return_is_one_that_the_logs_rewards_allow() -> None:
+    """Of a log whose only reward, 1, comes with the end of an episode: 0 to 1."""
+    dataset = log(CASES["random log, careful policy"]._replace(episodes=150), 0)
+    found = assess(dataset, policy_of((0.97,) * (SIZE - 2)), LIMIT, QUICK)
+    low, high = found.return_interval(CONFIDENCE)
+    assert found.returns.value > 1.0  # what the fit says, by chance
+    assert 0.9 < low < high == found.return_value == 1.0
+    assert not found.doubts
+    said = describe("run", found, LIMIT.value, CONFIDENCE)
+    assert said.startswith("run: return 1 [")
+    assert "a return of 1.03 was fitted where the log's rewards allow 0 to 1 in an episode" in said
+    assert verdict(found, LIMIT.value, CONFIDENCE)["return"] == 1.0
+
+
+def test_a_fit_far_outside_of_what_the_rewards_allow_is_a_doubt() -> None:
+    """Else the most broken of several fits would have the highest lower bound of return."""
+    for value, doubted in ((2.0, False), (2.1, False), (2.4, True), (-0.4, True), (-0.2, False)):
+        found = estimates(returns=value, return_range=(0.0, 2.0))  # +- .1
+        assert bool(found.doubts) == doubted, value
+        assert all(0.0 <= x <= 2.0 for x in found.return_interval(0.95))
+    words = "a return of 2.4 was fitted where the log's rewards allow 0 to 2 in an episode"
+    broken = estimates(returns=2.4, return_range=(0.0, 2.0))
+    assert words in broken.sentence(0.05, 0.95)
+    assert not broken.shows_below(0.05, 0.95)
+    # Without an error to speak of, a hundredth of the range is none either.
+    exact = estimates(return_range=(0.0, 2.0), returns=2.0)
+    exact = dataclasses.replace(exact, returns=fitted(2.01, 0.0))
+    assert not exact.doubts
+
+
+def test_a_risk_that_is_shown_is_a_share() -> None:
+    assert numbers(estimates(risk=1.02, error=0.1), 0.05, 0.95).startswith(
+        "accident probability 100.0% ["
+    )
+
+
 # --- what it says ---
 
 
@@ -162,7 +199,9 @@ def test_a_log_worth_too_little_says_how_many_more_it_takes() -> None:
 
 
 def test_it_is_read_back_as_it_was_written() -> None:
-    found = estimates(weighted_risk=Weighted(0.1, 0.2, 0.3, 0.4, 5.0), whole=False)
+    found = estimates(
+        weighted_risk=Weighted(0.1, 0.2, 0.3, 0.4, 5.0), whole=False, return_range=(-1.0, 2.5)
+    )
     assert Estimates.from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 

@@ -1,4 +1,7 @@
+import dataclasses
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,3 +310,17 @@ def test_of_a_cost_only_the_window_is_seen() -> None:
     (only,) = report_of(half, data, Limit("cost", 0.1, 10.0)).bins
     assert only.seen == pytest.approx((1.0 - g) / 120)
     assert only.outcome == pytest.approx((1.0 - g) / 120 + 0.9 * g * 0.5)
+
+
+def test_the_page_on_the_method_names_what_the_report_holds() -> None:
+    page = Path(__file__).parent.parent / "docs" / "method.md"
+    sentence = page.read_text().partition("judges the safety critic on held-out episodes: ")[2]
+    named = re.split(r",(?: and)? ", " ".join(sentence.partition(".\n")[0].split()))
+    fields = {
+        "reliability": "reliability",
+        "AUROC": "auroc",
+        "ranking among candidate actions": "ranking",
+        "`V_accident(s0)` with its upper estimate": "estimate_upper",
+    }
+    assert named == list(fields)
+    assert set(fields.values()) <= {f.name for f in dataclasses.fields(CalibrationReport)}

@@ -1,6 +1,7 @@
 """Columns derived at load, by hand: episodes, the rule on an episode's cost, returns, units."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,11 @@ def test_lock_step_equals_a_plain_loop() -> None:
     assert np.array_equal(derived.returns_to_go(rewards, starts, 0.97), expected)
 
 
-def dataset_of(costs: list[float]) -> Dataset:
+def dataset_of(costs: list[float], terminated: Sequence[int] = ()) -> Dataset:
     layout = Layout(1, 1)
     rows = torch.zeros(len(costs), layout.width)
     layout.unpack(rows).costs[:] = torch.tensor(costs)
+    layout.unpack(rows).terminated[list(terminated)] = 1.0
     starts = np.array([0, 2, len(costs)])
     return Dataset(rows, layout, starts, np.zeros(len(costs), bool), 10, "test")
 
@@ -122,6 +124,33 @@ def test_units_of_cost() -> None:
     assert dataset_of([0.0, 0.0, 0.0]).cost_max == 1.0
     tiny = dataset_of([0.0, 1e-20, 0.0])  # the unit is the log's own, whatever it is
     assert tiny.cost_max == tiny.column("costs").max() == pytest.approx(1e-20)
+
+
+def test_the_most_that_an_episode_can_cost() -> None:
+    """Ten steps: nine as dear as the dearest that did not end its episode, and the dearest last."""
+    costs = [0.5, 2.0, 0.0, 1.0, 1.0]
+    assert dataset_of(costs).worst_cost == 9 * 2.0 + 2.0
+    assert dataset_of(costs, terminated=[1]).worst_cost == 9 * 1.0 + 2.0
+    assert dataset_of([0.0, 2.0, 0.0, 0.0, 3.0], terminated=[1, 4]).worst_cost == 3.0
+    # Where the log has no cost an accident counts as 1, as in the environment.
+    assert dataset_of([0.0] * 5, terminated=[1]).worst_cost == 1.0
+    assert (
+        dataset_of([0.5, 3.0, 1.0], terminated=[0, 1, 2]).worst_cost == 3.0
+    )  # nothing ever went on
+
+
+def test_what_an_episode_can_return() -> None:
+    """Ten steps, each as good (or bad) as the best (worst) that did not end its episode."""
+
+    def range_of(rewards: list[float], terminated: Sequence[int] = ()) -> tuple[float, float]:
+        dataset = dataset_of([0.0] * len(rewards), terminated)
+        dataset.transitions.rewards[:] = torch.tensor(rewards)
+        return dataset.return_range
+
+    assert range_of([1.0, 1.0, 1.0]) == (1.0, 10.0)  # the shortest episode has one step
+    assert range_of([-1.0, -2.0, -1.0]) == (-20.0, -1.0)
+    assert range_of([0.0, 5.0, -1.0], terminated=[1]) == (-10.0, 5.0)
+    assert range_of([0.0, 5.0, -1.0], terminated=[1, 2]) == (-1.0, 5.0)
 
 
 def test_a_sample_holds_whole_episodes_and_little_more_than_asked() -> None:

@@ -82,7 +82,7 @@ def test_critic_loss_by_hand() -> None:
     value = 0.5 * 0.4 + 0.3 * 0.7 + 0.2 * 0.2
     assert pushed.item() == pytest.approx(value, rel=1e-5)
     assert plain.item() == pytest.approx(value, rel=1e-5)
-    assert critic.estimate(policy, states, seeded()).value == pytest.approx(value, rel=1e-5)
+    assert critic.estimate(policy, states, seeded(), 0.95).value == pytest.approx(value, rel=1e-5)
 
 
 def test_acceptance_measures_exactly() -> None:
@@ -166,7 +166,7 @@ def test_v_accident_against_dynamic_programming(
         first = torch.randint(len(starts), (32,), generator=generator)
         critic.update(mini, torch.ones(128), actor, States.at_start(starts[first]), generator)
     truth = grid.accident_probability(table, HORIZON)
-    estimate = critic.estimate(actor, States.at_start(starts), generator)
+    estimate = critic.estimate(actor, States.at_start(starts), generator, 0.95)
     assert truth - 0.02 <= estimate.value <= truth + 0.12
     assert estimate.reference == pytest.approx(truth, abs=0.05)
 

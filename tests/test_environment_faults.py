@@ -29,6 +29,7 @@ from tests.test_faults import ENV, OFFLINE, ONLINE, dataset_of
 from tests.test_resume import Killed, kill_at, silent
 
 MODULE = "tests.fault_environments"
+DEAREST = 3.0  # what an accident, which ends the episode, costs in the log
 # What fails, how, and after how many steps.
 FAULTS = {
     "Failing": ("ConnectionError: the robot does not answer", 3),
@@ -49,7 +50,7 @@ IN_A_PROCESS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs with the pretrain run "offline"."""
     path = tmp_path_factory.mktemp("failing")
-    dataset = dataset_of(path)
+    dataset = dataset_of(path, DEAREST)
     config = commands.pretrain_config(env=ENV, dataset=str(dataset), overrides=OFFLINE)
     plan = commands.plan_pretrain(config, say=silent)
     commands.pretrain_run(plan, name="offline", runs=path, say=silent)
@@ -88,7 +89,7 @@ def test_a_fault_is_charged_ledgered_and_an_accident(folder: Path, name: str) ->
     assert len(faulty) >= 2
     assert len(episodes) > len(faulty)  # learning goes on with the next one
     for episode in faulty:
-        assert (episode.steps, episode.accident, episode.cost) == (steps, True, 1.0)
+        assert (episode.steps, episode.accident, episode.cost) == (steps, True, DEAREST)
     assert run.state["status"] == "finished"
     assert sum(words in text for text in said) == len(faulty)
     checkpoint = run.load_checkpoint()
@@ -181,9 +182,12 @@ def test_evaluation_and_certificate_count_faults(
     assert expected
     result = commands.evaluate_run("offline", episodes=8, runs=folder, say=silent)
     assert result["accidents"] >= expected
+    seen = result["accidents"] - expected  # at 1 each
+    assert result["mean_cost"] == pytest.approx((DEAREST * expected + seen) / 8)
     certificate = commands.certify_run("offline", epsilon=0.95, episodes=6, runs=folder, say=silent)
     record = LedgerWriter(folder / "offline/certificates/1/episodes.jsonl").episodes
     assert [e.outcome == "fault" for e in record] == [fails(e) for e in record]
+    assert {e.cost for e in record if fails(e)} == {DEAREST}
     unknown = certificate["unknown_outcomes"]
     assert 1 <= unknown == sum(map(fails, record)) <= certificate["accidents"]
 

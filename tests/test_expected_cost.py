@@ -367,6 +367,7 @@ def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
             AcceptanceConfig(),
             kl_limit=None,
             constrain_safety=True,
+            confidence=0.95,
             generator=torch.Generator().manual_seed(0),
         )[0]
         for cost in (1.2, 0.6)

@@ -38,12 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def dataset_of(folder: Path) -> Path:
+def dataset_of(folder: Path, accident_cost: float = 1.0) -> Path:
     """A log of random behaviour in the environment of these tests."""
     with make_env(ENV, SafetySpec()) as env:
         arrays = collect(
             env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0
         )
+    arrays["costs"] = accident_cost * arrays["costs"]
     metadata = {
         "env_id": ENV,
         "accident": "cost",

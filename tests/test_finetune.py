@@ -378,6 +378,23 @@ def test_every_batch_of_every_utd_slice_has_its_share_of_logged_rows(
     assert set(counts["critics"] + counts["actor"] + counts["safety"]) == {round(32 * share)}
 
 
+def test_the_estimate_that_decides_is_as_sure_as_was_asked(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """At 50 % it is the mean itself; above it as many standard errors as a normal quantile."""
+
+    def first(confidence: float) -> float:
+        safety = SafetySpec(epsilon=0.9, confidence=confidence)
+        trace = begin(config_of(safety=safety), dataset, pretraining)
+        return next(e for e in trace.run() if isinstance(e, Iteration)).v_previous
+
+    mean = first(0.5)
+    usual = first(0.95) - mean
+    assert usual > 0.0
+    assert (first(0.99) - mean) / usual == pytest.approx(2.326 / 1.645, rel=1e-3)
+    assert (first(0.8) - mean) / usual == pytest.approx(0.842 / 1.645, rel=1e-3)
+
+
 # --- budgets ---
 
 
@@ -389,7 +406,9 @@ def test_the_budget_is_never_exceeded_and_used_up(
     list(trace.run())
     assert sum(len(actions) for actions in trace.sent.values()) == trace.tuning.steps
     assert budget - HORIZON < trace.tuning.steps <= budget
-    assert trace.tuning.stopped == "the budget is spent"
+    left = budget - trace.tuning.steps
+    words = f"{left} of {budget} steps are left, fewer than an episode of {HORIZON} may take"
+    assert trace.tuning.stopped == (words if left else "the budget is spent")
     # The state is whole at the end: what is loaded from it has nothing left to do.
     again = begin(config_of(budget=budget), dataset, pretraining)
     again.tuning.load(trace.tuning.state_dict(), trace.tuning.info())

@@ -58,7 +58,7 @@ def read(path: Path, rule: str = "cost", horizon: int | None = None) -> None:
     spec = SafetySpec(accident=rule, cost_threshold=threshold)
     dataset = load_dataset(path, discount=0.9, spec=spec, horizon=horizon)
     assert np.isfinite(np.asarray(dataset.transitions.rewards)).all()
-    format_summary(summarise(dataset, spec))
+    format_summary(summarise(dataset, spec, 0.15))
     check_matches_env(dataset, "PointHazard-v0", 2, 1)
 
 

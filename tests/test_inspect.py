@@ -23,6 +23,7 @@ from safe_offrl.data.inspect import (
 from safe_offrl.data.inspect import summarise as summarise_under
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.data_chart import write_data_png
+from safe_offrl.pretrain import PretrainConfig
 from safe_offrl.safety import Limit, SafetySpec
 
 LENGTH = 10
@@ -53,8 +54,9 @@ def load(path: Path, arrays: dict[str, np.ndarray], **metadata: Any) -> Dataset:
     return load_dataset(path / "log.hdf5", discount=0.9, spec=SafetySpec(), horizon=LENGTH)
 
 
-def summarise(dataset: Dataset, **settings: Any) -> DatasetSummary:
-    return summarise_under(dataset, SafetySpec(**settings))
+def summarise(dataset: Dataset, held_out: float = 1 / 3, **settings: Any) -> DatasetSummary:
+    """Of a third of the episodes 10 are 30 in all."""
+    return summarise_under(dataset, SafetySpec(**settings), held_out)
 
 
 def test_figures_by_hand(tmp_path: Path) -> None:
@@ -250,17 +252,17 @@ def _shuffled(arrays: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_no_accident, "Log at least 30 episodes with one."),
+        (_no_accident, "Log about 30 episodes with one."),
         (
             _few_accidents,
-            "only 10 accident episodes, too few to calibrate the safety critic (at least "
-            "30). Log 20 more.",
+            "only 10 accident episodes, too few to calibrate the safety critic (about "
+            "30, so that 10 are held out). Log 20 more.",
         ),
-        (_all_accidents, "cannot be learnt. Log at least 30 episodes without one."),
+        (_all_accidents, "cannot be learnt. Log about 30 episodes without one."),
         (
             _few_safe,
-            "only 7 episodes without an accident, too few to calibrate the safety critic (at "
-            "least 30). Log 23 more.",
+            "only 7 episodes without an accident, too few to calibrate the safety critic (about "
+            "30, so that 10 are held out). Log 23 more.",
         ),
         (_narrow_action, "action 1 stays within [-0.09, +0.09]"),
         (_poor_actions, "the actions cover 2%"),
@@ -299,6 +301,17 @@ def test_groups_of_a_subset_and_of_a_foreign_file(tmp_path: Path) -> None:
     assert "'the whole log'" in foreign.identification.sentence
 
 
+def test_as_many_accidents_are_asked_for_as_the_shield_needs(tmp_path: Path) -> None:
+    """Ten among the held-out episodes: of 15 % that are held out, 67 in all; there are 40."""
+    dataset = load(tmp_path, sound_arrays())
+    (warning,) = summarise(dataset, PretrainConfig().held_out).warnings
+    assert warning == (
+        "only 40 accident episodes, too few to calibrate the safety critic (about 67, so that 10 "
+        "are held out). Log 27 more."
+    )
+    assert summarise(dataset, 0.25).warnings == ()
+
+
 def test_too_few_cheap_episodes_are_a_warning(tmp_path: Path) -> None:
     cheap = summarise(load(tmp_path, sound_arrays()), constraint="cost", cost_limit=0.5)
     assert cheap.within_limit == pytest.approx(2 / 3)
@@ -307,12 +320,13 @@ def test_too_few_cheap_episodes_are_a_warning(tmp_path: Path) -> None:
     dear["costs"][: 100 * LENGTH] = 1
     summary = summarise(load(tmp_path, dear), constraint="cost", cost_limit=0.5)
     assert "only 14 episodes are below the limit of 0.5" in summary.warnings[0]
-    assert summary.warnings[0].endswith("(at least 30). Log 16 more.")
+    assert summary.warnings[0].endswith("(about 30, so that 10 are held out). Log 16 more.")
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     dataset = load(tmp_path, sound_arrays())
-    for name, settings in {"a": {}, "b": {"constraint": "cost", "cost_limit": 0.5}}.items():
+    cases: dict[str, dict[str, Any]] = {"a": {}, "b": {"constraint": "cost", "cost_limit": 0.5}}
+    for name, settings in cases.items():
         path = tmp_path / f"{name}.png"
         write_data_png(dataset, summarise(dataset, **settings), path)
         assert path.read_bytes()[:4] == b"\x89PNG"

@@ -1,5 +1,6 @@
 """The offline loop: resumable, aligned with the policy it ends with, and judged at its end."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_offrl.agents import AGENTS
+from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents.cql import CQLConfig
+from safe_offrl.agents.iql import IQLConfig
+from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.loading import load_dataset
 from safe_offrl.errors import ConfigError
 from safe_offrl.nets import NetworkConfig
-from safe_offrl.pretrain import PretrainConfig, Pretraining
+from safe_offrl.pretrain import PretrainConfig, Pretraining, discount_of
 from safe_offrl.safety import SafetySpec
 from safe_offrl.safety_critic import SafetyCriticConfig
 
@@ -118,3 +122,32 @@ def test_the_fewest_episodes_that_can_be_split_are_learnt_from(
         pretraining = Pretraining(config_of(held_out=0.15, safety=safety, seed=seed), few)
         list(pretraining.run())
         assert pretraining.calibration().episodes == 1
+
+
+def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
+    def upper(confidence: float) -> float:
+        safety = SafetySpec(confidence=confidence)
+        return Pretraining(config_of(safety=safety), dataset).estimate().upper
+
+    mean = upper(0.5)
+    assert (upper(0.99) - mean) / (upper(0.95) - mean) == pytest.approx(2.326 / 1.645, rel=1e-3)
+
+
+@pytest.mark.parametrize("agent", [*AGENTS, "bc_safe"])
+def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
+    """bc_safe learns none: what is aligned after it has the alignment's own discount."""
+    agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
+    own = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93}[agent]
+    config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
+    assert discount_of(config) == own
+    if agent != "bc_safe":
+        with pytest.raises(ConfigError, match=f"discounted by {own}"):
+            dataclasses.replace(config, alignment=RLPDConfig(discount=0.94))
+
+
+def test_an_agent_without_a_discount_of_its_own_gets_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(AGENTS, "toy", AGENTS["cql"])
+    with pytest.raises(KeyError, match="toy"):
+        PretrainConfig(agent="toy")

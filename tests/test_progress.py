@@ -10,6 +10,7 @@ import time
 import pytest
 
 from safe_offrl import progress
+from safe_offrl.monitor import SafetyMonitor
 from safe_offrl.progress import Heartbeat, OnlineCurves, ProgressLine
 from safe_offrl.safety import Limit
 from safe_offrl.types import Episode
@@ -33,6 +34,18 @@ def episode(index: int, *, accident: bool = False, steps: int = 100) -> Episode:
     )
 
 
+class Counted:
+    """Curves and the monitor that counts for them, as a run has both."""
+
+    def __init__(self, limit: Limit = LIMIT) -> None:
+        self.monitor = SafetyMonitor(limit)
+        self.curves = OnlineCurves(self.monitor, budget=10_000)
+
+    def add(self, episode: Episode) -> bool:
+        self.monitor.update(episode.accident, episode.cost, episode.version)
+        return self.curves.add_episode(episode)
+
+
 def decision(*, accepted: bool) -> dict[str, object]:
     return {
         "accepted": accepted,
@@ -44,10 +57,10 @@ def decision(*, accepted: bool) -> dict[str, object]:
 
 
 def test_curves_by_hand() -> None:
-    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
+    run = Counted()
     for index in range(60):
-        curves.add_episode(episode(index, accident=index in (3, 50)))
-    values = curves.values()
+        run.add(episode(index, accident=index in (3, 50)))
+    values = run.curves.values()
     assert values["safety/accidents_total"] == 2.0
     assert values["safety/accident_rate"] == pytest.approx(2 / 60)
     # SAFETY.md: with 2 accidents the sum of probabilities is below 9.14 at 95 %.
@@ -58,23 +71,22 @@ def test_curves_by_hand() -> None:
 
 
 def test_only_episodes_seen_to_their_end_have_a_return() -> None:
-    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
-    curves.add_episode(episode(0, accident=True)._replace(outcome="fault"))
-    assert math.isnan(curves.values()["online/return"])
-    assert curves.line() == "accidents 1 | rate 1.000 (<= 1.000) | return nan"
+    run = Counted()
+    run.add(episode(0, accident=True)._replace(outcome="fault"))
+    assert math.isnan(run.curves.values()["online/return"])
+    assert run.curves.line() == "accidents 1 | rate 1.000 (<= 1.000) | return nan"
     for index in (1, 2, 3):
         outcome = "lost" if index == 2 else "complete"
-        curves.add_episode(episode(index)._replace(outcome=outcome))
-    assert curves.values()["online/return"] == 2.0  # of the returns 1 and 3
+        run.add(episode(index)._replace(outcome=outcome))
+    assert run.curves.values()["online/return"] == 2.0  # of the returns 1 and 3
 
 
 def test_the_accident_rate_has_its_bounds_whatever_is_limited() -> None:
-    by_cost = OnlineCurves(Limit("cost", 0.025, 1000.0), 0.95, budget=10_000)
-    by_accident = OnlineCurves(LIMIT, 0.95, budget=10_000)
+    by_cost, by_accident = Counted(Limit("cost", 0.025, 1000.0)), Counted()
     for index in range(60):
-        for curves in (by_cost, by_accident):
-            curves.add_episode(episode(index, accident=index in (3, 50)))
-    cost, accident = by_cost.values(), by_accident.values()
+        for run in (by_cost, by_accident):
+            run.add(episode(index, accident=index in (3, 50)))
+    cost, accident = by_cost.curves.values(), by_accident.curves.values()
     for tag in ("accident_rate", "accident_rate_lower", "accident_rate_upper"):
         assert cost[f"safety/{tag}"] == accident[f"safety/{tag}"]
     assert cost["safety/cost_mean_lower"] <= cost["safety/cost_mean"]
@@ -83,14 +95,14 @@ def test_the_accident_rate_has_its_bounds_whatever_is_limited() -> None:
 
 
 def test_a_point_is_due_every_250_steps() -> None:
-    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
-    due = [curves.add_episode(episode(index)) for index in range(10)]
+    run = Counted()
+    due = [run.add(episode(index)) for index in range(10)]
     # Totals 100 ... 1000: a multiple of 250 is reached in 300, 500, 800 and 1000.
     assert [index for index, d in enumerate(due) if d] == [2, 4, 7, 9]
 
 
 def test_the_estimate_is_that_of_the_policy_that_acts() -> None:
-    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
+    curves = Counted().curves
     assert math.isnan(curves.estimate)
     curves.add_iteration(decision(accepted=True))
     assert curves.trust() == {"safety/v_accident_estimate": 0.2, "trust/accepted": 1.0}
@@ -101,18 +113,21 @@ def test_the_estimate_is_that_of_the_policy_that_acts() -> None:
 
 
 def test_restored_curves_go_on_the_same() -> None:
-    whole, resumed = OnlineCurves(LIMIT, 0.95, 10_000), OnlineCurves(LIMIT, 0.95, 10_000)
+    run, monitor = Counted(), SafetyMonitor(LIMIT)
+    whole, resumed = run.curves, OnlineCurves(monitor, budget=10_000)
     episodes = [episode(i, accident=i % 9 == 0) for i in range(30)]
     for e in episodes:
-        whole.add_episode(e)
+        run.add(e)
     whole.add_iteration(decision(accepted=True))
+    monitor.load_state_dict(run.monitor.state_dict())
     resumed.restore(episodes, [decision(accepted=True)])
     assert (resumed.values(), resumed.line()) == (whole.values(), whole.line())
 
 
 def test_line_is_readable() -> None:
-    curves = OnlineCurves(LIMIT, 0.95, budget=10_000)
-    curves.add_episode(episode(0, accident=True))
+    run = Counted()
+    run.add(episode(0, accident=True))
+    curves = run.curves
     assert curves.line() == "accidents 1 | rate 1.000 (<= 1.000) | return 0.00"
     curves.add_iteration(decision(accepted=True))
     assert curves.line().endswith("| KL 0.0200 | V_acc 0.200 | accepted 100 %")

@@ -24,6 +24,7 @@ PAGES = [
 FOUND = [(page, block) for page in PAGES for block in blocks(page)]
 SHELL = [(page, block) for page, block in FOUND if block.language in ("console", "bash")]
 LINES = [command for _, block in SHELL for command in commands(block)]
+TOPS = ("safe_offrl", "tests", "envs", "benchmarks")
 
 
 def test_blocks_are_found() -> None:
@@ -88,3 +89,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert heading in slugs, target
+
+
+def test_python_files_that_are_named_exist() -> None:
+    """In the pages, and in what the sources say of each other."""
+    written = {"my_env.py"}  # by whoever follows the page
+    existing = {path.name for top in TOPS for path in sources(top)}
+    for path in [*PAGES, *sources("safe_offrl"), *sources("envs")]:
+        named = set(re.findall(r"\b[a-z_]+\.py\b", path.read_text()))
+        assert named <= existing | written, path
+
+
+def sources(top: str) -> list[Path]:
+    return sorted((ROOT / top).rglob("*.py"))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def test_a_reservation_of_the_worst_comes_before_the_first_step(
             assert event.steps <= reserved.steps
             reserved = None
     assert taken == tuning.steps
+
+
+def test_what_is_lost_costs_the_most_that_the_log_shows(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """Whatever is constrained. A quarter for each step, and 2 more for an accident, the last."""
+    batch = dataset.transitions
+    costs = 0.25 + 2.0 * batch.accidents
+    dear = replace(dataset, rows=dataset.layout.pack(batch._replace(costs=costs)))
+    reservation = next(loop(dear, pretraining).run())
+    assert isinstance(reservation, Reservation)
+    assert reservation.worst.cost == (HORIZON - 1) * 0.25 + 2.25
 
 
 def test_what_is_on_record_is_counted_and_not_played_again(

@@ -326,7 +326,7 @@ def test_v_accident_against_dynamic_programming(
         first = torch.randint(len(starts), (32,), generator=generator)
         critic.update(batch, weights, actor, States.at_start(starts[first]), generator)
     truth = accident_probability(always(action), HORIZON)
-    estimate = critic.estimate(actor, States.at_start(starts), generator)
+    estimate = critic.estimate(actor, States.at_start(starts), generator, 0.95)
     assert truth - 0.02 <= estimate.value <= truth + 0.15
     assert estimate.value <= estimate.upper <= truth + 0.15
     assert estimate.reference == pytest.approx(truth, abs=0.06)

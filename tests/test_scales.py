@@ -396,8 +396,8 @@ def test_an_inspection_says_the_same_in_every_unit(
     broken["next_observations"][3] += 0.01 * spread
     broken["next_observations"][5] += 1e-5 * spread  # nothing that anybody would notice
     spec = spec_of("accident")
-    one = summarise(dataset_of(broken), spec)
-    other = summarise(dataset_of(broken, observations=scale), spec)
+    one = summarise(dataset_of(broken), spec, 0.15)
+    other = summarise(dataset_of(broken, observations=scale), spec, 0.15)
     assert (
         sum(
             "1 rows within episodes (the first is row 3) lead near" in text for text in one.warnings

@@ -13,6 +13,14 @@ ALPHA = 0.05
 ALLOWED = ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / RUNS)
 
 
+@pytest.mark.parametrize(
+    ("confidence", "errors"), [(0.5, 0.0), (0.8, 0.842), (0.9, 1.282), (0.95, 1.645), (0.99, 2.326)]
+)
+def test_standard_errors_of_a_one_sided_limit(confidence, errors):
+    """Tables of the normal distribution have them so; the default exactly, not nearly."""
+    assert st.standard_errors(confidence) == errors
+
+
 # --- values ---------------------------------------------------------------------------------------
 
 

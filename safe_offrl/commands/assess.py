@@ -93,7 +93,7 @@ def assess_runs(
                 say(line)
         subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
         limit = safety.limit(dataset.horizon, dataset.cost_max).value
-        for line in warning_lines(dataset, safety):
+        for line in warning_lines(dataset, safety, config.held_out):
             say(line)
         key = str(run.path)
         estimates[key] = assessed(subject, say, store=out is None)
@@ -152,7 +152,9 @@ def stored_estimates(subject: Subject) -> Estimates | None:
     try:
         stored, identity = subject.run.read_json(FILE), _identity(subject)
         if {key: stored.get(key) for key in identity} == identity:
-            return Estimates.from_dict(stored["estimates"])
+            found = Estimates.from_dict(stored["estimates"])
+            # An earlier version did not keep it.
+            return dataclasses.replace(found, return_range=subject.dataset.return_range)
     except (RunError, KeyError, TypeError, ValueError):
         pass  # damaged: it can be made again
     return None
@@ -217,7 +219,7 @@ def verdict(estimates: Estimates, limit: float, confidence: float) -> dict[str, 
         "risk_low": low,
         "risk_high": high,
         "risk_upper": estimates.risk_upper(confidence),
-        "return": estimates.returns.value,
+        "return": estimates.return_value,
         "return_low": return_low,
         "return_high": return_high,
         "doubts": list(estimates.doubts),
@@ -231,11 +233,13 @@ def describe(name: str, estimates: Estimates, limit: float, confidence: float) -
     risk = numbers(estimates, limit, confidence)
     low, high = estimates.return_interval(confidence)
     lines = [
-        f"{name}: return {estimates.returns.value:.3g} [{low:.3g}, {high:.3g}]; {risk}",
+        f"{name}: return {estimates.return_value:.3g} [{low:.3g}, {high:.3g}]; {risk}",
         f"  {estimates.sentence(limit, confidence)}",
         f"  {estimates.support:.0%} of the logged actions are such as the policy takes; the log of "
         f"{estimates.episodes:,} episodes is worth {estimates.risk.episodes:,.0f} of its own",
     ]
+    if estimates.beyond:
+        lines.append(f"  {estimates.beyond}")
     for what, found in (("risk", estimates.weighted_risk), ("return", estimates.weighted_return)):
         if found is None:
             continue
@@ -254,7 +258,7 @@ def numbers(estimates: Estimates, limit: float, confidence: float) -> str:
     """Estimate, interval, upper limit and what it is held against, in one phrase."""
     kind = estimates.constraint
     what = "accident probability" if kind == "accident" else "cost per episode"
-    value = max(0.0, estimates.risk.value * estimates.scale)
+    value = min(max(0.0, estimates.risk.value), 1.0) * estimates.scale
     low, high = (risk_text(x, kind) for x in estimates.risk_interval(confidence))
     return (
         f"{what} {risk_text(value, kind)} [{low}, {high}], at most "

@@ -309,9 +309,10 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
         try:
             while not finished(claim, total, len(played)):
                 before = played[-1].total_steps if played else 0
+                version, worst_cost = loop.deployment.version, loop.worst_cost
                 if real:
-                    version = loop.deployment.version
-                    record.reserve(reserve(claim, len(played), loop.env, version, before).worst)
+                    begun = reserve(claim, len(played), loop.env, version, before, worst_cost)
+                    record.reserve(begun.worst)
                 episode, fault = play(
                     claim,
                     len(played),
@@ -319,8 +320,9 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
                     actor,
                     loop.deployment.shield,
                     loop.normalizer,
-                    loop.deployment.version,
+                    version,
                     before,
+                    worst_cost,
                 )
                 record.append(episode)
                 faults = faults_in_a_row(faults, fault)

@@ -214,10 +214,13 @@ def data_line(dataset: Dataset, inputs: RunInputs) -> str:
     )
 
 
-def warning_lines(dataset: Dataset, safety: SafetySpec) -> list[str]:
-    """Header lines: what a load noticed and what cannot be learnt from the log, as in inspect."""
+def warning_lines(dataset: Dataset, safety: SafetySpec, held_out: float) -> list[str]:
+    """Header lines: what a load noticed and what cannot be learnt from the log, as in inspect.
+
+    ``held_out`` is the share of its episodes that the safety critic is calibrated on.
+    """
     limit = safety.limit(dataset.horizon, dataset.cost_max)
-    found = dataset_warnings(dataset.sample(INSPECTED, seed=0), limit)
+    found = dataset_warnings(dataset.sample(INSPECTED, seed=0), limit, held_out)
     return [f"warning     {text}" for text in found]
 
 

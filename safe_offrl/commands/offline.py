@@ -76,7 +76,7 @@ class PretrainPlan:
                 data_line(self.dataset, self.inputs),
                 *learnt_lines(since_log(self.dataset, self.env_identity)),
                 *([f"actions     {self.units}"] if self.units else []),
-                *warning_lines(self.dataset, config.safety),
+                *warning_lines(self.dataset, config.safety, config.held_out),
                 constraint_line(config.safety, self.dataset.horizon),
                 device_line(self.inputs, config.precision, self.compiling),
             ]

@@ -70,7 +70,7 @@ def finetune_run(
         say(f"run         {run.path}")
         loop = start_loop(plan)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
-        curves = OnlineCurves(plan.limit, plan.config.safety.confidence, plan.config.budget)
+        curves = OnlineCurves(loop.monitor, plan.config.budget)
         _drive_finetuning(run, plan, loop, curves, stop, checkpoint_seconds, say)
     return run
 
@@ -119,7 +119,7 @@ def resume_finetune(
                 checkpoint = bring_back(run, loop)
                 # Its policy is not the one that the run will end with.
                 (run.path / "evaluation.json").unlink(missing_ok=True)
-                curves = OnlineCurves(plan.limit, config.safety.confidence, config.budget)
+                curves = OnlineCurves(loop.monitor, config.budget)
                 curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
                 say(f"resume      {run.path} from step {checkpoint.step:,}")
                 _drive_finetuning(run, plan, loop, curves, stop, checkpoint_seconds, say)
@@ -154,6 +154,7 @@ def _drive_finetuning(
     saved = time.monotonic()
     real = plan.config.env.kind == "real"
     show_line = None if say is say_plain else say
+    alarmed = loop.monitor.alarm  # one that has sounded was said before a resume
     seen: set[str] = set()  # phases of which an episode was played, and what follows it compiled
 
     def save(step: int) -> None:
@@ -185,6 +186,9 @@ def _drive_finetuning(
                 show(event)
                 if event.outcome == "fault" and loop.fault:
                     say(f"fault       in episode {event.index:,}: {loop.fault}")
+                if loop.monitor.alarm and not alarmed:
+                    say(_alarm_line(loop, event))
+                alarmed = loop.monitor.alarm
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())
@@ -199,12 +203,22 @@ def _drive_finetuning(
                     # plays them again from the last checkpoint.
                     raise interrupted(run, stop.number, event.total_steps)
             else:
+                if alarmed and not loop.monitor.alarm:
+                    done = event.reason.removeprefix("alarm: ")
+                    delta = f"delta is {event.delta:g} from here on"
+                    say(f"alarm       step {event.step:,}: {done}; {delta}")
+                alarmed = loop.monitor.alarm
                 decision = {k: v for k, v in plain(event).items() if k != "metrics"}
                 run.log_iteration(decision)
                 curves.add_iteration(decision)
                 run.log(event.step, {**_decision_values(event), **curves.trust(), **event.metrics})
                 save(event.step)
     stop.hold()
+    if alarmed and _answers_alarms(loop):
+        say(
+            "alarm       the run ended before a decision answered it: the last policy may exceed "
+            "the limit"
+        )
     # The last line comes after the last checkpoint, so that a resume from it writes it once.
     run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
     run.log(curves.step, curves.values())
@@ -214,6 +228,31 @@ def _drive_finetuning(
         save_calibration(run, "online", curves.step, png)
     run.set_status("finished", reason=loop.stopped)
     say(f"finished    {run.path}: {loop.stopped}")
+
+
+def _answers_alarms(loop: Finetuning) -> bool:
+    return loop.config.safety_constraint and not loop.config.untested
+
+
+def _alarm_line(loop: Finetuning, episode: Episode) -> str:
+    """What has happened when the monitor's alarm sounds, and what the run does now."""
+    safety = loop.config.safety
+    limit = (
+        f"epsilon {safety.epsilon:g}"
+        if safety.constraint == "accident"
+        else f"the cost limit of {safety.cost_limit:g}"
+    )
+    then = (
+        f"its policy acts on until the next decision, from step {loop.next_proposal:,} on, which "
+        "is on going back to an earlier one"
+        if _answers_alarms(loop)
+        else "the run goes on as it is: its settings take no policy back"
+    )
+    return (
+        f"alarm       episode {episode.index:,}: the episodes so far show, at "
+        f"{100 * safety.confidence:g} % confidence, that some policy of this run exceeded {limit}; "
+        f"{then}"
+    )
 
 
 def _decision_values(event: Iteration) -> dict[str, float]:

@@ -51,6 +51,7 @@ class FinetunePlan:
     agent: str
     env: AccidentEnv
     dataset: Dataset
+    held_out: float  # share of its episodes that the safety critic was calibrated on
     pretrained: Checkpoint
     shield_refusals: tuple[str, ...]
     limit: Limit  # what is constrained, in the safety critic's unit
@@ -84,7 +85,7 @@ class FinetunePlan:
                 + (f", at most {limit} accidents" if limit is not None else "")
                 + f", seed {config.seed}, from {self.inputs.pretrained}",
                 data_line(self.dataset, self.inputs),
-                *warning_lines(self.dataset, safety),
+                *warning_lines(self.dataset, safety, self.held_out),
                 *self.changes,
                 constraint_line(safety, self.env.horizon),
                 f"active      {', '.join(on) if on else 'nothing: plain RLPD'}"
@@ -273,6 +274,7 @@ def plan_finetune(
             agent=source_config.agent,
             env=env,
             dataset=dataset,
+            held_out=source_config.held_out,
             pretrained=checkpoint,
             shield_refusals=refusals,
             limit=limit,

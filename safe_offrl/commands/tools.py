@@ -107,7 +107,7 @@ def evaluate_run(
             version=loop.deployment.version,
             mean_action=mean_action,
             watch=watch,
-            worst_cost=loop.limit.scale,
+            worst_cost=loop.worst_cost,
         ):
             played.append(episode)  # noqa: PERF402  # its length is shown meanwhile
     accidents = sum(episode.accident for episode in played)
@@ -335,7 +335,7 @@ def inspect_dataset(
     config = with_logged_rule(resolve(), stated, resolve, imports=False)
     loaded = load_dataset(dataset, discount=discount_of(config), spec=config.safety)
     loaded = loaded.sample(INSPECTED, seed=0)
-    summary = summarise(loaded, config.safety)
+    summary = summarise(loaded, config.safety, config.held_out)
     say(format_summary(summary))
     if png is not None:
         Path(png).parent.mkdir(parents=True, exist_ok=True)

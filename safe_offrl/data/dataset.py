@@ -147,6 +147,30 @@ class Dataset:
         largest = float(self.column("costs").max())
         return largest if largest > 0.0 else 1.0
 
+    @property
+    def worst_cost(self) -> float:
+        """The most that an episode of the horizon can cost, as far as the log tells; 1 if nothing.
+
+        Every step as dear as the dearest that did not end its episode, and the last one as dear as
+        the dearest of all. An environment may hold dearer ones.
+        """
+        most = self._most("costs")
+        return most if most > 0.0 else 1.0
+
+    @property
+    def return_range(self) -> tuple[float, float]:
+        """The least and the most that an episode can return, undiscounted, as far as the log tells.
+
+        Found as :attr:`worst_cost` is; an environment may hold other rewards.
+        """
+        return 0.0 - self._most("rewards", -1.0), self._most("rewards")  # 0, not -0
+
+    def _most(self, name: str, sign: float = 1.0) -> float:
+        """The largest sum, times ``sign``, of this column over 1 to ``horizon`` steps."""
+        values, ended = sign * self.column(name), self.column("terminated") > 0
+        lasting = max(0.0, float(values.masked_fill(ended, 0.0).max()))
+        return (self.horizon - 1) * lasting + float(values.max())
+
     def subset(self, episodes: np.ndarray) -> Dataset:
         """Only these episodes (indices into 0..M-1), in the order given; a map stays a map."""
         spans = [slice(self.episode_starts[e], self.episode_starts[e + 1]) for e in episodes]

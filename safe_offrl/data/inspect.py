@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from safe_offrl.statistics import clopper_pearson
 INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BINS = 20  # per axis of the coverage histograms, fewer for a small dataset
-MIN_CALIBRATION_EPISODES = 30  # with and without accident: fewer leave a calibration to chance
+# With and without accident, among those held out: fewer leave a calibration to chance.
+MIN_HELD_OUT_EPISODES = 10
 MIN_TRANSITIONS = 1000
 MIN_ACTION_RANGE = 0.2  # of the 2 from -1 to 1
 MIN_ACTION_COVERAGE = 0.1
@@ -76,8 +78,11 @@ class DatasetSummary:
         }
 
 
-def summarise(dataset: Dataset, safety: SafetySpec) -> DatasetSummary:
-    """Measure a dataset; see :class:`DatasetSummary` for the definitions."""
+def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetSummary:
+    """Measure a dataset; see :class:`DatasetSummary` for the definitions.
+
+    ``held_out`` is the share of its episodes that the safety critic will be calibrated on.
+    """
     batch = dataset.transitions
     actions, observations = batch.actions.numpy(), batch.observations.numpy()
     accidents = int(dataset.episode_accidents.sum())
@@ -115,7 +120,7 @@ def summarise(dataset: Dataset, safety: SafetySpec) -> DatasetSummary:
         limit=limit.value,
         within_limit=float((outcomes < limit.value).mean()),
         identification=identify(dataset, groups, limit),
-        warnings=tuple(dataset_warnings(dataset, limit)),
+        warnings=tuple(dataset_warnings(dataset, limit, held_out)),
     )
 
 
@@ -249,13 +254,16 @@ def _action_coverage(dataset: Dataset, actions: NDArray[Any]) -> float:
     return _coverage(actions, -edges, edges)
 
 
-def dataset_warnings(dataset: Dataset, limit: Limit) -> list[str]:
-    """What a load noticed, and what cannot be learnt from this dataset, one sentence each."""
+def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[str]:
+    """What a load noticed, and what cannot be learnt from this dataset, one sentence each.
+
+    ``held_out`` is the share of its episodes that the safety critic will be calibrated on.
+    """
     batch = dataset.transitions
     found = list(dataset.remarks)
     if "warning" in dataset.metadata:
         found.append(str(dataset.metadata["warning"]))
-    found += _outcome_warnings(dataset, limit)
+    found += _outcome_warnings(dataset, limit, held_out)
     if len(dataset.rows) < MIN_TRANSITIONS:
         found.append(
             f"only {len(dataset.rows)} transitions: enough to try the commands, too few to learn. "
@@ -285,42 +293,40 @@ def dataset_warnings(dataset: Dataset, limit: Limit) -> list[str]:
     return found
 
 
-def _outcome_warnings(dataset: Dataset, limit: Limit) -> list[str]:
+def _outcome_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[str]:
     """What is missing of safe or unsafe episodes, as far as the constraint needs them."""
     episodes = dataset.episodes
+    needed = math.ceil(MIN_HELD_OUT_EPISODES / held_out)
+    too_few = (
+        f"too few to calibrate the safety critic (about {needed}, so that {MIN_HELD_OUT_EPISODES} "
+        "are held out)"
+    )
     if limit.constraint == "cost":
         kept = int((dataset.episode_costs < limit.value).sum())
-        if min(kept, episodes - kept) >= MIN_CALIBRATION_EPISODES:
+        if min(kept, episodes - kept) >= needed:
             return []
         which = f"below the limit of {limit.value:g}"
         if kept > episodes - kept:
             which, kept = f"above the limit of {limit.value:g}", episodes - kept
-        return [
-            f"only {kept} episodes are {which}, too few to calibrate the safety critic "
-            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - kept} more."
-        ]
+        return [f"only {kept} episodes are {which}, {too_few}. Log {needed - kept} more."]
     accidents, found = int(dataset.episode_accidents.sum()), []
     if accidents == 0:
         found.append(
             "no accident at all: what leads to one cannot be learnt, and no estimate of the "
-            "accident probability can be checked. Log at least "
-            f"{MIN_CALIBRATION_EPISODES} episodes with one."
+            f"accident probability can be checked. Log about {needed} episodes with one."
         )
-    elif accidents < MIN_CALIBRATION_EPISODES:
+    elif accidents < needed:
         found.append(
-            f"only {accidents} accident episodes, too few to calibrate the safety critic "
-            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - accidents} "
-            "more."
+            f"only {accidents} accident episodes, {too_few}. Log {needed - accidents} more."
         )
     if accidents == episodes:
         found.append(
-            "every episode has an accident: what avoids one cannot be learnt. Log at least "
-            f"{MIN_CALIBRATION_EPISODES} episodes without one."
+            "every episode has an accident: what avoids one cannot be learnt. Log about "
+            f"{needed} episodes without one."
         )
-    elif (safe := episodes - accidents) < MIN_CALIBRATION_EPISODES:
+    elif (safe := episodes - accidents) < needed:
         found.append(
-            f"only {safe} episodes without an accident, too few to calibrate the safety critic "
-            f"(at least {MIN_CALIBRATION_EPISODES}). Log {MIN_CALIBRATION_EPISODES - safe} more."
+            f"only {safe} episodes without an accident, {too_few}. Log {needed - safe} more."
         )
     return found
 
