@@ -24,7 +24,7 @@ def evaluate(
     version: int = 0,
     mean_action: bool = False,
     watch: Callable[[Episode, PlayedEpisode], None] | None = None,
-    worst_cost: float = 1.0,
+    worst_cost: float,
 ) -> Iterator[Episode]:
     """Play ``episodes`` episodes on seeds of their own stream and yield each as it ends.
 

@@ -177,7 +177,7 @@ def test_contexts_that_come_again_are_no_copies_of_rows(tmp_path: Path) -> None:
     assert "are copies of others" in dataset.remarks[0]
 
 
-@pytest.mark.parametrize("kind", [bool, np.int64, np.float64])
+@pytest.mark.parametrize("kind", [bool, np.int64, np.float16, np.float64])
 def test_numbers_of_actions_may_have_any_type(tmp_path: Path, kind: type) -> None:
     arrays = falls()
     numbers: NDArray[Any] = (arrays["actions"][:, 0] > 0).astype(kind)

@@ -71,7 +71,8 @@ def _numbers(actions: NDArray[Any], counted: list[str]) -> NDArray[np.int64]:
     values = np.asarray(actions[:]).reshape(-1)
     if values.dtype.kind in "iub":
         return values.astype(np.int64)
-    exact = values.dtype.kind == "f" and bool((np.abs(values) < 2.0**53).all())  # NaN is not
+    # In float64, which float16 is compared as; NaN is not below.
+    exact = values.dtype.kind == "f" and bool((np.abs(values.astype(np.float64)) < 2.0**53).all())
     if not exact or (values != np.floor(values)).any():
         raise DataError(
             f"The metadata have {counted[0]}, so actions are the numbers of discrete ones, but "
