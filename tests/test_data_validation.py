@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from safe_offrl.data.complete import complete
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.hdf5 import write_dataset
 from safe_offrl.data.loading import load_dataset
@@ -147,3 +148,17 @@ def test_a_constraint_on_cost_takes_no_negative_costs(tmp_path: Path) -> None:
     check_learnable(dataset, SafetySpec())
     with pytest.raises(DataError, match="2 steps a cost below 0, the first in row 2"):
         check_learnable(dataset, SafetySpec(constraint="cost", cost_limit=0.5))
+
+
+@pytest.mark.parametrize("name", good_arrays())
+def test_an_array_of_too_many_dimensions_is_named_before_any_use(name: str) -> None:
+    """Also where episodes are compared with each other, which takes many that are alike in form."""
+    arrays = {key: np.concatenate([array] * 8) for key, array in good_arrays().items()}
+    arrays["observations"] = np.random.default_rng(0).random(arrays["observations"].shape)
+    del arrays["next_observations"]
+    if name == "next_observations":
+        arrays[name] = np.roll(arrays["observations"], -1, axis=0)
+    complete(arrays, {}, horizon=5)
+    arrays[name] = arrays[name].reshape(*arrays[name].shape, 1, 1)
+    with pytest.raises(DataError, match=f'"{name}" has the shape'):
+        complete(arrays, {}, horizon=5)

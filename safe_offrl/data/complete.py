@@ -18,7 +18,7 @@ from safe_offrl.data.flags import Ends, settled_ends
 from safe_offrl.data.motion import FEWEST, Motion, copies_of_episodes, measure
 from safe_offrl.data.names import ENDS, METADATA_KEYS, near_name
 from safe_offrl.data.offsets import centred
-from safe_offrl.data.validation import check_flags
+from safe_offrl.data.validation import check_flags, wrong_shape
 from safe_offrl.errors import DataError
 
 AS_MARKED = "as marked"  # the metadata's "ends" of a log whose ends are to be believed
@@ -87,13 +87,15 @@ def _require(arrays: Arrays) -> None:
 
 
 def _check_rows(arrays: Arrays) -> None:
-    """Raise DataError unless every array has a row for each transition."""
+    """Raise DataError unless every array has a row for each transition, of one or no dimension."""
     rows = arrays["observations"].shape[:1]
     for name, array in arrays.items():
         if not array.shape:
             raise DataError(
                 f'The array "{name}" is a single number. Store one row per transition in it.'
             )
+        if array.ndim > (2 if name in TABLES else 1):
+            raise wrong_shape(name, array)
         if array.shape[:1] != rows and rows and name != "episode_behaviours":
             raise DataError(
                 f'The array "{name}" has {len(array)} rows, but "observations" has {rows[0]}. '

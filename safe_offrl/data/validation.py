@@ -63,7 +63,7 @@ def _check_shapes(arrays: Mapping[str, NDArray[np.generic]]) -> None:
     n = len(arrays["observations"]) if arrays["observations"].ndim else 0
     for name, array in arrays.items():
         if array.ndim != (2 if name in TABLES else 1) or (array.ndim == 2 and not array.shape[1]):
-            raise _wrong_shape(name, array)
+            raise wrong_shape(name, array)
         if len(array) != n:
             raise DataError(
                 f'The array "{name}" has {len(array)} rows, but "observations" has {n}. '
@@ -81,11 +81,12 @@ def _check_shapes(arrays: Mapping[str, NDArray[np.generic]]) -> None:
 def check_flags(name: str, array: NDArray[np.generic]) -> None:
     """Raise DataError unless an array [N] says true or false of each transition."""
     if array.ndim != 1:
-        raise _wrong_shape(name, array)
+        raise wrong_shape(name, array)
     _check_values(name, array)
 
 
-def _wrong_shape(name: str, array: NDArray[np.generic]) -> DataError:
+def wrong_shape(name: str, array: NDArray[np.generic]) -> DataError:
+    """The error for an array that has more or fewer dimensions than its name asks for."""
     expected = "[N, size]" if name in TABLES else "[N]"
     return DataError(
         f'The array "{name}" has the shape {list(array.shape)}, expected {expected}. '
