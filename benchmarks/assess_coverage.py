@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from safe_offrl.assessment import Estimates, assess
+from safe_offrl.assess.assessment import Estimates, assess
+from safe_offrl.assess.fitted_features import FittedConfig
+from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.device import configure
 from safe_offrl.envs.hazard_line import (
     SIZE,
     Policy,
@@ -27,9 +28,8 @@ from safe_offrl.envs.hazard_line import (
     move_right_probability,
     start_positions,
 )
-from safe_offrl.fitted_features import FittedConfig
-from safe_offrl.nets import Actor
-from safe_offrl.safety import Limit
+from safe_offrl.policies.networks import Actor
+from safe_offrl.spec import Limit
 from safe_offrl.types import Batch, Layout
 
 HORIZON = 20

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.loading import load_dataset
 from safe_offrl.data.sampling import uniform_batches
-from safe_offrl.safety import SafetySpec
+from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.spec import SafetySpec
 
 OBSERVATION_SIZE, ACTION_SIZE, HORIZON = 17, 6, 1000
 CHUNK = 250_000
@@ -35,7 +35,7 @@ BATCH_SIZE, BATCHES = 256, 3000
 
 CONVERT = """
 import resource, sys, time
-from safe_offrl.data.conversion import convert
+from safe_offrl.data_formats.conversion import convert
 begin = time.perf_counter()
 convert(sys.argv[1], sys.argv[2])
 print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -19,7 +19,7 @@ import typer
 from safe_offrl.errors import UserError
 
 if TYPE_CHECKING:
-    from safe_offrl.progress import Say
+    from safe_offrl.record.progress import Say
 
 app = typer.Typer(
     help="Learn from a log, finish learning in the real thing, and count every accident.",
@@ -45,7 +45,7 @@ def _count_option(help_text: str, name: str) -> Any:
 def _only_json(context: typer.Context, wanted: bool) -> bool:
     """Keep standard output for the answer, from here to the end of the command."""
     if wanted:
-        from safe_offrl.json_answer import only_answer
+        from safe_offrl.record.json_answer import only_answer
 
         context.with_resource(only_answer())
     return wanted
@@ -119,7 +119,7 @@ def pretrain(
     Takes no step in the environment: let `safe-offrl check-env` find what is wrong with one.
     """
     from safe_offrl import commands
-    from safe_offrl.run import require_runs_folder
+    from safe_offrl.record.run import require_runs_folder
 
     say = _say(as_json)
     writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
@@ -233,7 +233,7 @@ def finetune(
     shows that its policy keeps the limit, see `safe-offrl assess`.
     """
     from safe_offrl import commands
-    from safe_offrl.run import find_run, require_runs_folder
+    from safe_offrl.record.run import find_run, require_runs_folder
 
     say = _say(as_json)
     writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
@@ -499,7 +499,7 @@ def benchmark(
     Runs go to RUNS/benchmark-SUITE; the same command goes on after an interruption.
     """
     from safe_offrl import commands
-    from safe_offrl.benchmark import load_suite, narrowed
+    from safe_offrl.bench.suite import load_suite, narrowed
 
     say = _say(as_json)
     plan = narrowed(load_suite(suite), methods, seeds)
@@ -663,7 +663,7 @@ def _say(as_json: bool) -> Say:
 
 def _print_json(value: Any) -> None:
     """Give the command's answer, which is printed at its end."""
-    from safe_offrl.json_answer import give
+    from safe_offrl.record.json_answer import give
 
     give(json.dumps(value, allow_nan=False))
 
@@ -723,7 +723,7 @@ def main() -> None:
         print(f"error: {error}.", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        from safe_offrl.progress import Interrupted  # not at the top: it needs torch
+        from safe_offrl.record.progress import Interrupted  # not at the top: it needs torch
 
         if not isinstance(error, Interrupted):
             raise

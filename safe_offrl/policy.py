@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.acting import NumpyActor
 from safe_offrl.commands.tools import final_policy
-from safe_offrl.env import AccidentEnv
-from safe_offrl.run import find_run
-from safe_offrl.shield import Shield
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.run import find_run
+from safe_offrl.safety.shield import Shield
 from safe_offrl.types import Normalizer
 
 

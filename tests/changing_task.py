@@ -16,8 +16,8 @@ from typing import Any
 import gymnasium
 import pytest
 
-from safe_offrl.env import AccidentEnv, make_env
-from safe_offrl.safety import SafetySpec
+from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.spec import SafetySpec
 
 FILES = {
     "winds": "GUST = 0.01\n",

@@ -13,13 +13,13 @@ import torch
 import yaml
 from hypothesis import settings
 
-from safe_offrl.behaviours import random_behaviour, scripted_behaviours
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.env import make_env
-from safe_offrl.ledger import chain_start, ledger_line
-from safe_offrl.mixture import collect
-from safe_offrl.run import RunDir
-from safe_offrl.safety import SafetySpec
+from safe_offrl.collect.behaviours import random_behaviour, scripted_behaviours
+from safe_offrl.collect.mixture import collect
+from safe_offrl.data_formats.hdf5 import write_dataset
+from safe_offrl.env.adapter import make_env
+from safe_offrl.record.ledger import chain_start, ledger_line
+from safe_offrl.record.run import RunDir
+from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Episode
 from tests import promises
 

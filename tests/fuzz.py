@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.test_data_hdf5 import METADATA, make_arrays
+from tests.data_formats.test_data_hdf5 import METADATA, make_arrays
 
 TYPES = ("<f4", "<f8", ">f4", "<f2", "<i8", "<i4", "|u1", "<u8", "|b1", "<c8", "|S3", "<U2")
 NUMBERS = (0, 1, -1, 2, 0.5, 6, 1e39, -1e39, float("nan"), float("inf"), 2**31, 2**62, 2**63, 1e-45)

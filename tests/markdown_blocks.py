@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safe_offrl.collect.log_plan import CollectConfig
 from safe_offrl.config import schema_keys
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.log_plan import CollectConfig
-from safe_offrl.pretrain import PretrainConfig
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig
 
 SCRIPTS = Path(sys.executable).parent
 # What a command takes as key=value, where it is not pretrain's settings or some of them.

@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 
 from safe_offrl import cli, commands
-from safe_offrl import collect as collecting
-from safe_offrl.behaviours import random_behaviour
-from safe_offrl.collect import build_dataset, default_dataset
+from safe_offrl.assess.fitted_features import FittedConfig
+from safe_offrl.collect import build as collecting
+from safe_offrl.collect.behaviours import random_behaviour
+from safe_offrl.collect.build import build_dataset, default_dataset
+from safe_offrl.collect.log_plan import CollectConfig
+from safe_offrl.collect.sb3 import LearnersConfig, PPOConfig
 from safe_offrl.commands import assess
 from safe_offrl.commands.environment import LOGGED, PRETRAINED
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.hdf5 import read_hdf5, write_dataset
-from safe_offrl.data.loading import load_dataset
-from safe_offrl.env_identity import KEY
+from safe_offrl.data_formats.hdf5 import read_hdf5, write_dataset
+from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.fitted_features import FittedConfig
-from safe_offrl.learners import LearnersConfig, PPOConfig
-from safe_offrl.log_plan import CollectConfig
-from safe_offrl.run import RESUMED, RunDir
-from safe_offrl.safety import SafetySpec
+from safe_offrl.record.run import RESUMED, RunDir
+from safe_offrl.spec import SafetySpec
 from tests.changing_task import CHANGES, Change, enter, task, write_task
 from tests.test_resume import Killed, kill_at, silent
 
@@ -321,7 +321,7 @@ def test_a_certificate_of_an_earlier_version_is_checked_as_far_as_it_says(
     home: Path, changed: Change, tmp_path: Path
 ) -> None:
     """It holds the hashes of two files and the horizon: of kwargs it knows nothing."""
-    from safe_offrl.certificate import sealed
+    from safe_offrl.certify.certificate import sealed
 
     runs = copied(home, tmp_path)
     path = runs / "offline" / "certificates" / "1" / "certificate.json"

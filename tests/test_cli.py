@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from safe_offrl import cli
-from safe_offrl.data.hdf5 import write_dataset
+from safe_offrl.data_formats.hdf5 import write_dataset
 from tests.promises import Record
 
 TINY = ["steps=20", "alignment_steps=5", "log_every=10", "batch_size=32"]
@@ -296,8 +296,8 @@ def test_help_takes_half_a_second(figure: Record) -> None:
 
 def test_print_config(call: Call, pretrained: Path) -> None:
     from safe_offrl.config import from_yaml
-    from safe_offrl.finetune_config import FinetuneConfig
-    from safe_offrl.pretrain import PretrainConfig
+    from safe_offrl.train.finetune_config import FinetuneConfig
+    from safe_offrl.train.pretrain import PretrainConfig
 
     outcome = call("pretrain", "--agent", "calql", "--steps", "50k", "--print-config")
     config = from_yaml(PretrainConfig, outcome.out)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from safe_offrl import config
 from safe_offrl.errors import ConfigError, UserError
-from safe_offrl.safety import SafetySpec
+from safe_offrl.spec import SafetySpec
 
 
 @dataclass(frozen=True)

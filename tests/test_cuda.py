@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from safe_offrl import commands
-from safe_offrl.adam import Adam
 from safe_offrl.agents.cql import CQL, CQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.checkpoints import save_checkpoint
-from safe_offrl.cuda_graph import WARM_UPS, CudaGraph
-from safe_offrl.data.conversion import convert
-from safe_offrl.descent import FINITE_EVERY, Compute, Descent, Precision
-from safe_offrl.device import Device
+from safe_offrl.compute.adam import Adam
+from safe_offrl.compute.cuda_graph import WARM_UPS, CudaGraph
+from safe_offrl.compute.descent import FINITE_EVERY, Compute, Descent, Precision
+from safe_offrl.compute.device import Device
+from safe_offrl.compute.state import collect_state, restore_state
+from safe_offrl.data_formats.conversion import convert
 from safe_offrl.errors import ConfigError
-from safe_offrl.nets import NetworkConfig, Networks
-from safe_offrl.run import RunDir
-from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.state import collect_state, restore_state
+from safe_offrl.policies.networks import NetworkConfig, Networks
+from safe_offrl.record.checkpoints import save_checkpoint
+from safe_offrl.record.run import RunDir
+from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.types import Batch, Layout, States
 from tests import test_resume
-from tests.test_descent import compiles
+from tests.compute.test_descent import compiles
 from tests.test_resume import TINY, Killed, kill_at, record, silent
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from safe_offrl import cli, commands
-from safe_offrl.acceptance import measure_kl, risk_change
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.data.loading import dataset_content, load_dataset
+from safe_offrl.data_formats.hdf5 import write_dataset
+from safe_offrl.data_formats.loading import dataset_content, load_dataset
 from safe_offrl.envs import hazard_grid as grid
 from safe_offrl.errors import DataError
-from safe_offrl.nets import Actor
-from safe_offrl.run import RunDir
-from safe_offrl.safety import SafetySpec
-from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.policies.networks import Actor
+from safe_offrl.record.run import RunDir
+from safe_offrl.safety.acceptance import measure_kl, risk_change
+from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Batch, Episode, States, Visited
 
 HORIZON = 40

@@ -12,8 +12,9 @@ import pytest
 
 from safe_offrl import cli, commands
 from safe_offrl.errors import RunError
-from safe_offrl.run import RunDir, require_runs_folder
+from safe_offrl.record.run import RunDir, require_runs_folder
 from tests.failing_disk import FAULTS, fail
+from tests.record.test_run import TENSORS, episode, make
 from tests.test_real import real_plan
 from tests.test_resume import (
     BUDGET,
@@ -24,7 +25,6 @@ from tests.test_resume import (
     root,
     silent,
 )
-from tests.test_run import TENSORS, episode, make
 
 __all__ = ["pretrain_plan", "pretrained", "root"]  # fixtures
 

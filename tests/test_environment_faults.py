@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from safe_offrl import commands
-from safe_offrl.env import AccidentEnv, episode_seed, make_env
-from safe_offrl.env_process import ProcessEnv
+from safe_offrl.env.adapter import AccidentEnv, episode_seed, make_env
+from safe_offrl.env.process import ProcessEnv
 from safe_offrl.errors import ConfigError, EnvError, EnvFault
-from safe_offrl.finetune_config import EnvironmentConfig
-from safe_offrl.ledger import LedgerWriter
-from safe_offrl.run import RunDir
-from safe_offrl.safety import SafetySpec
+from safe_offrl.record.ledger import LedgerWriter
+from safe_offrl.record.run import RunDir
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.finetune_config import EnvironmentConfig
 from safe_offrl.types import Episode
 from tests.fault_environments import HORIZON
 from tests.test_faults import ENV, OFFLINE, ONLINE, dataset_of

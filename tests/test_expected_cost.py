@@ -10,30 +10,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_offrl.acceptance import AcceptanceConfig, decide, risk_change
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
-from safe_offrl.baselines import BaselineConfig
-from safe_offrl.behaviours import random_behaviour
-from safe_offrl.calibration import window_cost
+from safe_offrl.collect.behaviours import random_behaviour
+from safe_offrl.collect.mixture import collect
 from safe_offrl.commands.offline import pretrain_config
 from safe_offrl.commands.online_plan import finetune_config
 from safe_offrl.config import RunInputs, run_yaml
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.data.loading import load_dataset
-from safe_offrl.env import make_env
+from safe_offrl.data_formats.hdf5 import write_dataset
+from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.env.adapter import make_env
 from safe_offrl.errors import ConfigError
-from safe_offrl.finetune import Finetuning
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.iteration import Iteration
-from safe_offrl.losses import cost_rate_target
-from safe_offrl.mixture import collect
-from safe_offrl.monitor import SafetyMonitor, certifiable
-from safe_offrl.nets import Actor, NetworkConfig
-from safe_offrl.pretrain import PretrainConfig, Pretraining
-from safe_offrl.run import RunDir
-from safe_offrl.safety import Limit, SafetySpec
-from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.nn.losses import cost_rate_target
+from safe_offrl.policies.networks import Actor, NetworkConfig
+from safe_offrl.record.run import RunDir
+from safe_offrl.safety.acceptance import AcceptanceConfig, decide, risk_change
+from safe_offrl.safety.calibration import window_cost
+from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.monitor import SafetyMonitor, certifiable
+from safe_offrl.spec import Limit, SafetySpec
+from safe_offrl.train.baselines import BaselineConfig
+from safe_offrl.train.finetune import Finetuning
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.iteration import Iteration
+from safe_offrl.train.pretrain import PretrainConfig, Pretraining
 from safe_offrl.types import Batch, Episode, Layout, Visited
 
 HORIZON = 20

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from safe_offrl.behaviours import random_behaviour
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.env import make_env
-from safe_offrl.mixture import collect
-from safe_offrl.run import RunDir
-from safe_offrl.safety import SafetySpec
+from safe_offrl.collect.behaviours import random_behaviour
+from safe_offrl.collect.mixture import collect
+from safe_offrl.data_formats.hdf5 import write_dataset
+from safe_offrl.env.adapter import make_env
+from safe_offrl.record.run import RunDir
+from safe_offrl.spec import SafetySpec
 from tests import faults
 from tests.fault_environments import HORIZON
 from tests.promises import Record

@@ -19,25 +19,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from safe_offrl.benchmark import jobs_of, load_suite, parse_suite
+from safe_offrl.bench.suite import jobs_of, load_suite, parse_suite
+from safe_offrl.check.inspect import format_summary, summarise
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, schema_keys
-from safe_offrl.data.conversion import convert
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.data.inspect import format_summary, summarise
-from safe_offrl.data.loading import load_dataset
-from safe_offrl.data.memory_map import _header_sha256
-from safe_offrl.data.replay_buffer import from_replay_buffer
-from safe_offrl.data.validation import check_matches_env
-from safe_offrl.env import make_env
+from safe_offrl.data_formats.conversion import convert
+from safe_offrl.data_formats.hdf5 import write_dataset
+from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.data_formats.memory_map import _header_sha256
+from safe_offrl.data_formats.replay_buffer import from_replay_buffer
+from safe_offrl.data_formats.validation import check_matches_env
+from safe_offrl.env.adapter import make_env
 from safe_offrl.errors import UserError
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.pretrain import PretrainConfig
-from safe_offrl.run import check_name, find_run
-from safe_offrl.safety import SafetySpec
-from tests import fuzz, test_data_minari
+from safe_offrl.record.run import check_name, find_run
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig
+from tests import fuzz
+from tests.data_formats import test_data_minari
+from tests.data_formats.test_data_hdf5 import METADATA, make_arrays
+from tests.data_formats.test_data_replay_buffer import filled
 from tests.promises import Record
-from tests.test_data_hdf5 import METADATA, make_arrays
-from tests.test_data_replay_buffer import filled
 
 RULES = ("cost", "cost", "episode_cost", "terminated", "m:f")
 CONFIGS: tuple[tuple[str, Any], ...] = (("pretrain", PretrainConfig), ("finetune", FinetuneConfig))

@@ -24,10 +24,10 @@ from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.descent import EAGER, Compute
-from safe_offrl.nets import Actor, NetworkConfig, Networks
-from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.state import Part, collect_state
+from safe_offrl.compute.descent import EAGER, Compute
+from safe_offrl.compute.state import Part, collect_state
+from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
+from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.types import Batch, Layout, States
 
 FOLDER = Path(__file__).parent / "golden"

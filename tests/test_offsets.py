@@ -15,29 +15,29 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl import commands
-from safe_offrl.behaviours import random_behaviour
-from safe_offrl.certificate import policy_sha256
+from safe_offrl.certify.certificate import policy_sha256
+from safe_offrl.collect.behaviours import random_behaviour
+from safe_offrl.collect.mixture import collect
 from safe_offrl.commands.tools import final_policy
+from safe_offrl.compute.state import collect_state
 from safe_offrl.data.content import dataset_sha256
-from safe_offrl.data.conversion import convert
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.data.loading import load_dataset
-from safe_offrl.data.memory_map import write_memory_map
 from safe_offrl.data.offsets import OFFSET, centred, find_offset, in_own_units
-from safe_offrl.env import make_env
+from safe_offrl.data_formats.conversion import convert
+from safe_offrl.data_formats.hdf5 import write_dataset
+from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.data_formats.memory_map import write_memory_map
+from safe_offrl.deploy.episodes import PlayedEpisode, play_episode
+from safe_offrl.env.adapter import make_env
 from safe_offrl.errors import ConfigError, DataError
-from safe_offrl.mixture import collect
-from safe_offrl.nets import NetworkConfig
+from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.policy import load_policy
-from safe_offrl.pretrain import PretrainConfig, Pretraining
-from safe_offrl.rollout import PlayedEpisode, play_episode
-from safe_offrl.run import find_run
-from safe_offrl.safety import SafetySpec
-from safe_offrl.safety_critic import SafetyCriticConfig
-from safe_offrl.state import collect_state
+from safe_offrl.record.run import find_run
+from safe_offrl.report.videos import AccidentCamera
+from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.pretrain import PretrainConfig, Pretraining
 from safe_offrl.types import Normalizer
-from safe_offrl.videos import AccidentCamera
 from tests.slope import FAR, HORIZON
 
 NEAR_ID, FAR_ID = "tests.slope:SlopeNear-v0", "tests.slope:SlopeFar-v0"

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from safe_offrl import commands
-from safe_offrl.acting import NumpyActor
 from safe_offrl.commands.tools import final_policy
+from safe_offrl.deploy.episodes import play_episode
 from safe_offrl.errors import EnvError, RunError
+from safe_offrl.policies.acting import NumpyActor
 from safe_offrl.policy import load_policy
-from safe_offrl.rollout import play_episode
-from safe_offrl.run import RunDir
+from safe_offrl.record.run import RunDir
 
 TINY = ["alignment_steps=20", "log_every=10", "batch_size=32"]
 TINY += ["networks.actor_hidden=[16]", "networks.critic_hidden=[16]", "critic.hidden=[16,16]"]

@@ -6,11 +6,11 @@ import re
 import gymnasium
 import pytest
 
+from safe_offrl.collect.log_plan import CollectConfig
 from safe_offrl.config import load_config, load_preset, read_yaml
 from safe_offrl.envs import SAFETY_GYM
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.log_plan import CollectConfig
-from safe_offrl.pretrain import PretrainConfig
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig
 
 PRESETS = {
     entry.name: entry.read_text(encoding="utf-8")

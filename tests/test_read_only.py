@@ -17,10 +17,10 @@ import filelock
 import pytest
 
 from safe_offrl import cli, commands
+from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.commands import assess
 from safe_offrl.errors import RunError
-from safe_offrl.fitted_features import FittedConfig
-from safe_offrl.run import RunDir
+from safe_offrl.record.run import RunDir
 from tests.failing_disk import FAULTS, fail
 from tests.test_resume import pretrain_plan, pretrained, root, silent
 

@@ -15,18 +15,17 @@ import pytest
 
 from safe_offrl import commands
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.env import AccidentEnv
+from safe_offrl.deploy.episodes import Reservation
+from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError, EnvError
-from safe_offrl.finetune import Finetuning
-from safe_offrl.finetune_config import EnvironmentConfig
-from safe_offrl.ledger import LedgerWriter
-from safe_offrl.pretrain import Pretraining
-from safe_offrl.progress import Interrupted
-from safe_offrl.rollout import Reservation
-from safe_offrl.run import RunDir
+from safe_offrl.record.ledger import LedgerWriter
+from safe_offrl.record.progress import Interrupted
+from safe_offrl.record.run import RunDir
+from safe_offrl.train.finetune import Finetuning
+from safe_offrl.train.finetune_config import EnvironmentConfig
+from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.types import Episode
 from tests.failing_disk import watch
-from tests.test_finetune import HORIZON, begin, config_of, dataset, pretraining
 from tests.test_resume import (
     Killed,
     kill_at,
@@ -37,6 +36,7 @@ from tests.test_resume import (
     root,
     silent,
 )
+from tests.train.test_finetune import HORIZON, begin, config_of, dataset, pretraining
 
 __all__ = ["dataset", "pretrain_plan", "pretrained", "pretraining", "root"]  # fixtures
 REAL: dict[str, Any] = {"env": EnvironmentConfig("real")}

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from safe_offrl import checkpoints, commands
+from safe_offrl import commands
 from safe_offrl.config import parse_run_yaml
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.progress import StopSignal
-from safe_offrl.run import RunDir
+from safe_offrl.record import checkpoints
+from safe_offrl.record.progress import StopSignal
+from safe_offrl.record.run import RunDir
+from safe_offrl.train.finetune_config import FinetuneConfig
+from tests.compute.test_descent import compiles
 from tests.failing_disk import cut_power, watch
-from tests.test_descent import compiles
 
 SCRIPT = Path(sys.executable).parent / "safe-offrl"
 TINY = ["alignment_steps=20", "log_every=10", "batch_size=32"]

@@ -19,10 +19,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env as check_with_gymnasium
 
 import safe_offrl
-from safe_offrl.env import make_env
+from safe_offrl.env.adapter import make_env
 from safe_offrl.envs import SAFETY_GYM
 from safe_offrl.envs.safety_gym import LIGHT_SKY
-from safe_offrl.safety import SafetySpec
+from safe_offrl.spec import SafetySpec
 
 INSTALLED = importlib.util.find_spec("safety_gymnasium") is not None
 needs_it = pytest.mark.skipif(not INSTALLED, reason="no safety-gymnasium here: run make setup")
@@ -125,13 +125,13 @@ def test_without_it_one_sentence_names_the_command(hidden: str) -> None:
     if not INSTALLED and hidden == "xmltodict":
         pytest.skip("no safety-gymnasium here: run make setup")
     program = (
-        "import sys\nimport safe_offrl.env, safe_offrl.safety, safe_offrl.envs.safety_gym\n"
+        "import sys\nimport safe_offrl.env.adapter, safe_offrl.spec, safe_offrl.envs.safety_gym\n"
         "class Hide:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name == {hidden!r}: raise ModuleNotFoundError(name=name)\n"
         "sys.meta_path.insert(0, Hide())\n"
         "try:\n"
-        "    safe_offrl.env.make_env('SafetyPointGoal1-v0', safe_offrl.safety.SafetySpec())\n"
+        "    safe_offrl.env.adapter.make_env('SafetyPointGoal1-v0', safe_offrl.spec.SafetySpec())\n"
         "except safe_offrl.errors.EnvError as error:\n    print(error)\n"
     )
     text = run(program)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from safe_offrl import cli
-from safe_offrl.run import RunDir
+from safe_offrl.record.run import RunDir
 from tests import faults
 from tests.promises import Record
 from tests.test_faults import ONLINE, folder, pretraining, record

@@ -20,28 +20,28 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.agents import AGENTS
-from safe_offrl.assessment import assess
-from safe_offrl.baselines import BaselineConfig
-from safe_offrl.behaviours import random_behaviour
-from safe_offrl.collect import default_dataset
-from safe_offrl.data.complete import complete
+from safe_offrl.assess.assessment import assess
+from safe_offrl.assess.fitted_features import FittedConfig, _spread
+from safe_offrl.check.inspect import principal_components, summarise
+from safe_offrl.collect.behaviours import random_behaviour
+from safe_offrl.collect.build import default_dataset
+from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.penalty import EPISODES_PER_STEP, Account
 from safe_offrl.data.dataset import REWARD_REFERENCE, Dataset
-from safe_offrl.data.inspect import principal_components, summarise
-from safe_offrl.data.loading import assemble, load_dataset
-from safe_offrl.data.memory_map import write_memory_map
-from safe_offrl.data.validation import validate_arrays
-from safe_offrl.env import AccidentEnv
+from safe_offrl.data_formats.complete import complete
+from safe_offrl.data_formats.loading import assemble, load_dataset
+from safe_offrl.data_formats.memory_map import write_memory_map
+from safe_offrl.data_formats.validation import validate_arrays
+from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import DataError
-from safe_offrl.finetune import Finetuning
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.fitted_features import FittedConfig, _spread
-from safe_offrl.iteration import Iteration
-from safe_offrl.mixture import collect
-from safe_offrl.nets import NetworkConfig
-from safe_offrl.penalty import EPISODES_PER_STEP, Account
-from safe_offrl.pretrain import PretrainConfig, Pretraining
-from safe_offrl.safety import SafetySpec
-from safe_offrl.safety_critic import SafetyCriticConfig
+from safe_offrl.policies.networks import NetworkConfig
+from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.baselines import BaselineConfig
+from safe_offrl.train.finetune import Finetuning
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.iteration import Iteration
+from safe_offrl.train.pretrain import PretrainConfig, Pretraining
 from safe_offrl.types import Episode
 from tests.slope import HORIZON, Slope
 

@@ -21,20 +21,20 @@ from typing import Any
 import pytest
 
 from safe_offrl import commands
-from safe_offrl.behaviours import random_behaviour
+from safe_offrl.collect.behaviours import random_behaviour
+from safe_offrl.collect.mixture import collect
 from safe_offrl.commands.common import writing
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.env import make_env
+from safe_offrl.data_formats.hdf5 import write_dataset
+from safe_offrl.env.adapter import make_env
 from safe_offrl.errors import ConfigError, DataError, EnvError
-from safe_offrl.finetune import Finetuning
-from safe_offrl.mixture import collect
-from safe_offrl.pretrain import Pretraining
-from safe_offrl.progress import Interrupted, StopNow, StopSignal
-from safe_offrl.run import RunDir
-from safe_offrl.safety import SafetySpec
+from safe_offrl.record.progress import Interrupted, StopNow, StopSignal
+from safe_offrl.record.run import RunDir
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.finetune import Finetuning
+from safe_offrl.train.pretrain import Pretraining
+from tests.compute.test_compiler import REAL, script
+from tests.compute.test_descent import compiles
 from tests.promises import Record
-from tests.test_compiler import REAL, script
-from tests.test_descent import compiles
 from tests.test_resume import (
     online,
     online_plan,

@@ -26,10 +26,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.compute.descent import EAGER, Compute, choose
+from safe_offrl.compute.device import configure
 from safe_offrl.data.sampling import uniform_batches
-from safe_offrl.descent import EAGER, Compute, choose
-from safe_offrl.device import configure
-from safe_offrl.nets import NetworkConfig, Networks
+from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.types import Layout
 
 LAYOUT = Layout(60, 2)

@@ -28,21 +28,21 @@ from sb3 import Spaces
 from stable_baselines3 import SAC
 from worker import Shape
 
-from safe_offrl.acting import NumpyActor
-from safe_offrl.behaviours import random_behaviour
+from safe_offrl.collect.behaviours import random_behaviour
+from safe_offrl.collect.mixture import collect
+from safe_offrl.compute.descent import choose
+from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.hdf5 import write_dataset
-from safe_offrl.data.loading import load_dataset
 from safe_offrl.data.storage import TransitionBuffer
-from safe_offrl.descent import choose
-from safe_offrl.device import configure
-from safe_offrl.env import AccidentEnv, make_env
-from safe_offrl.finetune import Finetuning
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.mixture import collect
-from safe_offrl.nets import NetworkConfig
-from safe_offrl.pretrain import PretrainConfig, Pretraining
-from safe_offrl.safety import SafetySpec
+from safe_offrl.data_formats.hdf5 import write_dataset
+from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.policies.networks import NetworkConfig
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.finetune import Finetuning
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig, Pretraining
 
 RULES = {"Pendulum-v1": "terminated", "PointHazard-v0": "cost"}  # a pendulum has no accidents
 

@@ -12,8 +12,8 @@ import torch
 from ours import cases
 from worker import Shape
 
-from safe_offrl.descent import EAGER
-from safe_offrl.device import configure
+from safe_offrl.compute.descent import EAGER
+from safe_offrl.compute.device import configure
 
 configure(int(os.environ["OMP_NUM_THREADS"]))
 FLOPS = 10 * 2 * 256**3

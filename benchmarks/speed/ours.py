@@ -14,11 +14,11 @@ from safe_offrl.agents.cql import CQL, CQLConfig, OnlineCQL
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.compute.descent import Compute
+from safe_offrl.compute.device import configure
 from safe_offrl.data.sampling import RiskSampler, uniform_batches
-from safe_offrl.descent import Compute
-from safe_offrl.device import configure
-from safe_offrl.nets import NetworkConfig, Networks
-from safe_offrl.safety_critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.policies.networks import NetworkConfig, Networks
+from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.types import Batch, Layout
 
 configure(int(os.environ["OMP_NUM_THREADS"]))

@@ -8,7 +8,7 @@ from ours import cases
 from torch.utils.flop_counter import FlopCounterMode
 from worker import DEVICE
 
-from safe_offrl.descent import Compute
+from safe_offrl.compute.descent import Compute
 
 CASES = cases(Compute(device=DEVICE))
 

@@ -12,9 +12,9 @@ from safe_offrl.agents.bc import BCConfig
 from safe_offrl.agents.cql import CQL, CQLConfig, OnlineCQL
 from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.descent import EAGER, Compute
-from safe_offrl.nets import Actor, NetworkConfig, Networks, Risk
-from safe_offrl.state import Part
+from safe_offrl.compute.descent import EAGER, Compute
+from safe_offrl.compute.state import Part
+from safe_offrl.policies.networks import Actor, NetworkConfig, Networks, Risk
 from safe_offrl.types import Batch, Layout
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from safe_offrl.adam import Adam
-from safe_offrl.descent import EAGER, Compute, Descent
-from safe_offrl.nets import Actor
-from safe_offrl.state import Part
+from safe_offrl.compute.adam import Adam
+from safe_offrl.compute.descent import EAGER, Compute, Descent
+from safe_offrl.compute.state import Part
+from safe_offrl.policies.networks import Actor
 from safe_offrl.types import Batch
 
 

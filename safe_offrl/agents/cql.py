@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safe_offrl.adam import Adam
 from safe_offrl.agents.rlpd import RLPD
-from safe_offrl.descent import EAGER, Compute, Descent
-from safe_offrl.distributions import Categorical, Policy, normal, sample
-from safe_offrl.losses import calibrate, conservative_gap, td_target
-from safe_offrl.nets import Actor, Networks, Risk, polyak_
-from safe_offrl.state import Part
+from safe_offrl.compute.adam import Adam
+from safe_offrl.compute.descent import EAGER, Compute, Descent
+from safe_offrl.compute.state import Part
+from safe_offrl.nn.losses import calibrate, conservative_gap, td_target
+from safe_offrl.policies.distributions import Categorical, Policy, normal, sample
+from safe_offrl.policies.networks import Actor, Networks, Risk, polyak_
 from safe_offrl.types import Batch
 
 PART_STATES = 64  # at a time: their 31 actions and 10 critics make 20 MiB a layer

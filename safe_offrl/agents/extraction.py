@@ -21,12 +21,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.adam import Adam
-from safe_offrl.descent import EAGER, Compute, Descent
-from safe_offrl.distributions import LOG_STD_MAX, LOG_STD_MIN, Gaussian, Policy, Quadrature, normal
-from safe_offrl.losses import exponential_weight
-from safe_offrl.nets import Actor, QFunction, Risk, linear_layers
-from safe_offrl.state import Part
+from safe_offrl.compute.adam import Adam
+from safe_offrl.compute.descent import EAGER, Compute, Descent
+from safe_offrl.compute.state import Part
+from safe_offrl.nn.losses import exponential_weight
+from safe_offrl.policies.distributions import (
+    LOG_STD_MAX,
+    LOG_STD_MIN,
+    Gaussian,
+    Policy,
+    Quadrature,
+    normal,
+)
+from safe_offrl.policies.networks import Actor, QFunction, Risk, linear_layers
 from safe_offrl.types import Batch
 
 

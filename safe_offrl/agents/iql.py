@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safe_offrl.adam import Adam
-from safe_offrl.descent import EAGER, Compute, Descent
-from safe_offrl.losses import expectile_loss, exponential_weight, td_target
-from safe_offrl.nets import Actor, NetworkConfig, Networks, Risk, StackedMLP, polyak_
-from safe_offrl.state import Part
+from safe_offrl.compute.adam import Adam
+from safe_offrl.compute.descent import EAGER, Compute, Descent
+from safe_offrl.compute.state import Part
+from safe_offrl.nn.losses import expectile_loss, exponential_weight, td_target
+from safe_offrl.policies.networks import Actor, NetworkConfig, Networks, Risk, StackedMLP, polyak_
 from safe_offrl.types import Batch
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from safe_offrl.adam import Adam
-from safe_offrl.descent import EAGER, Compute, Descent
-from safe_offrl.distributions import normal
-from safe_offrl.losses import td_target
-from safe_offrl.nets import EVERY, Actor, Members, Networks, Risk, polyak_
-from safe_offrl.state import Part
+from safe_offrl.compute.adam import Adam
+from safe_offrl.compute.descent import EAGER, Compute, Descent
+from safe_offrl.compute.state import Part
+from safe_offrl.nn.losses import td_target
+from safe_offrl.policies.distributions import normal
+from safe_offrl.policies.networks import EVERY, Actor, Members, Networks, Risk, polyak_
 from safe_offrl.types import Batch
 
 

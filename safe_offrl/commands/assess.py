@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from safe_offrl.assessment import Estimates, assess, choose, risk_text
-from safe_offrl.certificate import policy_sha256
-from safe_offrl.checkpoints import Checkpoint
+from safe_offrl.assess.assessment import Estimates, assess, choose, risk_text
+from safe_offrl.assess.fitted_features import FittedConfig
+from safe_offrl.assess.importance_sampling import USABLE
+from safe_offrl.certify.certificate import policy_sha256
 from safe_offrl.commands.common import (
     loading,
     require_output,
@@ -23,21 +24,20 @@ from safe_offrl.commands.common import (
     warning_lines,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
+from safe_offrl.compute.device import configure
+from safe_offrl.compute.state import restore_state
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.device import configure
 from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
-from safe_offrl.fitted_features import FittedConfig
-from safe_offrl.importance_sampling import USABLE
-from safe_offrl.nets import Actor
-from safe_offrl.pretrain import PretrainConfig, discount_of
-from safe_offrl.progress import ProgressLine, Say
-from safe_offrl.run import RunDir, find_run
-from safe_offrl.safety import SafetySpec
-from safe_offrl.state import restore_state
+from safe_offrl.policies.networks import Actor
+from safe_offrl.record.checkpoints import Checkpoint
+from safe_offrl.record.progress import ProgressLine, Say
+from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.versions import versions
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.pretrain import PretrainConfig, discount_of
 from safe_offrl.types import Normalizer
-from safe_offrl.versions import versions
 
 FILE = "assessment.json"
 FORMAT = 1

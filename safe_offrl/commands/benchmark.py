@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.benchmark import METHODS, Job, Suite, flat, folder_name, jobs_of, settings_of
+from safe_offrl.bench.suite import METHODS, Job, Suite, flat, folder_name, jobs_of, settings_of
+from safe_offrl.collect.processes import own_command
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.offline import pretrain_config
 from safe_offrl.commands.online_plan import inherited
@@ -19,12 +20,11 @@ from safe_offrl.commands.tools import compare_runs
 from safe_offrl.config import load_config, parse_run_yaml, to_dict
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.pretrain import PretrainConfig
-from safe_offrl.processes import own_command
-from safe_offrl.progress import TELL_SECONDS, Interrupted, Say, StopSignal
-from safe_offrl.run import RunDir, require_runs_folder
-from safe_offrl.run_data import Source
+from safe_offrl.record.progress import TELL_SECONDS, Interrupted, Say, StopSignal
+from safe_offrl.record.run import RunDir, require_runs_folder
+from safe_offrl.report.run_data import Source
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0  # that a run has for saving itself

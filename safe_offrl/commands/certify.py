@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.acting import NumpyActor
-from safe_offrl.certificate import (
+from safe_offrl.certify.certificate import (
     CERTIFICATE,
     METHODS,
     RECORD,
@@ -32,7 +31,8 @@ from safe_offrl.certificate import (
     shield_sha256,
     verify,
 )
-from safe_offrl.certificate_page import page, quantity, seen, summary
+from safe_offrl.certify.page import page, quantity, seen, summary
+from safe_offrl.check.situations import Situations, find_situations, require_situations
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.environment import (
     changed_line,
@@ -41,12 +41,13 @@ from safe_offrl.commands.environment import (
     since_run,
 )
 from safe_offrl.commands.tools import final_policy
-from safe_offrl.env_identity import KEY
+from safe_offrl.deploy.episodes import distinct, faults_in_a_row
+from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
-from safe_offrl.finetune import Finetuning
-from safe_offrl.ledger import LedgerWriter
-from safe_offrl.progress import (
+from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.ledger import LedgerWriter
+from safe_offrl.record.progress import (
     STOP_SECONDS,
     Interrupted,
     ProgressLine,
@@ -54,11 +55,10 @@ from safe_offrl.progress import (
     StopNow,
     StopSignal,
 )
-from safe_offrl.rollout import distinct, faults_in_a_row
-from safe_offrl.run import RunDir, find_run
-from safe_offrl.situations import Situations, find_situations, require_situations
+from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.versions import versions
+from safe_offrl.train.finetune import Finetuning
 from safe_offrl.types import Episode
-from safe_offrl.versions import versions
 
 MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
 FOLDER = "certificates"

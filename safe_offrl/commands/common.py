@@ -11,17 +11,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from safe_offrl.checkpoints import Checkpoint
+from safe_offrl.check.inspect import INSPECTED, dataset_warnings
+from safe_offrl.compute.descent import CompileMode, Precision
 from safe_offrl.config import RunInputs
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.inspect import INSPECTED, dataset_warnings
-from safe_offrl.data.loading import load_dataset
-from safe_offrl.descent import CompileMode, Precision
+from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, EnvError, RunError, UserError
 from safe_offrl.files import unwritable, write_atomic
-from safe_offrl.progress import STOP_SECONDS, Interrupted, Say, StopNow, StopSignal
-from safe_offrl.run import RunDir
-from safe_offrl.safety import SafetySpec
+from safe_offrl.record.checkpoints import Checkpoint
+from safe_offrl.record.progress import STOP_SECONDS, Interrupted, Say, StopNow, StopSignal
+from safe_offrl.record.run import RunDir
+from safe_offrl.spec import SafetySpec
 
 CHECKPOINT_SECONDS = 10.0  # of work that a crash may cost; a checkpoint takes well under 0.1 s
 

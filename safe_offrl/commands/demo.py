@@ -6,13 +6,13 @@ import subprocess
 import threading
 from pathlib import Path
 
+from safe_offrl.collect.processes import own_command
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.offline import plan_pretrain, pretrain_config, pretrain_run
 from safe_offrl.commands.tools import compare_runs
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.processes import own_command
-from safe_offrl.progress import Say
-from safe_offrl.run import RunDir, require_runs_folder
+from safe_offrl.record.progress import Say
+from safe_offrl.record.run import RunDir, require_runs_folder
 
 
 def demo(

@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.certificate import Check
+from safe_offrl.certify.certificate import Check
 from safe_offrl.commands.trust import require_trusted
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.env import AccidentEnv, make_env
-from safe_offrl.env_identity import KEY, differences, log_differences
+from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.identity import KEY, differences, log_differences
+from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import EnvError, RunError
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.pretrain import PretrainConfig
-from safe_offrl.progress import Say
-from safe_offrl.run import RESUMED, RunDir
-from safe_offrl.user_code import import_user_module
+from safe_offrl.record.progress import Say
+from safe_offrl.record.run import RESUMED, RunDir
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig
 
 # In versions.json beside KEY, where they are others than it.
 LOGGED, PRETRAINED = f"logged_{KEY}", f"pretrained_{KEY}"

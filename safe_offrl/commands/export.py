@@ -10,17 +10,17 @@ from typing import Any
 
 from gymnasium import spaces
 
-from safe_offrl.acting import NumpyActor
 from safe_offrl.commands.certify import subject_of
 from safe_offrl.commands.common import require_output, say_plain
 from safe_offrl.commands.tools import final_policy
-from safe_offrl.env import AccidentEnv
+from safe_offrl.deploy.export import compare, require_format
+from safe_offrl.deploy.graph import PolicyGraph
+from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.export import compare, require_format
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
-from safe_offrl.policy_graph import PolicyGraph
-from safe_offrl.progress import Say
-from safe_offrl.run import find_run
+from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.progress import Say
+from safe_offrl.record.run import find_run
 
 FOLDER = "exports"
 FORMAT = 1  # of the manifest

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safe_offrl.deploy.episodes import PlayedEpisode
 from safe_offrl.files import write_atomic
-from safe_offrl.finetune import Finetuning
-from safe_offrl.progress import Say
-from safe_offrl.rollout import PlayedEpisode
-from safe_offrl.run import RunDir
+from safe_offrl.record.progress import Say
+from safe_offrl.record.run import RunDir
+from safe_offrl.report.videos import AccidentCamera, require_pictures
+from safe_offrl.train.finetune import Finetuning
 from safe_offrl.types import Batch, Episode
-from safe_offrl.videos import AccidentCamera, require_pictures
 
 FOLDER = "videos"
 

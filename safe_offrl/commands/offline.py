@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from safe_offrl.calibration_chart import report_png
-from safe_offrl.collect import default_dataset
+from safe_offrl.collect.build import default_dataset
+from safe_offrl.collect.log_plan import CollectConfig
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
     bring_back,
@@ -34,21 +34,21 @@ from safe_offrl.commands.common import (
 )
 from safe_offrl.commands.environment import identities, learnt_lines, since_log
 from safe_offrl.commands.trust import is_trusted_log, require_trusted_log, trust_own
+from safe_offrl.compute.descent import choose
+from safe_offrl.compute.device import configure, find_device
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.loading import find_dataset, load_dataset, stated_metadata
-from safe_offrl.data.validation import check_learnable, check_matches_env, check_same_env
-from safe_offrl.descent import choose
-from safe_offrl.device import configure, find_device
-from safe_offrl.env import AccidentEnv, make_env, time_limit
+from safe_offrl.data_formats.loading import find_dataset, load_dataset, stated_metadata
+from safe_offrl.data_formats.validation import check_learnable, check_matches_env, check_same_env
+from safe_offrl.env.adapter import AccidentEnv, make_env, time_limit
 from safe_offrl.errors import DataError
 from safe_offrl.files import plain
-from safe_offrl.log_plan import CollectConfig
-from safe_offrl.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
-from safe_offrl.progress import Heartbeat, ProgressLine, Say, StopSignal
-from safe_offrl.run import RunDir, find_run
+from safe_offrl.record.progress import Heartbeat, ProgressLine, Say, StopSignal
+from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.versions import versions
+from safe_offrl.report.calibration_chart import report_png
+from safe_offrl.train.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
 from safe_offrl.types import Record
-from safe_offrl.versions import versions
 
 DEFAULT_ENV = "PointHazard-v0"
 

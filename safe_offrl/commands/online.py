@@ -6,7 +6,6 @@ import contextlib
 import time
 from pathlib import Path
 
-from safe_offrl.calibration_chart import online_blocks, online_png
 from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
     bring_back,
@@ -25,16 +24,17 @@ from safe_offrl.commands.filming import filming
 from safe_offrl.commands.online_plan import FinetunePlan, plan_finetune
 from safe_offrl.commands.trust import require_trusted, trust_own
 from safe_offrl.config import parse_run_yaml, run_yaml, to_dict
+from safe_offrl.deploy.episodes import Reservation
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
-from safe_offrl.finetune import Finetuning
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.iteration import Iteration
-from safe_offrl.progress import STOP_SECONDS, OnlineCurves, ProgressLine, Say, StopSignal
-from safe_offrl.rollout import Reservation
-from safe_offrl.run import RunDir, find_run
+from safe_offrl.record.progress import STOP_SECONDS, OnlineCurves, ProgressLine, Say, StopSignal
+from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.versions import versions
+from safe_offrl.report.calibration_chart import online_blocks, online_png
+from safe_offrl.train.finetune import Finetuning
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.iteration import Iteration
 from safe_offrl.types import Episode
-from safe_offrl.versions import versions
 
 # What settings are held against on TensorBoard's HParams page.
 FINAL_CURVES = (

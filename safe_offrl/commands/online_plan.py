@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.checkpoints import Checkpoint
 from safe_offrl.commands.assess import Subject, gate
 from safe_offrl.commands.common import (
     constraint_line,
@@ -21,20 +20,21 @@ from safe_offrl.commands.common import (
 )
 from safe_offrl.commands.environment import learnt_lines, since_log, since_run
 from safe_offrl.commands.trust import require_trusted
+from safe_offrl.compute.descent import CompileMode, choose
+from safe_offrl.compute.device import Device, configure, find_device
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, to_dict
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.validation import check_matches_env
-from safe_offrl.descent import CompileMode, choose
-from safe_offrl.device import Device, configure, find_device
-from safe_offrl.env import AccidentEnv, make_env
+from safe_offrl.data_formats.validation import check_matches_env
+from safe_offrl.env.adapter import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.finetune_config import COST_DEFAULTS, FinetuneConfig
-from safe_offrl.monitor import Certifiable, certifiable
-from safe_offrl.pretrain import PretrainConfig, discount_of
-from safe_offrl.progress import Say
-from safe_offrl.run import RunDir
-from safe_offrl.safety import Limit
-from safe_offrl.videos import require_pictures
+from safe_offrl.record.checkpoints import Checkpoint
+from safe_offrl.record.progress import Say
+from safe_offrl.record.run import RunDir
+from safe_offrl.report.videos import require_pictures
+from safe_offrl.safety.monitor import Certifiable, certifiable
+from safe_offrl.spec import Limit
+from safe_offrl.train.finetune_config import COST_DEFAULTS, FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig, discount_of
 
 REAL_LINE = (
     "kind        real: an episode's steps are on record before its first one, and one that is cut "

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_offrl import charts, data_chart, page, report, tables
-from safe_offrl.acting import NumpyActor
-from safe_offrl.check_env import check_environment
-from safe_offrl.collect import build_dataset, default_dataset
+from safe_offrl.check.environment import check_environment
+from safe_offrl.check.inspect import INSPECTED, format_summary, summarise
+from safe_offrl.check.situations import find_situations
+from safe_offrl.collect.build import build_dataset, default_dataset
+from safe_offrl.collect.log_plan import CollectConfig, add_log_time
 from safe_offrl.commands.common import (
     loading,
     require_output,
@@ -28,25 +29,25 @@ from safe_offrl.commands.online import start_loop
 from safe_offrl.commands.online_plan import FinetunePlan, finetune_config, plan_finetune
 from safe_offrl.commands.trust import require_trusted, trust_log
 from safe_offrl.config import load_config, parse_run_yaml
-from safe_offrl.data.inspect import INSPECTED, format_summary, summarise
-from safe_offrl.data.loading import load_dataset, stated_metadata
-from safe_offrl.env import make_env
-from safe_offrl.env_identity import KEY
+from safe_offrl.data_formats.loading import load_dataset, stated_metadata
+from safe_offrl.deploy.episodes import distinct
+from safe_offrl.deploy.evaluate import evaluate
+from safe_offrl.env.adapter import make_env
+from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, DataError
-from safe_offrl.evaluate import evaluate
 from safe_offrl.files import json_bytes, plain, write_atomic
-from safe_offrl.finetune import Finetuning
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.log_plan import CollectConfig, add_log_time
-from safe_offrl.markdown import write_markdown
-from safe_offrl.pretrain import PretrainConfig, discount_of
-from safe_offrl.progress import Heartbeat, Say
-from safe_offrl.rollout import distinct
-from safe_offrl.run import RunDir, find_run
-from safe_offrl.run_data import Source
-from safe_offrl.safety import SafetySpec
-from safe_offrl.situations import find_situations
-from safe_offrl.statistics import clopper_pearson
+from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.progress import Heartbeat, Say
+from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.report import charts, data_chart, page, tables
+from safe_offrl.report import comparison as report
+from safe_offrl.report.markdown import write_markdown
+from safe_offrl.report.run_data import Source
+from safe_offrl.spec import SafetySpec
+from safe_offrl.stats.statistics import clopper_pearson
+from safe_offrl.train.finetune import Finetuning
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig, discount_of
 from safe_offrl.types import Episode
 
 
@@ -67,10 +68,10 @@ def evaluate_run(
     into the run. Refused before the first episode if it cannot be written.
 
     Accident rate with its two-sided Clopper-Pearson interval: one look at a fixed number, where the
-    environment has few situations (:mod:`safe_offrl.situations`) of different episodes. Returns are
-    those of complete episodes, None if there is none; every episode has a cost. The first
-    ``videos`` accidents are filmed. ConfigError where the environment is real: these episodes are
-    on no record, those of :func:`certify_run` are.
+    environment has few situations (:mod:`safe_offrl.check.situations`) of different episodes.
+    Returns are those of complete episodes, None if there is none; every episode has a cost. The
+    first ``videos`` accidents are filmed. ConfigError where the environment is real: these episodes
+    are on no record, those of :func:`certify_run` are.
     """
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")

@@ -20,11 +20,11 @@ from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.content import metadata_text
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import cache_folder, unwritable
-from safe_offrl.finetune_config import FinetuneConfig
-from safe_offrl.pretrain import PretrainConfig
-from safe_offrl.progress import Say
-from safe_offrl.run import RunDir, find_run
-from safe_offrl.safety import SafetySpec
+from safe_offrl.record.progress import Say
+from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain import PretrainConfig
 
 
 def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = say_plain) -> None:

@@ -1,1 +1,1 @@
-"""Logged data: formats, validation, conversion, storage in and out of memory, mini-batches."""
+"""Logged data in memory: episodes, what is derived from them, storage, mini-batches."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.env_identity import KEY
+from safe_offrl.env.identity import KEY
 from safe_offrl.errors import DataError
 
 # Arrays by name; in place of an array anything with shape, dtype and [a:b], as an HDF5 dataset.

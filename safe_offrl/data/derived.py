@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from safe_offrl.data.content import Arrays, Metadata
 from safe_offrl.errors import DataError
-from safe_offrl.safety import SafetySpec
+from safe_offrl.spec import SafetySpec
 
 BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
 ROUNDING = 1e-6  # of a number that was stored in float32, with some margin

@@ -1,0 +1,1 @@
+"""What a log shows of a policy before its first step."""

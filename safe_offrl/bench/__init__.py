@@ -1,0 +1,1 @@
+"""Benchmarks: methods as settings, and the suites that run them."""

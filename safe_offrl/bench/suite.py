@@ -1,0 +1,321 @@
+"""Benchmarks: methods x environments x paired seeds, as runs that the other commands can read.
+
+A method is settings of the two phases and nothing else, so every method writes the same ledger, is
+resumed the same way and is compared by the same code.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safe_offrl.config import coerce, read_yaml, suggestion
+from safe_offrl.errors import ConfigError
+from safe_offrl.record.run import NAME
+
+Settings = Mapping[str, Any]  # dotted key -> value
+
+MOST_SEEDS = 1_000
+_NEVER = 1_000_000_000  # steps: more than any budget has
+_OFF: Settings = {"kl": False, "safety_constraint": False, "shield": False}
+_FROZEN: Settings = {**_OFF, "warmup_steps": _NEVER, "update_every": _NEVER}
+# Plain TD: the pressure upwards that makes the safety critic conservative is ours.
+_LAGRANGIAN: Settings = {
+    "kl": False,
+    "shield": False,
+    "critic.alpha_init": 1e-5,
+    "critic.alpha_max": 1e-5,
+    "lagrangian.aim": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method differs from ours, in both phases; ``source`` says where it is from."""
+
+    source: str
+    pretrain: Settings = field(default_factory=dict)
+    finetune: Settings = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "ours": Method("both constraints, the shield, IQL values before"),
+    "ours-no-kl": Method("ours without the trust region", finetune={"kl": False}),
+    "ours-no-constraint": Method(
+        "ours without the safety constraint", finetune={"safety_constraint": False}
+    ),
+    "ours-no-shield": Method("ours without the shield", finetune={"shield": False}),
+    "frozen": Method("the pretrained policy, nothing learnt online", finetune=_FROZEN),
+    "frozen-shield": Method(
+        "the pretrained policy behind the shield, nothing learnt online",
+        finetune={**_FROZEN, "shield": True},
+    ),
+    "rlpd": Method("RLPD (arXiv:2302.02948), started from our pretrained policy", finetune=_OFF),
+    "rlpd-scratch": Method(
+        "RLPD as published: fresh networks, 5000 random steps",
+        finetune={**_OFF, "baseline.from_scratch": True, "warmup_steps": 5_000},
+    ),
+    "wsrl": Method(
+        "WSRL (arXiv:2412.07762): from Cal-QL, 5000 steps of it, then UTD 4 on online data alone",
+        pretrain={"agent": "calql", "alignment_steps": 0},
+        finetune={
+            **_OFF,
+            "offline_share": 0.0,
+            "warmup_steps": 5_000,
+            "update_every": 1,
+            "utd": 4,
+        },
+    ),
+    "calql": Method(
+        "Cal-QL (arXiv:2303.05479), gone on with half of each batch online",
+        pretrain={"agent": "calql", "alignment_steps": 0},
+        finetune={**_OFF, "baseline.learner": "calql"},
+    ),
+    "iql": Method(
+        "IQL (arXiv:2110.06169), gone on with half of each batch online",
+        pretrain={"agent": "iql", "alignment_steps": 0},
+        finetune={**_OFF, "baseline.learner": "iql"},
+    ),
+    "sac-lagrangian": Method(
+        "SAC-Lagrangian (as in OmniSafe), started from our pretrained policy, log in half a batch",
+        finetune={**_LAGRANGIAN, "baseline.multiplier": "dual"},
+    ),
+    "sac-pid": Method(
+        "the same with PID control of lambda (arXiv:2007.03964)",
+        finetune={**_LAGRANGIAN, "baseline.multiplier": "pid"},
+    ),
+    "marvel": Method(
+        "Marvel's recipe (arXiv:2412.04426): values aligned before, adaptive PID from 0, no log",
+        finetune={
+            **_LAGRANGIAN,
+            "baseline.multiplier": "pid",
+            "baseline.pid.adaptive": True,
+            "baseline.multiplier_init": 0.0,
+            "offline_share": 0.0,
+        },
+    ),
+    "bc-safe": Method(
+        "BC-Safe (arXiv:2306.09303): the log's safe episodes imitated, nothing learnt online",
+        pretrain={"agent": "bc_safe"},
+        finetune=_FROZEN,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to run. ``pretrain`` and ``finetune`` hold for every method, ``settings`` for one.
+
+    ``settings`` maps a method to ``{"pretrain": {...}, "finetune": {...}}``: what was tuned for it.
+    ``datasets`` maps an environment to its log; the others use the cached default.
+    """
+
+    name: str
+    environments: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budget: int
+    evaluation_episodes: int
+    pretrain: Settings = field(default_factory=dict)
+    finetune: Settings = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Settings]] = field(default_factory=dict)
+    datasets: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the command ``kind``; ``needs`` is the folder of the one it starts from."""
+
+    label: str  # "PointHazard-v0/ours/3"
+    folder: Path
+    kind: str
+    options: Settings  # {"budget": 50_000, "seed": 3}
+    overrides: tuple[str, ...]  # "key=value" each
+    needs: Path | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of the run, and of the episodes that its policy is evaluated on."""
+        return int(self.options["seed"])
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Those of the command, for a run that has not begun."""
+        start = () if self.needs is None else (str(self.needs), "--accept-risk")
+        options = (part for key, value in self.options.items() for part in (f"--{key}", str(value)))
+        return (*start, *options, *self.overrides)
+
+
+def load_suite(reference: str) -> Suite:
+    """The suite of this name, or of this YAML file; ConfigError says what is wrong with it."""
+    folder = importlib.resources.files("safe_offrl.configs") / "suites"
+    known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[0] != "_")
+    if reference in known:
+        text, name = (folder / f"{reference}.yaml").read_text(encoding="utf-8"), reference
+    elif not reference.endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f'There is no suite "{reference}". There are {", ".join(known)}; or give a YAML file.'
+        )
+    else:
+        try:
+            text, name = Path(reference).read_text(encoding="utf-8"), Path(reference).stem
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f'The suite "{reference}" cannot be read ({error}).') from error
+    return parse_suite(text, name)
+
+
+def parse_suite(text: str, name: str) -> Suite:
+    """A suite from YAML; unknown keys and methods are refused with a suggestion."""
+    values = read_yaml(text, f"The suite {name}")
+    known = {
+        "environments": tuple[str, ...],
+        "methods": tuple[str, ...],
+        "seeds": int,
+        "budget": int,
+        "evaluation_episodes": int,
+    }
+    mappings = ("pretrain", "finetune", "settings", "datasets")
+    for key in values:
+        if key not in (*known, *mappings):
+            raise ConfigError(f'Unknown key "{key}". {suggestion(key, [*known, *mappings])}')
+    for key in known:
+        if key not in values:
+            raise ConfigError(f'The suite {name} does not say "{key}". Add it.')
+    plain: dict[str, Any] = {key: coerce(hint, values[key], key) for key, hint in known.items()}
+    nested: dict[str, Any] = {key: values.get(key) or {} for key in mappings}
+    for key, value in nested.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f'"{key}" of the suite {name} holds no key: value pairs. Correct it.')
+    for method in (*plain["methods"], *nested["settings"]):
+        if method not in METHODS:
+            raise ConfigError(f'There is no method "{method}". {suggestion(method, METHODS)}')
+    for method, phases in nested["settings"].items():
+        if not isinstance(phases, dict) or set(phases) - {"pretrain", "finetune"}:
+            raise ConfigError(
+                f'"settings.{method}" may hold "pretrain" and "finetune" alone. Correct it.'
+            )
+        for phase, settings in phases.items():
+            if not isinstance(settings, dict | None):
+                raise ConfigError(
+                    f'"settings.{method}.{phase}" holds no key: value pairs. Correct it.'
+                )
+    for env_id, path in nested["datasets"].items():
+        coerce(str, path, f"datasets.{env_id}")
+    if plain["seeds"] > MOST_SEEDS:
+        raise ConfigError(f"The suite {name} has more than {MOST_SEEDS:,} seeds. Lower the number.")
+    for env_id in plain["environments"]:
+        folder = folder_name(env_id)
+        if not NAME.fullmatch(folder) or set(folder) == {"."}:
+            raise ConfigError(
+                f'The environment "{env_id}" of the suite {name} cannot name a folder of runs. '
+                "Give the id of an environment."
+            )
+    if min(plain["seeds"], plain["evaluation_episodes"]) < 1 or not plain["environments"]:
+        raise ConfigError(
+            f"The suite {name} needs at least 1 environment, 1 seed and 1 evaluation episode. "
+            "Raise what is too small."
+        )
+    plain["seeds"] = tuple(range(plain["seeds"]))
+    return Suite(name=name, **plain, **nested)
+
+
+def narrowed(suite: Suite, methods: str | None, seeds: str | None) -> Suite:
+    """Only these of its methods, and these seeds; both as words with commas between them."""
+    if methods is not None:
+        wanted = coerce(tuple[str, ...], methods, "--methods")
+        for name in wanted:
+            if name not in suite.methods:
+                raise ConfigError(
+                    f'The suite {suite.name} has no method "{name}". '
+                    f"{suggestion(name, suite.methods)}"
+                )
+        suite = replace(suite, methods=wanted)
+    if seeds is not None:
+        suite = replace(suite, seeds=coerce(tuple[int, ...], seeds, "--seeds"))
+    return suite
+
+
+def jobs_of(suite: Suite, root: Path) -> list[Job]:
+    """Every run of the suite in an order in which each comes after what it needs.
+
+    Methods with the same offline settings share their pretrained policies, seed by seed. Seeds are
+    the outer loop: an interrupted suite has whole pairs.
+    """
+    jobs: dict[Path, Job] = {}
+    for seed in suite.seeds:
+        for env in suite.environments:
+            base = root / folder_name(env)
+            for name in suite.methods:
+                offline, online = settings_of(suite, name)
+                pretrained = base / f"pretrained-{_variant(suite, name)}" / str(seed)
+                source: dict[str, Any] = {"env": env, "seed": seed}
+                if env in suite.datasets:
+                    source["dataset"] = suite.datasets[env]
+                jobs.setdefault(
+                    pretrained,
+                    Job(
+                        label=str(pretrained.relative_to(root)),
+                        folder=pretrained,
+                        kind="pretrain",
+                        options=source,
+                        overrides=tuple(offline),
+                    ),
+                )
+                folder = base / name / str(seed)
+                jobs[folder] = Job(
+                    label=str(folder.relative_to(root)),
+                    folder=folder,
+                    kind="finetune",
+                    options={"budget": suite.budget, "seed": seed},
+                    overrides=tuple(online),
+                    needs=pretrained,
+                )
+    return list(jobs.values())
+
+
+def folder_name(env_id: str) -> str:
+    """The folder of an environment's runs: its id without its module.
+
+    >>> folder_name("my_package.envs:Reactor-v0")
+    'Reactor-v0'
+    """
+    return env_id.rpartition(":")[2].replace("/", "-")
+
+
+def settings_of(suite: Suite, name: str) -> tuple[list[str], list[str]]:
+    """A method's settings of both phases, "key=value" each: the suite's, its own, what is tuned."""
+    tuned = suite.settings.get(name, {})
+    both = []
+    for phase, common, own in (
+        ("pretrain", suite.pretrain, METHODS[name].pretrain),
+        ("finetune", suite.finetune, METHODS[name].finetune),
+    ):
+        values = flat(common) | flat(own) | flat(tuned.get(phase) or {})
+        both.append([f"{key}={value}" for key, value in sorted(values.items())])
+    return both[0], both[1]
+
+
+def _variant(suite: Suite, name: str) -> str:
+    """Which pretrained policies a method starts from: the first method's with equal settings."""
+    wanted = settings_of(suite, name)[0]
+    return next(m for m in suite.methods if settings_of(suite, m)[0] == wanted)
+
+
+def flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys.
+
+    >>> flat({"lagrangian": {"init": 3}, "utd": 2})
+    {'lagrangian.init': 3, 'utd': 2}
+    """
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
+        result |= inner
+    return result

@@ -1,0 +1,1 @@
+"""Certificates of final policies, and their page."""

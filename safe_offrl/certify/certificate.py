@@ -1,0 +1,343 @@
+"""Certificates: what a frozen policy's own episodes prove, written so that others can check it.
+
+The policy and its shield are frozen, its accident probability p is one number, and the episodes are
+independent draws. Either their number is fixed beforehand and there is one look at the end
+(Clopper-Pearson: two one-sided bounds, each by itself), or one looks after every episode and stops
+as soon as the answer is known (the beta-binomial sequence, an interval that allows for that). The
+k-th attempt on one run gets the share 6 / (pi^2 k^2) of the error: whoever tries until it works has
+used up what the confidence allows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from safe_offrl.check.situations import Situations
+from safe_offrl.deploy.episodes import Reservation, distinct, play_episode
+from safe_offrl.env.adapter import AccidentEnv, episode_seed
+from safe_offrl.errors import ConfigError
+from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.policies.networks import Actor
+from safe_offrl.record.ledger import parse_ledger
+from safe_offrl.safety.shield import Shield
+from safe_offrl.stats.statistics import (
+    betabinomial_sequence,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    episodes_needed,
+    error_share,
+)
+from safe_offrl.types import Episode, Normalizer
+
+Method = Literal["one look", "anytime"]
+METHODS: dict[str, str] = {
+    "one look": "Clopper-Pearson, one look at a number of episodes fixed beforehand",
+    "anytime": "anytime-valid beta-binomial sequence, a look after every episode",
+}
+FORMAT = 1
+CERTIFICATE, RECORD = "certificate.json", "episodes.jsonl"  # the files, side by side
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to be shown: ``quantity`` < ``limit``, both as a share of ``scale``.
+
+    ``quantity`` is "accident" (the probability of an episode with at least one accident, scale 1)
+    or "cost" (the expected cost of an episode; scale is the largest it can be). ``episodes`` is
+    their number ("one look") or the most there will be ("anytime").
+    """
+
+    quantity: str
+    limit: float
+    scale: float
+    confidence: float
+    method: Method
+    episodes: int
+    seed: int
+    attempt: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be shown."""
+        if not 0.0 < self.limit < self.scale:
+            raise ConfigError(
+                f"The limit is {self.limit:g}, but a number strictly between 0 and {self.scale:g} "
+                "can be certified. Correct it."
+            )
+        if not 0.5 <= self.confidence < 1.0:
+            raise ConfigError(
+                f"The confidence is {self.confidence:g}, but a number in [0.5, 1) is needed. "
+                "Try 0.95."
+            )
+        if self.episodes < 1:
+            raise ConfigError(f"{self.episodes} episodes show nothing. Ask for at least 1.")
+        if self.method == "one look" and self.quantity == "cost":
+            raise ConfigError(
+                "A fixed number of episodes certifies accidents, which happen or do not, but not "
+                "a cost. Leave --episodes out."
+            )
+
+    @property
+    def attempt_confidence(self) -> float:
+        """Confidence of this attempt alone; all attempts together are at ``confidence``."""
+        return 1.0 - error_share(self.confidence, self.attempt)
+
+    @property
+    def stream(self) -> str:
+        """Name of the stream of seeds: every attempt has episodes of its own."""
+        return f"certify-{self.attempt}"
+
+
+def episodes_without_accident(claim: Claim) -> int:
+    """Fewest episodes, none of them with an accident or a cost, that certify the claim."""
+    needed = episodes_needed(claim.limit / claim.scale, claim.attempt_confidence)
+    return needed.anytime if claim.method == "anytime" else needed.fixed
+
+
+class Finding(NamedTuple):
+    """What so many episodes show of a claim, in the claim's unit."""
+
+    verdict: str  # "certified", "refuted" or "undecided"
+    lower: float
+    upper: float
+
+
+def judge(claim: Claim, total: float, episodes: int) -> Finding:
+    """Bounds after ``episodes`` whose outcomes (1 for an accident, or cost / scale) sum to this.
+
+    "certified" is wrong with probability at most 1 - confidence, whatever the truth, and so is
+    "refuted". Both bounds of "anytime" hold together, at every look, with the attempt's confidence.
+    Of "one look" each bound has it by itself: that one of the two is wrong may be twice as probable
+    as either. A fixed number of episodes says nothing before it is reached.
+    """
+    if claim.method == "anytime":
+        lower, upper = betabinomial_sequence(total, episodes, claim.attempt_confidence)
+    elif episodes < claim.episodes:
+        lower, upper = 0.0, 1.0
+    else:
+        lower = clopper_pearson_lower(int(total), episodes, claim.attempt_confidence)
+        upper = clopper_pearson_upper(int(total), episodes, claim.attempt_confidence)
+    lower, upper = lower * claim.scale, upper * claim.scale
+    verdict = "certified" if upper < claim.limit else "refuted" if lower > claim.limit else ""
+    return Finding(verdict or "undecided", lower, upper)
+
+
+def bounds_in_words(claim: Claim, finding: Finding) -> str:
+    """Both bounds: an interval only where they hold together, see :func:`judge`."""
+    lower, upper = f"{finding.lower:.4g}", f"{finding.upper:.4g}"
+    if claim.method == "anytime":
+        return f"[{lower}, {upper}]"
+    return f"at least {lower}, at most {upper} (one-sided bounds, each by itself)"
+
+
+def outcome(claim: Claim, episode: Episode) -> float:
+    """What an episode contributes, in [0, 1].
+
+    ConfigError if it cost more than an episode can: nothing could be certified then.
+    """
+    if claim.quantity == "accident":
+        return float(episode.accident)
+    if episode.cost > claim.scale:
+        raise ConfigError(
+            f"Episode {episode.index} cost {episode.cost:g}, but the log says that none costs more "
+            f"than {claim.scale:g}, so its mean cannot be certified. Log such episodes first."
+        )
+    return episode.cost / claim.scale
+
+
+def finished(claim: Claim, total: float, episodes: int) -> bool:
+    """Whether no further episode is to be played."""
+    if episodes >= claim.episodes:
+        return True
+    return claim.method == "anytime" and judge(claim, total, episodes).verdict != "undecided"
+
+
+def play(
+    claim: Claim,
+    index: int,
+    env: AccidentEnv,
+    actor: NumpyActor,
+    shield: Shield,
+    normalizer: Normalizer,
+    version: int,
+    steps_before: int,
+    worst_cost: float,
+) -> tuple[Episode, str]:
+    """The ``index``-th episode of a claim, and how the environment failed in it ("" if not).
+
+    Its seed and its noise depend on nothing else. It costs ``worst_cost`` if the environment fails.
+    """
+    seed = episode_seed(claim.seed, index, claim.stream)
+    rng = np.random.default_rng([claim.seed, claim.attempt, index])
+    played = play_episode(env, actor, shield, normalizer, seed, rng)
+    episode = played.recorded(
+        index=index,
+        seed=seed,
+        steps_before=steps_before,
+        worst_cost=worst_cost,
+        version=version,
+        phase="certify",
+        content=played.content,
+    )
+    return episode, played.fault
+
+
+def reserve(
+    claim: Claim, index: int, env: AccidentEnv, version: int, before: int, worst_cost: float
+) -> Reservation:
+    """What the ``index``-th episode counts as if it is cut off where none can be played again."""
+    return Reservation.of(
+        index=index,
+        seed=episode_seed(claim.seed, index, claim.stream),
+        steps=env.horizon,
+        steps_before=before,
+        worst_cost=worst_cost,
+        version=version,
+        phase="certify",
+    )
+
+
+# --- what it is about -------------------------------------------------------------------------
+
+
+def policy_sha256(actor: Actor, normalizer: Normalizer) -> str:
+    """Hash of a policy's parameters and of how it scales observations."""
+    arrays = {k: v.numpy() for k, v in actor.state_dict().items()}
+    offset = {} if normalizer.offset is None else {"offset": normalizer.offset}
+    return _sha256({**arrays, "mean": normalizer.mean, "std": normalizer.std, **offset})
+
+
+def shield_sha256(shield: Shield) -> str:
+    """Hash of a shield's networks, margin and number of draws."""
+    numbers = np.asarray([shield.margin, shield.draws], dtype=np.float64)
+    return _sha256({k: v.numpy() for k, v in shield.net.state_dict().items()} | {"n": numbers})
+
+
+def _sha256(arrays: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+# --- the certificate --------------------------------------------------------------------------
+
+
+def make_certificate(
+    claim: Claim,
+    episodes: Iterable[Episode],
+    record: bytes,
+    subject: Mapping[str, Any],
+    situations: Situations | None = None,
+) -> dict[str, Any]:
+    """The content of certificate.json, not yet :func:`sealed`.
+
+    ``record`` are the bytes of episodes.jsonl; ``subject`` says what was certified: "policy",
+    "shield", "environment", "versions" and "created", all JSON-able. ``situations`` is what is
+    known of the environment's seeds, None where none can be tried.
+    """
+    episodes = list(episodes)
+    total = math.fsum(outcome(claim, episode) for episode in episodes)
+    finding = judge(claim, total, len(episodes))
+    return {
+        "format": FORMAT,
+        "verdict": finding.verdict,
+        "claim": asdict(claim),
+        "method": METHODS[claim.method],
+        "attempt_confidence": claim.attempt_confidence,
+        "episodes": len(episodes),
+        "distinct_episodes": len(distinct(episodes)),
+        "situations": situations and situations.as_dict(),
+        "accidents": sum(episode.accident for episode in episodes),
+        "unknown_outcomes": sum(episode.outcome != "complete" for episode in episodes),
+        "total_outcome": total,
+        "lower": finding.lower,
+        "upper": finding.upper,
+        "steps": sum(episode.steps for episode in episodes),
+        "shield_interventions": sum(episode.shield_interventions for episode in episodes),
+        "record_sha256": hashlib.sha256(record).hexdigest(),
+        "does_not_cover": [
+            "any other policy: a further gradient step makes another one",
+            "another shield, environment, version or distribution of start states",
+            *([f"other situations: {situations}"] if situations and situations.few else []),
+            "changes of the environment after these episodes: wear, weather, other people",
+            "accidents that the accident rule does not see",
+        ],
+        **subject,
+    }
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with its own hash, which covers everything else in it."""
+    return {**content, "sha256": _content_sha256(content)}
+
+
+def _content_sha256(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+class Check(NamedTuple):
+    """One thing that was checked again."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(
+    certificate: Mapping[str, Any], record: bytes | None, where: str, page: bytes | None = None
+) -> list[Check]:
+    """Check a certificate's own hash, its arithmetic and, if they are there, page and record.
+
+    A certificate of an earlier version holds no hash of its page, which is not checked then. Raises
+    ConfigError if it is not a certificate at all, RunError if the record is damaged.
+    """
+    try:
+        claim = Claim(**certificate["claim"])
+        finding = judge(claim, certificate["total_outcome"], certificate["episodes"])
+        stated = Finding(*(certificate[key] for key in ("verdict", "lower", "upper")))
+        sound = _content_sha256(certificate) == certificate["sha256"]
+        record_sha256 = certificate["record_sha256"]
+        counts = certificate["episodes"], certificate["accidents"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where} is no certificate of safe-offrl ({error!r}).") from error
+    same = all(
+        math.isclose(a, b, rel_tol=1e-9) for a, b in zip(stated[1:], finding[1:], strict=True)
+    )
+    checks = [
+        Check("content", sound, "the file is as it was written" if sound else "it was changed"),
+        Check(
+            "arithmetic",
+            same and stated.verdict == finding.verdict,
+            f"{finding.verdict}, {bounds_in_words(claim, finding)}",
+        ),
+    ]
+    if page is not None and "page_sha256" in certificate:
+        shown = hashlib.sha256(page).hexdigest() == certificate["page_sha256"]
+        detail = "is as it was written" if shown else "was changed, or belongs to another one"
+        checks.append(Check("page", shown, f"the page beside it {detail}"))
+    if record is None:
+        return checks
+    intact = hashlib.sha256(record).hexdigest() == record_sha256
+    played = parse_ledger(record, where).counted
+    total = math.fsum(outcome(claim, episode) for episode in played)
+    seen = len(played), sum(episode.accident for episode in played)
+    different = len(distinct(played))
+    counted = seen == counts and different == certificate.get("distinct_episodes", different)
+    counted &= math.isclose(total, certificate["total_outcome"], rel_tol=1e-12)
+    seeds = all(e.seed == episode_seed(claim.seed, e.index, claim.stream) for e in played)
+    return [
+        *checks,
+        Check("record", intact, f"{len(played)} episodes"),
+        Check("counts", counted, f"{seen[1]} with an accident, outcomes sum to {total:g}"),
+        Check("seeds", seeds, f'stream "{claim.stream}" of seed {claim.seed}'),
+    ]

@@ -1,0 +1,1 @@
+"""Can an environment, or a log of it, be learnt from? Checks, replays and warnings."""

@@ -1,0 +1,1 @@
+"""Logging a dataset: behaviours, their training, and the mixture of them."""

@@ -1,0 +1,1 @@
+"""How a gradient step is taken and remembered: optimiser, compiler, device, state."""

@@ -1,0 +1,1 @@
+"""From foreign files to logged data: formats, names, units, ends of episodes, validation."""

@@ -1,0 +1,395 @@
+"""Minari datasets (the Farama standard), read and written with h5py alone.
+
+Folder/data/main_data.hdf5 holds groups episode_N of T steps with T + 1 observations and T + 1
+entries of each info: the cost of step t is infos/cost[t + 1]. Folder/data/metadata.json describes
+the spaces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_offrl.data.content import (
+    ATTRIBUTE,
+    Arrays,
+    Metadata,
+    Progress,
+    Raw,
+    metadata_text,
+    parse_metadata,
+    reading,
+    require_size,
+)
+from safe_offrl.data.derived import find_episodes
+from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
+from safe_offrl.data_formats.hdf5 import (
+    declared_size,
+    opened,
+    plain_attribute,
+    plain_dataset,
+    plain_group,
+)
+from safe_offrl.data_formats.names import near_name
+from safe_offrl.data_formats.validation import validate_arrays
+from safe_offrl.env.action_bounds import placeholder
+from safe_offrl.errors import DataError
+from safe_offrl.files import json_bytes, write_file
+
+FILE = "main_data.hdf5"
+VERSION = "0.5.0"  # of the layout that is written; every later Minari reads it
+_STEPS = {"rewards": "rewards", "terminations": "terminals", "truncations": "timeouts"}
+_INFOS = {
+    "cost": "costs",
+    "accident": "accidents",
+    "behaviour_log_prob": "behaviour_log_probs",
+}
+
+Leaf = tuple[str, ...]  # where in a group of observations an array is found
+
+
+def datasets_folder() -> Path:
+    """Where Minari keeps local datasets by their ids."""
+    root = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(root) if root else Path.home() / ".minari" / "datasets"
+
+
+def data_folder(path: Path) -> Path | None:
+    """The folder with main_data.hdf5 that ``path`` (it, its parent or the file) means, or None."""
+    candidates = (path.parent,) if path.name == FILE else (path / "data", path)
+    return next((c for c in candidates if (c / FILE).is_file()), None)
+
+
+def require_hdf5(path: Path) -> None:
+    """Raise DataError for a Minari dataset that keeps its episodes in another format."""
+    folder = next((f for f in (path / "data", path) if (f / "metadata.json").is_file()), None)
+    if folder is None or (folder / FILE).exists():
+        return
+    kind = _description(folder / "metadata.json").get("data_format")
+    raise DataError(
+        f'The Minari dataset "{path}" has no {FILE}; its metadata.json says that it is stored in '
+        f'the format "{kind}". Only hdf5 is read: write it anew with data_format="hdf5".'
+    )
+
+
+def read_minari(path: Path) -> Raw:
+    """Arrays and metadata of a Minari dataset; an episode ends with its group, marked or not."""
+    folder = data_folder(path)
+    if folder is None:
+        raise DataError(f'"{path}" holds no {FILE}. Give the folder of a Minari dataset.')
+    with reading(folder / "metadata.json", "the description of a Minari dataset"):
+        description = _description(folder / "metadata.json")
+        metadata = _metadata(description)
+        leaves = _leaves(_space(description, "observation_space"))
+        first_action = int(_space(description, "action_space").get("start", 0))
+    with opened(folder / FILE) as file:
+        names = [m for name in file if (m := re.fullmatch(r"episode_(\d{1,15})", name))]
+        groups = [plain_group(file, m[0]) for m in sorted(names, key=lambda m: int(m[1]))]
+        remarks = _unused_infos(next((group for group in groups if group is not None), None))
+        episodes = [_Episode(group, leaves) for group in groups if group is not None]
+        if not episodes:
+            raise DataError(f'The Minari dataset "{path}" is empty. Log at least one episode.')
+        # The last observation of an episode is the only one that is not held twice afterwards.
+        require_size(path, (2 * episode.size for episode in episodes))
+        parts = [episode.read() for episode in episodes]
+        # Whatever another writer calls so is not ours.
+        ours = episodes if ATTRIBUTE in description else []
+        behaviours = [plain_attribute(episode.group, "behaviour") for episode in ours]
+    keys = set(parts[0])
+    if any(set(part) != keys for part in parts):
+        raise DataError(
+            f'Only some episodes of "{path}" have {", ".join(sorted(set(_INFOS.values())))} in '
+            "their infos. Log them for all episodes, or for none."
+        )
+    for key in sorted(keys):
+        if len({part[key].shape[1:] for part in parts}) > 1:
+            raise DataError(
+                f'The {key} of the episodes of "{path}" differ in shape. Log them all alike.'
+            )
+    arrays = {key: np.concatenate([part.pop(key) for part in parts]) for key in sorted(keys)}
+    if behaviours and all(b is not None for b in behaviours):
+        arrays["episode_behaviours"] = np.array(behaviours, dtype=np.int32)
+    if arrays["actions"].dtype.kind in "iu":
+        arrays["actions"] = arrays["actions"].astype(np.int64) - first_action
+    unmarked = sum(episode.unmarked for episode in episodes)
+    unsure = ""
+    if unmarked:
+        unsure = (
+            f"{unmarked:,} of {len(episodes):,} episodes end neither in terminations nor in "
+            "truncations"
+        )
+        remarks.append(f"{unsure}: they are taken to be cut.")
+    return Raw(arrays, metadata, tuple(remarks), unsure)
+
+
+def read_minari_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone."""
+    folder = data_folder(path)
+    if folder is None:
+        return {}
+    with reading(folder / "metadata.json", "the description of a Minari dataset"):
+        return _metadata(_description(folder / "metadata.json"))
+
+
+def write_minari(
+    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
+) -> list[str]:
+    """Validate and write the folder, complete or not at all; returns what it cannot hold."""
+    validate_arrays(arrays)
+    arrays, metadata, wide = in_own_units(arrays, metadata)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    (temporary / "data").mkdir(parents=True)
+    try:
+        discrete = metadata.get("action_count") is not None
+        lost = _write_episodes(temporary / "data" / FILE, arrays, discrete, wide, progress)
+        size = (temporary / "data" / FILE).stat().st_size / 1e6
+        described = _describe(_dataset_id(path), arrays, metadata, wide)
+        described["dataset_size"] = round(size, 1)
+        write_file(temporary / "data" / "metadata.json", json_bytes(described))
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return lost
+
+
+class _Episode:
+    """The plain arrays of one group, checked before any of them is read."""
+
+    def __init__(self, group: h5py.Group, leaves: list[Leaf] | None) -> None:
+        self.group = group
+        self.unmarked = False  # whether its last step ends it only by being the last
+        self.steps = {ours: _array(group, (theirs,)) for theirs, ours in _STEPS.items()}
+        self.actions = _array(group, ("actions",))
+        self.observations = [
+            _array(group, ("observations", *leaf)) for leaf in leaves or _found(group)
+        ]
+        infos = plain_group(group, "infos") if "infos" in group else None
+        found = {ours: plain_dataset(infos, key) for key, ours in _INFOS.items()} if infos else {}
+        self.infos = {key: item for key, item in found.items() if item is not None}
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        items = [*self.steps.values(), self.actions, *self.observations, *self.infos.values()]
+        return sum(map(declared_size, items))
+
+    def read(self) -> dict[str, NDArray[Any]]:
+        """Our arrays of this episode."""
+        n = len(self.steps["rewards"])
+        blocks = [item[()] for item in self.observations]
+        if n == 0 or any(len(b) != n + 1 or b.ndim > 3 for b in blocks):
+            raise DataError(
+                f'"{self.group.name}" has {n} steps and observations of the shapes '
+                f"{[list(b.shape) for b in blocks]}. Minari stores one vector more than steps; "
+                "images are not supported."
+            )
+        flat = np.concatenate([b.reshape(n + 1, -1) for b in blocks], axis=1)
+        arrays = {key: item[()] for key, item in self.steps.items()}
+        actions = self.actions[()]
+        arrays["actions"] = actions if actions.ndim == 1 else actions.reshape(len(actions), -1)
+        arrays |= {"observations": flat[:-1], "next_observations": flat[1:]}
+        # The first info is that of the reset.
+        arrays |= {key: item[()][len(item) - n :] for key, item in self.infos.items()}
+        if any(len(x) != n for x in arrays.values()) or any(
+            len(item) not in (n, n + 1) for item in self.infos.values()
+        ):
+            raise DataError(
+                f'The arrays of "{self.group.name}" do not have the same number of steps. '
+                "Log the dataset again."
+            )
+        if not arrays["terminals"][-1]:
+            self.unmarked = not arrays["timeouts"][-1]
+            arrays["timeouts"] = np.append(arrays["timeouts"][:-1], True)
+        return arrays
+
+
+def _unused_infos(group: h5py.Group | None) -> list[str]:
+    """What is to be said of infos of an episode that are not read; DataError for near names."""
+    infos = plain_group(group, "infos") if group is not None and "infos" in group else None
+    known = {"observations", "actions", "infos", *_STEPS}
+    names = [name for name in group or () if name not in known]
+    names += [f"infos/{name}" for name in infos or () if name not in _INFOS]
+    for key in ("cost", "accident"):
+        near = near_name(_INFOS[key], names)
+        if (infos is None or key not in infos) and near is not None:
+            raise DataError(
+                f'The infos of the dataset have no "{key}", but "{near}", which is not read. '
+                f'Rename it to "{key}" if that is what it holds, else to a name unlike it.'
+            )
+    listed = ", ".join(f'"{name}"' for name in sorted(names)[:6])
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return [f"of the dataset's arrays these are not used: {listed}{more}."] if names else []
+
+
+def _array(group: h5py.Group, path: Leaf) -> h5py.Dataset:
+    """A plain array of an episode; no part of its path may be a link."""
+    inner: h5py.Group | None = group
+    for key in path[:-1]:
+        inner = plain_group(inner, key) if inner is not None else None
+    item = plain_dataset(inner, path[-1]) if inner is not None else None
+    if item is None or not item.shape:
+        raise DataError(f'"{group.name}" has no array "{"/".join(path)}". Log the dataset again.')
+    return item
+
+
+def _found(group: h5py.Group) -> list[Leaf]:
+    """Arrays of observations by name where the metadata do not describe the space."""
+    inner = plain_group(group, "observations") if "observations" in group else None
+    return [()] if inner is None else [(name,) for name in sorted(inner)]
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """metadata.json; {} if there is none."""
+    if not path.is_file():
+        return {}
+    require_size(path, [path.stat().st_size])
+    return parse_metadata(path.read_bytes(), path.name)
+
+
+def _space(description: dict[str, Any], key: str) -> dict[str, Any]:
+    """A serialised Gymnasium space; {} if it is not described."""
+    return parse_metadata(description[key], key) if key in description else {}
+
+
+def _leaves(space: dict[str, Any]) -> list[Leaf] | None:
+    """Paths of the Boxes in the order in which the environment's own observation is flattened."""
+    if not space:
+        return None
+    inner = space.get("subspaces")
+    if isinstance(inner, list):
+        inner = {f"_index_{i}": subspace for i, subspace in enumerate(inner)}
+    if inner is None:
+        return [()]
+    return [(key, *leaf) for key, sub in inner.items() for leaf in _leaves(sub) or [()]]
+
+
+def _metadata(description: dict[str, Any]) -> dict[str, Any]:
+    """Our metadata: as we wrote them, else from the environment's specification and the actions."""
+    if ATTRIBUTE in description:
+        return parse_metadata(description[ATTRIBUTE])
+    metadata: dict[str, Any] = {}
+    given = description.get("env_spec")
+    spec = parse_metadata(given, "env_spec") if given else {}
+    if isinstance(spec.get("id"), str):
+        metadata["env_id"] = spec["id"]
+    if isinstance(limit := _time_limit(spec), int | float):
+        metadata["horizon"] = limit
+    actions = _space(description, "action_space")
+    if actions.get("type") == "Discrete":
+        metadata["action_count"] = actions.get("n")
+    elif actions.get("type") == "Box":
+        low, high = (np.ravel(actions.get(key, math.inf)) for key in ("low", "high"))
+        finite = bool(np.isfinite(low).all() and np.isfinite(high).all())
+        if finite and not placeholder(low, high):
+            metadata |= {"action_low": low.tolist(), "action_high": high.tolist()}
+    return metadata
+
+
+def _time_limit(spec: dict[str, Any]) -> Any:
+    """Steps after which an environment's specification ends an episode, by itself or a wrapper."""
+    if spec.get("max_episode_steps") is not None:
+        return spec["max_episode_steps"]
+    wrappers = spec.get("additional_wrappers")
+    for wrapper in wrappers if isinstance(wrappers, list) else ():
+        if isinstance(wrapper, dict) and wrapper.get("name") == "TimeLimit":
+            arguments = wrapper.get("kwargs")
+            return arguments.get("max_episode_steps") if isinstance(arguments, dict) else None
+    return None
+
+
+def _write_episodes(
+    path: Path,
+    arrays: Arrays,
+    discrete: bool,
+    wide: np.dtype[Any],
+    progress: Progress | None,
+) -> list[str]:
+    starts, terminated, _ = find_episodes(arrays)
+    behaviours = arrays["episode_behaviours"][:] if "episode_behaviours" in arrays else None
+    jumps = 0
+    with h5py.File(path, "w", track_order=True) as file:
+        for k, part in enumerate(map(slice, starts[:-1], starts[1:])):
+            group = file.create_group(f"episode_{k}")
+            group.attrs.update({"id": k, "total_steps": part.stop - part.start})
+            if behaviours is not None:
+                group.attrs["behaviour"] = int(behaviours[k])
+            first, following = (np.asarray(arrays[key][part], wide) for key in OBSERVATIONS)
+            jumps += int((first[1:] != following[:-1]).any(axis=1).sum())
+            group["observations"] = np.concatenate([first, following[-1:]])
+            actions = np.asarray(arrays["actions"][part], np.float32)
+            group["actions"] = actions.argmax(axis=1) if discrete else actions
+            group["rewards"] = np.asarray(arrays["rewards"][part], np.float32)
+            group["terminations"] = terminated[part]
+            timeouts = arrays["timeouts"][part].astype(bool)
+            timeouts[-1] |= not terminated[part][-1]
+            group["truncations"] = timeouts
+            infos = group.create_group("infos")
+            for key, ours in _INFOS.items():
+                if ours in arrays:
+                    values = arrays[ours][part].astype(bool if key == "accident" else np.float32)
+                    infos[key] = np.concatenate([np.zeros(1, values.dtype), values])
+            if progress is not None:
+                progress(int(part.stop), int(starts[-1]))
+        file.flush()
+    return [f"the next observation of {jumps} steps, which is not the following row's"] * (
+        jumps > 0
+    )
+
+
+def _dataset_id(path: Path) -> str:
+    """What Minari calls the dataset in a folder: below its own folder with the namespace."""
+    root, place = datasets_folder().resolve(), path.resolve()
+    parts = place.relative_to(root).parts if place.is_relative_to(root) else (path.name,)
+    label = "/".join(re.sub(r"[^-\w]", "-", part) for part in parts)
+    return label if re.search(r"-v\d+$", label) else f"{label}-v0"
+
+
+def _describe(name: str, arrays: Arrays, metadata: Metadata, wide: np.dtype[Any]) -> dict[str, Any]:
+    """What Minari wants to know of a dataset."""
+    size = arrays["actions"].shape[1]
+    discrete = metadata.get("action_count") is not None
+    described: dict[str, Any] = {
+        "dataset_id": name,
+        "total_episodes": len(find_episodes(arrays).lengths),
+        "total_steps": len(arrays["rewards"]),
+        "data_format": "hdf5",
+        "jpeg_encoding": False,
+        "minari_version": VERSION,
+        "observation_space": _box(arrays["observations"].shape[1], math.inf, wide.name),
+        "action_space": _discrete(size) if discrete else _box(size, 1.0),
+        ATTRIBUTE: metadata_text(metadata),
+    }
+    if isinstance(metadata.get("env_id"), str):
+        horizon = metadata.get("horizon")
+        described["env_spec"] = json.dumps(
+            {
+                "id": metadata["env_id"],
+                "entry_point": None,
+                "max_episode_steps": horizon if isinstance(horizon, int) else None,
+                "kwargs": {},
+                "additional_wrappers": [],
+                "vector_entry_point": None,
+            }
+        )
+    return described
+
+
+def _discrete(count: int) -> str:
+    """A Discrete space as Minari serialises it."""
+    return json.dumps({"type": "Discrete", "dtype": "int64", "start": 0, "n": count})
+
+
+def _box(size: int, bound: float, kind: str = "float32") -> str:
+    """A Box as Minari serialises it."""
+    low, high = [-bound] * size, [bound] * size
+    return json.dumps({"type": "Box", "dtype": kind, "shape": [size], "low": low, "high": high})

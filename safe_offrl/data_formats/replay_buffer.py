@@ -1,0 +1,115 @@
+"""What Stable-Baselines3 keeps of its training, as a dataset: a ReplayBuffer object, unimported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_offrl.data_formats.complete import complete, stand_in_warning
+from safe_offrl.data_formats.flags import at_horizon
+from safe_offrl.data_formats.validation import validate_arrays
+from safe_offrl.errors import DataError
+
+
+def from_replay_buffer(
+    buffer: Any,
+    *,
+    costs: NDArray[Any] | None = None,
+    env_id: str | None = None,
+    horizon: int | None = None,
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Arrays and metadata, as write_dataset takes them, of a Stable-Baselines3 ReplayBuffer.
+
+    ``costs`` [buffer_size, n_envs] (or [buffer_size] of one environment) stand in the buffer's own
+    slots; the buffer itself keeps none, unless a subclass has an attribute ``costs``. Environments
+    follow each other, each from its first whole episode (in a full ring the oldest one has lost its
+    beginning) to its last step, where an unfinished episode counts as cut. ``horizon`` is needed
+    without handle_timeout_termination, as time limits are then unknown. optimize_memory_usage=True
+    also forgets the observation after an episode's last step, for which that step's own stands in.
+    Actions are taken as SAC, TD3 and DQN store them: scaled to [-1, 1], or integers, which become
+    one-hot. Raises DataError.
+    """
+    if isinstance(buffer.observations, dict):
+        raise DataError(
+            "The replay buffer holds dict observations. Train on a flattened environment "
+            "(gymnasium.wrappers.FlattenObservation)."
+        )
+    costs = getattr(buffer, "costs", None) if costs is None else costs
+    if costs is None:
+        raise DataError(
+            "The replay buffer holds no costs. Give them as `costs`, an array "
+            f"[{buffer.buffer_size}, {buffer.n_envs}] in the buffer's own slots."
+        )
+    costs = np.asarray(costs)
+    if costs.ndim == 1:
+        costs = costs[:, None]
+    if costs.shape != buffer.rewards.shape:
+        raise DataError(
+            f"`costs` is {list(costs.shape)}, but the replay buffer "
+            f"{list(buffer.rewards.shape)}. Give one cost for each of its slots."
+        )
+    parts = [_environment(buffer, costs, k, horizon) for k in range(buffer.n_envs)]
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if not len(arrays["rewards"]):
+        raise DataError(
+            "The replay buffer holds no episode from its beginning. Give it more room, or take it "
+            "earlier."
+        )
+    guessed = int((arrays.pop("guessed") & arrays["timeouts"]).sum())
+    metadata: dict[str, Any] = {"source": "Stable-Baselines3 ReplayBuffer"}
+    metadata |= {k: v for k, v in {"env_id": env_id, "horizon": horizon}.items() if v is not None}
+    if hasattr(buffer.action_space, "n"):
+        metadata["action_count"] = int(buffer.action_space.n)
+    else:
+        metadata |= {"action_low": -1.0, "action_high": 1.0}
+    if guessed:
+        metadata["warning"] = stand_in_warning(guessed)
+    found, noted, remarks, _ = complete(arrays, metadata)
+    validate_arrays(found)
+    if remarks:
+        noted["warning"] = " ".join([*remarks, *filter(None, [noted.get("warning")])])
+    return found, noted
+
+
+def _environment(
+    buffer: Any, costs: NDArray[Any], k: int, horizon: int | None
+) -> dict[str, NDArray[Any]]:
+    """The steps of environment k from its first whole episode on, in the order of time.
+
+    ``guessed`` [n] says where the next observation is not known.
+    """
+    compact = bool(buffer.optimize_memory_usage)
+    slots = np.arange(buffer.pos)
+    if buffer.full:
+        slots = (np.arange(buffer.buffer_size) + buffer.pos) % buffer.buffer_size
+        if compact:  # the newest next observation has replaced the oldest observation
+            slots = slots[1:]
+        ends = np.flatnonzero(buffer.dones[slots, k])
+        slots = slots[ends[0] + 1 :] if len(ends) else slots[:0]
+    n, dones = len(slots), buffer.dones[slots, k] > 0
+    if buffer.handle_timeout_termination:
+        timeouts = buffer.timeouts[slots, k] > 0
+    else:
+        timeouts = dones & at_horizon(dones, horizon)
+    guessed = dones & compact
+    guessed[-1:] = False  # of the newest step it is still there
+    observations = buffer.observations[:, k].reshape(buffer.buffer_size, -1)
+    if compact:
+        following = observations[(slots + 1) % buffer.buffer_size]
+        following[guessed] = observations[slots[guessed]]
+    else:
+        following = buffer.next_observations[slots, k].reshape(n, observations.shape[1])
+    terminals = dones & ~timeouts
+    timeouts[-1:] |= ~dones[-1:]  # the next environment's steps are another episode
+    return {
+        "observations": observations[slots],
+        "next_observations": following,
+        "actions": buffer.actions[slots, k],
+        "rewards": buffer.rewards[slots, k],
+        "costs": costs[slots, k],
+        "terminals": terminals,
+        "timeouts": timeouts,
+        "guessed": guessed,
+    }

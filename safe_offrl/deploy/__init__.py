@@ -1,0 +1,1 @@
+"""A policy at work: episodes behind its shield, evaluation, and export."""

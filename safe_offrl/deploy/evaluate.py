@@ -1,0 +1,54 @@
+"""Frozen evaluation: complete episodes of one policy, nothing learnt, everything counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from safe_offrl.deploy.episodes import PlayedEpisode, faults_in_a_row, play_episode
+from safe_offrl.env.adapter import AccidentEnv, episode_seed
+from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.safety.shield import Shield
+from safe_offrl.types import Episode, Normalizer
+
+
+def evaluate(
+    env: AccidentEnv,
+    actor: NumpyActor,
+    shield: Shield,
+    normalizer: Normalizer,
+    episodes: int,
+    seed: int,
+    *,
+    version: int = 0,
+    mean_action: bool = False,
+    watch: Callable[[Episode, PlayedEpisode], None] | None = None,
+    worst_cost: float,
+) -> Iterator[Episode]:
+    """Play ``episodes`` episodes on seeds of their own stream and yield each as it ends.
+
+    ``watch`` is shown each episode together with its transitions. ``worst_cost`` is what an episode
+    counts as in which the environment fails; EnvError if it does so in three in a row.
+    """
+    rng = np.random.default_rng([seed, 1])  # not the stream that the online phase acts with
+    steps = faults = 0
+    for index in range(episodes):
+        reset_seed = episode_seed(seed, index, "evaluate")
+        played = play_episode(
+            env, actor, shield, normalizer, reset_seed, rng, mean_action=mean_action
+        )
+        faults = faults_in_a_row(faults, played.fault)
+        episode = played.recorded(
+            index=index,
+            seed=reset_seed,
+            steps_before=steps,
+            worst_cost=worst_cost,
+            version=version,
+            phase="evaluate",
+            content=played.content,
+        )
+        if watch is not None:
+            watch(episode, played)
+        yield episode
+        steps += played.steps

@@ -1,0 +1,1 @@
+"""An environment as everything else sees it: made, held to its contract, identified."""

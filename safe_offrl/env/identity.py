@@ -1,0 +1,281 @@
+"""What an environment and its accident rule are, beyond their names: one identity, JSON-able.
+
+An id stays while what is behind it changes: keyword arguments of the registration, wrappers, the
+numbers in a module. Two environments of one identity are made alike, from the same sources::
+
+    environment  id, entry_point, kwargs, max_episode_steps and additional_wrappers of the
+                 registration, wrappers as they lie around it, sources, packages
+    rule         accident, cost_threshold (where it matters), sources, packages
+    horizon      steps of an episode
+
+``sources`` and ``packages`` (see :mod:`safe_offrl.env.module_sources`) are those of the classes of
+the environment and its wrappers, of what they inherit from, of the entry point, of the module in
+"module:Id" and of what keyword arguments name. No path and no memory address enters: where the
+sources are the same, so is the identity. It does not see files that are read, unless a keyword
+argument is the path of one. Versions of Python, numpy and gymnasium are kept beside it, and another
+one does not make another environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path, PurePath
+from types import ModuleType
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.utils import RecordConstructorArgs
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+
+from safe_offrl.env.module_sources import sources_and_packages
+
+KEY = "environment_identity"  # under which logs, runs, evaluations and certificates keep it
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_DEEPEST = 6  # level of attributes of attributes that is still looked at
+_MOST_STORED = 1000  # characters of an argument as JSON; of a longer one the sha256 is kept
+_MOST_SHOWN = 60  # characters of a value in a sentence
+
+
+def environment_identity(env: gymnasium.Env[Any, Any], env_id: str) -> dict[str, Any]:
+    """Of an environment as it was made, before its first reset.
+
+    ``env_id`` is what it was asked for by, with the module that registers it if one was named.
+    """
+    spec = env.unwrapped.spec
+    registered = gymnasium.registry.get(spec.id) if spec else None
+    steps = env.spec.max_episode_steps if env.spec else None
+    kwargs = {k: v for k, v in (spec.kwargs if spec else {}).items() if k != "render_mode"}
+    entry_points = [spec.entry_point if spec else None]
+    modules = {env_id.rpartition(":")[0], *_modules_of(env.unwrapped)}
+    additional = []
+    for wrapper in registered.additional_wrappers if registered else ():
+        entry_points.append(wrapper.entry_point)
+        given = _arguments(wrapper.kwargs or {}, modules)
+        additional.append({"class": wrapper.entry_point, "kwargs": given})
+    description = {
+        "id": spec.id if spec else type(env.unwrapped).__name__,
+        "entry_point": _described(entry_points[0], modules),
+        "kwargs": _arguments(kwargs, modules),
+        "max_episode_steps": steps,
+        "additional_wrappers": additional,
+        "wrappers": _wrappers(env, steps, modules),
+    }
+    modules |= {text.partition(":")[0] for text in entry_points if isinstance(text, str)}
+    found = sources_and_packages(modules - {""})
+    names = getattr(env.unwrapped, "packages", ())
+    found["packages"] |= {name: importlib.metadata.version(name) for name in names}
+    return description | found
+
+
+def rule_identity(accident: str, cost_threshold: float) -> dict[str, Any]:
+    """Of an accident rule, as SafetySpec names it; its module has been imported."""
+    module, colon, _ = accident.partition(":")
+    by_cost = accident in ("cost", "episode_cost")
+    return {
+        "accident": accident,
+        **({"cost_threshold": cost_threshold} if by_cost else {}),
+        **sources_and_packages([module] if colon else []),
+    }
+
+
+def _wrappers(
+    env: gymnasium.Env[Any, Any], steps: int | None, modules: set[str]
+) -> list[dict[str, Any]]:
+    """From the outermost to the environment, without those that change no number.
+
+    What a wrapper was made with is known of those that record it; for the others see
+    "additional_wrappers". The time limit is "max_episode_steps" already.
+    """
+    found = []
+    while isinstance(env, gymnasium.Wrapper):
+        limit = isinstance(env, TimeLimit) and env._max_episode_steps == steps
+        if not limit and not isinstance(env, OrderEnforcing | PassiveEnvChecker):
+            modules |= _modules_of(env)
+            saved = env._saved_kwargs if isinstance(env, RecordConstructorArgs) else {}
+            given = _arguments({k: v for k, v in saved.items() if k != "env"}, modules)
+            found.append({"class": _name(type(env)), "kwargs": given})
+        env = env.env
+    return found
+
+
+# --- values -----------------------------------------------------------------------------------
+
+
+def _arguments(kwargs: Mapping[str, Any], modules: set[str]) -> dict[str, Any]:
+    """Keyword arguments as JSON, the same in every process; what they name joins ``modules``."""
+    found = {str(key): _described(value, modules) for key, value in kwargs.items()}
+    for key, value in found.items():
+        text = json.dumps(value, sort_keys=True)
+        if len(text) > _MOST_STORED:
+            found[key] = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return dict(sorted(found.items()))
+
+
+def _described(value: Any, modules: set[str], above: tuple[int, ...] = ()) -> Any:
+    """A value as JSON: see :func:`_arguments`.
+
+    An absolute path is its last part, with the sha256 of the file if there is one. An object is its
+    class and its attributes, or its repr if that holds no memory address, or its class alone.
+    """
+    if isinstance(value, enum.Enum):
+        modules |= _modules_of(value)
+        return f"{_name(type(value))}.{value.name}"
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, str | PurePath):
+        return _described_path(Path(value)) if PurePath(value).is_absolute() else str(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return _described(value.tolist(), modules, above)
+    if isinstance(value, ModuleType):
+        modules.add(value.__name__)
+        return value.__name__
+    if isinstance(value, type) or hasattr(value, "__qualname__"):  # a class, a function, a method
+        modules.add(getattr(value, "__module__", None) or "")
+        return _name(value)
+    if id(value) in above or len(above) > _DEEPEST:
+        return _name(type(value))
+    above = (*above, id(value))
+    if isinstance(value, functools.partial):
+        parts = [value.func, list(value.args), value.keywords]
+        return {"partial": _described(parts, modules, above)}
+    if isinstance(value, Mapping):
+        return {str(k): _described(v, modules, above) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_described(member, modules, above) for member in value]
+    if isinstance(value, Set):  # whose order is another one in each process
+        members = [_described(member, modules, above) for member in value]
+        return sorted(members, key=lambda member: json.dumps(member, sort_keys=True))
+    modules |= _modules_of(value)
+    attributes = getattr(value, "__dict__", None) or {}
+    if dataclasses.is_dataclass(value):  # may have slots
+        attributes = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if attributes:
+        return {_name(type(value)): _described(attributes, modules, above)}
+    return _name(type(value)) if _ADDRESS.search(repr(value)) else repr(value)
+
+
+def _described_path(path: Path) -> Any:
+    if not path.is_file():  # no device either: reading one may wait for ever
+        return path.name
+    with path.open("rb") as file:
+        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', None)}.{thing.__qualname__}"
+
+
+def _modules_of(thing: object) -> set[str]:
+    """Modules of an object's class and of those that it inherits from."""
+    return {cls.__module__ for cls in type(thing).__mro__}
+
+
+# --- what differs -----------------------------------------------------------------------------
+
+
+def differences(before: object, now: object) -> list[str]:
+    """What differs between two identities, a phrase each: "kwargs edge 1.0 -> 0.2".
+
+    Empty if they are the same, or if one is unknown: None, or no identity at all.
+    """
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return []
+    found = []
+    for section in ("environment", "rule"):
+        found += _of_section(_mapping(before, section), _mapping(now, section))
+    found += _values(before, now, ["horizon"])
+    return list(dict.fromkeys(found))  # one module may hold the environment and the rule
+
+
+def log_differences(metadata: Mapping[str, Any], now: object) -> list[str]:
+    """What differs between the environment that a log was made in and an identity.
+
+    How a log is read under another rule or horizon than its own is not decided here: of a rule of
+    the same name, its source counts.
+    """
+    logged = metadata.get(KEY)
+    if not isinstance(logged, Mapping) or not isinstance(now, Mapping):
+        return []
+    named = ("accident", "cost_threshold")
+    before, after = _mapping(logged, "rule"), _mapping(now, "rule")
+    same_rule = [before.get(key) for key in named] == [after.get(key) for key in named]
+    kept = ("environment", "rule") if same_rule else ("environment",)
+    return differences({k: logged.get(k) for k in kept}, {k: now.get(k) for k in kept})
+
+
+def _of_section(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    if not before or not now:  # not on record
+        return []
+    found = _values(before, now, ["id", "entry_point", "max_episode_steps"])
+    found += _values(before, now, ["accident"]) or _values(before, now, ["cost_threshold"])
+    old, new = (_mapping(part, "kwargs") for part in (before, now))
+    found += [f"kwargs {text}" for text in _values(old, new, sorted({*old, *new}))]
+    # Those of the registration lie around the environment too, and are said once.
+    found += _values(before, now, ["additional_wrappers"]) or _values(before, now, ["wrappers"])
+    old, new = (_mapping(part, "sources") for part in (before, now))
+    if not {"sources", "packages"} <= before.keys() & now.keys():  # settings alone
+        return found
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    found += [_printable(f"the source of {name}") for name in changed]
+    old, new = (_mapping(part, "packages") for part in (before, now))
+    return found + _values(old, new, sorted({*old, *new}))
+
+
+def _values(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Name, value and other value of each that differs; "none" where there is none."""
+    found = []
+    for key in keys:
+        old, new = _text(before.get(key)), _text(now.get(key))
+        if old != new:
+            label = {"accident": "accident rule"}.get(key, key.replace("_", " "))
+            found.append(_printable(f"{label} {_short(old, new)}"))
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(v, dict) and "class" in v for v in value):
+        calls = [(v["class"], _mapping(v, "kwargs")) for v in value]
+        value = ", ".join(
+            f"{name}({', '.join(f'{k}={_text(v)}' for k, v in kwargs.items())})"
+            for name, kwargs in calls
+        )
+    if value is None or value == "":
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _short(old: str, new: str) -> str:
+    """Both texts; of long ones the part where they begin to differ."""
+    begin = 0
+    if max(len(old), len(new)) > _MOST_SHOWN:
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False))
+        begin = max(0, sum(1 for _ in same) - 10)
+    parts = [
+        f"{'...' * (begin > 0)}{text[begin : begin + _MOST_SHOWN]}"
+        f"{'...' * (len(text) > begin + _MOST_SHOWN)}"
+        for text in (old, new)
+    ]
+    return " -> ".join(parts)
+
+
+def _printable(text: str) -> str:
+    """Metadata may come from anywhere."""
+    return text if text.isprintable() else ascii(text)
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}

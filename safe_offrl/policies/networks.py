@@ -1,0 +1,244 @@
+"""Networks: ensembles as one batched matrix product, and the actor."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safe_offrl.compute.state import Part
+from safe_offrl.policies.distributions import (
+    LOG_STD_MAX,
+    LOG_STD_MIN,
+    Categorical,
+    Gaussian,
+    Policy,
+)
+
+# Q(s, a) of all critics: [B, O], [B, A] -> [E, B]
+QFunction = Callable[[Tensor, Tensor], Tensor]
+# Q_C(s, time to go, a): [B, O], [B], [B, A] -> [B]
+Risk = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+Members = slice | Tensor
+EVERY = slice(None)
+
+
+class StackedLinear(nn.Module):
+    """E independent linear layers in one batched matrix product: [E, B, in] -> [E, B, out]."""
+
+    def __init__(self, members: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+        # torch.nn.Linear's own initialisation, uniform in +-1/sqrt(inputs), member by member.
+        bound = 1.0 / math.sqrt(inputs)
+        device = generator.device
+        weight = torch.empty(members, inputs, outputs, device=device)
+        bias = torch.empty(members, 1, outputs, device=device)
+        weight.uniform_(-bound, bound, generator=generator)
+        bias.uniform_(-bound, bound, generator=generator)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor, members: Members = EVERY) -> Tensor:
+        """[M, B, in] -> [M, B, out] for the M ``members`` asked for."""
+        # Not baddbmm: that writes the bias out before it multiplies.
+        return torch.bmm(x, self.weight[members]) + self.bias[members]
+
+
+class StackedMLP(nn.Module):
+    """E independent ReLU networks with one scalar output each: inputs [B, I] -> [E, B].
+
+    ``layer_norm`` puts a LayerNorm before every ReLU (RLPD, arXiv:2302.02948, section 4.2): it
+    bounds what the critic says about actions nobody has tried. It has no scale and shift of its
+    own: the next layer can express the same, and their gradients were a quarter of an update's
+    time.
+    """
+
+    def __init__(
+        self,
+        members: int,
+        inputs: int,
+        hidden: Sequence[int],
+        *,
+        layer_norm: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.members = members
+        layers: list[nn.Module] = []
+        size = inputs
+        for width in hidden:
+            layers.append(StackedLinear(members, size, width, generator))
+            if layer_norm:
+                layers.append(nn.LayerNorm(width, elementwise_affine=False))
+            layers.append(nn.ReLU())
+            size = width
+        self.hidden = nn.Sequential(*layers)
+        self.output = StackedLinear(members, size, 1, generator)
+
+    def forward(self, inputs: Tensor, members: Members = EVERY) -> Tensor:
+        """[B, I] -> [M, B] of the M members asked for, all by default."""
+        x = inputs.expand(len(self.output.bias[members]), *inputs.shape)
+        return self._through(list(self.hidden), x, members)
+
+    def features(self, inputs: Tensor, members: Members = EVERY) -> Tensor:
+        """What the output layers are linear in: [B, I] -> [M, B, width of the last hidden]."""
+        x = inputs.expand(len(self.output.bias[members]), *inputs.shape)
+        for layer in self.hidden:
+            x = layer(x, members) if isinstance(layer, StackedLinear) else layer(x)
+        return x
+
+    def over_actions(self, states: Tensor, actions: Tensor) -> Tensor:
+        """Many actions [K, B, A] at the same states [B, S] -> [E, K, B].
+
+        What the first layer makes of a state is computed once, not K times.
+        """
+        (k, b, _), size = actions.shape, states.shape[-1]
+        if not self.hidden:
+            both = torch.cat([states.expand(k, b, size), actions], dim=-1)
+            return self(both.flatten(0, 1)).unflatten(1, (k, b))
+        first, *rest = self.hidden
+        assert isinstance(first, StackedLinear)
+        of_states = torch.bmm(states.expand(self.members, b, size), first.weight[:, :size])
+        rows = actions.flatten(0, 1).expand(self.members, k * b, -1)
+        of_actions = torch.bmm(rows, first.weight[:, size:]).unflatten(1, (k, b))
+        x = (of_actions + (of_states + first.bias).unsqueeze(1)).flatten(1, 2)
+        return self._through(rest, x, EVERY).unflatten(1, (k, b))
+
+    def select(self, members: slice) -> StackedMLP:
+        """A copy of these members alone."""
+        net = copy.deepcopy(self)
+        for layer in net.modules():
+            if isinstance(layer, StackedLinear):
+                layer.weight = nn.Parameter(layer.weight[members].detach().clone())
+                layer.bias = nn.Parameter(layer.bias[members].detach().clone())
+        net.members = len(net.output.bias)
+        return net
+
+    def _through(self, layers: list[nn.Module], x: Tensor, members: Members) -> Tensor:
+        for layer in layers:
+            x = layer(x, members) if isinstance(layer, StackedLinear) else layer(x)
+        # A product with one column is bound by memory: a sum can be fused with what precedes it.
+        column = self.output.weight[members].transpose(1, 2)
+        return (x * column).sum(-1) + self.output.bias[members].squeeze(-1)
+
+
+def linear_layers(inputs: int, widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
+    """Plain ReLU network: linear layers of these widths with ReLU between them, [B, I] -> [B,
+    O].
+    """
+    layers: list[nn.Module] = []
+    size = inputs
+    for width in widths:
+        linear = nn.Linear(size, width, device=generator.device)
+        bound = 1.0 / math.sqrt(size)
+        with torch.no_grad():
+            linear.weight.uniform_(-bound, bound, generator=generator)
+            linear.bias.uniform_(-bound, bound, generator=generator)
+        layers += [linear, nn.ReLU()]
+        size = width
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """The policy's network: observations [B, O] -> a tanh-Gaussian over [-1, 1]^A, or, where
+    actions are ``discrete``, a categorical over A of them.
+
+    The log standard deviation is squashed smoothly into [-5, 2], so its gradient never dies at a
+    clip.
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        generator: torch.Generator,
+        *,
+        discrete: bool = False,
+    ) -> None:
+        super().__init__()
+        self.discrete = discrete
+        outputs = action_size if discrete else 2 * action_size
+        self.layers = linear_layers(observation_size, (*hidden, outputs), generator)
+
+    def __call__(self, observations: Tensor) -> Policy:
+        """Typed entry to ``forward``; torch declares Any."""
+        return super().__call__(observations)
+
+    def forward(self, observations: Tensor) -> Policy:
+        outputs = self.layers(observations)
+        if self.discrete:
+            return Categorical(torch.log_softmax(outputs, dim=-1))
+        mean, raw = outputs.chunk(2, dim=-1)
+        half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
+        return Gaussian(mean, LOG_STD_MIN + half_range * (torch.tanh(raw) + 1.0))
+
+
+@torch.no_grad()
+def polyak_(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """Move the target's parameters towards the online ones: ``target += tau (online - target)``."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes every agent shares: RLPD's 10 LayerNorm critics and networks of 256x256 by default.
+
+    Without ``layer_norm`` the reward critics and IQL's state value are as SAC, CQL and IQL were
+    published. The safety critic always has it.
+    """
+
+    actor_hidden: tuple[int, ...] = (256, 256)
+    critic_hidden: tuple[int, ...] = (256, 256)
+    critics: int = 10
+    layer_norm: bool = True
+
+
+class Networks:
+    """Actor, critic ensemble and its target, shared by the offline and the online learner."""
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        config: NetworkConfig,
+        generator: torch.Generator,
+        *,
+        discrete: bool = False,
+    ) -> None:
+        self.actor = Actor(
+            observation_size, action_size, config.actor_hidden, generator, discrete=discrete
+        )
+        self.critics = StackedMLP(
+            config.critics,
+            observation_size + action_size,
+            config.critic_hidden,
+            layer_norm=config.layer_norm,
+            generator=generator,
+        )
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """All critics: [B, O], [B, A] -> [E, B]."""
+        q: Tensor = self.critics(torch.cat([observations, actions], dim=-1))
+        return q
+
+    def q_of_actions(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """All critics at many actions of the same observations: [B, O], [K, B, A] -> [E, K, B]."""
+        return self.critics.over_actions(observations, actions)
+
+    @torch.no_grad()
+    def target_q(self, observations: Tensor, actions: Tensor, members: Members = EVERY) -> Tensor:
+        """Target critics: [B, O], [B, A] -> [M, B], without gradient."""
+        q: Tensor = self.target_critics(torch.cat([observations, actions], dim=-1), members)
+        return q
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return {"actor": self.actor, "critics": self.critics, "target_critics": self.target_critics}

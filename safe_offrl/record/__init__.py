@@ -1,0 +1,1 @@
+"""What is written down and said of a run: its folder, ledger, checkpoints and progress."""

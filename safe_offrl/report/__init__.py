@@ -1,0 +1,1 @@
+"""Comparisons of runs: numbers, tables, charts, pages and videos."""

@@ -1,0 +1,1 @@
+"""What keeps a policy safe: critic, multiplier, acceptance, shield, monitor, deployment."""

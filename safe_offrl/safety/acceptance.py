@@ -1,0 +1,201 @@
+"""The acceptance step: only a candidate that passes both constraints may act.
+
+Learner and deployed policy are separate. The learner proposes; the candidate is pulled back towards
+the policy that acts until KL and what is constrained, V_accident(s0) or the expected cost, are
+within their limits, or refused. The constraints hold for MEASURED values: the KL is exact on the
+states visited, the rest is the safety critic's conservative estimate, in the critic's unit.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safe_offrl.errors import ConfigError
+from safe_offrl.policies.distributions import normal
+from safe_offrl.policies.networks import Actor
+from safe_offrl.safety.critic import SafetyCritic
+from safe_offrl.spec import Limit
+from safe_offrl.types import Constraint, States, Visited
+
+
+@dataclass(frozen=True)
+class AcceptanceConfig:
+    """``shrink`` and ``tries`` of the backtracking, ``tail`` quantile of the KL over states.
+
+    The mean KL is bounded by delta in both directions; its ``tail`` quantile by ``tail_ratio``
+    delta, so that a change concentrated on few states does not hide in the mean.
+    """
+
+    shrink: float = 0.7
+    tries: int = 8
+    tail: float = 0.95
+    tail_ratio: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse a backtracking that would not get anywhere."""
+        if not (0.0 < self.shrink < 1.0 and self.tries >= 1):
+            raise ConfigError(
+                f"acceptance.shrink is {self.shrink} and acceptance.tries {self.tries}, but a "
+                "factor in (0, 1) and at least 1 try are needed. Try 0.7 and 8."
+            )
+        if not (0.0 < self.tail < 1.0 and self.tail_ratio > 0.0):
+            raise ConfigError(
+                f"acceptance.tail is {self.tail} and acceptance.tail_ratio {self.tail_ratio}, but "
+                "a quantile in (0, 1) and a ratio above 0 are needed. Try 0.95 and 5."
+            )
+
+
+class Decision(NamedTuple):
+    """What was measured and decided; ``fraction`` is 0 when the deployed policy stays."""
+
+    accepted: bool
+    fraction: float
+    reason: str
+    kl_forward_mean: float  # KL(candidate || deployed)
+    kl_reverse_mean: float  # KL(deployed || candidate)
+    kl_forward_tail: float
+    kl_reverse_tail: float
+    v_previous: float  # upper estimate of what is constrained, deployed policy
+    v_candidate: float  # the same for the candidate that was decided on
+
+    @property
+    def kl_mean(self) -> float:
+        """The larger of both directions; NaN if either is."""
+        return float(np.max([self.kl_forward_mean, self.kl_reverse_mean]))
+
+    @property
+    def kl_tail(self) -> float:
+        """The larger tail quantile of both directions; NaN if either is."""
+        return float(np.max([self.kl_forward_tail, self.kl_reverse_tail]))
+
+
+def interpolate(previous: Actor, learner: Actor, fraction: float) -> Actor:
+    """A new actor with parameters ``previous + fraction (learner - previous)``."""
+    candidate = copy.deepcopy(previous)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(candidate.parameters()), list(learner.parameters()), fraction)
+    return candidate
+
+
+@torch.no_grad()
+def measure_kl(candidate: Actor, previous: Actor, observations: Tensor, tail: float) -> Tensor:
+    """[4]: mean of KL(c || p), mean of KL(p || c), then both ``tail`` quantiles, over [B, O]."""
+    c, p = candidate(observations), previous(observations)
+    both = torch.stack([c.kl(p), p.kl(c)])
+    return torch.cat([both.mean(1), both.quantile(tail, dim=1)])
+
+
+@torch.no_grad()
+def risk_change(
+    candidate: Actor, previous: Actor, critic: SafetyCritic, visited: Visited, noise: Tensor
+) -> float:
+    """Mean change of the risk of an action when the candidate replaces the previous policy.
+
+    ``E_visited[Q_C(s, a') - Q_C(s, a)]``, a' from the candidate, a from the previous policy, both
+    driven by the same ``noise`` [B, A], over the states that count: behind an accident nothing can
+    change whether there was one. Times ``critic.change_per_action`` it is the first-order change of
+    V_accident(s0), or of the expected cost (performance difference lemma, Kakade & Langford 2002;
+    CPO, arXiv:1705.10528).
+    """
+    mine, theirs = (
+        critic.risk_under(actor, visited.batch.observations, visited.batch.time_to_go, noise)
+        for actor in (candidate, previous)
+    )
+    changes = (mine - theirs) * visited.counted
+    return float(changes.sum() / visited.counted.sum().clamp_min(1.0))
+
+
+def _probability(value: float) -> float:
+    """Clip to [0, 1]. Python's min and max would turn a NaN into 0, "safe"; this keeps it NaN."""
+    return float(np.clip(value, 0.0, 1.0))
+
+
+def measure(
+    candidate: Actor,
+    previous: Actor,
+    critic: SafetyCritic,
+    visited: Visited,
+    v_previous: float,
+    noise: Tensor,
+    tail: float,
+) -> Decision:
+    """What a change from the previous policy to the candidate would mean; nothing decided yet."""
+    kls = measure_kl(candidate, previous, visited.batch.observations, tail).tolist()
+    change = critic.change_per_action(visited.per_episode)
+    change *= risk_change(candidate, previous, critic, visited, noise)
+    return Decision(
+        accepted=False,
+        fraction=0.0,
+        reason="",
+        kl_forward_mean=kls[0],
+        kl_reverse_mean=kls[1],
+        kl_forward_tail=kls[2],
+        kl_reverse_tail=kls[3],
+        v_previous=v_previous,
+        v_candidate=_probability(v_previous + change),
+    )
+
+
+def decide(
+    previous: Actor,
+    learner: Actor,
+    critic: SafetyCritic,
+    visited: Visited,
+    reference: States,
+    limit: Limit,
+    config: AcceptanceConfig,
+    *,
+    kl_limit: float | None,
+    constrain_safety: bool,
+    confidence: float,
+    generator: torch.Generator,
+) -> tuple[Decision, Actor]:
+    """Backtrack from the learner towards the deployed policy until both constraints hold.
+
+    ``visited`` are transitions of the latest episodes, the deployed policy's and perhaps those of
+    the one or two before it; ``reference`` are the critic's states for an estimate. ``kl_limit``
+    None switches the KL constraint off; ``confidence`` is that of the upper estimate. While the
+    deployed policy itself is not below the limit, a candidate must have a lower estimate than it.
+    Returns the decision and the policy to act.
+    """
+    noise = normal(visited.batch.actions.shape, generator)
+    v_previous = _probability(critic.estimate(previous, reference, generator, confidence).upper)
+    fraction, decision = 1.0, None
+    for _ in range(config.tries):
+        candidate = interpolate(previous, learner, fraction)
+        decision = measure(
+            candidate,
+            previous,
+            critic,
+            visited,
+            v_previous,
+            noise,
+            config.tail,
+        )
+        limits = []
+        if kl_limit is not None:
+            tail_limit = config.tail_ratio * kl_limit
+            limits += [
+                Constraint("KL", decision.kl_mean, kl_limit),
+                Constraint("KL tail", decision.kl_tail, tail_limit),
+            ]
+        improves = constrain_safety and decision.v_candidate < v_previous
+        if constrain_safety and not improves:
+            name = "V_accident" if limit.constraint == "accident" else "expected cost"
+            limits.append(Constraint(name, decision.v_candidate * limit.scale, limit.value))
+        failed = next((limit for limit in limits if not limit.satisfied), None)
+        if failed is None:
+            exceeds = constrain_safety and not decision.v_candidate < limit.share
+            reason = "improves on a policy above the limit" if exceeds else "every constraint holds"
+            return decision._replace(accepted=True, fraction=fraction, reason=reason), candidate
+        reason = f"{failed.name} {failed.value:.3g} is not below {failed.limit:.3g}"
+        decision = decision._replace(reason=reason)
+        fraction *= config.shrink
+    assert decision is not None  # tries >= 1
+    return decision, previous

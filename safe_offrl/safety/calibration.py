@@ -1,0 +1,286 @@
+"""Is the safety critic to be trusted? Judged on held-out episodes, before anything acts.
+
+The critic speaks of the new policy, the log of the old ones, so outcomes are compared over a short
+window: "accident within the next W logged steps" (or the cost of these steps), continued by the
+critic's own value where the window ends (a W-step return). Over so few steps the logged action
+decides, not who acts afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from safe_offrl.check.inspect import MIN_HELD_OUT_EPISODES
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.policies.networks import Actor
+from safe_offrl.safety.critic import RiskEstimate, SafetyCritic
+from safe_offrl.spec import Limit
+from safe_offrl.stats.reliability import Bin, reliability_bins
+from safe_offrl.stats.statistics import clopper_pearson
+
+Floats = NDArray[np.float32]
+
+CONTRASTS = 201  # that a report keeps: a long log has thousands
+WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
+# What the shield needs before it may act, beside MIN_HELD_OUT_EPISODES with an accident, each with
+# the reason it is refused for.
+MIN_AUROC = 0.8
+MIN_RANKING = 0.5  # of the lower 95 % limit: shown to be better than chance
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What held-out episodes say of the safety critic.
+
+    ``reliability``: (mean prediction, mean outcome, transitions) per bin; ``ece`` its weighted mean
+    gap. ``auroc`` and ``ranking`` are shares of correctly ordered pairs: of any two transitions,
+    and of two actions at (nearly) one state, the comparison a shield makes; ``contrasts`` are what
+    the critic's plain members make of these ``ranking_pairs``, the risk of the dangerous action
+    less that of the other, by size; of many pairs the CONTRASTS quantiles. The estimates are of
+    what ``constraint`` names: V_accident(s0), or the expected cost per episode. ``bins`` are the
+    curve of the figure.
+    """
+
+    episodes: int
+    accident_episodes: int
+    auroc: float
+    ranking: float
+    ranking_low: float
+    ranking_pairs: int
+    contrasts: tuple[float, ...]
+    reliability: tuple[tuple[float, float, int], ...]
+    ece: float
+    constraint: str
+    limit: float
+    estimate: float
+    estimate_upper: float
+    estimate_plain_td: float
+    behaviour_accident_rate: float
+    behaviour_cost: float
+    shield_refusals: tuple[str, ...]
+    bins: tuple[Bin, ...]
+
+    @property
+    def shield_acts(self) -> bool:
+        """Whether the shield may act; if not it must abstain."""
+        return not self.shield_refusals
+
+    def __str__(self) -> str:
+        """The report as a person reads it."""
+        shield = "allowed" if self.shield_acts else "abstains: " + "; ".join(self.shield_refusals)
+        form = ".3f" if self.constraint == "accident" else ".1f"
+        return "\n".join(
+            [
+                f"calibration {self.episodes} held-out episodes, {self.accident_episodes} with an "
+                f"accident ({self.behaviour_accident_rate:.1%}), cost {self.behaviour_cost:.3g} "
+                "each",
+                f"{'V_accident' if self.constraint == 'accident' else 'cost':<12}"
+                f"{self.estimate:{form}} per episode for the new policy (upper estimate "
+                f"{self.estimate_upper:{form}}, plain TD {self.estimate_plain_td:{form}})",
+                f"{'':<12}the safety critic's own view, which learning steers by; what to expect, "
+                "and how sure that is, says `safe-offrl assess`",
+                f"critic      AUROC {self.auroc:.2f}, expected calibration error {self.ece:.3f}, "
+                f"ranking among actions {self.ranking:.2f} (at least {self.ranking_low:.2f})",
+                f"shield      {shield}",
+            ]
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able content of the report file."""
+        return asdict(self)
+
+
+def auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """Probability that a positive scores above a negative, ties counted half; NaN without both.
+
+    The Mann-Whitney statistic: (sum of the positives' mid-ranks - n(n+1)/2) / (n m).
+    """
+    n, m = int(positive.sum()), int((~positive).sum())
+    if n == 0 or m == 0:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mid_ranks = np.cumsum(counts) - 0.5 * (counts - 1)
+    return float((mid_ranks[inverse][positive].sum() - 0.5 * n * (n + 1)) / (n * m))
+
+
+def accident_within(dataset: Dataset, window: int) -> NDArray[np.bool_]:
+    """Whether an accident follows within ``window`` steps, this one included, [N]."""
+    accidents = dataset.column("accidents").numpy() > 0
+    result = np.zeros(len(accidents), dtype=bool)
+    starts = dataset.episode_starts
+    for first, end in itertools.pairwise(starts):
+        for t in np.flatnonzero(accidents[first:end]):
+            result[max(first, first + t - window + 1) : first + t + 1] = True
+    return result
+
+
+def window_cost(dataset: Dataset, values: Floats, window: int, critic: SafetyCritic) -> Floats:
+    """W-step discounted mean of the cost, [N] in [0, 1], as the critic of the cost means it.
+
+    ``(1 - g) sum_k<W g^k c_k + g^W V(s_W)``, c in units of the largest cost of a step; no V where
+    the episode ends within the window.
+    """
+    assert critic.cost_max is not None
+    discount, n = critic.config.cost_discount, len(values)
+    costs = np.clip(dataset.column("costs").numpy() / critic.cost_max, 0.0, 1.0)
+    end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
+    outcome = np.zeros(n)
+    for k in range(window):
+        later = np.arange(n) + k
+        outcome += np.where(
+            later < end, (1.0 - discount) * discount**k * costs[np.minimum(later, n - 1)], 0.0
+        )
+    later = np.arange(n) + window
+    outcome += np.where(later < end, discount**window * values[np.minimum(later, n - 1)], 0.0)
+    return outcome.astype(np.float32)
+
+
+def window_outcomes(dataset: Dataset, values: Floats, window: int) -> Floats:
+    """W-step return of the accident indicator, [N] in [0, 1].
+
+    1 if an accident follows within ``window`` steps; 0 if the episode terminates or the horizon is
+    reached first; else ``values`` [N], the critic's V, at the state where the window ends.
+    """
+    n = len(values)
+    end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
+    later = np.arange(n) + window
+    inside = later < end
+    outcome = np.where(inside, values[np.minimum(later, n - 1)], 0.0)
+    return np.where(accident_within(dataset, window), 1.0, outcome).astype(np.float32)
+
+
+@torch.no_grad()
+def calibrate_critic(
+    critic: SafetyCritic,
+    actor: Actor,
+    held_out: Dataset,
+    estimate: RiskEstimate,
+    limit: Limit,
+    logged: int,
+) -> CalibrationReport:
+    """Judge the critic on held-out episodes, and whether a shield may act on it.
+
+    ``logged`` is the number of all episodes of the log: of what is missing so much more is to be
+    logged as a share of it is held out.
+    """
+    t = held_out.transitions
+    risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
+    noise = torch.randn(t.actions.shape, generator=torch.Generator().manual_seed(0))
+    values = critic.risk_under(actor, t.observations, t.time_to_go, noise).numpy()
+    window = max(1, round(WINDOW_SHARE * held_out.horizon))
+    danger = accident_within(held_out, window)
+    if limit.constraint == "accident":
+        outcomes, seen = window_outcomes(held_out, values, window), danger.astype(np.float32)
+    else:
+        outcomes = window_cost(held_out, values, window, critic)
+        seen = window_cost(held_out, np.zeros_like(values), window, critic)
+    reliability, ece = _reliability(risk, outcomes)
+    contrasts = _contrasts(critic, held_out, danger)
+    concordant, pairs = int((contrasts > 0.0).sum()), len(contrasts)
+    ranking_low = clopper_pearson(concordant, pairs, 0.9)[0] if pairs else 0.0
+    episode = np.repeat(np.arange(held_out.episodes), held_out.episode_lengths)
+    score = auroc(risk, danger)
+    accident_episodes = int(held_out.episode_accidents.sum())
+    missing = max(0, MIN_HELD_OUT_EPISODES - accident_episodes)
+    more = -(-missing * logged // held_out.episodes)
+    # Written so that a NaN is a refusal.
+    demands = {
+        f"{accident_episodes} held-out accident episodes, {MIN_HELD_OUT_EPISODES} needed (log "
+        f"about {more:,} more episodes with an accident)": not missing,
+        f"AUROC {score:.2f}, {MIN_AUROC} needed": score >= MIN_AUROC,
+        f"ranking among actions is {ranking_low:.2f} at least, above {MIN_RANKING} needed"
+        + _more_to_rank(concordant, pairs, accident_episodes * logged / held_out.episodes): (
+            ranking_low > MIN_RANKING
+        ),
+    }
+    return CalibrationReport(
+        episodes=held_out.episodes,
+        accident_episodes=accident_episodes,
+        auroc=score,
+        ranking=concordant / pairs if pairs else float("nan"),
+        ranking_low=ranking_low,
+        ranking_pairs=pairs,
+        contrasts=tuple(_by_size(contrasts).tolist()),
+        reliability=reliability,
+        ece=ece,
+        constraint=limit.constraint,
+        limit=limit.value,
+        estimate=estimate.value * limit.scale,
+        estimate_upper=estimate.upper * limit.scale,
+        estimate_plain_td=estimate.reference * limit.scale,
+        behaviour_accident_rate=float(held_out.episode_accidents.mean()),
+        behaviour_cost=float(held_out.episode_costs.mean()),
+        shield_refusals=tuple(text for text, met in demands.items() if not met),
+        bins=reliability_bins(risk, outcomes, seen, episode),
+    )
+
+
+def _more_to_rank(right: int, pairs: int, accident_episodes: float) -> str:
+    """How many more of the log's ``accident_episodes`` would show a ranking like this, in words.
+
+    "" where none would: right in half of the pairs, or in fewer.
+    """
+    if 2 * right <= pairs:
+        return ""
+    fewer, enough = pairs, 2 * pairs
+    while not _shows_ranking(right * enough // pairs, enough):
+        fewer, enough = enough, 2 * enough
+    while enough - fewer > 1:
+        middle = (fewer + enough) // 2
+        shown = _shows_ranking(right * middle // pairs, middle)
+        fewer, enough = (fewer, middle) if shown else (middle, enough)
+    more = math.ceil((enough / pairs - 1.0) * accident_episodes)
+    return f" (log about {more:,} more episodes with an accident, if {right / pairs:.2f} holds)"
+
+
+def _shows_ranking(right: int, pairs: int) -> bool:
+    return clopper_pearson(right, pairs, 0.9)[0] > MIN_RANKING
+
+
+def _reliability(
+    predicted: Floats, outcome: Floats
+) -> tuple[tuple[tuple[float, float, int], ...], float]:
+    bins = np.minimum((predicted * 10).astype(int), 9)
+    rows = tuple(
+        (float(predicted[b].mean()), float(outcome[b].mean()), int(b.sum()))
+        for b in (bins == i for i in range(10))
+        if b.any()
+    )
+    return rows, float(sum(n * abs(p - o) for p, o, n in rows) / len(predicted))
+
+
+def _by_size(contrasts: Floats) -> Floats:
+    """Sorted, and no more than CONTRASTS of them."""
+    if len(contrasts) <= CONTRASTS:
+        return np.sort(contrasts)
+    return np.quantile(contrasts, np.linspace(0.0, 1.0, CONTRASTS)).astype(np.float32)
+
+
+def _contrasts(critic: SafetyCritic, held_out: Dataset, danger: NDArray[np.bool_]) -> Floats:
+    """Risk of dangerous actions less that of others at the SAME states, [P].
+
+    Each dangerous transition is paired with the safe transition whose state is nearest
+    (standardised distance, the nearer half of the pairs kept) and whose action differs clearly.
+    """
+    t = held_out.transitions
+    spread, centre = torch.std_mean(t.observations, dim=0)
+    states = (t.observations - centre) / (spread + 1e-6)
+    bad, good = torch.from_numpy(np.flatnonzero(danger)), torch.from_numpy(np.flatnonzero(~danger))
+    if not len(bad) or not len(good):
+        return np.zeros(0, dtype=np.float32)
+    nearest = [torch.cdist(chunk, states[good]).min(dim=1) for chunk in states[bad].split(256)]
+    distance = torch.cat([x.values for x in nearest])
+    partner = good[torch.cat([x.indices for x in nearest])]
+    differs = (t.actions[bad] - t.actions[partner]).norm(dim=-1) > 0.25
+    keep = differs & (distance <= distance.median())
+    bad, partner = bad[keep], partner[keep]
+    mine = critic.plain_risk(t.observations[bad], t.time_to_go[bad], t.actions[bad])
+    other = critic.plain_risk(t.observations[bad], t.time_to_go[bad], t.actions[partner])
+    return (mine - other).numpy()

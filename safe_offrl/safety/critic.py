@@ -1,0 +1,375 @@
+"""The conservative safety critic (CSC): the probability of an accident, or the expected cost.
+
+An ensemble of E networks gives logits of Q_C(s, time to go, a). Of the accident constraint Q_C is
+the probability of an accident before the horizon, undiscounted. Of the cost constraint it is the
+discounted mean of the costs ahead, as a share of the largest cost of a step: episodes of a thousand
+steps are too long for undiscounted bootstrapping, and the expected cost of an episode is a weighted
+sum of these short-sighted values over its states. Every member bootstraps from its
+own target, so errors do not leak between them. The first ``reference`` members learn by plain TD;
+the others are also pushed up at the policy's actions with weight alpha, and alpha is found by dual
+ascent such that their V_accident(s0) exceeds the reference's by a stated gap (and, online, the
+accident rate that was really seen). A fixed alpha is a lottery: the same number is nothing on one
+task and makes everything look deadly on the next.
+
+The pushed members are for judging; the plain ones compare actions, for the shield and for the
+policy that learns online. The push lifts the policy's own actions above their neighbours: so an
+estimate errs on the safe side, and so a gradient leads away from what the policy does, wherever
+that is. (Offline, where alpha ends near 0, it made no difference which members steer.) The two
+roles are not to be joined: what the learner descends flatters the learner.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safe_offrl.compute.adam import Adam
+from safe_offrl.compute.descent import EAGER, Compute, Descent
+from safe_offrl.compute.state import Part
+from safe_offrl.errors import ConfigError
+from safe_offrl.nn.losses import (
+    accident_td_loss,
+    cost_rate_target,
+    first_accident_target,
+    push_up_loss,
+)
+from safe_offrl.policies.distributions import normal
+from safe_offrl.policies.networks import EVERY, Actor, Members, StackedMLP, polyak_
+from safe_offrl.stats.statistics import standard_errors
+from safe_offrl.types import Batch, States
+
+LOG_ALPHA_MIN = -12.0  # 6e-6: no pressure to speak of, and a way back up
+
+
+@dataclass(frozen=True)
+class SafetyCriticConfig:
+    """Settings of the safety critic.
+
+    ``target_gap`` (in the unit of the constraint's share: a probability, or a share of the largest
+    possible episode cost) is how far the estimate of the pushed members shall stand above plain
+    TD's; ``alpha_max`` bounds the pressure used to get there. ``positive_share`` of each batch are
+    accidents, drawn on purpose and weighted back to their true frequency. For the cost constraint
+    only: its critic looks 1 / (1 - ``cost_discount``) steps ahead and learns from
+    ``cost_steps``-step returns. Where what matters is seen in few of many inputs (a lidar, on a new
+    layout in every episode) one-step targets let it learn the layouts of the log by heart;
+    ``weight_decay`` (decoupled, AdamW, arXiv:1711.05101) is against the same.
+    """
+
+    members: int = 5
+    reference: int = 2
+    hidden: tuple[int, ...] = (256, 256)
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    tau: float = 0.01
+    positive_share: float = 0.125
+    target_gap: float = 0.02
+    alpha_init: float = 1e-3
+    alpha_max: float = 0.1
+    alpha_learning_rate: float = 0.01
+    cost_discount: float = 0.99
+    cost_steps: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse what would leave no member to push, or no target to push towards."""
+        if not 1 <= self.reference < self.members:
+            raise ConfigError(
+                f"critic.reference is {self.reference} of {self.members} members, but at least 1 "
+                "must learn by plain TD and at least 1 be pushed. Try 2 of 5."
+            )
+        if not 0.0 < self.target_gap < 1.0:
+            raise ConfigError(
+                f"critic.target_gap is {self.target_gap}, but a probability strictly between 0 and "
+                "1 is needed. Try 0.02."
+            )
+        if not (0.0 <= self.positive_share < 1.0 and 0.0 < self.alpha_init <= self.alpha_max):
+            raise ConfigError(
+                f"critic.positive_share is {self.positive_share} and critic.alpha_init "
+                f"{self.alpha_init}, but a share in [0, 1) and an alpha in (0, alpha_max] are "
+                "needed. Try 0.25 and 0.001."
+            )
+        if not 0.0 < self.cost_discount < 1.0:
+            raise ConfigError(
+                f"critic.cost_discount is {self.cost_discount}, but a number strictly between 0 "
+                "and 1 is needed. Try 0.99."
+            )
+        if self.cost_steps < 1 or self.weight_decay < 0.0:
+            raise ConfigError(
+                f"critic.cost_steps is {self.cost_steps} and critic.weight_decay "
+                f"{self.weight_decay}, but at least 1 and at least 0 are needed. Try 20 and 0.1."
+            )
+
+
+class RiskEstimate(NamedTuple):
+    """The constrained quantity: conservative mean, one-sided upper limit, and plain TD's mean.
+
+    In the critic's unit: V_accident(s0), or the cost of an episode as a share of its largest.
+    """
+
+    value: float
+    upper: float
+    reference: float
+
+
+class SafetyCritic:
+    """Composed with any agent; knows transitions and an actor, nothing of rewards."""
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        horizon: int,
+        config: SafetyCriticConfig,
+        generator: torch.Generator,
+        cost_max: float | None = None,
+        compute: Compute = EAGER,
+    ) -> None:
+        """``cost_max``, the largest cost of a step, makes it the critic of the expected cost."""
+        self.config = config
+        self.horizon = horizon
+        self.cost_max = cost_max
+        self.net = StackedMLP(
+            config.members,
+            observation_size + 1 + action_size,
+            config.hidden,
+            layer_norm=True,
+            generator=generator,
+        )
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+        # Accidents are rare: start from "unlikely" instead of from a coin flip.
+        self.start_from(-3.0)
+        self.log_alpha = torch.tensor(config.alpha_init, device=generator.device).log()
+        self.optimizer = Adam(self.net.parameters(), config.learning_rate, config.weight_decay)
+        self.plain, self._pushed = slice(config.reference), slice(config.reference, None)
+        self._descend = Descent(self.loss, self.optimizer, compute)
+
+    @torch.no_grad()
+    def start_from(self, logit: float) -> None:
+        """Set every value to about this logit, before training: the log's mean cost, for example.
+
+        A value far from it is a thousand updates away, and all bootstrap from it meanwhile.
+        """
+        for net in (self.net, self.target):
+            net.output.bias.fill_(logit)
+
+    def in_memory(self) -> SafetyCritic:
+        """Itself, or what of it is on a GPU copied to the computer's memory: for use with numpy."""
+        if self.log_alpha.device.type == "cpu":
+            return self
+        found = copy.copy(self)
+        found.net = copy.deepcopy(self.net).cpu()
+        return found
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return {
+            "safety_critic": self.net,
+            "safety_target": self.target,
+            "safety_optimizer": self.optimizer,
+            "safety_log_alpha": self.log_alpha,
+        }
+
+    @property
+    def steps(self) -> int:
+        """Steps a transition that it learns from shall span."""
+        return 1 if self.cost_max is None else self.config.cost_steps
+
+    @property
+    def alpha(self) -> Tensor:
+        """Present conservatism, a scalar tensor."""
+        return self.log_alpha.exp()
+
+    def logits(
+        self, observations: Tensor, time_to_go: Tensor, actions: Tensor, members: Members = EVERY
+    ) -> Tensor:
+        """Accident logits of the members asked for: [B, O], [B], [B, A] -> [M, B]."""
+        inputs = torch.cat([observations, time_to_go.unsqueeze(-1), actions], dim=-1)
+        logits: Tensor = self.net(inputs, members)
+        return logits
+
+    def risk(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+        """Q_C for estimates, the mean of the pushed members: [B, O], [B], [B, A] -> [B]."""
+        logits = self.logits(observations, time_to_go, actions, self._pushed)
+        return torch.sigmoid(logits).mean(0)
+
+    def plain_risk(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+        """Q_C for comparing actions, the mean of the members that learn by plain TD; as above."""
+        logits = self.logits(observations, time_to_go, actions, self.plain)
+        return torch.sigmoid(logits).mean(0)
+
+    def risk_under(
+        self, actor: Actor, observations: Tensor, time_to_go: Tensor, noise: Tensor
+    ) -> Tensor:
+        """E_pi Q_C at observations [B, O], the policy's actions driven by noise [B, A] -> [B]."""
+        policy = actor(observations).quadrature(noise)
+        risk = self.risk(policy.repeat(observations), policy.repeat(time_to_go), policy.actions)
+        return policy.expect(risk)
+
+    def reference_states(
+        self, starts: Tensor, visited: Batch | None, steps_per_episode: float
+    ) -> States:
+        """States and weights whose weighted sum of Q_C under a policy is the constrained quantity.
+
+        Accident probability: the start states [S, O], alone. Expected cost: with ``visited`` states
+        of the policy's own episodes (of L steps on average), n = 1 / (1 - discount) and the horizon
+        H, ``J / (H cost_max) = ((n - 1) E_s0[rho] + L E_visited[rho]) / H``. In words: a cost at
+        step j enters the values of the steps before it with the weights discount^k / n, which sum
+        to 1 - discount^(j + 1); what is missing of the early costs, the start states hold.
+        """
+        if self.cost_max is None:
+            return States.at_start(starts)
+        assert visited is not None
+        ones = starts.new_ones(len(starts))
+        reach = 1.0 / (1.0 - self.config.cost_discount)
+        share = (reach - 1.0) / self.horizon, steps_per_episode / self.horizon
+        visits = visited.time_to_go
+        return States(
+            torch.cat([starts, visited.observations]),
+            torch.cat([ones, visits]),
+            torch.cat(
+                [ones * (share[0] / len(ones)), torch.full_like(visits, share[1] / len(visits))]
+            ),
+        )
+
+    def change_per_action(self, steps_per_episode: float) -> float:
+        """What a mean change of Q_C over visited actions means for the constrained quantity.
+
+        Performance difference: steps of an episode times the mean change of the value in its own
+        unit, which for the expected cost is ``rho cost_max / (1 - discount)``.
+        """
+        if self.cost_max is None:
+            return steps_per_episode
+        return steps_per_episode / self.horizon / (1.0 - self.config.cost_discount)
+
+    def loss(
+        self,
+        batch: Batch,
+        weights: Tensor,
+        actor: Actor,
+        reference: States,
+        noise: tuple[Tensor, Tensor, Tensor],
+        spans: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """TD loss + alpha * push-up; reads only.
+
+        ``weights`` [B] undo the stratified sampling; ``noise`` drives the policy's actions at next
+        observations [B, A], observations [B, A] and reference states [S, A]; ``spans`` [B] are the
+        steps between the two observations, 1 if None.
+        Returns (scalar loss, estimate of the pushed members, estimate of the reference members).
+        """
+        if spans is None:
+            spans = torch.ones_like(batch.time_to_go)
+        with torch.no_grad():
+            following = actor(batch.next_observations).quadrature(noise[0])
+            next_time_to_go = (batch.time_to_go - spans / self.horizon).clamp_min(0.0)
+            next_inputs = torch.cat(
+                [
+                    following.repeat(batch.next_observations),
+                    following.repeat(next_time_to_go).unsqueeze(-1),
+                    following.actions,
+                ],
+                dim=-1,
+            )
+            next_values = following.expect(torch.sigmoid(self.target(next_inputs)))
+            shape = next_values.shape
+            ended, next_left = batch.terminated.expand(shape), next_time_to_go.expand(shape)
+            if self.cost_max is None:
+                accidents = batch.accidents.expand(shape)
+                targets = first_accident_target(accidents, ended, next_left, next_values)
+            else:
+                costs = (batch.costs / self.cost_max).expand(shape)
+                discount = self.config.cost_discount
+                targets = cost_rate_target(
+                    costs, ended, next_left, next_values, spans.expand(shape), discount
+                )
+            policy = actor(batch.observations).quadrature(noise[1])
+            there = actor(reference.observations).quadrature(noise[2])
+            logits = self.logits(
+                there.repeat(reference.observations),
+                there.repeat(reference.time_to_go),
+                there.actions,
+            )
+            estimates = reference.total(there.expect(torch.sigmoid(logits)))
+        logged = self.logits(batch.observations, batch.time_to_go, batch.actions)
+        td = accident_td_loss(logged, targets, weights)
+        # The reference members are not pushed: their logits here would be for nothing.
+        acted = self.logits(
+            policy.repeat(batch.observations),
+            policy.repeat(batch.time_to_go),
+            policy.actions,
+            self._pushed,
+        )
+        push = push_up_loss(acted, policy.spread(weights))
+        loss = td.sum() + self.alpha * push.sum()
+        return loss, estimates[self._pushed].mean(), estimates[self.plain].mean()
+
+    def update(
+        self,
+        batch: Batch,
+        weights: Tensor,
+        actor: Actor,
+        reference: States,
+        generator: torch.Generator,
+        floor: float = 0.0,
+        spans: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One gradient step, one Polyak step, one step of dual ascent on alpha.
+
+        ``floor`` is what was really seen (accident rate, or share of the largest cost); the
+        estimate is kept above it. ``spans`` are :meth:`loss`'s.
+        """
+        size = batch.actions.shape
+        noise = (
+            normal(size, generator),
+            normal(size, generator),
+            normal((len(reference.observations), size[-1]), generator),
+        )
+        loss, value, plain = self._descend(batch, weights, actor, reference, noise, spans)
+        polyak_(self.target, self.net, self.config.tau)
+        wanted = (plain + self.config.target_gap).clamp(min=floor, max=1.0)
+        # Unit steps would crawl: the shortfall is measured in gaps, and alpha moves in its
+        # logarithm.
+        shortfall = ((wanted - value) / self.config.target_gap).clamp(-1.0, 1.0)
+        self.log_alpha += self.config.alpha_learning_rate * shortfall
+        self.log_alpha.clamp_(LOG_ALPHA_MIN, math.log(self.config.alpha_max))
+        return {
+            "csc/loss": loss,
+            "csc/estimate": value,
+            "csc/estimate_plain_td": plain,
+            "csc/alpha": self.alpha,
+        }
+
+    @torch.no_grad()
+    def estimate(
+        self, actor: Actor, reference: States, generator: torch.Generator, confidence: float
+    ) -> RiskEstimate:
+        """The constrained quantity under the policy, over a sample of reference states.
+
+        The upper limit adds the standard errors of a one-sided ``confidence`` (1.645 at 0.95):
+        spread between the pushed members, and between states. It is a limit on the critic's own
+        uncertainty, not a certificate.
+        """
+        distribution = actor(reference.observations)
+        noise = normal(distribution[0].shape, generator)  # [S, A]
+        policy = distribution.quadrature(noise)
+        logits = self.logits(
+            policy.repeat(reference.observations),
+            policy.repeat(reference.time_to_go),
+            policy.actions,
+        )
+        values = policy.expect(torch.sigmoid(logits))
+        pushed = values[self._pushed]
+        members = reference.total(pushed)
+        variance = pushed.mean(0).var() * reference.squared_weights
+        if len(members) > 1:
+            variance = variance + members.var() / len(members)
+        value = members.mean()
+        return RiskEstimate(
+            value=float(value),
+            upper=float(value + standard_errors(confidence) * variance.sqrt()),
+            reference=float(reference.total(values[self.plain]).mean()),
+        )

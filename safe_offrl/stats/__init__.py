@@ -1,0 +1,1 @@
+"""Bounds and intervals: of episodes, of runs, of predicted risks."""

@@ -1,0 +1,1 @@
+"""Both loops, offline and online, with their settings."""

@@ -1,0 +1,45 @@
+"""What the baselines of a benchmark change in the online phase; our method leaves all of it off.
+
+They run through the same loop, networks, buffers and ledger as our method, so that a difference is
+the algorithm's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from safe_offrl.agents import AgentConfigs
+from safe_offrl.errors import ConfigError
+from safe_offrl.safety.multiplier import PIDConfig
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """Settings that only baselines need.
+
+    ``learner`` goes on online: "rlpd", or the offline agents "iql" (needs a policy pretrained by
+    it) and "calql". ``from_scratch`` forgets the pretrained policy and critics, and makes the
+    warm-up uniformly random, as RLPD was published. ``multiplier`` other than "ours" is a
+    Lagrangian method: lambda follows what recent episodes showed, by "dual" ascent or "pid", and
+    the learner is deployed after every episode, untested. Its lambda begins at
+    ``multiplier_init``, or where the offline phase left it. ``agents`` are the settings of the
+    learners "iql" and "calql".
+    """
+
+    learner: Literal["rlpd", "iql", "calql"] = "rlpd"
+    from_scratch: bool = False
+    multiplier: Literal["ours", "dual", "pid"] = "ours"
+    multiplier_init: float | None = None
+    pid: PIDConfig = field(default_factory=PIDConfig)
+    agents: AgentConfigs = field(default_factory=AgentConfigs)
+
+    def __post_init__(self) -> None:
+        """Refuse a start of lambda that nothing would use, or that is below 0."""
+        if self.multiplier_init is not None and (
+            self.multiplier == "ours" or self.multiplier_init < 0.0
+        ):
+            raise ConfigError(
+                f"baseline.multiplier_init is {self.multiplier_init}, but it needs "
+                "baseline.multiplier dual or pid, and a number of at least 0. Leave it out."
+            )

@@ -1,0 +1,160 @@
+"""Settings of the online phase."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from safe_offrl.agents.rlpd import RLPDConfig
+from safe_offrl.compute.descent import CompileMode, Precision
+from safe_offrl.compute.device import DeviceChoice
+from safe_offrl.errors import ConfigError
+from safe_offrl.policies.networks import NetworkConfig
+from safe_offrl.safety.acceptance import AcceptanceConfig
+from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.safety.multiplier import LagrangianConfig
+from safe_offrl.safety.shield import ShieldConfig
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.baselines import BaselineConfig
+
+# What the cost constraint has for defaults, see pretrain.COST_DEFAULTS. Offline a slow target keeps
+# the critic close to what the log's own behaviours cost, which no blind spot can talk down; online
+# it is checked against every episode, and a slow target would only delay what they say.
+COST_DEFAULTS: dict[str, Any] = {
+    "critic": {"tau": 0.05, "weight_decay": 0.1},
+    "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
+    "baseline": {"pid": {"proportional": 0.3, "integral": 0.03, "derivative": 0.3}},
+}
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """What the environment is: "sim", where an episode that was cut off is played again, or "real".
+
+    In "real" nothing can be played again. An episode's steps are on record before its first one; if
+    the process dies in it, it counts as lost: with all the steps that were reserved, and as an
+    accident, since nobody saw whether there was one. With a ``timeout`` (seconds, of one reset or
+    step) it runs in a process of its own, so that one that hangs or dies is a fault of one episode.
+    """
+
+    kind: Literal["sim", "real"] = "sim"
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a timeout that nothing can keep."""
+        if self.timeout is not None and not 0.0 < self.timeout < math.inf:
+            raise ConfigError(
+                f"env.timeout is {self.timeout}, but a number of seconds above 0 is needed. Leave "
+                "it out for an environment that never hangs."
+            )
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of the online phase.
+
+    ``budget`` interactions in all, whole episodes only. The first ``warmup_steps`` are the frozen
+    pretrained policy's (WSRL, arXiv:2412.07762): no random action is ever sent. Then every
+    ``iteration_steps`` interactions end in one proposal. Every ``update_every`` interactions pay
+    for ``utd`` updates of the critics (every batch with exactly ``offline_share`` of logged data),
+    one of the safety critic and one of the actor. ``kl``, ``safety_constraint`` and ``shield``
+    switch each part off; all off is RLPD warm-started from the same policy, which then deploys its
+    learner after every episode.
+
+    ``cautious_entropy`` (nats per action dimension) replaces ``learner.target_entropy`` while the
+    safety constraint is on. The noise that a policy explores with is itself a source of
+    accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
+    log A) likewise replaces ``learner.discrete_entropy``: at .1 the best of four actions has a
+    probability of about .98. ``device``, ``compile`` and ``precision`` say how losses are computed,
+    see :mod:`safe_offrl.compute.descent`; ``baseline`` is for what our method is compared with.
+    ``videos`` is how many accidents are filmed, the first ones of the run, see
+    :mod:`safe_offrl.report.videos`.
+    """
+
+    budget: int = 50_000
+    accident_budget: int | None = None
+    videos: int = 0
+    seed: int = 0
+    kl: bool = True
+    safety_constraint: bool = True
+    shield: bool = True
+    warmup_steps: int = 5_000
+    iteration_steps: int = 500
+    update_every: int = 1
+    utd: int = 1
+    batch_size: int = 256
+    offline_share: float = 0.5
+    cautious_entropy: float = -1.0
+    cautious_discrete_entropy: float = 0.1
+    visited_steps: int = 2_000
+    device: DeviceChoice = "auto"
+    compile: CompileMode = "auto"
+    precision: Precision = "fp32"
+    env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    safety: SafetySpec = field(default_factory=SafetySpec)
+    networks: NetworkConfig = field(default_factory=NetworkConfig)
+    critic: SafetyCriticConfig = field(default_factory=SafetyCriticConfig)
+    lagrangian: LagrangianConfig = field(
+        default_factory=lambda: LagrangianConfig(learning_rate=3e-3, aim=0.6)
+    )
+    learner: RLPDConfig = field(default_factory=RLPDConfig)
+    acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
+    shielding: ShieldConfig = field(default_factory=ShieldConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run."""
+        if self.budget < 1:
+            raise ConfigError(
+                f"The budget is {self.budget} steps, too small for one episode. Try 50k."
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, but 0 or more is needed. Try 0.")
+        if self.accident_budget is not None and self.accident_budget < 1:
+            raise ConfigError(
+                f"The accident budget is {self.accident_budget}, but at least 1 is needed. Leave "
+                "it out for a run that no number of accidents stops."
+            )
+        if self.videos and self.env.kind == "real":
+            raise ConfigError(
+                f"videos is {self.videos}, but a film is made by playing an episode again, and "
+                "nothing of env.kind real is played again. Leave videos out."
+            )
+        if self.videos < 0:
+            raise ConfigError(f"videos is {self.videos}, but 0 (none) or more is needed. Try 10.")
+        if min(self.warmup_steps, self.iteration_steps, self.utd, self.update_every) < 1:
+            raise ConfigError(
+                "warmup_steps, iteration_steps, utd and update_every must be at least 1. Raise the "
+                "one that is too small."
+            )
+        if self.batch_size < 2:
+            raise ConfigError(
+                f"batch_size is {self.batch_size}, but at least 2 is needed. Try 256."
+            )
+        if not 0.0 <= self.offline_share < 1.0:
+            raise ConfigError(
+                f"offline_share is {self.offline_share}, but a share in [0, 1) is needed. 0.5 is "
+                "symmetric sampling."
+            )
+        own = self.baseline.multiplier == "ours"
+        if not own and (self.kl or self.shield or not self.safety_constraint):
+            raise ConfigError(
+                f"baseline.multiplier is {self.baseline.multiplier}, a Lagrangian method, which "
+                "has the safety constraint alone. Switch kl and shield off, safety_constraint on."
+            )
+        if self.baseline.from_scratch and not (self.unconstrained or not own):
+            raise ConfigError(
+                "baseline.from_scratch needs every constraint off, or baseline.multiplier dual or "
+                "pid: there is no safe policy to begin with. Set kl, safety_constraint and shield."
+            )
+
+    @property
+    def untested(self) -> bool:
+        """Whether the learner is deployed after every episode, without the acceptance step."""
+        return self.unconstrained or self.baseline.multiplier != "ours"
+
+    @property
+    def unconstrained(self) -> bool:
+        """Whether every part of the constraint machinery is off."""
+        return not (self.kl or self.safety_constraint or self.shield)

@@ -1,0 +1,83 @@
+"""One round of the online phase as a line of iterations.jsonl: what was measured and decided."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from safe_offrl.safety.acceptance import Decision
+from safe_offrl.spec import Limit
+
+
+class Iteration(NamedTuple):
+    """One round of collect, update, propose; what was measured and decided."""
+
+    index: int  # type: ignore[assignment]  # tuple has a method of this name
+    step: int  # interactions charged so far
+    version: int  # of the policy that acts from now on
+    accepted: bool
+    fraction: float
+    reason: str
+    kl_forward_mean: float
+    kl_reverse_mean: float
+    kl_forward_tail: float
+    kl_reverse_tail: float
+    v_previous: float  # both estimates in the unit of the limit: probability, or cost per episode
+    v_candidate: float
+    constraint: str
+    limit: float
+    delta: float
+    constraints_satisfied: bool
+    multiplier: float
+    kl_weight: float
+    alpha: float
+    rolled_back: bool
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        decision: Decision,
+        limit: Limit,
+        *,
+        delta: float,
+        tail_ratio: float,
+        rolled_back: bool,
+        **rest: Any,
+    ) -> Iteration:
+        """A decision, with its estimates in the unit of the limit; ``rest`` are fields as above.
+
+        ``constraints_satisfied`` is about the policy that acts from now on: the candidate, or the
+        one that stays as it was, which is at no distance from itself.
+        """
+        if decision.accepted or rolled_back:
+            near = decision.kl_mean < delta and decision.kl_tail < tail_ratio * delta
+            satisfied = near and decision.v_candidate < limit.share
+        else:
+            satisfied = decision.v_previous < limit.share
+        decision = decision._replace(
+            v_previous=decision.v_previous * limit.scale,
+            v_candidate=decision.v_candidate * limit.scale,
+        )
+        return cls(
+            **decision._asdict(),
+            constraint=limit.constraint,
+            limit=limit.value,
+            delta=delta,
+            constraints_satisfied=satisfied,
+            rolled_back=rolled_back,
+            **rest,
+        )
+
+
+UNTESTED = Decision(
+    accepted=True,
+    fraction=1.0,
+    reason="no acceptance step: the learner acts",
+    kl_forward_mean=math.nan,
+    kl_reverse_mean=math.nan,
+    kl_forward_tail=math.nan,
+    kl_reverse_tail=math.nan,
+    v_previous=math.nan,
+    v_candidate=math.nan,
+)

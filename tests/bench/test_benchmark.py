@@ -1,0 +1,362 @@
+"""Benchmarks: what a suite runs, in which order, what is kept, and what is refused before."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from safe_offrl.bench.suite import METHODS, Job, Suite, jobs_of, load_suite, narrowed, parse_suite
+from safe_offrl.commands import benchmark_run, benchmark_text, finetune_config, pretrain_config
+from safe_offrl.commands.benchmark import _next_command
+from safe_offrl.config import RunInputs, run_yaml
+from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.record.run import RunDir
+
+SMALL = """
+environments: [HazardLine-v0]
+methods: [ours, rlpd]
+seeds: 1
+budget: 300
+evaluation_episodes: 5
+pretrain:
+  steps: 20
+  alignment_steps: 5
+  batch_size: 32
+  networks: {actor_hidden: [16], critic_hidden: [16], critics: 3}
+  critic: {hidden: [16], members: 3, reference: 1}
+finetune: {warmup_steps: 100, batch_size: 32}
+"""
+RECORDS = Path(__file__).parents[2] / "docs" / "results" / "records"
+
+
+def suite_of(text: str = SMALL, **changes: str) -> Suite:
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    return parse_suite(text, "small")
+
+
+def test_every_suite_fits_the_settings() -> None:
+    for name in ("smoke", "point", "safety"):
+        suite = load_suite(name)
+        assert suite.methods[0] == "ours"  # the others are compared with it
+        assert f"{len(suite.methods)} methods" in benchmark_text(suite, Path("nowhere"))
+
+
+def test_point_has_every_method_ten_seeds_and_fifty_thousand_steps() -> None:
+    suite = load_suite("point")
+    assert set(suite.methods) == set(METHODS)
+    assert (suite.seeds, suite.budget) == (tuple(range(10)), 50_000)
+
+
+def test_methods_with_equal_offline_settings_share_their_pretrained_policies() -> None:
+    suite = load_suite("point")
+    jobs = jobs_of(suite, Path("root"))
+    pretrained = {job.folder.parent.name for job in jobs if job.kind == "pretrain"}
+    assert pretrained == {
+        "pretrained-ours",
+        "pretrained-wsrl",
+        "pretrained-iql",
+        "pretrained-bc-safe",
+    }
+    needs = {job.folder: job.needs for job in jobs if job.kind == "finetune"}
+    base = Path("root/PointHazard-v0")
+    assert needs[base / "rlpd" / "3"] == base / "pretrained-ours" / "3"
+    assert needs[base / "calql" / "3"] == base / "pretrained-wsrl" / "3"
+    assert len(jobs) == 10 * (4 + 15)
+
+
+def test_a_run_comes_after_what_it_needs_and_seeds_after_whole_seeds() -> None:
+    jobs = jobs_of(load_suite("point"), Path("root"))
+    position = {job.folder: i for i, job in enumerate(jobs)}
+    assert all(position[job.needs] < position[job.folder] for job in jobs if job.needs)
+    seeds = [int(job.folder.name) for job in jobs]
+    assert seeds == sorted(seeds)
+
+
+def test_settings_of_the_suite_the_method_and_what_is_tuned_in_this_order() -> None:
+    text = SMALL + "settings: {rlpd: {finetune: {utd: 3, learner: {tau: 0.1}}}}\n"
+    ours, rlpd = (job for job in jobs_of(suite_of(text), Path("r")) if job.kind == "finetune")
+    assert "warmup_steps=100" in ours.arguments
+    assert not [a for a in ours.arguments if a.startswith(("kl", "utd"))]
+    assert {"warmup_steps=100", "kl=False", "shield=False", "utd=3", "learner.tau=0.1"} <= set(
+        rlpd.arguments
+    )
+
+
+def test_a_key_that_is_no_text_is_refused_as_unknown() -> None:
+    suite = suite_of(**{"batch_size: 32}": "1: 32}"})
+    with pytest.raises(ConfigError, match='Unknown key "1"'):
+        benchmark_text(suite, Path("root"))
+
+
+def test_only_some_methods_and_other_seeds() -> None:
+    suite = narrowed(load_suite("point"), "rlpd,marvel", "100,101")
+    assert (suite.methods, suite.seeds) == (("rlpd", "marvel"), (100, 101))
+    with pytest.raises(ConfigError, match=r'has no method "marvle".*"marvel"'):
+        narrowed(load_suite("point"), "marvle", None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("budget", "buget", 'Unknown key "buget".*"budget"'),
+        ("[ours, rlpd]", "[ours, rlpt]", 'no method "rlpt".*"rlpd"'),
+        ("seeds: 1", "seeds: 0", "at least 1 environment, 1 seed"),
+        ("seeds: 1", "seeds: 1e9", "more than 1,000 seeds"),
+        ("budget", "2.5", 'Unknown key "2.5"'),
+        ("environments: [HazardLine-v0]", "environments: ['m:..']", "cannot name a folder"),
+        ("budget: 300\n", "", 'does not say "budget"'),
+        ("finetune: {warmup_steps: 100, batch_size: 32}", "finetune: 3", "no key: value pairs"),
+        ("finetune:", "settings: {ours: {online: {}}}\nfinetune:", '"settings.ours" may hold'),
+        ("finetune:", "settings: {ours: {finetune: 1}}\nfinetune:", "no key: value pairs"),
+        ("finetune:", "datasets: {HazardLine-v0: 3}\nfinetune:", "text is needed"),
+    ],
+)
+def test_a_wrong_suite_is_one_sentence(old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        suite_of(**{old: new})
+
+
+def test_an_unknown_suite_is_named_with_those_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r'no suite "piont".*There are point, safety, smoke; or'):
+        load_suite("piont")
+
+
+def test_a_wrong_setting_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    suite = suite_of(warmup_steps="warmup_stebs")
+    with pytest.raises(ConfigError, match=r'Unknown key "warmup_stebs".*"warmup_steps"'):
+        benchmark_run(suite, root=tmp_path / "root", workers=1)
+    assert not (tmp_path / "root").exists()
+
+
+# --- what is kept, and what is refused ---
+
+
+def write_finished(suite: Suite, root: Path, evaluation_seed: int | None = None) -> list[Job]:
+    """Every run of the suite as if it had ended, settings as the commands resolve them."""
+    jobs = jobs_of(suite, root)
+    for job in jobs:
+        config = (
+            pretrain_config(**job.options, overrides=job.overrides)
+            if job.needs is None
+            else finetune_config(RunDir(job.needs), **job.options, overrides=job.overrides)
+        )
+        env_id = job.folder.parent.parent.name
+        inputs = RunInputs(env_id=env_id, dataset="log.hdf5", dataset_sha256="0" * 64)
+        text = run_yaml(inputs, job.kind, config, job.folder.parent)
+        with RunDir.create(
+            job.folder.parent, kind=job.kind, config_text=text, name=job.folder.name
+        ) as run:
+            run.set_status("finished")
+            seed = job.seed if evaluation_seed is None else evaluation_seed
+            run.write_json("evaluation.json", {"episodes": suite.evaluation_episodes, "seed": seed})
+        (job.folder / "checkpoints" / "step-000000001").mkdir()
+    return jobs
+
+
+def finished(suite: Suite, root: Path) -> int:
+    """How many runs `--dry-run` calls finished."""
+    found = re.search(r", (\d+) of them finished", benchmark_text(suite, root))
+    assert found is not None
+    return int(found[1])
+
+
+def test_each_seed_is_evaluated_on_episodes_of_its_own(tmp_path: Path) -> None:
+    suite = suite_of(**{"seeds: 1": "seeds: 2"})
+    jobs = write_finished(suite, tmp_path)
+    assert {_next_command(job, suite) for job in jobs} == {None}
+    for job in jobs:
+        (job.folder / "evaluation.json").unlink()
+        command = _next_command(job, suite)
+        assert command is not None
+        assert command[:6] == [
+            "evaluate",
+            str(job.folder),
+            "--episodes",
+            "5",
+            "--seed",
+            job.folder.name,
+        ]
+
+
+def test_an_evaluation_on_other_episodes_is_made_again_where_there_is_a_policy(
+    tmp_path: Path,
+) -> None:
+    suite = suite_of(**{"seeds: 1": "seeds: 2"})
+    jobs = write_finished(suite, tmp_path, evaluation_seed=0)
+    assert [job.seed for job in jobs if _next_command(job, suite)] == [1, 1, 1]
+    assert finished(suite, tmp_path) == 3
+    by_hand = {"episodes": 5, "seed": 0, "mean_action": True}
+    RunDir(jobs[0].folder).write_json("evaluation.json", by_hand)
+    assert [job.seed for job in jobs if _next_command(job, suite)] == [0, 1, 1, 1]
+    for job in jobs:
+        shutil.rmtree(job.folder / "checkpoints")
+    assert finished(suite, tmp_path) == 6  # records alone: what was evaluated is kept
+
+
+@pytest.mark.parametrize("name", ["smoke", "point", "safety"])
+def test_no_run_of_an_unchanged_suite_is_refused(tmp_path: Path, name: str) -> None:
+    suite = narrowed(load_suite(name), None, "7")
+    jobs = write_finished(suite, tmp_path)
+    assert finished(suite, tmp_path) == len(jobs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("budget: 300", "budget: 400", 'ours/0" was made with budget 300.*run with 400'),
+        (
+            "warmup_steps: 100, ",
+            "warmup_steps: 200, ",
+            'ours/0" was made with warmup_steps 100.*run with 200',
+        ),
+        ("warmup_steps: 100, ", "", 'ours/0" was made with warmup_steps 100.*run with 5000'),
+        (
+            "finetune:",
+            "settings: {rlpd: {finetune: {utd: 2}}}\nfinetune:",
+            'rlpd/0" was made with utd 1.*run with 2.*or delete "[^"]*/rlpd/0"\\.',
+        ),
+        (
+            "steps: 20\n",
+            "steps: 30\n",
+            'pretrained-ours/0" was made with steps 20.*run with 30.*or delete .* started from it',
+        ),
+        ("datasets: {}", "datasets: {HazardLine-v0: a.csv}", "with dataset None.*run with 'a.csv'"),
+    ],
+)
+def test_runs_of_a_changed_suite_are_refused(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    text = SMALL + "datasets: {}\n"
+    write_finished(suite_of(text), tmp_path)
+    for act in (benchmark_text, lambda *a: benchmark_run(a[0], root=a[1], workers=1)):
+        with pytest.raises(RunError, match=message):
+            act(suite_of(text, **{old: new}), tmp_path)
+    assert not (tmp_path / "logs").exists()  # before anything is begun
+
+
+def test_what_a_policy_was_pretrained_under_is_compared_without_it(tmp_path: Path) -> None:
+    """The record of a run holds what it took over: limits, networks and the critic."""
+    text = SMALL.replace("  steps: 20\n", "  steps: 20\n  safety: {epsilon: 0.3}\n")
+    for job in write_finished(suite_of(text), tmp_path):
+        if job.needs is None:
+            shutil.rmtree(job.folder)
+    assert finished(suite_of(text), tmp_path) == 3
+    for old, new, key in (
+        ("epsilon: 0.3", "epsilon: 0.2", r"safety\.epsilon 0\.3"),
+        ("critic_hidden: [16]", "critic_hidden: [32]", r"networks\.critic_hidden \[16\]"),
+    ):
+        with pytest.raises(RunError, match=f'ours/0" was made with {key}'):
+            benchmark_text(suite_of(text, **{old: new}), tmp_path)
+
+
+def test_how_a_run_was_computed_is_no_difference_nor_is_a_setting_it_did_not_know(
+    tmp_path: Path,
+) -> None:
+    suite = suite_of()
+    (job,) = (j for j in write_finished(suite, tmp_path) if j.folder.parent.name == "rlpd")
+    path = job.folder / "config.yaml"
+    text = path.read_text().replace("device: auto", "device: cpu")
+    text = text.replace("compile: auto", "compile: 'on'").replace("  utd: 1\n", "")
+    assert "utd" not in text
+    path.write_text(text)
+    assert finished(suite, tmp_path) == 3
+    path.write_text(text.replace("  budget: 300\n", "  bugdet: 300\n"))
+    with pytest.raises(RunError, match=r'rlpd/0" cannot be compared.*"bugdet"'):
+        benchmark_text(suite, tmp_path)
+
+
+def test_gains_of_a_controller_count_where_there_is_one(tmp_path: Path) -> None:
+    text = SMALL.replace("rlpd]", "sac-pid]")
+    jobs = write_finished(suite_of(text), tmp_path)
+    for job in jobs[1:]:
+        path = job.folder / "config.yaml"
+        path.write_text(re.sub("proportional: .*", "proportional: 0.7", path.read_text()))
+    message = r'sac-pid/0" was made with baseline\.pid\.proportional 0\.7'
+    with pytest.raises(RunError, match=message):
+        benchmark_text(suite_of(text), tmp_path)
+    assert finished(suite_of(SMALL.replace("ours, rlpd", "ours")), tmp_path) == 2
+
+
+def test_the_records_kept_here_are_of_the_suite_as_it_is(tmp_path: Path) -> None:
+    suite = narrowed(load_suite("point"), None, "0")
+    with tarfile.open(RECORDS / "point-seed-0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert finished(suite, tmp_path) == len(suite.methods) + 4  # nothing is pretrained for nothing
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Suite]:
+    """Suites whose log is a small file of HazardLine instead of the cached default."""
+    from safe_offrl.collect.behaviours import random_behaviour
+    from safe_offrl.collect.mixture import collect
+    from safe_offrl.data_formats.hdf5 import write_dataset
+    from safe_offrl.env.adapter import make_env
+    from safe_offrl.spec import SafetySpec
+
+    env = make_env("HazardLine-v0", SafetySpec())
+    arrays = collect(env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=800, seed=0)
+    path = tmp_path / "line.hdf5"
+    metadata = {"env_id": "HazardLine-v0", "accident": "cost", "cost_threshold": 0.0, "horizon": 20}
+    write_dataset(path, arrays, metadata | {"behaviours": [{"name": "random"}]})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return lambda text: suite_of(text + f"datasets: {{HazardLine-v0: {path}}}\n")
+
+
+def test_a_suite_runs_is_kept_and_goes_on(tmp_path: Path, cached: Callable[[str], Suite]) -> None:
+    root = tmp_path / "bench"
+    said: list[str] = []
+    first = cached(SMALL.replace("[ours, rlpd]", "[ours]"))
+    benchmark_run(first, root=root, workers=2, say=said.append)
+    ours = root / "HazardLine-v0" / "ours" / "0"
+    assert RunDir(ours).state["status"] == "finished"
+    written = (ours / "ledger.jsonl").stat().st_mtime_ns
+    # A run of another seed, say of a benchmark that goes on beside this one, is none of its own.
+    shutil.copytree(ours, ours.with_name("1"))
+    result = benchmark_run(cached(SMALL), root=root, workers=2, say=said.append)
+    assert (ours / "ledger.jsonl").stat().st_mtime_ns == written  # kept, not run again
+    assert any("3 in" in line and "2 of them finished" in line for line in said)
+    runs = result["HazardLine-v0"]["runs"]
+    assert [(row["method"], row["label"]) for row in runs] == [
+        ("ours", "ours/0"),
+        ("rlpd", "rlpd/0"),
+    ]
+    assert "ours" in (root / "HazardLine-v0.html").read_text()
+    assert json.loads((root / "HazardLine-v0.json").read_bytes()) == result["HazardLine-v0"]
+    assert "HazardLine-v0.png" in (root / "HazardLine-v0.md").read_text()
+    assert (root / "HazardLine-v0.png").stat().st_size > 10_000
+    # The records that `make records` keeps are enough: nothing is learnt again elsewhere.
+    if shutil.which("make") is None or shutil.which("xz") is None:
+        pytest.skip("no make or no xz here")
+    where = [f"SUITE_RUNS={root}", f"RECORDS={tmp_path / 'records'}", "SUITE=small"]
+    subprocess.run(["make", "records", *where], check=True, cwd=Path(__file__).parents[2])
+    elsewhere = tmp_path / "elsewhere"
+    with tarfile.open(tmp_path / "records" / "small-seed-0.tar.xz") as archive:
+        archive.extractall(elsewhere, filter="data")
+    said.clear()
+    assert benchmark_run(cached(SMALL), root=elsewhere, workers=2, say=said.append) == result
+    assert any("3 in" in line and "3 of them finished" in line for line in said)
+    assert not (elsewhere / "HazardLine-v0" / "pretrained-ours").exists()
+
+
+def test_a_failed_run_is_named_and_the_others_are_compared(
+    tmp_path: Path, cached: Callable[[str], Suite]
+) -> None:
+    root = tmp_path / "bench"
+    # 20 steps of an episode are more than a budget of 10 holds: found when the run is planned.
+    text = SMALL + "settings: {rlpd: {finetune: {budget: 10}}}\n"
+    said: list[str] = []
+    with pytest.raises(RunError, match=r"1 of 3 runs failed \(HazardLine-v0/rlpd/0\).*logs"):
+        benchmark_run(cached(text), root=root, workers=1, say=said.append)
+    why = "A budget of 10 steps is less than one episode"
+    assert any("HazardLine-v0/rlpd/0" in line and why in line for line in said)
+    assert RunDir(root / "HazardLine-v0" / "ours" / "0").state["status"] == "finished"
+    log = (root / "logs" / "HazardLine-v0-rlpd-0.log").read_text()
+    assert why in log

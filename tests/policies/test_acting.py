@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+
+from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.policies.distributions import Categorical, Gaussian, sample
+from safe_offrl.policies.networks import Actor
+
+ACTOR = (6, 3, (32, 16))
+
+
+def make() -> tuple[Actor, NumpyActor]:
+    actor = Actor(*ACTOR, torch.Generator().manual_seed(0))
+    return actor, NumpyActor(actor)
+
+
+def assert_agree(actor: Actor, acting: NumpyActor) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        observation = rng.standard_normal(6, dtype=np.float32)
+        with torch.no_grad():
+            policy = actor(torch.from_numpy(observation))
+        assert isinstance(policy, Gaussian)
+        mean, log_std = policy
+        numpy_mean, numpy_std = acting.distribution(observation)
+        np.testing.assert_allclose(numpy_mean, mean.numpy(), atol=1e-6)
+        np.testing.assert_allclose(numpy_std, log_std.exp().numpy(), rtol=1e-5)
+        np.testing.assert_allclose(acting.mean_action(observation), mean.tanh().numpy(), atol=1e-6)
+        noise = np.random.default_rng(7).standard_normal(3, dtype=np.float32)
+        expected, _ = sample(mean, log_std, torch.from_numpy(noise))
+        (action,) = acting.draw(observation, 1, np.random.default_rng(7))
+        np.testing.assert_allclose(action, expected.numpy(), atol=1e-6)
+        assert action.dtype == np.float32
+
+
+def test_the_numpy_actor_is_the_torch_actor() -> None:
+    assert_agree(*make())
+
+
+def test_it_follows_learning() -> None:
+    actor, acting = make()
+    before = acting.mean_action(np.ones(6, dtype=np.float32)).copy()
+    optimizer = torch.optim.Adam(actor.parameters(), lr=0.01, fused=True)
+    for _ in range(3):
+        loss = actor(torch.ones(1, 6))[0].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert np.abs(acting.mean_action(np.ones(6, dtype=np.float32)) - before).max() > 0.01
+    assert_agree(actor, acting)
+
+
+def test_it_follows_a_loaded_state() -> None:
+    actor, acting = make()
+    other = Actor(*ACTOR, torch.Generator().manual_seed(5))
+    actor.load_state_dict(other.state_dict())
+    assert_agree(other, acting)
+
+
+# --- discrete actions ---
+
+
+def make_discrete(*biases: float) -> tuple[Actor, NumpyActor]:
+    actor = Actor(6, 3, (8,), torch.Generator().manual_seed(0), discrete=True)
+    if biases:
+        with torch.no_grad():
+            for parameter in actor.parameters():
+                parameter.zero_()
+            parameter.copy_(torch.tensor(biases))
+    return actor, NumpyActor(actor)
+
+
+def test_discrete_samples_follow_the_network() -> None:
+    actor, acting = make_discrete()
+    observation = np.random.default_rng(0).standard_normal(6, dtype=np.float32)
+    with torch.no_grad():
+        policy = actor(torch.from_numpy(observation))
+    assert isinstance(policy, Categorical)
+    probabilities = policy.log_probs.exp().numpy()
+    rng = np.random.default_rng(1)
+    draws = acting.draw(observation, 8000, rng)
+    assert draws.dtype == np.float32
+    assert (draws.sum(1) == 1.0).all()
+    assert set(np.unique(draws)) == {0.0, 1.0}
+    np.testing.assert_allclose(draws.mean(0), probabilities, atol=0.025)
+    assert acting.mean_action(observation).tolist() == np.eye(3)[probabilities.argmax()].tolist()
+
+
+@pytest.mark.parametrize("actor", [make()[1], make_discrete()[1]], ids=["box", "discrete"])
+def test_draws_at_once_are_draws_one_by_one(actor: NumpyActor) -> None:
+    observation = np.ones(6, dtype=np.float32)
+    rng, same = np.random.default_rng(3), np.random.default_rng(3)
+    together = actor.draw(observation, 4, rng)
+    alone = np.concatenate([actor.draw(observation, 1, same) for _ in range(4)])
+    np.testing.assert_array_equal(together, alone)
+    assert actor.draw(observation, 0, rng).shape == (0, 3)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_diverged_network_chooses_no_action(broken: float) -> None:
+    _, acting = make_discrete(0.0, broken, 0.0)
+    observation = np.zeros(6, dtype=np.float32)
+    assert np.isnan(acting.draw(observation, 2, np.random.default_rng(0))).all()
+    assert np.isnan(acting.mean_action(observation)).all()

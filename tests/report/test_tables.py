@@ -1,0 +1,77 @@
+import re
+
+import numpy as np
+
+from safe_offrl.report.comparison import compare
+from safe_offrl.report.tables import format_table, tables_of
+
+
+def test_table_holds_the_figures(write_run):
+    accidents = np.zeros(200, bool)
+    accidents[[0, 99, 100, 150]] = True
+    text = format_table(compare([write_run("a", accidents, iterations=[{}])]))
+    row = next(line for line in text.splitlines() if line.startswith("a ") and "10,000" in line)
+    assert row.split()[:8] == ["a", "constrained,", "seed", "0", "200", "10,000", "4", "2"]
+    assert "2.0% [" in row
+    assert "0.40 [" in row
+    assert row.endswith("0.02 +- 0.01")  # the cost of an episode
+    assert "1/1 (100%)" in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_table_of_groups_and_the_frozen_policy(write_run, paired_runs):
+    frozen = write_run(
+        "pi0",
+        [],
+        kind="pretrain",
+        evaluation={
+            "episodes": 500,
+            "accidents": 40,
+            "mean_return": 5.0,
+            "mean_cost": 0.3,
+            "cost_standard_error": 0.1,
+        },
+    )
+    text = format_table(compare([frozen, *paired_runs(seeds=2, episodes=150)]))
+    assert "pretrained (frozen), seed 0" in text
+    assert "8.0% [" in text
+    assert text.count("ALL 2 runs") == 8  # in four tables
+    (line,) = [x for x in text.splitlines() if re.match(r"constrained +rlpd \(all off\) +2 ", x)]
+    assert " vs " in line
+
+
+def test_one_pair_has_no_interval(write_run):
+    safe = write_run("safe", [0] * 40, returns=np.full(40, -1.0))
+    flags = {"kl": False, "safety_constraint": False, "shield": False}
+    free = write_run("free", [1] * 40, flags=flags, returns=np.full(40, -3.0))
+    paired = {table.title: table for table in tables_of(compare([safe, free]))}
+    accidents, returns = (t for title, t in paired.items() if title.startswith("Paired"))
+    found = dict(zip(accidents.header, accidents.groups[0], strict=True))
+    assert found["accidents"] == "0 vs 40"
+    assert found["ratio"] == "0.00"
+    assert found["exact"] != "-"
+    assert (found["over seeds"], found["p over seeds"]) == ("-", "-")
+    found = dict(zip(returns.header, returns.groups[0], strict=True))
+    assert found["final return, difference"] == "+2.000"
+    assert found["ratio"] == "-"  # of negative returns it would mean nothing
+
+
+def test_of_many_runs_the_terminal_shows_the_groups(write_group):
+    paths = [write_group(name, [[0]] * 11) for name in ("a", "b")]
+    comparison = compare(paths)
+    text = format_table(comparison)
+    assert "a/10" not in text
+    assert "--by-run lists each of the 22 runs." in text
+    assert "a/10" in format_table(comparison, by_run=True)
+    few = compare([write_group("c", [[0]] * 3)])
+    assert "c/2" in format_table(few)
+    assert "c/2" not in format_table(few, by_run=False)
+    alone = compare([paths[0] / "7"])  # without a group, there is nothing else to show
+    assert alone.groups == []
+    assert "seed 7" in format_table(alone, by_run=False)
+
+
+def test_what_never_proposed_has_no_share_of_proposals(write_run):
+    text = format_table(compare([write_run("frozen", [0, 1], iterations=[])]))
+    assert "nan" not in text
+    assert "0/0" not in text

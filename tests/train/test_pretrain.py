@@ -1,0 +1,153 @@
+"""The offline loop: resumable, aligned with the policy it ends with, and judged at its end."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents.cql import CQLConfig
+from safe_offrl.agents.iql import IQLConfig
+from safe_offrl.agents.rlpd import RLPDConfig
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.errors import ConfigError
+from safe_offrl.policies.networks import NetworkConfig
+from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.pretrain import PretrainConfig, Pretraining, discount_of
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_dataset: Path) -> Dataset:
+    return load_dataset(tiny_dataset, discount=0.99, spec=SafetySpec())
+
+
+def config_of(agent: str = "iql", **settings: object) -> PretrainConfig:
+    defaults: dict[str, object] = {
+        "agent": agent,
+        "steps": 30,
+        "alignment_steps": 20,
+        "batch_size": 32,
+        "log_every": 10,
+        "networks": NetworkConfig((16,), (16,), 3),
+        "critic": SafetyCriticConfig(members=3, reference=1, hidden=(16,)),
+    }
+    return PretrainConfig(**{**defaults, **settings})  # type: ignore[arg-type]
+
+
+def different(one: dict[str, Tensor], other: dict[str, Tensor], start: str) -> list[str]:
+    return [k for k in one if k.startswith(start) and not torch.equal(one[k], other[k])]
+
+
+@pytest.mark.parametrize("agent", list(AGENTS))
+def test_resume_equals_uninterrupted_bitwise(dataset: Dataset, agent: str) -> None:
+    whole = Pretraining(config_of(agent), dataset)
+    records, kept = [], {}
+    for record in whole.run():
+        records.append(record)
+        kept[record.step] = whole.state_dict(), json.dumps(whole.info())
+    assert [r.step for r in records] == [10, 20, 30, 40, 50]
+    for step in (20, 40):  # while learning, and while aligning
+        rest = Pretraining(config_of(agent), dataset)
+        rest.load(kept[step][0], json.loads(kept[step][1]))
+        assert list(rest.run()) == records[step // 10 :]
+        assert not different(rest.state_dict(), whole.state_dict(), "")
+        assert rest.info() == whole.info()
+        assert repr(rest.calibration()) == repr(whole.calibration())
+
+
+def test_alignment_freezes_the_actor_and_moves_the_critics(dataset: Dataset) -> None:
+    pretraining = Pretraining(config_of(), dataset)
+    states = {record.step: pretraining.state_dict() for record in pretraining.run()}
+    assert not different(states[30], states[50], "learner.actor/")
+    assert not different(states[30], states[50], "multiplier")
+    assert different(states[30], states[50], "learner.critics/")
+    assert different(states[30], states[50], "learner.target_critics/")
+    assert different(states[30], states[50], "safety_critic/")
+    assert different(states[20], states[30], "learner.actor/")
+    assert different(states[20], states[30], "multiplier")
+
+
+def test_the_held_out_episodes_are_not_learnt_from(dataset: Dataset) -> None:
+    pretraining = Pretraining(config_of(held_out=0.25), dataset)
+    train, held_out = pretraining.train.rows, pretraining.held_out.rows
+    assert isinstance(train, Tensor)
+    assert isinstance(held_out, Tensor)
+    rows = {tuple(row) for row in train.tolist()}
+    assert rows.isdisjoint(tuple(row) for row in held_out.tolist())
+    assert pretraining.train.episodes + pretraining.held_out.episodes == dataset.episodes
+    assert pretraining.held_out.episodes == pytest.approx(0.25 * dataset.episodes, abs=1)
+    mean = pretraining.train.transitions.observations.mean(0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
+
+
+def test_the_report_is_made_at_the_end(dataset: Dataset) -> None:
+    pretraining = Pretraining(config_of(), dataset)
+    assert pretraining.report is None
+    list(pretraining.run())
+    report = pretraining.report
+    assert report is not None
+    assert report is pretraining.calibration()
+    assert report.episodes == pretraining.held_out.episodes
+    # Fifty steps make no critic that may shield.
+    assert not report.shield_acts
+    assert pretraining.info() == {"step": 50, "shield_acts": False}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"agent": "sac"}, {"steps": 0}, {"batch_size": 1}, {"held_out": 0.0}, {"held_out": 0.95}],
+    ids=str,
+)
+def test_settings_that_cannot_run_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        config_of(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("constraint", ["accident", "cost"])
+@pytest.mark.parametrize("episodes", [2, 3])
+def test_the_fewest_episodes_that_can_be_split_are_learnt_from(
+    dataset: Dataset, constraint: str, episodes: int
+) -> None:
+    accidents = np.flatnonzero(dataset.episode_accidents)
+    others = np.flatnonzero(~dataset.episode_accidents)
+    few = dataset.subset(np.concatenate([accidents[:1], others[: episodes - 1]]))
+    for seed in range(3):  # whichever episode is held out
+        safety = SafetySpec(constraint=constraint, cost_limit=0.5)
+        pretraining = Pretraining(config_of(held_out=0.15, safety=safety, seed=seed), few)
+        list(pretraining.run())
+        assert pretraining.calibration().episodes == 1
+
+
+def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
+    def upper(confidence: float) -> float:
+        safety = SafetySpec(confidence=confidence)
+        return Pretraining(config_of(safety=safety), dataset).estimate().upper
+
+    mean = upper(0.5)
+    assert (upper(0.99) - mean) / (upper(0.95) - mean) == pytest.approx(2.326 / 1.645, rel=1e-3)
+
+
+@pytest.mark.parametrize("agent", [*AGENTS, "bc_safe"])
+def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
+    """bc_safe learns none: what is aligned after it has the alignment's own discount."""
+    agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
+    own = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93}[agent]
+    config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
+    assert discount_of(config) == own
+    if agent != "bc_safe":
+        with pytest.raises(ConfigError, match=f"discounted by {own}"):
+            dataclasses.replace(config, alignment=RLPDConfig(discount=0.94))
+
+
+def test_an_agent_without_a_discount_of_its_own_gets_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(AGENTS, "toy", AGENTS["cql"])
+    with pytest.raises(KeyError, match="toy"):
+        PretrainConfig(agent="toy")
