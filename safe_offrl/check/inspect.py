@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 
 from safe_offrl.check.groups import Group, Verdict, groups_of, identify
 from safe_offrl.data.dataset import ROUNDING, Dataset
+from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
 from safe_offrl.spec import Limit, SafetySpec
 from safe_offrl.stats.statistics import clopper_pearson
 
 INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BINS = 20  # per axis of the coverage histograms, fewer for a small dataset
-# With and without accident, among those held out: fewer leave a calibration to chance.
-MIN_HELD_OUT_EPISODES = 10
 MIN_TRANSITIONS = 1000
 MIN_ACTION_RANGE = 0.2  # of the 2 from -1 to 1
 MIN_ACTION_COVERAGE = 0.1

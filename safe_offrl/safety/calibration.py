@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safe_offrl.check.inspect import MIN_HELD_OUT_EPISODES
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic
@@ -29,6 +28,8 @@ Floats = NDArray[np.float32]
 
 CONTRASTS = 201  # that a report keeps: a long log has thousands
 WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
+# With and without accident, among those held out: fewer leave a calibration to chance.
+MIN_HELD_OUT_EPISODES = 10
 # What the shield needs before it may act, beside MIN_HELD_OUT_EPISODES with an accident, each with
 # the reason it is refused for.
 MIN_AUROC = 0.8
