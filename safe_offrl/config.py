@@ -331,16 +331,24 @@ def run_yaml(inputs: RunInputs, section: str, config: Any, runs: Path) -> str:
 
 def parse_run_yaml(text: str, section: str, schema: type[T], folder: Path) -> tuple[RunInputs, T]:
     """Read the config.yaml of the run in ``folder``; the inverse of :func:`run_yaml`."""
+    inputs, values = parse_run_inputs(text, folder), read_yaml(text, "config.yaml")
+    if not isinstance(values.get(section), dict):
+        raise ConfigError(f'config.yaml lacks "{section}". Start a new run.')
+    return inputs, from_dict(schema, values[section])
+
+
+def parse_run_inputs(text: str, folder: Path) -> RunInputs:
+    """What the run in ``folder`` was made from, by its config.yaml."""
     values = read_yaml(text, "config.yaml")
-    if not isinstance(values.get("inputs"), dict) or not isinstance(values.get(section), dict):
-        raise ConfigError(f'config.yaml lacks "inputs" or "{section}". Start a new run.')
+    if not isinstance(values.get("inputs"), dict):
+        raise ConfigError('config.yaml lacks "inputs". Start a new run.')
     inputs = from_dict(RunInputs, values["inputs"])
     absolute: dict[str, Any] = {
         key: str(_found(path, folder.resolve()))
         for key in _PATHS
         if (path := getattr(inputs, key)) is not None
     }
-    return dataclasses.replace(inputs, **absolute), from_dict(schema, values[section])
+    return dataclasses.replace(inputs, **absolute)
 
 
 def _portable(path: Path, runs: Path) -> str:

@@ -21,8 +21,7 @@ from safe_offrl.env.process import ProcessEnv
 from safe_offrl.errors import ConfigError, EnvError, EnvFault
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.run import RunDir
-from safe_offrl.spec import SafetySpec
-from safe_offrl.train.finetune_config import EnvironmentConfig
+from safe_offrl.spec import EnvironmentConfig, SafetySpec
 from safe_offrl.types import Episode
 from tests.fault_environments import HORIZON
 from tests.test_faults import ENV, OFFLINE, ONLINE, dataset_of

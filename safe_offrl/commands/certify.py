@@ -25,10 +25,8 @@ from safe_offrl.certify.certificate import (
     make_certificate,
     outcome,
     play,
-    policy_sha256,
     reserve,
     sealed,
-    shield_sha256,
     verify,
 )
 from safe_offrl.certify.page import page, quantity, seen, summary
@@ -40,12 +38,11 @@ from safe_offrl.commands.environment import (
     rule_source,
     since_run,
 )
-from safe_offrl.commands.tools import final_policy
 from safe_offrl.deploy.episodes import distinct, faults_in_a_row
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
-from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.progress import (
     STOP_SECONDS,
@@ -57,7 +54,6 @@ from safe_offrl.record.progress import (
 )
 from safe_offrl.record.run import RunDir, find_run
 from safe_offrl.record.versions import versions
-from safe_offrl.train.finetune import Finetuning
 from safe_offrl.types import Episode
 
 MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
@@ -95,22 +91,22 @@ def certify_run(
     )
     run.lock()
     with run:
-        loop = final_policy(run)
-        with contextlib.closing(loop.env):
-            claim = _claim(loop, epsilon, cost_limit, confidence, episodes, seed)
-            subject = subject_of(run, loop)
+        final = final_policy(run)
+        with contextlib.closing(final.env):
+            claim = _claim(final, epsilon, cost_limit, confidence, episodes, seed)
+            subject = subject_of(final)
             situations = None  # on a real machine nothing is played that is not on record
-            if loop.config.env.kind != "real":
+            if final.environment.kind != "real":
                 with _stopped_before_it_began():
-                    situations = find_situations(loop.env)
-                require_situations(loop.env.env_id, situations)
+                    situations = find_situations(final.env)
+                require_situations(final.env.env_id, situations)
             claim, folder = _attempt(run, claim, _identity(subject), say)
-            say(_header(run, loop, claim, situations))
+            say(_header(final, claim, situations))
             for line in changed_line(
                 f"that of {run.name}", since_run(run, subject["environment"][KEY])
             ):
                 say(line)
-            played = _play(loop, claim, folder / RECORD, run, say)
+            played = _play(final, claim, folder / RECORD, say)
         _require_distinct(claim, played, situations, str(folder / RECORD))
         record = (folder / RECORD).read_bytes()
         content = make_certificate(claim, played, record, subject, situations)
@@ -164,18 +160,16 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]
 
 
 def _policy_check(certificate: dict[str, Any], run: RunDir) -> Check:
-    loop = final_policy(run)
-    with contextlib.closing(loop.env):
-        stated = certificate.get("policy", {}), certificate.get("shield", {})
-        same = (
-            policy_sha256(loop.deployment.actor, loop.normalizer),
-            shield_sha256(loop.deployment.shield),
-        ) == tuple(part.get("sha256") for part in stated)
+    final = final_policy(run)
+    final.env.close()
+    stated = certificate.get("policy", {}), certificate.get("shield", {})
+    found = final.policy.sha256, final.policy.shield.sha256
+    same = found == tuple(part.get("sha256") for part in stated)
     return Check("policy", same, f'of the run "{run.path.name}", with its shield')
 
 
 def _claim(
-    loop: Finetuning,
+    final: FinalPolicy,
     epsilon: float | None,
     cost_limit: float | None,
     confidence: float | None,
@@ -183,11 +177,11 @@ def _claim(
     seed: int,
 ) -> Claim:
     """What was asked for; the run's own constraint if nothing was."""
-    safety = loop.config.safety
+    safety = final.safety
     if epsilon is not None and cost_limit is not None:
         raise ConfigError("Give --epsilon or --cost-limit: a certificate is about one of them.")
     by_cost = cost_limit is not None or (epsilon is None and safety.constraint == "cost")
-    if by_cost and loop.limit.constraint != "cost":
+    if by_cost and final.limit.constraint != "cost":
         raise ConfigError(
             "The run constrains accidents, and how much an episode can cost is not known. "
             "Give --epsilon."
@@ -196,7 +190,7 @@ def _claim(
     return Claim(
         quantity="cost" if by_cost else "accident",
         limit=stored if asked is None else asked,
-        scale=loop.limit.scale if by_cost else 1.0,
+        scale=final.limit.scale if by_cost else 1.0,
         confidence=safety.confidence if confidence is None else confidence,
         method="anytime" if episodes is None else "one look",
         episodes=MOST_EPISODES if episodes is None else episodes,
@@ -249,32 +243,33 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
     return claim, folder
 
 
-def subject_of(run: RunDir, loop: Finetuning) -> dict[str, Any]:
+def subject_of(final: FinalPolicy) -> dict[str, Any]:
     """What a certificate, or an exported file, is about."""
-    safety, shield = loop.config.safety, loop.deployment.shield
+    policy, safety, env = final.policy, final.safety, final.env
+    shield = policy.shield
     return {
         "policy": {
-            "run": run.name,
-            "kind": run.kind,
-            "version": loop.deployment.version,
-            "checkpoint_sha256": run.load_checkpoint().sha256,
-            "sha256": policy_sha256(loop.deployment.actor, loop.normalizer),
+            "run": final.run.name,
+            "kind": final.run.kind,
+            "version": policy.version,
+            "checkpoint_sha256": final.checkpoint_sha256,
+            "sha256": policy.sha256,
         },
         "shield": {
             "acts": shield.acts,
             "draws": shield.draws,
             "margin": shield.margin,
-            "sha256": shield_sha256(shield),
+            "sha256": shield.sha256,
         },
         "environment": {
-            "id": loop.env.env_id,
-            "horizon": loop.env.horizon,
+            "id": env.env_id,
+            "horizon": env.horizon,
             "accident": safety.accident,
             **rule_source(safety.accident),
             "cost_threshold": safety.cost_threshold,
-            KEY: loop.env.identity(),
+            KEY: env.identity(),
         },
-        "versions": versions(loop.env.versions()),
+        "versions": versions(env.versions()),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -292,13 +287,12 @@ def _stopped_before_it_began() -> Iterator[None]:
             raise Interrupted(stop.number, stopped)
 
 
-def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:
+def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episode]:
     """Episodes until the claim is settled, each on disk before the next begins."""
     record = LedgerWriter(path)
     record.close_lost()
-    played, faults, real = record.episodes, 0, loop.config.env.kind == "real"
+    played, faults, real = record.episodes, 0, final.environment.kind == "real"
     total = math.fsum(outcome(claim, episode) for episode in played)
-    actor = NumpyActor(loop.deployment.actor)
     show = None if say is say_plain else say
     stopped = "stopped after {:,} episodes; all are recorded. The same command goes on from there."
     # In reality an episode that is cut off counts as an accident.
@@ -309,21 +303,10 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
         try:
             while not finished(claim, total, len(played)):
                 before = played[-1].total_steps if played else 0
-                version, worst_cost = loop.deployment.version, loop.worst_cost
+                about = claim, len(played), final.env, final.policy, before, final.worst_cost
                 if real:
-                    begun = reserve(claim, len(played), loop.env, version, before, worst_cost)
-                    record.reserve(begun.worst)
-                episode, fault = play(
-                    claim,
-                    len(played),
-                    loop.env,
-                    actor,
-                    loop.deployment.shield,
-                    loop.normalizer,
-                    version,
-                    before,
-                    worst_cost,
-                )
+                    record.reserve(reserve(*about).worst)
+                episode, fault = play(*about)
                 record.append(episode)
                 faults = faults_in_a_row(faults, fault)
                 total += outcome(claim, episode)
@@ -362,7 +345,7 @@ def _line(claim: Claim, total: float, episodes: int) -> str:
     return seen(claim, total, episodes) + bounds
 
 
-def _header(run: RunDir, loop: Finetuning, claim: Claim, situations: Situations | None) -> str:
+def _header(final: FinalPolicy, claim: Claim, situations: Situations | None) -> str:
     """What a person should know before it starts."""
     many = (
         f"{claim.episodes:,} episodes, then one look"
@@ -372,10 +355,10 @@ def _header(run: RunDir, loop: Finetuning, claim: Claim, situations: Situations 
     attempt = f"attempt {claim.attempt} on this run, at {claim.attempt_confidence:.2%} by itself"
     return "\n".join(
         [
-            f"certify     {quantity(claim)} of {run.name} (version {loop.deployment.version}), "
+            f"certify     {quantity(claim)} of {final.run.name} (version {final.policy.version}), "
             f"confidence {claim.confidence:g}",
             f"method      {METHODS[claim.method]}",
-            f"episodes    {many}, in {loop.env.env_id}",
+            f"episodes    {many}, in {final.env.env_id}",
             f"error       {attempt}",
             f"provable    after {episodes_without_accident(claim):,} episodes, if none has an "
             "accident" + (" or a cost" if claim.quantity == "cost" else ""),

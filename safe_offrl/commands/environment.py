@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from safe_offrl.certify.certificate import Check
-from safe_offrl.commands.trust import require_trusted
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.env.adapter import AccidentEnv, make_env
@@ -19,6 +18,7 @@ from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import EnvError, RunError
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RESUMED, RunDir
+from safe_offrl.record.trust import require_trusted
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig
 
