@@ -175,7 +175,7 @@ def test_evaluation_and_certificate_count_faults(
     def failing(_id: str, spec: SafetySpec, **_: Any) -> AccidentEnv:
         return make_env(f"{MODULE}:Failing-v0", spec)
 
-    monkeypatch.setattr("safe_offrl.commands.online_plan.make_env", failing)
+    monkeypatch.setattr("safe_offrl.record.final_policy.make_env", failing)
     seeds = [episode_seed(0, index, "evaluate") for index in range(8)]
     expected = sum(seed % 3 == 0 for seed in seeds)
     assert expected

@@ -47,10 +47,10 @@ def final_policy(run: RunDir) -> FinalPolicy:
             f"Finish it with `safe-offrl pretrain --resume {run.name}`."
         )
     configure(inputs.threads)
-    checkpoint = run.load_checkpoint()
-    policy, info = stored_policy(run, checkpoint), checkpoint.info
     env = make_env(inputs.env_id, safety, timeout=environment.timeout)
     try:
+        checkpoint = run.load_checkpoint()
+        policy, info = stored_policy(run, checkpoint), checkpoint.info
         _require_fit(run, policy, inputs, env)
         env.offset = policy.normalizer.offset
         return FinalPolicy(

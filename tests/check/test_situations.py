@@ -148,7 +148,7 @@ def playing(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         def make(_id: str, spec: SafetySpec, **_: Any) -> AccidentEnv:
             return make_env(f"{MODULE}:{name}-v0", spec)
 
-        monkeypatch.setattr("safe_offrl.commands.online_plan.make_env", make)
+        monkeypatch.setattr("safe_offrl.record.final_policy.make_env", make)
         if still:
             act = lambda self, observation, count, rng: np.zeros((count, 1), np.float32)  # noqa: E731
             monkeypatch.setattr(NumpyActor, "draw", act)
