@@ -25,8 +25,8 @@ from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.record.ledger import parse_ledger
-from safe_offrl.stats.statistics import (
-    betabinomial_sequence,
+from safe_offrl.stats.anytime import betabinomial_sequence
+from safe_offrl.stats.fixed import (
     clopper_pearson_lower,
     clopper_pearson_upper,
     episodes_needed,

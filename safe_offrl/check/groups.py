@@ -11,7 +11,7 @@ from scipy import special
 
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.spec import Limit
-from safe_offrl.stats.statistics import clopper_pearson_upper, episodes_needed
+from safe_offrl.stats.fixed import clopper_pearson_upper, episodes_needed
 
 CONFIDENCE = 0.95
 MIN_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything

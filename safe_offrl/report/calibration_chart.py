@@ -13,8 +13,8 @@ import numpy as np
 
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.safety.calibration import CalibrationReport
+from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.stats.reliability import EDGES
-from safe_offrl.stats.statistics import clopper_pearson
 from safe_offrl.types import Episode
 
 if TYPE_CHECKING:

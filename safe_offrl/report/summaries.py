@@ -13,13 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from safe_offrl.report.run_data import RunData
-from safe_offrl.stats.statistics import (
-    bootstrap_interval,
-    clopper_pearson,
-    iqm,
-    run_level_interval,
-    run_level_upper,
-)
+from safe_offrl.stats.anytime import run_level_interval, run_level_upper
+from safe_offrl.stats.fixed import clopper_pearson
+from safe_offrl.stats.resampling import bootstrap_interval, iqm
 from safe_offrl.types import Episode
 
 EARLY_STEPS = 5_000  # where most accidents of fine-tuning happen

@@ -16,7 +16,7 @@ from safe_offrl.report.summaries import (
     Mean,
     Row,
 )
-from safe_offrl.stats.statistics import RateRatio
+from safe_offrl.stats.fixed import RateRatio
 
 MANY_RUNS = 20  # more are left out of the terminal's tables where their groups are shown
 

@@ -11,7 +11,7 @@ import numpy as np
 from safe_offrl.report.charts.style import DASHED, Group, Panel, finish, in_words
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import learned_online, outcome
-from safe_offrl.stats.statistics import clopper_pearson
+from safe_offrl.stats.fixed import clopper_pearson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
