@@ -40,7 +40,9 @@ METHODS: dict[str, str] = {
     "anytime": "anytime-valid beta-binomial sequence, a look after every episode",
 }
 FORMAT = 1
-CERTIFICATE, RECORD = "certificate.json", "episodes.jsonl"  # the files, side by side
+CERTIFICATES = "certificates"  # the folder in a run's; each attempt has one in it, with these files
+CLAIM, CERTIFICATE, PAGE = "claim.json", "certificate.json", "certificate.html"
+RECORD = "episodes.jsonl"
 
 
 @dataclass(frozen=True)

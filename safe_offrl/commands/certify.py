@@ -1,10 +1,9 @@
-"""Certify a run's final policy, and check a certificate again."""
+"""Certify a run's final policy."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import math
@@ -15,9 +14,11 @@ from typing import Any
 
 from safe_offrl.certify.certificate import (
     CERTIFICATE,
+    CERTIFICATES,
+    CLAIM,
     METHODS,
+    PAGE,
     RECORD,
-    Check,
     Claim,
     episodes_without_accident,
     finished,
@@ -27,17 +28,11 @@ from safe_offrl.certify.certificate import (
     play,
     reserve,
     sealed,
-    verify,
 )
 from safe_offrl.certify.page import page, quantity, seen, summary
 from safe_offrl.check.situations import Situations, find_situations, require_situations
 from safe_offrl.commands.common import say_plain
-from safe_offrl.commands.environment import (
-    changed_line,
-    environment_check,
-    rule_source,
-    since_run,
-)
+from safe_offrl.commands.environment import changed_line, since_run
 from safe_offrl.deploy.episodes import distinct, faults_in_a_row
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
@@ -53,12 +48,10 @@ from safe_offrl.record.progress import (
     StopSignal,
 )
 from safe_offrl.record.run import RunDir, find_run
-from safe_offrl.record.versions import versions
+from safe_offrl.record.subject import subject_of
 from safe_offrl.types import Episode
 
 MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
-FOLDER = "certificates"
-CLAIM, PAGE = "claim.json", "certificate.html"
 
 
 def certify_run(
@@ -118,56 +111,6 @@ def certify_run(
     return certificate
 
 
-def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]:
-    """Check a certificate's hash, arithmetic and page; beside its run also episodes and policy.
-
-    Beside its run it must also be about the environment as it is now: in another one nothing is
-    proved. Raises RunError if any check fails, after saying all of them.
-    """
-    path = Path(path)
-    try:
-        certificate = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f'"{path}" cannot be read as a certificate ({error}). '
-            f"Give runs/RUN/{FOLDER}/N/{CERTIFICATE}."
-        ) from error
-    if not isinstance(certificate, dict):
-        raise ConfigError(f'"{path}" holds no JSON object, so it is no certificate.')
-    record, shown = path.with_name(RECORD), path.with_name(PAGE)
-    checks = verify(
-        certificate,
-        record.read_bytes() if record.is_file() else None,
-        f'"{path}"',
-        shown.read_bytes() if shown.is_file() else None,
-    )
-    run = path.resolve().parent.parent.parent
-    if record.is_file() and (run / "run.json").is_file():
-        checks.append(environment_check(certificate, RunDir(run)))
-        if checks[-1].passed:  # in another one the policy may not even fit
-            checks.append(_policy_check(certificate, RunDir(run)))
-    for check in checks:
-        say(f"{'ok    ' if check.passed else 'FAILED'} {check.name:<12}{check.detail}")
-    if shown.is_file() and "page_sha256" not in certificate:
-        say(f"       {'page':<12}it holds no hash of its page, which was not checked")
-    if not record.is_file():
-        say(f"       {'record':<12}not beside it: neither episodes nor policy were checked")
-    failed = [check.name for check in checks if not check.passed]
-    if failed:
-        raise RunError(f'"{path}" does not hold: {", ".join(failed)}. Do not rely on it.')
-    say(summary(certificate))
-    return checks
-
-
-def _policy_check(certificate: dict[str, Any], run: RunDir) -> Check:
-    final = final_policy(run)
-    final.env.close()
-    stated = certificate.get("policy", {}), certificate.get("shield", {})
-    found = final.policy.sha256, final.policy.shield.sha256
-    same = found == tuple(part.get("sha256") for part in stated)
-    return Check("policy", same, f'of the run "{run.path.name}", with its shield')
-
-
 def _claim(
     final: FinalPolicy,
     epsilon: float | None,
@@ -213,7 +156,7 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
 
     A new one has the number after the highest, so that no number before that is used twice.
     """
-    folders = {int(p.name): p for p in (run.path / FOLDER).glob("*") if p.name.isdecimal()}
+    folders = {int(p.name): p for p in (run.path / CERTIFICATES).glob("*") if p.name.isdecimal()}
     asked = {**dataclasses.asdict(claim), **identity}
     differing: dict[int, list[str]] = {}  # of the unfinished attempts: what they have otherwise
     for number, folder in folders.items():
@@ -225,7 +168,7 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
                 return dataclasses.replace(claim, attempt=number), folder
     last = max(folders, default=0)
     number = last + 1
-    folder = run.path / FOLDER / str(number)
+    folder = run.path / CERTIFICATES / str(number)
     claim = dataclasses.replace(claim, attempt=number)
     needed = episodes_without_accident(claim)
     if claim.episodes < needed:
@@ -241,37 +184,6 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
     folder.mkdir(parents=True)
     write_atomic(folder / CLAIM, json_bytes(asked | {"attempt": number}))
     return claim, folder
-
-
-def subject_of(final: FinalPolicy) -> dict[str, Any]:
-    """What a certificate, or an exported file, is about."""
-    policy, safety, env = final.policy, final.safety, final.env
-    shield = policy.shield
-    return {
-        "policy": {
-            "run": final.run.name,
-            "kind": final.run.kind,
-            "version": policy.version,
-            "checkpoint_sha256": final.checkpoint_sha256,
-            "sha256": policy.sha256,
-        },
-        "shield": {
-            "acts": shield.acts,
-            "draws": shield.draws,
-            "margin": shield.margin,
-            "sha256": shield.sha256,
-        },
-        "environment": {
-            "id": env.env_id,
-            "horizon": env.horizon,
-            "accident": safety.accident,
-            **rule_source(safety.accident),
-            "cost_threshold": safety.cost_threshold,
-            KEY: env.identity(),
-        },
-        "versions": versions(env.versions()),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 from gymnasium import spaces
 
-from safe_offrl.commands.certify import subject_of
 from safe_offrl.commands.common import require_output, say_plain
 from safe_offrl.deploy.export import compare, require_format
 from safe_offrl.deploy.graph import PolicyGraph
@@ -20,6 +19,7 @@ from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
 from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import find_run
+from safe_offrl.record.subject import subject_of
 
 FOLDER = "exports"
 FORMAT = 1  # of the manifest
