@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from safe_offrl.bench.suite import METHODS, Job, Suite, jobs_of, load_suite, narrowed, parse_suite
+from safe_offrl.bench.methods import METHODS
+from safe_offrl.bench.suite import Job, Suite, jobs_of, load_suite, narrowed, parse_suite
 from safe_offrl.commands import benchmark_run, benchmark_text, finetune_config, pretrain_config
 from safe_offrl.commands.benchmark import _next_command
 from safe_offrl.config import RunInputs, run_yaml
