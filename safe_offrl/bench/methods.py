@@ -14,6 +14,7 @@ Settings = Mapping[str, Any]  # dotted key -> value
 _NEVER = 1_000_000_000  # steps: more than any budget has
 _OFF: Settings = {"kl": False, "safety_constraint": False, "shield": False}
 _FROZEN: Settings = {**_OFF, "warmup_steps": _NEVER, "update_every": _NEVER}
+_BF16: Settings = {"precision": "bf16"}
 # Plain TD: the pressure upwards that makes the safety critic conservative is ours.
 _LAGRANGIAN: Settings = {
     "kl": False,
@@ -94,4 +95,16 @@ METHODS: dict[str, Method] = {
         pretrain={"agent": "bc_safe"},
         finetune=_FROZEN,
     ),
+    # Questions of a suite each: what one setting does.
+    "ours-margin": Method(
+        "ours steered towards half of the limit", finetune={"lagrangian.aim": 0.5}
+    ),
+    "ours-bf16": Method("ours with products in bfloat16", pretrain=_BF16, finetune=_BF16),
+    "frozen-bf16": Method("frozen, pretrained in bfloat16", pretrain=_BF16, finetune=_FROZEN),
+    "rlpd-narrow": Method(
+        "rlpd with narrower exploration, as wide as a cautious policy explores",
+        finetune={**_OFF, "learner.target_entropy": -1},
+    ),
+    "frozen-cql": Method("frozen, pretrained with CQL", {"agent": "cql"}, _FROZEN),
+    "frozen-calql": Method("frozen, pretrained with Cal-QL", {"agent": "calql"}, _FROZEN),
 }
