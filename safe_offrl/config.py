@@ -225,7 +225,20 @@ def load_preset(env_id: str) -> dict[str, Any]:
     return {}
 
 
-SECTIONS = ("env_id", "collect", "pretrain", "finetune")  # of a preset
+def _with_bases(preset: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A preset behind the bases that it builds on; a later one has the last word."""
+    if "base" not in preset:
+        return [preset]
+    name = coerce(str, preset["base"], "base")
+    folder = importlib.resources.files("safe_offrl.configs") / "base"
+    known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+    if name not in known:
+        raise ConfigError(f'There is no base "{name}" of presets. {suggestion(name, known)}')
+    text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    return [*_with_bases(read_yaml(text, f"{name}.yaml")), preset]
+
+
+SECTIONS = ("env_id", "base", "collect", "pretrain", "finetune")  # of a preset
 
 
 def load_config(
@@ -244,7 +257,8 @@ def load_config(
     dataclass defaults <- ``inherited`` (from the pretrain run) <- ``section`` ("pretrain",
     "finetune") of the environment's preset <- ``logged`` (what a dataset says of itself) <-
     ``section`` of the YAML file ``preset``, which takes the preset's place <- ``flags`` (None means
-    not given) <- ``overrides`` ("a.b=c"). Unknown keys and wrong values raise ConfigError.
+    not given) <- ``overrides`` ("a.b=c"). A preset comes after its base, if it names one. Unknown
+    keys and wrong values raise ConfigError.
     """
     known = schema_keys(schema)
     if preset is None:
@@ -259,8 +273,10 @@ def load_config(
                 raise ConfigError(
                     f'Unknown key "{name}" in "{preset}". {suggestion(name, SECTIONS)}'
                 )
-    chosen = file_values.get(section) or {}
-    words = [chosen, logged or {}] if preset is None else [logged or {}, chosen]
+    chosen = [part.get(section) or {} for part in _with_bases(file_values)]
+    if not all(isinstance(part, Mapping) for part in chosen):
+        raise ConfigError(f'"{section}" of the preset holds no key: value pairs. Correct it.')
+    words = [*chosen, logged or {}] if preset is None else [logged or {}, *chosen]
     layers = [inherited or {}, *words]
     layers.append({k: v for k, v in (flags or {}).items() if v is not None})
     layers += [_parse_override(text) for text in overrides]
