@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from safe_offrl.stats.anytime import betabinomial_sequence, require_counts, run_level_upper
@@ -124,6 +126,20 @@ def rate_ratio(
     above = 1.0 if k1 == 0 else float(special.bdtrc(k1 - 1, k1 + k2, share))
     p_value = min(1.0, 2.0 * min(below, above))
     return RateRatio(to_ratio(k1 / (k1 + k2)), to_ratio(low), to_ratio(high), p_value)
+
+
+class Mean(NamedTuple):
+    """A mean with its standard error."""
+
+    value: float
+    error: float
+
+
+def mean_and_error(values: ArrayLike) -> Mean:
+    """The mean, and its error by the spread of the values; NaN for what too few leave open."""
+    x = np.asarray(values, dtype=np.float64)
+    error = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
+    return Mean(float(x.mean()) if len(x) else math.nan, error)
 
 
 def standard_errors(confidence: float) -> float:

@@ -325,6 +325,12 @@ def test_rate_ratio_with_zeros():
         fixed.rate_ratio(1, 0.0, 1, 1.0)
 
 
+def test_mean_and_error():
+    assert fixed.mean_and_error([1.0, 3.0, 5.0, 7.0]) == (4.0, math.sqrt(20.0 / 3.0 / 4.0))
+    assert str(fixed.mean_and_error([2.0])) == "Mean(value=2.0, error=nan)"
+    assert str(fixed.mean_and_error([])) == "Mean(value=nan, error=nan)"
+
+
 def test_iqm():
     assert resampling.iqm([100.0, 1.0, 2.0, -50.0]) == 1.5
     assert resampling.iqm([1.0, 2.0, 9.0]) == 4.0  # floor(3 / 4) = 0 dropped
