@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from safe_offrl.data.derived import find_episodes
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.minari import FILE, INFOS, datasets_folder
 from safe_offrl.data_formats.validation import validate_arrays
-from safe_offrl.files import json_bytes, write_file
+from safe_offrl.files import json_bytes, replacing, write_file
 
 VERSION = "0.5.0"  # of the layout that is written; every later Minari reads it
 
@@ -35,19 +33,14 @@ def write_minari(
     """Validate and write the folder, complete or not at all; returns what it cannot hold."""
     validate_arrays(arrays)
     arrays, metadata, wide = in_own_units(arrays, metadata)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    (temporary / "data").mkdir(parents=True)
-    try:
+    with replacing(path) as temporary:
+        (temporary / "data").mkdir(parents=True)
         discrete = metadata.get("action_count") is not None
         lost = _write_episodes(temporary / "data" / FILE, arrays, discrete, wide, progress)
         size = (temporary / "data" / FILE).stat().st_size / 1e6
         described = _describe(_dataset_id(path), arrays, metadata, wide)
         described["dataset_size"] = round(size, 1)
         write_file(temporary / "data" / "metadata.json", json_bytes(described))
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return lost
 
 
