@@ -46,7 +46,7 @@ from safe_offrl.data_formats.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, replacing, write_file
 from safe_offrl.spec import SafetySpec
-from safe_offrl.types import Layout
+from safe_offrl.types import SCALARS, Layout
 
 HEADER = "dataset.json"
 ROWS_AT_ONCE = 2**20  # of scalars computed together; whole episodes, so a longer one counts as one
@@ -188,7 +188,7 @@ def _scalars(
     """Columns that follow the tables [N, 6 or 8], mapped from the cache beside the map."""
     key = f"{identity} {spec.accident} {spec.cost_threshold!r} {horizon} {discount!r}"
     name = f"scalars-{hashlib.sha256(key.encode()).hexdigest()[:16]}.f32"
-    width = 8 if spec.accident == "episode_cost" else 6
+    width = len(SCALARS) + 2 * (spec.accident == "episode_cost")
     target, expected = path / name, len(episodes.terminated) * width * 4
     if not target.is_file() or target.stat().st_size != expected:
         try:
@@ -221,7 +221,8 @@ def _blocks(
         columns = derived.scalar_columns(
             piece, starts[first : beyond + 1] - part.start, metadata, spec, horizon, discount
         )
-        yield np.stack(list(columns.values()), axis=1)
+        ordered = [columns.pop(name) for name in SCALARS]
+        yield np.stack([*ordered, *columns.values()], axis=1)  # what the rule adds comes behind
         first = beyond
 
 
