@@ -14,7 +14,7 @@ from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.contract import ask
 from safe_offrl.errors import EnvError, EnvFault
-from safe_offrl.types import Episode
+from safe_offrl.types import Episode, Layout
 
 FAULTS_IN_A_ROW = 3  # episodes that the environment may fail in before the run stops
 
@@ -148,11 +148,18 @@ def play_episode(
             raw, reward, terminated, truncated, info = ask(env.step, action)
             following = normalizer(raw)
             accident = bool(info["accident"])
-            scaled = reward * normalizer.reward_scale
-            tail = (scaled, accident, info["cost"], terminated, time_to_go, 0.0)
-            rows.append(
-                np.concatenate([observation, action, following, np.asarray(tail, dtype=np.float32)])
+            row = Layout.row(
+                observation,
+                action,
+                following,
+                rewards=reward * normalizer.reward_scale,
+                accidents=accident,
+                costs=info["cost"],
+                terminated=terminated,
+                time_to_go=time_to_go,
+                return_to_go=0.0,
             )
+            rows.append(row)
             observation, ended = following, terminated or truncated
             total += float(reward)
             cost += float(info["cost"])
