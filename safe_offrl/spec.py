@@ -11,6 +11,68 @@ from safe_offrl.errors import ConfigError
 ALARM_RANGE = 4.0  # limits: an episode that costs more than this counts as this in the alarm
 
 
+class Quantity(NamedTuple):
+    """What can be constrained of an episode, and how it is called and written.
+
+    ``constraint`` is its name in settings, ``measure`` in curves and files, ``symbol`` in formulas;
+    ``limit`` is what its limit is called there; ``form`` is how a value of it is written.
+    """
+
+    constraint: str
+    limit: str
+    limit_in_words: str
+    measure: str
+    symbol: str
+    in_words: str
+    estimated: str
+    per_episode: str
+    rate: str
+    form: str
+
+    def rate_of(self, accidents: int, cost: float, episodes: int, steps: float) -> float:
+        """What so many episodes did, in the unit of ``rate``."""
+        return 1000.0 * accidents / steps if self is ACCIDENT else cost / episodes
+
+    def of_episode(self, accident: bool, cost: float) -> float:
+        """What an episode contributes to the mean that is constrained, in its own unit."""
+        return float(accident) if self is ACCIDENT else cost
+
+    def text(self, value: float) -> str:
+        """A value as a person reads it.
+
+        >>> ACCIDENT.text(0.0312), COST.text(24.96)
+        ('3.1%', '25')
+        """
+        return f"{value:{self.form}}"
+
+
+ACCIDENT = Quantity(
+    constraint="accident",
+    limit="epsilon",
+    limit_in_words="epsilon",
+    measure="v_accident",
+    symbol="V_accident",
+    in_words="accident probability",
+    estimated="accident probability",
+    per_episode="accident probability per episode",
+    rate="accidents per 1000 steps",
+    form=".1%",
+)
+COST = Quantity(
+    constraint="cost",
+    limit="cost_limit",
+    limit_in_words="cost limit",
+    measure="expected_cost",
+    symbol="expected cost",
+    in_words="expected cost",
+    estimated="cost per episode",
+    per_episode="cost per episode",
+    rate="cost per episode",
+    form=".3g",
+)
+QUANTITIES = {quantity.constraint: quantity for quantity in (ACCIDENT, COST)}
+
+
 class Limit(NamedTuple):
     """What is constrained, in the safety critic's unit: a share in [0, 1] of ``scale``.
 
@@ -28,14 +90,9 @@ class Limit(NamedTuple):
         return self.share * self.scale
 
     @property
-    def name(self) -> str:
-        """Of the limit, in curves and tables."""
-        return "epsilon" if self.constraint == "accident" else "cost_limit"
-
-    @property
-    def quantity(self) -> str:
-        """Of what is limited, in curves and tables."""
-        return "v_accident" if self.constraint == "accident" else "expected_cost"
+    def quantity(self) -> Quantity:
+        """What is limited."""
+        return QUANTITIES[self.constraint]
 
     def outcome(self, accident: bool, cost: float) -> float:
         """What an episode contributes, in [0, 1]; its mean is what is constrained."""

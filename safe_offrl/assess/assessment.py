@@ -28,7 +28,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import DataError
 from safe_offrl.policies.distributions import Gaussian
 from safe_offrl.policies.networks import Actor
-from safe_offrl.spec import Limit
+from safe_offrl.spec import QUANTITIES, Limit
 
 MOST_ROWS = 200_000  # transitions, about: more of them say little more and take long
 FEWEST_EPISODES = 20
@@ -159,8 +159,7 @@ class Estimates:
 
     def sentence(self, limit: float, confidence: float) -> str:
         """What the log shows, in words."""
-        accident = self.constraint == "accident"
-        what = "the accident probability" if accident else "the cost per episode"
+        what = f"the {QUANTITIES[self.constraint].estimated}"
         below = f"{what} is below {risk_text(limit, self.constraint)}"
         if self.doubts:
             return f"The log says too little of this policy: {'; '.join(self.doubts)}."

@@ -76,13 +76,13 @@ def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdi
     confidence = 1.0 - (1.0 - CONFIDENCE) / len(groups)
     bounds = {g.name: _upper(g, limit, confidence) for g in groups}
     name = min(bounds, key=lambda k: bounds[k])
-    unit = "accident probability" if limit.constraint == "accident" else "expected cost"
-    form = ".1%" if limit.constraint == "accident" else ".3g"
+    quantity = limit.quantity
+    below, asked = quantity.text(bounds[name]), quantity.text(limit.value)
     if bounds[name] < limit.value:
         return Verdict(
             True,
-            f"yes: the {unit} of {name!r} is below {bounds[name]:{form}} at {CONFIDENCE:.0%}, and "
-            f"{limit.value:{form}} is asked for.",
+            f"yes: the {quantity.in_words} of {name!r} is below {below} at {CONFIDENCE:.0%}, and "
+            f"{asked} is asked for.",
         )
     advice = "Log more episodes of a more careful behaviour"
     if limit.constraint == "accident":
@@ -92,8 +92,8 @@ def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdi
         advice += f", or about {more:,} more of {name!r} if they cost the same"
     return Verdict(
         False,
-        f"no: at {CONFIDENCE:.0%} nobody in the log is shown to keep {limit.value:{form}} (closest "
-        f"is {name!r}, below {bounds[name]:{form}}), so an estimate there extrapolates. {advice}.",
+        f"no: at {CONFIDENCE:.0%} nobody in the log is shown to keep {asked} (closest "
+        f"is {name!r}, below {below}), so an estimate there extrapolates. {advice}.",
     )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safe_offrl.check.groups import Group, Verdict, groups_of, identify
 from safe_offrl.data.dataset import ROUNDING, Dataset
 from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
-from safe_offrl.spec import Limit, SafetySpec
+from safe_offrl.spec import QUANTITIES, Limit, SafetySpec
 from safe_offrl.stats.fixed import clopper_pearson
 
 INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
@@ -128,7 +128,7 @@ def format_summary(summary: DatasetSummary) -> str:
     s = summary
     low, high = s.accident_interval
     by_cost = s.constraint == "cost"
-    kept = f"expected cost < {s.limit:g}" if by_cost else f"V_accident < {s.limit:g}"
+    kept = f"{QUANTITIES[s.constraint].symbol} < {s.limit:g}"
     lines = [
         f"dataset       {s.env_id or 'unknown environment'}, sha256 {s.sha256[:12]}",
         f"transitions   {s.transitions:,} in {s.episodes:,} episodes, horizon {s.horizon}",

@@ -30,7 +30,7 @@ from safe_offrl.record.final_policy import stored_policy
 from safe_offrl.record.progress import ProgressLine, Say
 from safe_offrl.record.run import RunDir, find_run
 from safe_offrl.record.versions import versions
-from safe_offrl.spec import SafetySpec
+from safe_offrl.spec import QUANTITIES, SafetySpec
 from safe_offrl.train.pretrain import PretrainConfig, discount_of
 
 FILE = "assessment.json"
@@ -237,11 +237,10 @@ def describe(name: str, estimates: Estimates, limit: float, confidence: float) -
 def numbers(estimates: Estimates, limit: float, confidence: float) -> str:
     """Estimate, interval, upper limit and what it is held against, in one phrase."""
     kind = estimates.constraint
-    what = "accident probability" if kind == "accident" else "cost per episode"
     value = min(max(0.0, estimates.risk.value), 1.0) * estimates.scale
     low, high = (risk_text(x, kind) for x in estimates.risk_interval(confidence))
     return (
-        f"{what} {risk_text(value, kind)} [{low}, {high}], at most "
+        f"{QUANTITIES[kind].estimated} {risk_text(value, kind)} [{low}, {high}], at most "
         f"{risk_text(estimates.risk_upper(confidence), kind)} ({confidence:.0%}); limit "
         f"{risk_text(limit, kind)}"
     )
@@ -278,10 +277,10 @@ def gate(subject: Subject, *, accepted: str | None, say: Say) -> str:
     estimates = assessed(subject, say, store=kept)
     if estimates.shows_below(limit, safety.confidence):
         return numbers(estimates, limit, safety.confidence)
-    accident = estimates.constraint == "accident"
+    option = QUANTITIES[estimates.constraint].limit.replace("_", "-")
     raise RunError(
         f'Before the first step of "{subject.run.name}": '
         f"{numbers(estimates, limit, safety.confidence)}. "
         f"{estimates.sentence(limit, safety.confidence)} Pretrain on better data, raise "
-        f"--{'epsilon' if accident else 'cost-limit'}, or start all the same with --accept-risk."
+        f"--{option}, or start all the same with --accept-risk."
     )

@@ -311,7 +311,7 @@ class OnlineCurves:
             "safety/cost_mean": monitor.cost_mean,
             "safety/cost_recent": self.recent_cost,
             **(cost_bounds if self._limit.constraint == "cost" else {}),
-            f"safety/{self._limit.name}": self._limit.value,
+            f"safety/{self._limit.quantity.limit}": self._limit.value,
             "safety/alarm_log_evidence": monitor.log_evidence,
             "online/return": self.recent_return,
             "budget/spent": self.step / self._budget,
@@ -320,7 +320,7 @@ class OnlineCurves:
     def trust(self) -> dict[str, float]:
         """Estimate of the policy that acts from here on, and share of accepted candidates."""
         return {
-            f"safety/{self._limit.quantity}_estimate": self.estimate,
+            f"safety/{self._limit.quantity.measure}_estimate": self.estimate,
             "trust/accepted": self._accepted / self._iterations,
         }
 

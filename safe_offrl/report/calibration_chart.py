@@ -13,6 +13,7 @@ import numpy as np
 
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.safety.calibration import CalibrationReport
+from safe_offrl.spec import COST, QUANTITIES
 from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
 from safe_offrl.stats.reliability import EDGES
 from safe_offrl.types import Episode
@@ -150,18 +151,18 @@ def _draw_ranking(axis: Axes, report: CalibrationReport) -> None:
 
 
 def _draw_estimates(axis: Axes, report: CalibrationReport) -> None:
-    by_cost = report.constraint == "cost"
-    logged = report.behaviour_cost if by_cost else report.behaviour_accident_rate
+    quantity = QUANTITIES[report.constraint]
+    cost_logged = quantity is COST
+    logged = report.behaviour_cost if cost_logged else report.behaviour_accident_rate
     rows = {
         "upper estimate": (report.estimate_upper, _BLUE),
         "estimate": (report.estimate, _BLUE),
         "plain TD": (report.estimate_plain_td, _INK),
         "logged behaviour": (logged, _INK),
     }
-    name = "cost limit" if by_cost else "epsilon"
     axis.axvline(report.limit, color=_ORANGE, linestyle=_DASHED, linewidth=1.3)
     axis.annotate(
-        f"{name} {report.limit:g}",
+        f"{quantity.limit_in_words} {report.limit:g}",
         (report.limit, len(rows) - 0.5),
         (4, 0),
         textcoords="offset points",
@@ -173,7 +174,7 @@ def _draw_estimates(axis: Axes, report: CalibrationReport) -> None:
         axis.plot([0.0, value], [y, y], color=colour, linewidth=1.2, alpha=0.5)
         axis.plot([value], [y], "o", color=colour, markersize=7)
         axis.annotate(
-            f"{value:.3g}" if by_cost else f"{value:.1%}",
+            quantity.text(value),
             (value, y),
             (8, 0),
             textcoords="offset points",
@@ -186,8 +187,7 @@ def _draw_estimates(axis: Axes, report: CalibrationReport) -> None:
     axis.set_xlim(0.0, 1.25 * largest)
     axis.set_ylim(-0.5, len(rows) - 0.2)
     axis.set_yticks(range(len(rows)), list(rows))
-    quantity = "cost per episode" if by_cost else "accident probability per episode"
-    finish(axis, "The new policy's estimate and the log", "", quantity)
+    finish(axis, "The new policy's estimate and the log", "", quantity.per_episode)
 
 
 class Block(NamedTuple):
@@ -255,7 +255,8 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
     """The blocks of an online phase (at least one) as a PNG: what was estimated, what happened."""
     import matplotlib as mpl
 
-    by_cost = constraint == "cost"
+    quantity = QUANTITIES[constraint]
+    spread = "2 standard errors" if quantity is COST else "95 % interval"
     with mpl.rc_context(LIGHT):
         figure = _figure(9.0, 4.8)
         axis = figure.subplots()
@@ -271,19 +272,18 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
             elinewidth=1.1,
             capsize=3,
             markersize=6,
-            label="realised, 2 standard errors" if by_cost else "realised, 95 % interval",
+            label=f"realised, {spread}",
         )
         estimates = [b.estimate for b in blocks]
         axis.plot(middle, estimates, "o-", color=_BLUE, linewidth=1.6, label="estimated before")
-        name = "cost limit" if by_cost else "epsilon"
+        name = quantity.limit_in_words
         axis.axhline(limit, color=_INK, linestyle=_DASHED, label=f"{name} {limit:g}")
         axis.set_xlim(0, 1.02 * blocks[-1].last_step)
         axis.set_ylim(0, 1.25 * max(limit, *estimates, *(b.high for b in blocks)))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
         axis.legend(loc="upper center", ncols=3, fontsize=8.5, framealpha=0.85)
         episodes = sum(b.episodes for b in blocks)
-        quantity = "cost per episode" if by_cost else "accident probability per episode"
-        finish(axis, f"{episodes:,} episodes in {len(blocks)} blocks", quantity)
+        finish(axis, f"{episodes:,} episodes in {len(blocks)} blocks", quantity.per_episode)
         return _png(figure, "Estimate of the policy that acted, and what happened")
 
 

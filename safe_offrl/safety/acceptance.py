@@ -187,7 +187,7 @@ def decide(
             ]
         improves = constrain_safety and decision.v_candidate < v_previous
         if constrain_safety and not improves:
-            name = "V_accident" if limit.constraint == "accident" else "expected cost"
+            name = limit.quantity.symbol
             limits.append(Constraint(name, decision.v_candidate * limit.scale, limit.value))
         failed = next((limit for limit in limits if not limit.satisfied), None)
         if failed is None:

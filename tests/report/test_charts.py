@@ -12,6 +12,7 @@ from safe_offrl.report.charts.inline import inline_svg
 from safe_offrl.report.comparison import compare
 from safe_offrl.report.run_data import Decision, RunData, read_run
 from safe_offrl.report.tables import format_table
+from safe_offrl.spec import ACCIDENT, COST
 from safe_offrl.stats.anytime import run_level_interval
 from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.types import Episode
@@ -219,14 +220,14 @@ def test_the_front_is_named_in_words():
 def test_harm_by_hand(write_run):
     """Two accidents in 150 steps while learning; or 10 in 500 evaluated episodes of 40 steps."""
     learning = _run([1, 0, 1], [50, 50, 50])
-    assert outcome.harm(learning, by_cost=False) == pytest.approx(1000 * 2 / 150)
+    assert outcome.harm(learning, ACCIDENT) == pytest.approx(1000 * 2 / 150)
     evaluation = {"episodes": 500, "accidents": 10, "mean_return": 2.5, "mean_length": 40.0}
     evaluation |= {"mean_cost": 1.5, "cost_standard_error": 0.1}
     frozen = read_run(write_run("a", [], kind="pretrain", evaluation=evaluation))
-    assert outcome.harm(frozen, by_cost=False) == 0.5
-    assert outcome.harm(frozen, by_cost=True) == 1.5
+    assert outcome.harm(frozen, ACCIDENT) == 0.5
+    assert outcome.harm(frozen, COST) == 1.5
     never = read_run(write_run("b", [], kind="pretrain"))
-    assert math.isnan(outcome.harm(never, by_cost=False))
+    assert math.isnan(outcome.harm(never, ACCIDENT))
 
 
 def test_a_judgement_by_hand(write_run):
@@ -237,11 +238,11 @@ def test_a_judgement_by_hand(write_run):
         values |= {"mean_cost": float(accidents), "cost_standard_error": 0.5}
         decision = {"accepted": False, "v_previous": estimate}
         runs.append(read_run(write_run(name, [0], evaluation=values, iterations=[decision])))
-    found = outcome._judgement(runs, by_cost=False)
+    found = outcome._judgement(runs, ACCIDENT)
     assert found == pytest.approx((0.04, 0.02, *clopper_pearson(12, 600, 0.95)))
     # Costs 3 and 9: their mean has the standard error 3.
-    assert outcome._judgement(runs, by_cost=True) == pytest.approx((0.04, 6.0, 0.0, 12.0))
-    assert outcome._judgement(runs[:1], by_cost=True) == pytest.approx((0.02, 3.0, 2.0, 4.0))
+    assert outcome._judgement(runs, COST) == pytest.approx((0.04, 6.0, 0.0, 12.0))
+    assert outcome._judgement(runs[:1], COST) == pytest.approx((0.02, 3.0, 2.0, 4.0))
 
 
 def test_every_method_looks_different():

@@ -21,10 +21,12 @@ from safe_offrl.report.charts.style import (
     in_words,
     mean_of_curves,
     over_steps,
+    quantity_of,
     together,
 )
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import final_return
+from safe_offrl.spec import COST, QUANTITIES
 from safe_offrl.stats.anytime import run_level_interval
 from safe_offrl.stats.resampling import iqm, iqm_of_curves
 from safe_offrl.types import Episode
@@ -44,7 +46,7 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
     Of runs with at least one episode each. Where the expected cost is constrained, cost per episode
     takes the place of the accident rate.
     """
-    by_cost = any(run.constraint == "cost" for g in groups for run in g.runs)
+    by_cost = quantity_of(groups) is COST
     window, short = (_COST_WINDOW,) * 2 if by_cost else (_LONG_WINDOW, _WINDOW)
     ends = {g.label: f"{iqm([final_return(r) for r in g.runs]):.4g}" for g in groups}
     totals = {g.label: f"{np.mean([_accidents(r) for r in g.runs]):.3g}" for g in groups}
@@ -218,14 +220,14 @@ def _draw_estimates(axis: Axes, groups: Sequence[Group], window: int) -> None:
     from matplotlib import rcParams
     from matplotlib.lines import Line2D
 
-    by_cost = any(run.constraint == "cost" for g in groups for run in g.runs)
+    quantity = quantity_of(groups)
     for group in groups:
         estimates = [curve for run in group.runs if len((curve := _estimates(run))[0])]
         if estimates:
             draw_group(axis, group, *together(estimates, 60), mean_of_curves, linewidth=1.6)
         if estimates or not group.look.crowded:
             realised = [
-                smoothed(run, window, lambda e: e.cost if by_cost else float(e.accident))
+                smoothed(run, window, lambda e: quantity.of_episode(e.accident, e.cost))
                 for run in group.runs
             ]
             grid, values = together(realised)
@@ -234,7 +236,7 @@ def _draw_estimates(axis: Axes, groups: Sequence[Group], window: int) -> None:
     finish(
         axis,
         "Estimate against reality",
-        "cost per episode" if by_cost else "accident probability per episode",
+        quantity.per_episode,
     )
     over_steps(axis, groups)
     axis.set_ylim(bottom=0)
@@ -252,7 +254,7 @@ def _estimates(run: RunData) -> Curve:
 
 def _draw_limits(axis: Axes, groups: Sequence[Group]) -> None:
     limits = {
-        ("epsilon" if run.constraint == "accident" else "limit", run.limit)
+        (QUANTITIES[run.constraint].limit_in_words.split()[-1], run.limit)
         for group in groups
         for run in group.runs
         if not math.isnan(run.limit)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from safe_offrl.report.charts.style import DASHED, Group, Panel, finish, in_words
+from safe_offrl.report.charts.style import DASHED, Group, Panel, finish, in_words, quantity_of
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import learned_online, outcome
+from safe_offrl.spec import COST, Quantity
 from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
 
 if TYPE_CHECKING:
@@ -24,14 +25,13 @@ def outcome_panels(groups: Sequence[Group]) -> list[Panel]:
     out; a method is on the front if no other has both a higher mean return and less harm. A profile
     is the share of a method's runs that reach a return (Agarwal et al. 2021, arXiv:2108.13264).
     """
-    by_cost = any(run.constraint == "cost" for g in groups for run in g.runs)
-    shown = [g._replace(runs=r) for g in groups if (r := _finite(g.runs, by_cost))]
+    quantity = quantity_of(groups)
+    shown = [g._replace(runs=r) for g in groups if (r := _finite(g.runs, quantity))]
     if not shown:
         return []
-    centres = {g.label: _centre(g.runs, by_cost) for g in shown}
+    centres = {g.label: _centre(g.runs, quantity) for g in shown}
     front = pareto_front(list(centres.values()))
     on_front = [label for label, centre in centres.items() if centre in front]
-    unit = "cost per episode" if by_cost else "accidents per 1000 steps"
     words = in_words(
         {label: f"{gain:.4g} at {harm:.3g}" for label, (harm, gain) in centres.items()}
     )
@@ -42,9 +42,9 @@ def outcome_panels(groups: Sequence[Group]) -> list[Panel]:
     panels = [
         Panel(
             "plane",
-            _plane_title(by_cost),
-            lambda axis: _draw_plane(axis, shown, by_cost),
-            f"Final return against {unit}, mean over runs: {words}. "
+            _plane_title(quantity),
+            lambda axis: _draw_plane(axis, shown, quantity),
+            f"Final return against {quantity.rate}, mean over runs: {words}. "
             f"On the Pareto front: {', '.join(on_front)}.",
         ),
         Panel(
@@ -56,13 +56,13 @@ def outcome_panels(groups: Sequence[Group]) -> list[Panel]:
     ]
     judged = [g._replace(runs=r) for g in groups if (r := [x for x in g.runs if _judged(x)])]
     if judged:
-        pairs = {g.label: _judgement(g.runs, by_cost) for g in judged}
+        pairs = {g.label: _judgement(g.runs, quantity) for g in judged}
         against = in_words({n: f"{x:.3g} against {y:.3g}" for n, (x, y, _, _) in pairs.items()})
         panels.append(
             Panel(
                 "final-estimate",
                 "Estimate of the final policy against its evaluation",
-                lambda axis: _draw_judgement(axis, judged, by_cost),
+                lambda axis: _draw_judgement(axis, judged, quantity),
                 f"The safety critic's estimate of the final policies against what their evaluation "
                 f"found, mean over runs: {against}.",
             )
@@ -79,29 +79,28 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def harm(run: RunData, by_cost: bool) -> float:
+def harm(run: RunData, quantity: Quantity) -> float:
     """Cost per episode or accidents per 1000 steps: while learning, else of the evaluation."""
     if learned_online(run):
-        if by_cost:
-            return float(np.mean([e.cost for e in run.episodes]))
-        return 1000.0 * sum(e.accident for e in run.episodes) / run.episodes[-1].total_steps
+        accidents = sum(e.accident for e in run.episodes)
+        cost = math.fsum(e.cost for e in run.episodes)
+        return quantity.rate_of(accidents, cost, len(run.episodes), run.episodes[-1].total_steps)
     if run.evaluation is None:
         return math.nan
     played = run.evaluation
-    if by_cost:
-        return played.mean_cost
-    return 1000.0 * played.accidents / (played.episodes * played.mean_length)
+    n = played.episodes
+    return quantity.rate_of(played.accidents, n * played.mean_cost, n, n * played.mean_length)
 
 
-def _finite(runs: Sequence[RunData], by_cost: bool) -> list[RunData]:
-    return [r for r in runs if math.isfinite(outcome(r)) and math.isfinite(harm(r, by_cost))]
+def _finite(runs: Sequence[RunData], quantity: Quantity) -> list[RunData]:
+    return [r for r in runs if math.isfinite(outcome(r)) and math.isfinite(harm(r, quantity))]
 
 
-def _centre(runs: Sequence[RunData], by_cost: bool) -> tuple[float, float]:
-    return float(np.mean([harm(r, by_cost) for r in runs])), float(np.mean([*map(outcome, runs)]))
+def _centre(runs: Sequence[RunData], quantity: Quantity) -> tuple[float, float]:
+    return float(np.mean([harm(r, quantity) for r in runs])), float(np.mean([*map(outcome, runs)]))
 
 
-def _draw_plane(axis: Axes, groups: Sequence[Group], by_cost: bool) -> None:
+def _draw_plane(axis: Axes, groups: Sequence[Group], quantity: Quantity) -> None:
     from matplotlib import rcParams
 
     for group in groups:
@@ -109,20 +108,19 @@ def _draw_plane(axis: Axes, groups: Sequence[Group], by_cost: bool) -> None:
         learned = any(run.episodes for run in group.runs)
         style: dict[str, Any] = {"marker": look.marker, "edgecolors": look.colour, "gid": look.gid}
         style["facecolors"] = look.colour if learned else "none"
-        x = [harm(run, by_cost) for run in group.runs]
+        x = [harm(run, quantity) for run in group.runs]
         if len(x) > 1:
             axis.scatter(x, [*map(outcome, group.runs)], s=18, alpha=0.5, linewidths=0.8, **style)
-        centre = _centre(group.runs, by_cost)
+        centre = _centre(group.runs, quantity)
         axis.scatter([centre[0]], [centre[1]], s=95, linewidths=1.6, **style)
-    front = pareto_front([_centre(group.runs, by_cost) for group in groups])
+    front = pareto_front([_centre(group.runs, quantity) for group in groups])
     axis.plot(*zip(*front, strict=True), color=rcParams["text.color"], linestyle=DASHED, zorder=0)
-    quantity = "cost per episode" if by_cost else "accidents per 1000 steps"
-    finish(axis, _plane_title(by_cost), "final return", quantity)
+    finish(axis, _plane_title(quantity), "final return", quantity.rate)
     axis.set_xlim(left=0)
 
 
-def _plane_title(by_cost: bool) -> str:
-    return f"Return against {'cost' if by_cost else 'accidents'} while learning"
+def _plane_title(quantity: Quantity) -> str:
+    return f"Return against {quantity.rate.split()[0]} while learning"
 
 
 def _draw_profile(axis: Axes, groups: Sequence[Group]) -> None:
@@ -141,11 +139,11 @@ def _judged(run: RunData) -> bool:
     return run.evaluation is not None and not math.isnan(run.estimate)
 
 
-def _judgement(runs: Sequence[RunData], by_cost: bool) -> tuple[float, float, float, float]:
+def _judgement(runs: Sequence[RunData], quantity: Quantity) -> tuple[float, float, float, float]:
     """(mean estimate, evaluated value, low, high) of runs that have both."""
     estimate = float(np.mean([run.estimate for run in runs]))
     played = [run.evaluation for run in runs if run.evaluation is not None]
-    if by_cost:
+    if quantity is COST:
         mean, error = mean_and_error([e.mean_cost for e in played])
         margin = 2.0 * (played[0].cost_standard_error if len(played) == 1 else error)
         return estimate, mean, max(0.0, mean - margin), mean + margin
@@ -153,13 +151,13 @@ def _judgement(runs: Sequence[RunData], by_cost: bool) -> tuple[float, float, fl
     return estimate, k / n, *clopper_pearson(k, n, min(run.confidence for run in runs))
 
 
-def _draw_judgement(axis: Axes, groups: Sequence[Group], by_cost: bool) -> None:
+def _draw_judgement(axis: Axes, groups: Sequence[Group], quantity: Quantity) -> None:
     from matplotlib import rcParams
 
     top = 0.0
     for group in groups:
         look = group.look
-        x, y, low, high = _judgement(group.runs, by_cost)
+        x, y, low, high = _judgement(group.runs, quantity)
         top = max(top, x, high)
         axis.vlines([x], low, high, color=look.colour, linewidth=1.5, gid=look.gid)
         axis.scatter([x], [y], s=60, marker=look.marker, color=look.colour, gid=look.gid)
@@ -169,7 +167,7 @@ def _draw_judgement(axis: Axes, groups: Sequence[Group], by_cost: bool) -> None:
         axis,
         "Estimate of the final policy against its evaluation",
         "evaluated cost, 2 standard errors"
-        if by_cost
+        if quantity is COST
         else "evaluated accident rate, with interval",
         "estimate (mean over runs)",
     )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import BOOTSTRAP_SEED
+from safe_offrl.spec import ACCIDENT, COST, Quantity
 from safe_offrl.stats.resampling import Statistic, bootstrap_band
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class Panel(NamedTuple):
     title: str
     draw: Callable[[Axes], None]
     words: str
+
+
+def quantity_of(groups: Sequence[Group]) -> Quantity:
+    """What is compared: cost, as soon as a run constrains it."""
+    return COST if any(run.constraint == "cost" for g in groups for run in g.runs) else ACCIDENT
 
 
 def looks_of(methods: Sequence[str]) -> dict[str, Look]:
