@@ -1,9 +1,9 @@
 """Which stored runs may import what their settings name: those made here, and those vouched for.
 
-An environment "module:Id" and an accident rule "module:function" import the module, which executes
-it. On the command line that is the user's own word. In the config.yaml of a run that somebody else
-made it is theirs, so this machine keeps a list of the settings that it may believe: a file named by
-the sha256 of config.yaml, in the cache folder, written when a run is made.
+An environment "module:Id", an accident rule "module:function" and an agent "module:name" import the
+module, which executes it. On the command line that is the user's own word. In the config.yaml of a
+run that somebody else made it is theirs, so this machine keeps a list of the settings that it may
+believe: a file named by the sha256 of config.yaml, in the cache folder, written when a run is made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_offrl.commands.common import say_plain, stored_pretrain_run
-from safe_offrl.config import RunInputs, parse_run_yaml
+from safe_offrl.config import RunInputs, from_dict, parse_run_yaml, read_yaml
 from safe_offrl.data.content import metadata_text
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import cache_folder, unwritable
@@ -37,7 +37,7 @@ def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = sa
         PretrainConfig if run.kind == "pretrain" else FinetuneConfig
     )
     inputs, config = parse_run_yaml(run.config_text, run.kind, schema, run.path)
-    names = _named(inputs, config.safety)
+    names = _named(run.config_text, inputs, config.safety)
     if names:
         _remember(run.config_text)
     say(f"trusted     {run.path}: its settings import {', '.join(names) or 'nothing'}")
@@ -52,7 +52,7 @@ def trust_own(
 
     Where nothing can be remembered, it says so: it is asked for then.
     """
-    if _named(inputs, safety):
+    if _named(config_text, inputs, safety):
         try:
             _remember(config_text)
         except RunError as error:
@@ -99,7 +99,8 @@ def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec) -> None:
     # Nothing is imported where the program has imported the environment's module itself; but of a
     # module that is there, an accident rule could be any function.
     known = inputs.env_id.partition(":")[0] in sys.modules
-    names = [name for name in _named(inputs, safety) if not (known and name == inputs.env_id)]
+    named = _named(run.config_text, inputs, safety)
+    names = [name for name in named if not (known and name == inputs.env_id)]
     record = _record(run.config_text)
     if not names or record.is_file():
         return
@@ -117,9 +118,14 @@ def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec) -> None:
     )
 
 
-def _named(inputs: RunInputs, safety: SafetySpec) -> list[str]:
-    """The environment and the accident rule, if they name a module."""
-    return [name for name in (inputs.env_id, safety.accident) if ":" in name]
+def _named(config_text: str, inputs: RunInputs, safety: SafetySpec) -> list[str]:
+    """The environment, the accident rule and the agent, offline or online, that name a module."""
+    values, names = read_yaml(config_text, "config.yaml"), [inputs.env_id, safety.accident]
+    if "pretrain" in values:
+        names.append(from_dict(PretrainConfig, values["pretrain"]).agent)
+    if "finetune" in values:
+        names.append(from_dict(FinetuneConfig, values["finetune"]).baseline.learner)
+    return [name for name in names if ":" in name]
 
 
 def _record(config_text: str) -> Path:
