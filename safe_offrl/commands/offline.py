@@ -30,10 +30,16 @@ from safe_offrl.commands.common import (
     stored_dataset,
     stored_mode,
     warning_lines,
+    with_own_settings,
     writing,
 )
 from safe_offrl.commands.environment import identities, learnt_lines, since_log
-from safe_offrl.commands.trust import is_trusted_log, require_trusted_log, trust_own
+from safe_offrl.commands.trust import (
+    is_trusted_log,
+    require_trusted,
+    require_trusted_log,
+    trust_own,
+)
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure, find_device
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
@@ -116,13 +122,13 @@ def pretrain_config(
         resolve = by_cost
     else:
         config = resolve()
-    if config.dataset is None:
-        return config
-    try:
-        stated = stated_metadata(config.dataset)
-    except DataError:  # what is not there or damaged is refused by whoever loads it
-        return config
-    return with_logged_rule(config, stated, resolve)
+    if config.dataset is not None:
+        try:
+            stated = stated_metadata(config.dataset)
+        except DataError:  # what is not there or damaged is refused by whoever loads it
+            stated = {}
+        config = with_logged_rule(config, stated, resolve)
+    return replace(config, agents=with_own_settings(config.agent, config.agents))
 
 
 def _logged_env(dataset: str | None, overrides: Sequence[str]) -> str | None:
@@ -259,7 +265,8 @@ def pretrain_run(
         kind="pretrain",
         config_text=config_text,
         name=name,
-        stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-{plan.config.agent}",
+        stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-"
+        f"{plan.config.agent.rpartition(':')[2]}",
         versions=versions(plan.env_versions, plan.inputs.device)
         | identities(plan.env_identity, plan.dataset),
     )
@@ -286,6 +293,9 @@ def resume_pretrain(
     with run:
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
+        if ":" in config.agent:
+            require_trusted(run, inputs, config.safety)
+        config = replace(config, agents=with_own_settings(config.agent, config.agents))
         require_same_threads(run, inputs, threads)
         configure(inputs.threads)
         device = find_device(inputs.device)  # as the next line, refuses what cannot go on

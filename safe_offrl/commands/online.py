@@ -61,7 +61,7 @@ def finetune_run(
         kind="finetune",
         config_text=config_text,
         name=name,
-        stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent}",
+        stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent.rpartition(':')[2]}",
         versions=versions(plan.env.versions(), plan.inputs.device)
         | identities(plan.env.identity(), plan.dataset, stored_pretrain_run(plan.inputs)),
     )
