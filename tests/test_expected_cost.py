@@ -419,19 +419,18 @@ def test_relative_risk_leaves_what_every_action_shares_out_of_the_weights() -> N
     ones = torch.ones(64)
     batch = Batch(observations, actions, ones, ones, ones, observations, ones, ones, ones)
 
+    def q(observations: Tensor, actions: Tensor) -> Tensor:
+        return torch.zeros(2, len(observations)) + actions[:, 0]
+
     def mixture_after(**settings: object) -> list[Tensor]:
         config = ExtractionConfig(**settings)  # type: ignore[arg-type]
         sizes = NetworkConfig((8,), (), 1)
         networks = Networks(1, 1, sizes, torch.Generator().manual_seed(0))
         rng = torch.Generator().manual_seed(0)
         extraction = Extraction(networks, config, rng)
-        extraction.update(
-            batch,
-            torch.zeros(64),
-            lambda o, a: torch.zeros(2, len(o)) + a[:, 0],
-            Steering(lambda o, t, a: torch.sigmoid(3.0 * o[:, 0]), torch.tensor(1.0)),
-            rng,
-        )
+        networks.q = q  # type: ignore[method-assign]
+        steering = Steering(lambda o, t, a: torch.sigmoid(3.0 * o[:, 0]), torch.tensor(1.0))
+        extraction.update(batch, torch.zeros(64), steering)
         return [p.detach().clone() for p in extraction.mixture.parameters()]
 
     indifferent = mixture_after(risk_aversion=0.0)

@@ -34,14 +34,13 @@ def find_agent(name: str) -> type[Agent]:
 
 def find_online(name: str) -> type[OnlineAgent]:
     """The online form of the agent of this name; ConfigError if it has none."""
-    form = find_agent(name).Online
-    if form is None:
-        able = ", ".join(sorted(other for other, agent in AGENTS.items() if agent.Online))
-        raise ConfigError(
-            f'The agent "{name}" has no form that goes on online. Choose rlpd, which goes on from '
-            f"any agent, or one of {able}."
-        )
-    return form
+    if form := find_agent(name).Online:
+        return form
+    able = ", ".join(sorted(other for other, agent in AGENTS.items() if agent.Online))
+    raise ConfigError(
+        f'The agent "{name}" has no form that goes on online. Choose rlpd, which goes on from any '
+        f"agent, or one of {able}."
+    )
 
 
 @dataclass(frozen=True)

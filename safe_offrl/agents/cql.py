@@ -132,7 +132,7 @@ class CQL:
 
     def __init__(self, setup: Setup, config: CQLConfig, *, calibrated: bool = False) -> None:
         networks, generator, compute = setup.networks, setup.generator, setup.compute
-        self.networks, self.generator = networks, generator
+        self.generator = generator
         self.values = ConservativeCritics(networks, config, compute, calibrated=calibrated)
         self.extraction = Extraction(networks, setup.extraction, generator, compute)
 
@@ -143,9 +143,7 @@ class CQL:
     def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """The critics, then the actor by their advantages."""
         advantages, metrics = self.values.update(batch, self.generator)
-        return metrics | self.extraction.update(
-            batch, advantages, self.networks.q, steering, self.generator
-        )
+        return metrics | self.extraction.update(batch, advantages, steering)
 
 
 class OnlineCalQL:

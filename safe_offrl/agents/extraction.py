@@ -138,8 +138,10 @@ class Extraction:
         generator: torch.Generator,
         compute: Compute = EAGER,
     ) -> None:
+        self.networks = networks
         self.actor = networks.actor
         self.config = config
+        self.generator = generator
         sizes = (*networks.layout, networks.sizes.actor_hidden)
         self.mixture = (
             CategoricalMixture(*sizes, generator)
@@ -194,20 +196,13 @@ class Extraction:
         loss = policy.expect(-q / scale + multiplier * danger + self.config.weight * log_ratio)
         return loss.mean(), policy.expect(log_ratio).detach().mean()
 
-    def update(
-        self,
-        batch: Batch,
-        advantages: Tensor,
-        critics: QFunction,
-        steering: Steering,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def update(self, batch: Batch, advantages: Tensor, steering: Steering) -> dict[str, Tensor]:
         """One step of the mixture, one of the actor."""
         size, (risk, multiplier) = batch.actions.shape, steering[:2]
         assert risk is not None
-        relative = normal(size, generator) if self.config.relative_risk else None
+        relative = normal(size, self.generator) if self.config.relative_risk else None
         (mixture_loss,) = self._descend_mixture(batch, advantages, risk, relative)
-        noise = normal(size, generator)
+        noise, critics = normal(size, self.generator), self.networks.q
         actor_loss, divergence = self._descend_actor(batch, noise, critics, risk, multiplier)
         return {
             "actor/loss": actor_loss,

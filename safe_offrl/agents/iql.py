@@ -150,7 +150,6 @@ class IQL:
 
     def __init__(self, setup: Setup, config: IQLConfig) -> None:
         networks, generator, compute = setup.networks, setup.generator, setup.compute
-        self.networks, self.generator = networks, generator
         self.values = IQLValues(networks, config, generator, compute)
         self.extraction = Extraction(networks, setup.extraction, generator, compute)
 
@@ -161,6 +160,4 @@ class IQL:
     def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """V and the critics, then the actor by its advantages."""
         advantages, metrics = self.values.update(batch)
-        return metrics | self.extraction.update(
-            batch, advantages, self.networks.q, steering, self.generator
-        )
+        return metrics | self.extraction.update(batch, advantages, steering)

@@ -33,15 +33,11 @@ class Setup(NamedTuple):
 class OnlineAgent(Protocol):
     """What the online loop knows of a learner."""
 
-    own_values: bool
-    """Whether it goes on from the values that its offline form has learnt, not the aligned ones."""
-
-    return_discount: float | None
-    """Discount of the return-to-go that its batches must have; None if it asks for none."""
+    own_values: bool  # it goes on from what its offline form has learnt, not from what was aligned
+    return_discount: float | None  # of the returns-to-go that its batches need; None: it needs none
 
     def __init__(self, setup: Setup, config: Any) -> None:
         """``config`` is the offline form's."""
-        ...
 
     def update_critics(self, batch: Batch) -> dict[str, Tensor]:
         """One step of all values; scalars to log."""
@@ -57,20 +53,17 @@ class OnlineAgent(Protocol):
 
 
 class Agent(Protocol):
-    """What the offline loop knows of an algorithm."""
+    """What the offline loop knows of an algorithm.
 
-    Config: type[Any]
-    """Its settings: a frozen dataclass with a learning rate and the ``discount`` of its values.
-
-    The discount is None where it learns none.
+    ``Config`` is a frozen dataclass with a learning rate and the ``discount`` of the values, None
+    where it learns none. ``Online`` is its form that goes on online, None where only RLPD does.
     """
 
+    Config: type[Any]
     Online: type[OnlineAgent] | None
-    """Its form that goes on online; None where only RLPD goes on from it."""
 
     def __init__(self, setup: Setup, config: Any) -> None:
         """``config`` is of the type ``Config``."""
-        ...
 
     def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """One step of values and actor; scalars to log."""

@@ -20,7 +20,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, EnvError, RunError, UserError
 from safe_offrl.files import unwritable, write_atomic
-from safe_offrl.record.checkpoints import Checkpoint
+from safe_offrl.record.checkpoints import Checkpoint, fitting
 from safe_offrl.record.progress import STOP_SECONDS, Interrupted, Say, StopNow, StopSignal
 from safe_offrl.record.run import RunDir
 from safe_offrl.spec import SafetySpec
@@ -94,19 +94,6 @@ def require_own_limit(
         )
 
 
-@contextlib.contextmanager
-def loading(path: str | Path) -> Iterator[None]:
-    """Turn torch's complaint about a state that does not fit into one sentence."""
-    try:
-        yield
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f'The checkpoint of "{path}" does not fit this version of safe-offrl ({reason}). '
-            "Use the version in its versions.json, or make the run again."
-        ) from error
-
-
 class Loop(Protocol):
     """What a run continues: the offline phase, or the online one."""
 
@@ -130,7 +117,7 @@ def bring_back(run: RunDir, loop: Loop) -> Checkpoint:
     """
     if run.has_begun:
         checkpoint = run.load_checkpoint()
-        with loading(run.path):
+        with fitting(run.path):
             loop.load(checkpoint.tensors, checkpoint.info)
     else:
         checkpoint = run.save_checkpoint(0, loop.state_dict(), loop.info())

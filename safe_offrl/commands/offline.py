@@ -34,12 +34,6 @@ from safe_offrl.commands.common import (
     writing,
 )
 from safe_offrl.commands.environment import identities, learnt_lines, since_log
-from safe_offrl.commands.trust import (
-    is_trusted_log,
-    require_trusted,
-    require_trusted_log,
-    trust_own,
-)
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure, find_device
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
@@ -51,6 +45,12 @@ from safe_offrl.errors import DataError
 from safe_offrl.files import plain
 from safe_offrl.record.progress import Heartbeat, ProgressLine, Say, StopSignal
 from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.trust import (
+    is_trusted_log,
+    require_trusted,
+    require_trusted_log,
+    trust_own,
+)
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import report_png
 from safe_offrl.train.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
@@ -259,7 +259,7 @@ def pretrain_run(
     """Run a planned offline phase in a new run folder; returns the finished run."""
     configure(plan.inputs.threads)
     config_text = run_yaml(plan.inputs, "pretrain", plan.config, Path(runs))
-    trust_own(config_text, plan.inputs, plan.config.safety, say)
+    trust_own(config_text, plan.inputs, plan.config.safety, say, plan.config.agent)
     run = RunDir.create(
         Path(runs),
         kind="pretrain",
@@ -294,7 +294,7 @@ def resume_pretrain(
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
         if ":" in config.agent:
-            require_trusted(run, inputs, config.safety)
+            require_trusted(run, inputs, config.safety, config.agent)
         config = replace(config, agents=with_own_settings(config.agent, config.agents))
         require_same_threads(run, inputs, threads)
         configure(inputs.threads)

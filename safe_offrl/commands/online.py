@@ -10,7 +10,6 @@ from safe_offrl.commands.common import (
     CHECKPOINT_SECONDS,
     bring_back,
     interrupted,
-    loading,
     require_same_threads,
     require_unfinished,
     save_calibration,
@@ -22,13 +21,14 @@ from safe_offrl.commands.common import (
 from safe_offrl.commands.environment import identities, require_same_environment
 from safe_offrl.commands.filming import filming
 from safe_offrl.commands.online_plan import FinetunePlan, plan_finetune
-from safe_offrl.commands.trust import require_trusted, trust_own
 from safe_offrl.config import parse_run_yaml, run_yaml, to_dict
 from safe_offrl.deploy.episodes import Reservation
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
+from safe_offrl.record.checkpoints import fitting
 from safe_offrl.record.progress import STOP_SECONDS, OnlineCurves, ProgressLine, Say, StopSignal
 from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.trust import require_trusted, trust_own
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import online_blocks, online_png
 from safe_offrl.train.finetune import Finetuning
@@ -55,7 +55,8 @@ def finetune_run(
 ) -> RunDir:
     """Run a planned online phase in a new run folder; returns the finished run."""
     config_text = run_yaml(plan.inputs, "finetune", plan.config, Path(runs))
-    trust_own(config_text, plan.inputs, plan.config.safety, say)
+    learner = plan.config.baseline.learner
+    trust_own(config_text, plan.inputs, plan.config.safety, say, learner)
     run = RunDir.create(
         Path(runs),
         kind="finetune",
@@ -97,7 +98,7 @@ def resume_finetune(
     with run:
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig, run.path)
-        require_trusted(run, inputs, config.safety)
+        require_trusted(run, inputs, config.safety, config.baseline.learner)
         require_same_threads(run, inputs, threads)
         plan = plan_finetune(
             stored_pretrain_run(inputs),
@@ -129,7 +130,7 @@ def resume_finetune(
 def start_loop(plan: FinetunePlan) -> Finetuning:
     """The online loop before its first step."""
     pretrained = plan.pretrained
-    with loading(plan.inputs.pretrained or ""):
+    with fitting(plan.inputs.pretrained or ""):
         return Finetuning(
             plan.config,
             plan.env,

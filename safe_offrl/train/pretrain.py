@@ -23,11 +23,13 @@ from safe_offrl.compute.device import Device, DeviceChoice
 from safe_offrl.compute.state import Part, collect_state, named, restore_state, seeded
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, draw_indices, uniform_batches
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.safety.calibration import CalibrationReport, calibrate_critic
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.multiplier import LagrangianConfig, Multiplier
+from safe_offrl.safety.shield import Shield
 from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Record
 
@@ -137,30 +139,25 @@ class Pretraining:
         self.held_out = held_out.sample(HELD_OUT_ROWS, config.seed).normalised(self.normalizer)
         layout = dataset.layout
         self.networks = Networks(
-            layout.observation_size,
-            layout.action_size,
-            config.networks,
-            self.generator,
-            discrete=dataset.discrete,
+            *layout, config.networks, self.generator, discrete=dataset.discrete
         )
-        self.limit = config.safety.limit(dataset.horizon, dataset.cost_max)
+        self.cost_max = dataset.cost_max
+        self.limit = config.safety.limit(dataset.horizon, self.cost_max)
+        self.worst_cost = self.limit.worst_cost(dataset.worst_cost)
         agent = find_agent(config.agent)
-        setup = Setup(
-            self.networks, self.train, self.limit, self.generator, compute, config.extraction
-        )
-        self.agent = agent(setup, config.agents.of(agent))
+        built_from = (self.networks, self.train, self.limit, self.generator, compute)
+        self.agent = agent(Setup(*built_from, config.extraction), config.agents.of(agent))
         self.learner = RLPD(self.networks, config.alignment, self.generator, compute)
         self.critic = SafetyCritic(
-            layout.observation_size,
-            layout.action_size,
+            *layout,
             dataset.horizon,
             config.critic,
             self.generator,
-            dataset.cost_max if self.limit.constraint == "cost" else None,
+            self.cost_max if self.limit.constraint == "cost" else None,
             compute,
         )
         if self.limit.constraint == "cost":
-            costs = self.train.episode_costs.sum() / dataset.cost_max / len(self.train.rows)
+            costs = self.train.episode_costs.sum() / self.cost_max / len(self.train.rows)
             self.critic.start_from(math.log(costs / (1.0 - costs)) if 0.0 < costs < 1.0 else -3.0)
         self.multiplier = Multiplier(config.lagrangian, self.limit.share, self.generator.device)
         self.step = 0
@@ -268,7 +265,12 @@ class Pretraining:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
-        return collect_state(self._parts())
+        return {**collect_state(self._parts()), **self.policy.tensors()}
+
+    @property
+    def policy(self) -> DeployedPolicy:
+        """What has been learnt to act, by itself: its accident rate is what is estimated."""
+        return DeployedPolicy.of(self.networks.actor, Shield.abstaining(), self.normalizer, 0)
 
     def info(self) -> dict[str, Any]:
         """The part of the state that is not tensors; JSON-able."""
@@ -277,6 +279,9 @@ class Pretraining:
         return {
             "step": self.step,
             "shield_acts": acts,
+            "policy": self.policy.words(),
+            "cost_max": self.cost_max,
+            "worst_cost": self.worst_cost,
             **({"unlogged": unlogged} if unlogged else {}),
         }
 

@@ -661,20 +661,19 @@ def extract(
 ) -> Actor:
     """The log goes left (-.8) or right (+.8) around an obstacle; the critics do not care."""
     networks = Networks(1, 1, NetworkConfig((32,), (), 1), seeded(0))
-    extraction = Extraction(networks, ExtractionConfig(learning_rate=5e-3), seeded(1))
     g = seeded(2)
+    extraction = Extraction(networks, ExtractionConfig(learning_rate=5e-3), g)
+
+    def indifferent(observations: Tensor, actions: Tensor) -> Tensor:
+        return (1.0 + 0.0 * actions.sum(-1)).expand(2, -1)
+
+    networks.q = indifferent  # type: ignore[method-assign]
     side = torch.where(torch.arange(64) % 2 == 0, 0.8, -0.8).unsqueeze(-1)
     zeros, here = torch.zeros(64), torch.zeros(64, 1)
     for _ in range(steps):
         actions = side + 0.05 * torch.randn(64, 1, generator=g)
         batch = transitions(here, actions, zeros, here, zeros)
-        extraction.update(
-            batch,
-            zeros,
-            lambda _, a: (1.0 + 0.0 * a.sum(-1)).expand(2, -1),
-            Steering(risk, torch.tensor(multiplier)),
-            g,
-        )
+        extraction.update(batch, zeros, Steering(risk, torch.tensor(multiplier)))
     return networks.actor
 
 

@@ -22,6 +22,7 @@ from safe_offrl.config import read_yaml
 from safe_offrl.errors import ConfigError, EnvError, RunError
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.record.run import RunDir
+from safe_offrl.train.finetune_config import FinetuneConfig
 from tests.agents.setups import setup_of
 from tests.compute.test_descent import compiles
 from tests.markdown_blocks import SCRIPTS, blocks
@@ -76,6 +77,10 @@ def pretrain_plan(dataset: Path, *overrides: str) -> commands.PretrainPlan:
     return commands.plan_pretrain(config, say=silent)
 
 
+def online_config(run: RunDir) -> FinetuneConfig:
+    return commands.finetune_config(run, budget=1000, overrides=ONLINE)
+
+
 def result(run: RunDir) -> dict[str, object]:
     """What must not depend on interruptions."""
     names = ("metrics.jsonl", "iterations.jsonl", "ledger.jsonl", "calibration.json")
@@ -123,7 +128,7 @@ def test_it_pretrains_is_killed_resumed_and_goes_online(
     assert start == end == 40
 
     forget()
-    config = commands.finetune_config(whole, budget=1000, overrides=ONLINE)
+    config = online_config(whole)
     assert config.baseline.agents.own == plan.config.agents.own
     tune = commands.plan_finetune(whole, config, accept_risk=True)
     online = commands.finetune_run(tune, name="online", say=silent)
@@ -136,6 +141,10 @@ def test_it_pretrains_is_killed_resumed_and_goes_online(
             commands.finetune_run(tune, name="cut", checkpoint_seconds=0.0, say=silent)
     forget()
     assert result(commands.resume_finetune("cut", say=silent)) == result(online)
+
+    forget()
+    (folder / "my_agent.py").unlink()  # to act takes no agent
+    assert commands.evaluate_run("cut", episodes=2, say=silent)["episodes"] == 2
 
 
 def test_rlpd_goes_on_from_it_where_nobody_has_its_file(folder: Path, tiny_dataset: Path) -> None:
@@ -221,32 +230,28 @@ def test_its_own_values_must_have_been_learnt_by_it(folder: Path, tiny_dataset: 
         commands.finetune_config(run, budget=600, overrides=ONLINE)
 
 
-def of_somebody_else(run: RunDir) -> None:
-    """Its settings are not those that this machine wrote."""
-    (run.path / "config.yaml").write_text(run.config_text + "# changed\n")
-    forget()
-
-
 def test_a_run_from_elsewhere_imports_no_agent(
     folder: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = pretrain_plan(tiny_dataset)
-    run = commands.pretrain_run(plan, name="offline", say=silent)
+    whole = commands.pretrain_run(plan, name="whole", say=silent)
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         with pytest.raises(Killed):
-            commands.pretrain_run(plan, name="killed", checkpoint_seconds=0.0, say=silent)
-    config = commands.finetune_config(run, budget=600, overrides=ONLINE)
-    online = commands.finetune_run(
-        commands.plan_finetune(run, config, accept_risk=True), name="online", say=silent
-    )
-    of_somebody_else(RunDir(folder / "runs" / "killed"))
-    of_somebody_else(online)
-    refused = pytest.raises(RunError, match="would import and execute my_agent:crr")
-    with refused:
-        commands.resume_pretrain("killed", say=silent)
-    with refused:
-        commands.evaluate_run("online", episodes=1, say=silent)
-    assert "my_agent" not in sys.modules
-    commands.trust_run("killed", say=silent)
-    assert commands.resume_pretrain("killed", say=silent).state["status"] == "finished"
+            commands.pretrain_run(plan, name="offline", checkpoint_seconds=0.0, say=silent)
+    tune = commands.plan_finetune(whole, online_config(whole), accept_risk=True)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 2)
+        with pytest.raises(Killed):
+            commands.finetune_run(tune, name="online", checkpoint_seconds=0.0, say=silent)
+    resumes = {"offline": commands.resume_pretrain, "online": commands.resume_finetune}
+    for name, resume in resumes.items():
+        forget()
+        monkeypatch.setenv("SAFE_OFFRL_CACHE", str(folder / name))  # as on another machine
+        with pytest.raises(RunError, match="would import and execute my_agent:crr"):
+            resume(name, say=silent)
+        assert "my_agent" not in sys.modules
+        said: list[str] = []
+        commands.trust_run(name, say=said.append)
+        assert "its settings import my_agent:crr" in said[0]
+        assert resume(name, say=silent).state["status"] == "finished"

@@ -193,7 +193,7 @@ def test_compiled_and_eager_agree_where_actions_are_discrete() -> None:
             one_hot = torch.nn.functional.one_hot(action, 3).float()
             batch = batch._replace(actions=one_hot)
             advantages, values = cql.update(batch, generator)
-            values |= extraction.update(batch, advantages, networks.q, steering, generator)
+            values |= extraction.update(batch, advantages, steering)
             values |= learner.update_critics(batch)
             values |= learner.update_actor(batch, steering)
             starts = States.at_start(batch.observations[:8])
