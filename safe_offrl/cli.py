@@ -94,7 +94,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show
 @app.command()
 def pretrain(
     overrides: Overrides = None,
-    agent: Annotated[str | None, typer.Option(help="iql, cql or calql.")] = None,
+    agent: Annotated[
+        str | None, typer.Option(help="iql, cql, calql, bc_safe, or your own: module:name.")
+    ] = None,
     env: Annotated[
         str | None, typer.Option(metavar="ID", help='Gymnasium id or "package.module:Env-v0".')
     ] = None,

@@ -119,6 +119,20 @@ def _flatten(
     return flat
 
 
+def _take(flat: dict[str, Any], known: Mapping[str, Any], key: str, value: Any) -> None:
+    """Put one value into ``flat`` as its field declares it; "a.b" may be an entry of a dict "a".
+
+    ConfigError if no field is meant, or the value is of another type.
+    """
+    owner, _, entry = key.rpartition(".")
+    if key not in known and typing.get_origin(known.get(owner)) is dict:
+        key, value = owner, {entry: value}
+    if key not in known:
+        raise ConfigError(f'Unknown key "{key}". {suggestion(key, known)}')
+    value = coerce(known[key], value, key)
+    flat[key] = {**flat.get(key, {}), **value} if isinstance(value, dict) else value
+
+
 def _wrong(key: str, value: Any, needed: str) -> ConfigError:
     return ConfigError(f'"{key}" is {value!r}, but {needed} is needed. Correct the value.')
 
@@ -147,6 +161,11 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(items, list | tuple):
             raise _wrong(key, value, "a list such as [256,256]")
         return tuple(coerce(arguments[0], item, key) for item in items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(key, value, "a mapping of keys to values")
+        # What else an entry must be is known to whoever the dict is for.
+        return {str(k): coerce(str, v, key) if isinstance(v, str) else v for k, v in value.items()}
     if hint is bool:
         words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
         if isinstance(value, str) and value.lower() in words:
@@ -284,9 +303,7 @@ def load_config(
     flat: dict[str, Any] = {}
     for layer in layers:
         for key, value in _flatten(layer, known).items():
-            if key not in known:
-                raise ConfigError(f'Unknown key "{key}". {suggestion(key, known)}')
-            flat[key] = coerce(known[key], value, key)
+            _take(flat, known, key, value)
     return _build(schema, flat)
 
 
@@ -316,12 +333,11 @@ def to_yaml(config: Any) -> str:
 def from_dict(schema: type[T], values: Mapping[str, Any]) -> T:
     """Fill a dataclass from plain values under the same checks as the command line's."""
     known = schema_keys(schema)
-    flat = _flatten(values, known)
-    for key in flat:
-        if key not in known:
-            raise ConfigError(f'Unknown key "{key}". {suggestion(key, known)}')
+    flat: dict[str, Any] = {}
+    for key, value in _flatten(values, known).items():
+        _take(flat, known, key, value)
     try:
-        return _build(schema, {key: coerce(known[key], v, key) for key, v in flat.items()})
+        return _build(schema, flat)
     except TypeError as error:
         raise ConfigError(f"A setting is missing ({error}). Add it.") from error
 

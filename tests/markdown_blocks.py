@@ -107,6 +107,7 @@ def check_command(command: str) -> None:
             assert re.search(rf"{key}\b", help_of(name)), f"{name} has no {key}"
         elif equals:
             schemas = SCHEMAS.get(name, (PretrainConfig,))
-            known = any(key in schema_keys(schema) for schema in schemas)
+            owner = key.rpartition(".")[0]  # of an entry of a dict
+            known = any({key, owner} & set(schema_keys(schema)) for schema in schemas)
             assert known, f"{name} has no setting {key}"
     assert help_of(name)

@@ -197,3 +197,42 @@ def test_every_preset_is_found_by_its_environment() -> None:
 def test_any_override_text_gives_a_config_or_a_user_error(text: str) -> None:
     with contextlib.suppress(UserError):  # any other exception fails the test
         load(text)
+
+
+# --- settings that somebody else's class declares ---
+
+
+@dataclass(frozen=True)
+class Foreign:
+    steps: int = 1
+    own: dict[str, object] = field(default_factory=dict)
+
+
+def foreign(*overrides: str, **layers: object) -> Foreign:
+    return config.load_config(
+        Foreign,
+        section="foreign",
+        env_id="None-v0",
+        overrides=overrides,
+        **layers,  # type: ignore[arg-type]
+    )
+
+
+def test_entries_of_a_dict_are_set_one_by_one_and_kept() -> None:
+    found = foreign("own.rate=1e-3", inherited={"own": {"rate": 1.0, "layers": [8, 8]}})
+    assert found == Foreign(own={"rate": "1e-3", "layers": [8, 8]})
+    assert config.from_yaml(Foreign, config.to_yaml(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("own=3", '"own" is .*, but a mapping of keys to values is needed'),
+        ("own.a.b=3", 'Unknown key "own.a.b"'),
+        ("steps.a=3", 'Unknown key "steps.a"'),
+        ("own.a=${oc.env:HOME}", "resolved from outside the file"),
+    ],
+)
+def test_what_is_no_entry_of_a_dict_is_refused(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        foreign(override)

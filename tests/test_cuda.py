@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl import commands
-from safe_offrl.agents.cql import CQL, CQLConfig
+from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.cuda_graph import WARM_UPS, CudaGraph
@@ -133,8 +133,8 @@ def learnt(device: Device, *, compiled: bool, precision: Precision) -> list[Tens
         {"net": risky.net, "target": risky.target},
         collect_state({"net": critic.net, "target": critic.target}),
     )
-    learner = RLPD(nets, LAYOUT.action_size, RLPDConfig(), compute)
-    cql = CQL(nets, CQLConfig(actions=2), compute, calibrated=True)
+    learner = RLPD(nets, RLPDConfig(), there, compute)
+    cql = ConservativeCritics(nets, CQLConfig(actions=2), compute, calibrated=True)
     descents = (
         Descent(learner.critic_loss, learner.critic_optimizer, compute),
         Descent(cql.critic_loss, cql.critic_optimizer, compute),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents.steering import Steering
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.commands.offline import pretrain_config
@@ -22,7 +23,7 @@ from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.env.adapter import make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.nn.losses import cost_rate_target
-from safe_offrl.policies.networks import Actor, NetworkConfig
+from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.record.run import RunDir
 from safe_offrl.safety.acceptance import AcceptanceConfig, decide, risk_change
 from safe_offrl.safety.calibration import window_cost
@@ -418,19 +419,18 @@ def test_relative_risk_leaves_what_every_action_shares_out_of_the_weights() -> N
     ones = torch.ones(64)
     batch = Batch(observations, actions, ones, ones, ones, observations, ones, ones, ones)
 
+    def q(observations: Tensor, actions: Tensor) -> Tensor:
+        return torch.zeros(2, len(observations)) + actions[:, 0]
+
     def mixture_after(**settings: object) -> list[Tensor]:
         config = ExtractionConfig(**settings)  # type: ignore[arg-type]
-        actor = Actor(1, 1, (8,), torch.Generator().manual_seed(0))
+        sizes = NetworkConfig((8,), (), 1)
+        networks = Networks(1, 1, sizes, torch.Generator().manual_seed(0))
         rng = torch.Generator().manual_seed(0)
-        extraction = Extraction(actor, 1, 1, (8,), config, rng)
-        extraction.update(
-            batch,
-            torch.zeros(64),
-            lambda o, a: torch.zeros(2, len(o)) + a[:, 0],
-            lambda o, t, a: torch.sigmoid(3.0 * o[:, 0]),
-            torch.tensor(1.0),
-            rng,
-        )
+        extraction = Extraction(networks, config, rng)
+        networks.q = q  # type: ignore[method-assign]
+        steering = Steering(lambda o, t, a: torch.sigmoid(3.0 * o[:, 0]), torch.tensor(1.0))
+        extraction.update(batch, torch.zeros(64), steering)
         return [p.detach().clone() for p in extraction.mixture.parameters()]
 
     indifferent = mixture_after(risk_aversion=0.0)

@@ -21,14 +21,16 @@ from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs
 from safe_offrl.agents.cql import CQLConfig
-from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import EAGER, Compute
 from safe_offrl.compute.state import Part, collect_state
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.types import Batch, Layout, States
+from tests.agents.setups import setup_of
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS, LOGGED = 50, (1, 10, 25, 50)
@@ -89,30 +91,22 @@ def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
 def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
     networks = Networks(*LAYOUT, SIZES, generator)
-    agent = AGENTS[name](networks, LAYOUT, SIZES, CONFIGS, generator, compute)
-    extraction = Extraction(
-        networks.actor, *LAYOUT, SIZES.actor_hidden, EXTRACTION, generator, compute
-    )
-    multiplier = torch.tensor(2.0)
-
-    def step(batch: Batch) -> dict[str, Tensor]:
-        advantages, metrics = agent.update(batch, generator)
-        more = extraction.update(batch, advantages, networks.q, risk, multiplier, generator)
-        return metrics | more
-
-    return step, {**agent.parts(), **extraction.parts()}
+    setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
+    agent = AGENTS[name](setup, CONFIGS.of(AGENTS[name]))
+    steering = Steering(risk, torch.tensor(2.0))
+    parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
+    return lambda batch: agent.update(batch, steering), parts
 
 
 def rlpd(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
     networks = Networks(*LAYOUT, SIZES, generator)
-    learner = RLPD(networks, LAYOUT.action_size, LEARNER, compute)
+    learner = RLPD(networks, LEARNER, generator, compute)
     anchor = Actor(*LAYOUT, (16, 16), generator)
-    multiplier, kl_weight = torch.tensor(2.0), torch.tensor(0.5)
+    steering = Steering(risk, torch.tensor(2.0), anchor, torch.tensor(0.5))
 
     def step(batch: Batch) -> dict[str, Tensor]:
-        metrics = learner.update_critics(batch, generator)
-        return metrics | learner.update_actor(batch, risk, multiplier, anchor, kl_weight, generator)
+        return learner.update_critics(batch) | learner.update_actor(batch, steering)
 
     return step, learner.parts()
 
@@ -132,7 +126,7 @@ def csc(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
 
 
 ALGORITHMS: dict[str, Callable[..., tuple[Step, dict[str, Part]]]] = {
-    **{name: functools.partial(offline, name) for name in AGENTS},
+    **{name: functools.partial(offline, name) for name in AGENTS if name != "bc_safe"},
     "rlpd": rlpd,
     "csc": csc,
 }

@@ -162,7 +162,7 @@ def test_the_same_policy_is_pretrained_in_every_unit(
     assert other.estimate().value == pytest.approx(one.estimate().value, rel=1e-3)
 
 
-@pytest.mark.parametrize("agent", [*AGENTS, "bc_safe"])
+@pytest.mark.parametrize("agent", list(AGENTS))
 @pytest.mark.parametrize("scale", EXACT)
 def test_every_agent_learns_the_same_to_the_bit(
     arrays: dict[str, NDArray[Any]], agent: str, scale: float

@@ -26,6 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import EAGER, Compute, choose
 from safe_offrl.compute.device import configure
 from safe_offrl.data.sampling import uniform_batches
@@ -60,14 +61,15 @@ def updater(sizes: Sizes, compute: Compute) -> tuple[Callable[[], None], int]:
     rows = torch.randn(20_000, LAYOUT.width, generator=generator)
     hidden = (sizes.width, sizes.width)
     networks = Networks(*LAYOUT, NetworkConfig(hidden, hidden, sizes.critics), generator)
-    learner = RLPD(networks, LAYOUT.action_size, RLPDConfig(subset=min(2, sizes.critics)), compute)
-    nothing = torch.zeros(())
+    settings = RLPDConfig(subset=min(2, sizes.critics))
+    learner = RLPD(networks, settings, generator, compute)
+    steering = Steering(None, torch.zeros(()))
 
     def update() -> None:
         batches = uniform_batches(rows, LAYOUT, sizes.utd, sizes.batch, generator)
         for batch in batches:
-            learner.update_critics(batch, generator)
-        learner.update_actor(batches[-1], None, nothing, None, nothing, generator)
+            learner.update_critics(batch)
+        learner.update_actor(batches[-1], steering)
 
     parameters = sum(p.numel() for p in networks.critics.parameters())
     # Adam reads gradient, parameter and two moments and writes three of them; Polyak reads two and

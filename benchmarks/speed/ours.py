@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from worker import BATCH, DEVICE, HIDDEN, ROWS, Shape
 
-from safe_offrl.agents import OnlineLearner
-from safe_offrl.agents.cql import CQL, CQLConfig, OnlineCQL
-from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents.cql import CQL, ConservativeCritics, CQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
+from safe_offrl.agents.protocol import Agent, Setup
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import Compute
 from safe_offrl.compute.device import configure
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, uniform_batches
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.spec import Limit
 from safe_offrl.types import Batch, Layout
 
 configure(int(os.environ["OMP_NUM_THREADS"]))
@@ -44,6 +47,12 @@ class Store:
         self.sizes = NetworkConfig(SIZES, SIZES, critics, layer_norm)
         self.networks = Networks(*self.layout, self.sizes, self.generator)
 
+    def setup(self, compute: Compute) -> Setup:
+        """What an agent is built from; none of those here asks for the log or the limit."""
+        starts, cut = np.array([0, ROWS]), np.zeros(ROWS, bool)
+        dataset = Dataset(self.rows, self.layout, starts, cut, 1000, "")
+        return Setup(self.networks, dataset, Limit("accident", 0.1, 1.0), self.generator, compute)
+
     def batches(self, n: int) -> list[Batch]:
         """n mini-batches with one draw."""
         return uniform_batches(self.rows, self.layout, n, BATCH, self.generator)
@@ -66,7 +75,7 @@ def sac(
     def build(shape: Shape) -> Run:
         store = Store(shape, critics, layer_norm=layer_norm)
         generator, layout = store.generator, store.layout
-        learner = RLPD(store.networks, layout.action_size, RLPDConfig(), compute)
+        learner = RLPD(store.networks, RLPDConfig(), generator, compute)
         nothing = torch.zeros((), device=generator.device)
         starts = torch.arange(0, ROWS + 1, 1000, device=generator.device)
         data = layout.unpack(store.rows)
@@ -77,13 +86,13 @@ def sac(
             for _ in range(max(1, n // utd)):
                 batches = store.batches(utd)
                 for batch in batches:
-                    learner.update_critics(batch, generator)
+                    learner.update_critics(batch)
                 if safety:
                     batch, weights, _ = risky.draw(BATCH, 0.125, generator)
                     reference = critic.reference_states(batch.observations[:32], None, 1000.0)
                     critic.update(batch, weights, store.networks.actor, reference, generator)
                 risk = critic.plain_risk if steering else None
-                learner.update_actor(batches[-1], risk, nothing, None, nothing, generator)
+                learner.update_actor(batches[-1], Steering(risk, nothing))
             _finish()
 
         return run
@@ -96,22 +105,21 @@ def published(name: str, compute: Compute) -> Callable[[Shape], Run]:
 
     def build(shape: Shape) -> Run:
         store = Store(shape, 2, layer_norm=False)
-        layout, generator, networks = store.layout, store.generator, store.networks
-        nothing = torch.zeros((), device=generator.device)
-        learner: OnlineLearner
-        if name == "iql":
-            sizes = store.sizes
-            iql = IQL(networks, layout.observation_size, sizes, IQLConfig(), generator, compute)
-            learner = OnlineIQL(iql, iql.config, compute)
-        else:
-            actor = RLPD(networks, layout.action_size, RLPDConfig(), compute)
-            learner = OnlineCQL(CQL(networks, CQLConfig(), compute, calibrated=False), actor)
+        generator, networks = store.generator, store.networks
+        steering = Steering(None, torch.zeros((), device=generator.device))
+        iql = OnlineIQL(store.setup(compute), IQLConfig())
+        critics = ConservativeCritics(networks, CQLConfig(), compute, calibrated=False)
+        actor = RLPD(networks, RLPDConfig(), generator, compute)
 
         def run(n: int) -> None:
             for _ in range(n):
                 batch = store.batches(1)[0]
-                learner.update_critics(batch, generator)
-                learner.update_actor(batch, None, nothing, None, nothing, generator)
+                if name == "iql":
+                    iql.update_critics(batch)
+                    iql.update_actor(batch, steering)
+                else:
+                    critics.update_critics(batch, generator)
+                    actor.update_actor(batch, steering)
             _finish()
 
         return run
@@ -124,25 +132,16 @@ def offline(name: str, compute: Compute) -> Callable[[Shape], Run]:
 
     def build(shape: Shape) -> Run:
         store = Store(shape, 2, layer_norm=True)
-        layout, generator, networks = store.layout, store.generator, store.networks
-        agent = (
-            IQL(networks, layout.observation_size, store.sizes, IQLConfig(), generator, compute)
-            if name == "iql"
-            else CQL(networks, CQLConfig(), compute, calibrated=False)
-        )
-        extraction = Extraction(
-            networks.actor, *layout, SIZES, ExtractionConfig(), generator, compute
-        )
-        no_risk = torch.zeros(BATCH, device=generator.device)
+        setup = store.setup(compute)
+        agent: Agent = IQL(setup, IQLConfig()) if name == "iql" else CQL(setup, CQLConfig())
+        no_risk = torch.zeros(BATCH, device=setup.generator.device)
 
         def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
             return no_risk
 
         def run(n: int) -> None:
             for _ in range(n):
-                batch = store.batches(1)[0]
-                advantages, _ = agent.update(batch, generator)
-                extraction.update(batch, advantages, networks.q, risk, no_risk[0], generator)
+                agent.update(store.batches(1)[0], Steering(risk, no_risk[0]))
             _finish()
 
         return run

@@ -1,139 +1,84 @@
-"""Offline agents and online learners by name: the whole registry."""
+"""Algorithms by name: one file and one line each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-import torch
-from torch import Tensor
+from safe_offrl.agents.bc import BC, BCConfig
+from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
+from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
+from safe_offrl.agents.rlpd import RLPD
+from safe_offrl.env.user_code import import_user_module
+from safe_offrl.errors import ConfigError
 
-from safe_offrl.agents.bc import BCConfig
-from safe_offrl.agents.cql import CQL, CQLConfig, OnlineCQL
-from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
-from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.compute.descent import EAGER, Compute
-from safe_offrl.compute.state import Part
-from safe_offrl.policies.networks import Actor, NetworkConfig, Networks, Risk
-from safe_offrl.types import Batch, Layout
+AGENTS: dict[str, type[Agent]] = {"bc_safe": BC, "iql": IQL, "cql": CQL, "calql": CalQL}
 
 
-class Agent(Protocol):
-    """What the offline loop knows of an agent."""
+def find_agent(name: str) -> type[Agent]:
+    """The agent of this name; "module:name" imports the module, which adds it to AGENTS.
 
-    networks: Networks
+    ConfigError if there is none.
+    """
+    module, _, own = name.rpartition(":")
+    if module and own not in AGENTS:
+        import_user_module(module, "agent")
+    if own not in AGENTS:
+        raise ConfigError(
+            f'There is no agent "{name}". Choose one of {", ".join(sorted(AGENTS))}, or one of '
+            'your own as "module:name", where the module adds it to safe_offrl.agents.AGENTS.'
+        )
+    return AGENTS[own]
 
-    def update(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of all values; (advantages of the logged actions [B], scalars to log)."""
-        ...
 
-    def parts(self) -> dict[str, Part]:
-        """What a checkpoint keeps."""
-        ...
+def find_online(name: str) -> type[OnlineAgent]:
+    """The online form of the agent of this name; ConfigError if it has none."""
+    if form := find_agent(name).Online:
+        return form
+    able = ", ".join(sorted(other for other, agent in AGENTS.items() if agent.Online))
+    raise ConfigError(
+        f'The agent "{name}" has no form that goes on online. Choose rlpd, which goes on from any '
+        f"agent, or one of {able}."
+    )
 
 
 @dataclass(frozen=True)
 class AgentConfigs:
-    """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter."""
+    """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter.
+
+    ``own`` are those of an agent of one's own, by the names of its ``Config``.
+    """
 
     bc: BCConfig = field(default_factory=BCConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
+    own: dict[str, Any] = field(default_factory=dict)
+
+    def key(self, agent: type[Agent]) -> str:
+        """Where this agent's settings are: the field that is its ``Config``, else "own"."""
+        of_its_type = (f.name for f in fields(self) if type(getattr(self, f.name)) is agent.Config)
+        return next(of_its_type, "own")
+
+    def of(self, agent: type[Agent]) -> Any:
+        """The settings that this agent is built with."""
+        key = self.key(agent)
+        return agent.Config(**self.own) if key == "own" else getattr(self, key)
+
+    def discount(self, name: str) -> float | None:
+        """Discount of the values that the agent of this name learns; None if it learns none.
+
+        An agent of one's own may not be imported here: then it is as its settings were stored.
+        """
+        agent = AGENTS.get(name.rpartition(":")[2])
+        if agent is not None and self.key(agent) != "own":
+            return self.of(agent).discount
+        discount = self.own.get("discount", agent.Config().discount if agent else None)
+        return None if discount is None else float(discount)
 
 
-class AgentFactory(Protocol):
-    """Builds an agent around networks that outlive it."""
-
-    def __call__(
-        self,
-        networks: Networks,
-        layout: Layout,
-        sizes: NetworkConfig,
-        configs: AgentConfigs,
-        generator: torch.Generator,
-        compute: Compute = EAGER,
-    ) -> Agent:
-        """Return the agent, its optimisers on the networks' parameters."""
-        ...
-
-
-def _iql(
-    networks: Networks,
-    layout: Layout,
-    sizes: NetworkConfig,
-    configs: AgentConfigs,
-    generator: torch.Generator,
-    compute: Compute = EAGER,
-) -> Agent:
-    return IQL(networks, layout.observation_size, sizes, configs.iql, generator, compute)
-
-
-def _cql(
-    networks: Networks,
-    layout: Layout,
-    sizes: NetworkConfig,
-    configs: AgentConfigs,
-    generator: torch.Generator,
-    compute: Compute = EAGER,
-) -> Agent:
-    return CQL(networks, configs.cql, compute, calibrated=False)
-
-
-def _calql(
-    networks: Networks,
-    layout: Layout,
-    sizes: NetworkConfig,
-    configs: AgentConfigs,
-    generator: torch.Generator,
-    compute: Compute = EAGER,
-) -> Agent:
-    return CQL(networks, configs.cql, compute, calibrated=True)
-
-
-AGENTS: dict[str, AgentFactory] = {"iql": _iql, "cql": _cql, "calql": _calql}
-
-
-class OnlineLearner(Protocol):
-    """What the online loop knows of a learner."""
-
-    networks: Networks
-
-    def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """One step of all values; scalars to log."""
-        ...
-
-    def update_actor(
-        self,
-        batch: Batch,
-        risk: Risk | None,
-        multiplier: Tensor,
-        anchor: Actor | None,
-        kl_weight: Tensor,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
-        """One step of the actor, see :meth:`safe_offrl.agents.rlpd.RLPD.actor_loss`."""
-        ...
-
-    def parts(self) -> dict[str, Part]:
-        """What a checkpoint keeps."""
-        ...
-
-
-def online_learner(
-    name: str,
-    networks: Networks,
-    layout: Layout,
-    sizes: NetworkConfig,
-    config: RLPDConfig,
-    configs: AgentConfigs,
-    generator: torch.Generator,
-    compute: Compute = EAGER,
-) -> OnlineLearner:
-    """ "rlpd", or as a baseline "iql" or "calql", on networks that a policy was pretrained with."""
-    if name == "iql":
-        values = IQL(networks, layout.observation_size, sizes, configs.iql, generator, compute)
-        return OnlineIQL(values, configs.iql, compute)
-    rlpd = RLPD(networks, layout.action_size, config, compute)
-    if name == "calql":
-        return OnlineCQL(CQL(networks, configs.cql, compute, calibrated=True), rlpd)
-    return rlpd
+def online_agent(name: str, setup: Setup, configs: AgentConfigs) -> OnlineAgent:
+    """Who learns online: RLPD by its own name, else the online form of the agent of this name."""
+    if name == "rlpd":
+        return RLPD(setup.networks, setup.learner, setup.generator, setup.compute)
+    return find_online(name)(setup, configs.of(find_agent(name)))

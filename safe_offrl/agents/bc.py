@@ -9,29 +9,58 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
+from safe_offrl.agents.protocol import OnlineAgent, Setup
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.adam import Adam
-from safe_offrl.compute.descent import EAGER, Compute, Descent
+from safe_offrl.compute.descent import Descent
 from safe_offrl.compute.state import Part
-from safe_offrl.policies.networks import Actor
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.sampling import uniform_batches
+from safe_offrl.errors import DataError
+from safe_offrl.spec import Limit
 from safe_offrl.types import Batch
 
 
 @dataclass(frozen=True)
 class BCConfig:
-    """Settings of behaviour cloning."""
+    """Settings of behaviour cloning, which has no values to discount."""
 
     learning_rate: float = 3e-4
+    discount: float | None = None
+
+
+def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
+    """The episodes without an accident, or, of a cost constraint, with a cost within the limit.
+
+    DataError if there is none to imitate.
+    """
+    if limit.constraint == "accident":
+        safe = ~dataset.episode_accidents
+    else:
+        safe = dataset.episode_costs <= limit.value
+    if not safe.any():
+        raise DataError(
+            "No episode of the dataset is within the limit, so bc_safe has nothing to imitate. "
+            "Raise the limit, or take another agent."
+        )
+    return dataset.subset(np.flatnonzero(safe))
 
 
 class BC:
-    """Maximum likelihood of logged actions."""
+    """Maximum likelihood of the actions in safe episodes, from which it draws its own batches."""
 
-    def __init__(self, actor: Actor, config: BCConfig, compute: Compute = EAGER) -> None:
-        self.actor = actor
-        self.optimizer = Adam(actor.parameters(), config.learning_rate)
-        self._descend = Descent(self.loss, self.optimizer, compute)
+    Config = BCConfig
+    Online: type[OnlineAgent] | None = None
+
+    def __init__(self, setup: Setup, config: BCConfig) -> None:
+        self.actor = setup.networks.actor
+        self.generator = setup.generator
+        self.imitated = safe_episodes(setup.dataset, setup.limit).on(self.generator.device)
+        self.optimizer = Adam(self.actor.parameters(), config.learning_rate)
+        self._descend = Descent(self.loss, self.optimizer, setup.compute)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
@@ -41,6 +70,8 @@ class BC:
         """``-log pi(a|s)`` of logged actions, mean over the batch."""
         return (-self.actor(batch.observations).log_prob(batch.actions).mean(),)
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of the actor."""
-        return {"actor/loss": self._descend(batch)[0]}
+    def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
+        """One step of the actor, on a batch of safe episodes as large as this one."""
+        rows, layout = self.imitated.rows, self.imitated.layout
+        (safe,) = uniform_batches(rows, layout, 1, len(batch.rewards), self.generator)
+        return {"actor/loss": self._descend(safe)[0]}

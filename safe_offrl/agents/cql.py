@@ -2,7 +2,7 @@
 
 Both press the critics down at actions the log does not hold. Cal-QL differs by one ``max``: at the
 policy's actions the pressure stops at the return that the logged trajectory really got, which cures
-the dip at the switch to online. The actor comes from agents/extraction.py.
+the dip at the switch to online. Offline the actor comes from agents/extraction.py.
 
 Where actions are discrete, the log-integral over them is a sum over all of them, exact. Cal-QL then
 takes its ``max`` at every action: the policy behind CQL(H) is softmax(Q), which has all of them,
@@ -17,13 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.agents.extraction import Extraction
+from safe_offrl.agents.protocol import OnlineAgent, Setup
 from safe_offrl.agents.rlpd import RLPD
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
-from safe_offrl.compute.state import Part
+from safe_offrl.compute.state import Part, named
 from safe_offrl.nn.losses import calibrate, conservative_gap, td_target
 from safe_offrl.policies.distributions import Categorical, Policy, normal, sample
-from safe_offrl.policies.networks import Actor, Networks, Risk, polyak_
+from safe_offrl.policies.networks import Networks, polyak_
 from safe_offrl.types import Batch
 
 PART_STATES = 64  # at a time: their 31 actions and 10 critics make 20 MiB a layer
@@ -45,8 +48,8 @@ class CQLConfig:
     actions: int = 10
 
 
-class CQL:
-    """Offline agent; ``calibrated`` makes it Cal-QL."""
+class ConservativeCritics:
+    """The critics of CQL; ``calibrated``, those of Cal-QL."""
 
     def __init__(
         self,
@@ -121,36 +124,61 @@ class CQL:
         return {"agent/critic_loss": loss, "agent/conservative_gap": gap}, next_noise
 
 
-class OnlineCQL:
+class CQL:
+    """CQL offline, or ``calibrated`` Cal-QL: its critics, and the actor extracted from them."""
+
+    Config = CQLConfig
+    Online: type[OnlineAgent] | None = None
+
+    def __init__(self, setup: Setup, config: CQLConfig, *, calibrated: bool = False) -> None:
+        networks, generator, compute = setup.networks, setup.generator, setup.compute
+        self.generator = generator
+        self.values = ConservativeCritics(networks, config, compute, calibrated=calibrated)
+        self.extraction = Extraction(networks, setup.extraction, generator, compute)
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return self.values.parts() | named("extraction", self.extraction.parts())
+
+    def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
+        """The critics, then the actor by their advantages."""
+        advantages, metrics = self.values.update(batch, self.generator)
+        return metrics | self.extraction.update(batch, advantages, steering)
+
+
+class OnlineCalQL:
     """Cal-QL that goes on online (section 6 of its paper): its critics, and SAC's actor.
 
-    The actor is the online learner's, whose critics are left alone.
+    The actor is RLPD's, whose critics are left alone.
     """
 
-    def __init__(self, values: CQL, actor: RLPD) -> None:
-        self.networks = values.networks
-        self.values = values
-        self.actor = actor
+    own_values = False
+
+    def __init__(self, setup: Setup, config: CQLConfig) -> None:
+        networks, self.generator = setup.networks, setup.generator
+        self.return_discount: float | None = config.discount
+        self.values = ConservativeCritics(networks, config, setup.compute, calibrated=True)
+        self.actor = RLPD(networks, setup.learner, setup.generator, setup.compute)
+        self.update_actor = self.actor.update_actor
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
         return {**self.actor.parts(), **self.values.parts()}
 
-    def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def update_critics(self, batch: Batch) -> dict[str, Tensor]:
         """The conservative critics."""
-        return self.values.update_critics(batch, generator)[0]
+        return self.values.update_critics(batch, self.generator)[0]
 
-    def update_actor(
-        self,
-        batch: Batch,
-        risk: Risk | None,
-        multiplier: Tensor,
-        anchor: Actor | None,
-        kl_weight: Tensor,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
-        """One actor step and one temperature step."""
-        return self.actor.update_actor(batch, risk, multiplier, anchor, kl_weight, generator)
+
+class CalQL:
+    """Cal-QL offline: CQL with calibrated critics."""
+
+    Config = CQLConfig
+    Online: type[OnlineAgent] | None = OnlineCalQL
+
+    def __init__(self, setup: Setup, config: CQLConfig) -> None:
+        self.cql = CQL(setup, config, calibrated=True)
+        self.parts, self.update = self.cql.parts, self.cql.update
 
 
 def _parts(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
@@ -33,7 +34,7 @@ from safe_offrl.policies.distributions import (
     Quadrature,
     normal,
 )
-from safe_offrl.policies.networks import Actor, QFunction, Risk, linear_layers
+from safe_offrl.policies.networks import Networks, QFunction, Risk, linear_layers
 from safe_offrl.types import Batch
 
 
@@ -128,28 +129,27 @@ class CategoricalMixture(nn.Module):
 
 
 class Extraction:
-    """Trains the actor for any offline agent; owns the mixture and both optimisers."""
+    """Trains the actor of an offline agent that has values; owns the mixture, both optimisers."""
 
     def __init__(
         self,
-        actor: Actor,
-        observation_size: int,
-        action_size: int,
-        hidden: tuple[int, ...],
+        networks: Networks,
         config: ExtractionConfig,
         generator: torch.Generator,
         compute: Compute = EAGER,
     ) -> None:
-        self.actor = actor
+        self.networks = networks
+        self.actor = networks.actor
         self.config = config
-        sizes = (observation_size, action_size, hidden)
+        self.generator = generator
+        sizes = (*networks.layout, networks.sizes.actor_hidden)
         self.mixture = (
             CategoricalMixture(*sizes, generator)
-            if actor.discrete
+            if self.actor.discrete
             else MixturePolicy(*sizes, config.components, generator)
         )
         self.mixture_optimizer = Adam(self.mixture.parameters(), config.learning_rate)
-        self.actor_optimizer = Adam(actor.parameters(), config.learning_rate)
+        self.actor_optimizer = Adam(self.actor.parameters(), config.learning_rate)
         self._descend_mixture = Descent(self.mixture_loss, self.mixture_optimizer, compute)
         self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
 
@@ -196,20 +196,13 @@ class Extraction:
         loss = policy.expect(-q / scale + multiplier * danger + self.config.weight * log_ratio)
         return loss.mean(), policy.expect(log_ratio).detach().mean()
 
-    def update(
-        self,
-        batch: Batch,
-        advantages: Tensor,
-        critics: QFunction,
-        risk: Risk,
-        multiplier: Tensor,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def update(self, batch: Batch, advantages: Tensor, steering: Steering) -> dict[str, Tensor]:
         """One step of the mixture, one of the actor."""
-        size = batch.actions.shape
-        relative = normal(size, generator) if self.config.relative_risk else None
+        size, (risk, multiplier) = batch.actions.shape, steering[:2]
+        assert risk is not None
+        relative = normal(size, self.generator) if self.config.relative_risk else None
         (mixture_loss,) = self._descend_mixture(batch, advantages, risk, relative)
-        noise = normal(size, generator)
+        noise, critics = normal(size, self.generator), self.networks.q
         actor_loss, divergence = self._descend_actor(batch, noise, critics, risk, multiplier)
         return {
             "actor/loss": actor_loss,

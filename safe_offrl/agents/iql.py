@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_offrl.agents.extraction import Extraction
+from safe_offrl.agents.protocol import OnlineAgent, Setup
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
-from safe_offrl.compute.state import Part
+from safe_offrl.compute.state import Part, named
 from safe_offrl.nn.losses import expectile_loss, exponential_weight, td_target
-from safe_offrl.policies.networks import Actor, NetworkConfig, Networks, Risk, StackedMLP, polyak_
+from safe_offrl.policies.networks import Networks, StackedMLP, polyak_
 from safe_offrl.types import Batch
 
 
@@ -35,14 +38,12 @@ class IQLConfig:
     weight_limit: float = 100.0
 
 
-class IQL:
-    """Offline agent: state value V by expectile regression, critics from V."""
+class IQLValues:
+    """State value V by expectile regression, critics from V."""
 
     def __init__(
         self,
         networks: Networks,
-        observation_size: int,
-        sizes: NetworkConfig,
         config: IQLConfig,
         generator: torch.Generator,
         compute: Compute = EAGER,
@@ -51,9 +52,9 @@ class IQL:
         self.config = config
         self.value = StackedMLP(
             1,
-            observation_size,
-            sizes.critic_hidden,
-            layer_norm=sizes.layer_norm,
+            networks.layout.observation_size,
+            networks.sizes.critic_hidden,
+            layer_norm=networks.sizes.layer_norm,
             generator=generator,
         )
         lr = config.learning_rate
@@ -89,7 +90,7 @@ class IQL:
         q = self.networks.q(batch.observations, batch.actions)
         return (q - target).square().mean(-1).sum(), value
 
-    def update(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """V, then the critics with the new V, then Polyak; (advantages [B], scalars to log)."""
         value_loss, target_q = self._descend_value(batch)
         critic_loss, value = self._descend_critics(batch)
@@ -106,12 +107,15 @@ class OnlineIQL:
     Nothing restrains it but the data, half of which is the log.
     """
 
-    def __init__(self, values: IQL, config: IQLConfig, compute: Compute = EAGER) -> None:
-        self.networks = values.networks
-        self.values = values
+    own_values = True
+    return_discount: float | None = None
+
+    def __init__(self, setup: Setup, config: IQLConfig) -> None:
+        self.networks = setup.networks
+        self.values = IQLValues(setup.networks, config, setup.generator, setup.compute)
         self.config = config
         self.actor_optimizer = Adam(self.networks.actor.parameters(), config.learning_rate)
-        self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, compute)
+        self._descend_actor = Descent(self.actor_loss, self.actor_optimizer, setup.compute)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
@@ -128,19 +132,32 @@ class OnlineIQL:
         log_prob = self.networks.actor(batch.observations).log_prob(batch.actions)
         return (-(weights * log_prob).mean(),)
 
-    def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def update_critics(self, batch: Batch) -> dict[str, Tensor]:
         """V, then the critics."""
-        return self.values.update(batch, generator)[1]
+        return self.values.update(batch)[1]
 
-    def update_actor(
-        self,
-        batch: Batch,
-        risk: Risk | None,
-        multiplier: Tensor,
-        anchor: Actor | None,
-        kl_weight: Tensor,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def update_actor(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """One actor step; the constraints of other learners have no place in it."""
         (loss,) = self._descend_actor(batch)
         return {"learner/actor_loss": loss}
+
+
+class IQL:
+    """IQL offline: its values, and the actor extracted from them."""
+
+    Config = IQLConfig
+    Online: type[OnlineAgent] | None = OnlineIQL
+
+    def __init__(self, setup: Setup, config: IQLConfig) -> None:
+        networks, generator, compute = setup.networks, setup.generator, setup.compute
+        self.values = IQLValues(networks, config, generator, compute)
+        self.extraction = Extraction(networks, setup.extraction, generator, compute)
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        return self.values.parts() | named("extraction", self.extraction.parts())
+
+    def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
+        """V and the critics, then the actor by its advantages."""
+        advantages, metrics = self.values.update(batch)
+        return metrics | self.extraction.update(batch, advantages, steering)

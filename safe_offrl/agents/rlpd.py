@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
@@ -47,15 +48,20 @@ class RLPDConfig:
 class RLPD:
     """The online learner; takes over the networks that an offline agent has trained."""
 
+    own_values = False
+    return_discount: float | None = None
+
     def __init__(
         self,
         networks: Networks,
-        action_size: int,
         config: RLPDConfig,
+        generator: torch.Generator,
         compute: Compute = EAGER,
     ) -> None:
         self.networks = networks
         self.config = config
+        self.generator = generator
+        action_size = networks.layout.action_size
         device = next(networks.actor.parameters()).device
         self.log_temperature = torch.tensor(config.temperature_init, device=device).log()
         self.log_temperature.requires_grad_()
@@ -103,7 +109,7 @@ class RLPD:
         risk: Risk | None,
         multiplier: Tensor,
         anchor: Actor | None,
-        kl_weight: Tensor,
+        kl_weight: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
         """``E_pi[-Q/|Q| + temperature log pi + lambda Q_C] + kl_weight KL(pi || anchor)``, mean.
 
@@ -130,8 +136,9 @@ class RLPD:
         """A barrier on ``-log pi`` (scalar mean): too little entropy raises the temperature."""
         return (-self.log_temperature.exp() * (log_prob + self._target_entropy),)
 
-    def update_critics(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def update_critics(self, batch: Batch) -> dict[str, Tensor]:
         """One TD step of all critics under the present actor; alone it is value pre-alignment."""
+        generator = self.generator
         noise = normal(batch.actions.shape, generator)
         critics = self.networks.critics.members
         members: Members = EVERY
@@ -142,18 +149,10 @@ class RLPD:
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
         return {"learner/critic_loss": loss}
 
-    def update_actor(
-        self,
-        batch: Batch,
-        risk: Risk | None,
-        multiplier: Tensor,
-        anchor: Actor | None,
-        kl_weight: Tensor,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def update_actor(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """One actor step and one temperature step."""
-        noise = normal(batch.actions.shape, generator)
-        loss, log_prob = self._descend_actor(batch, noise, risk, multiplier, anchor, kl_weight)
+        noise = normal(batch.actions.shape, self.generator)
+        loss, log_prob = self._descend_actor(batch, noise, *steering)
         self._descend_temperature(log_prob)
         return {
             "learner/actor_loss": loss,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from safe_offrl.agents import AgentConfigs, find_agent
 from safe_offrl.check.inspect import INSPECTED, dataset_warnings
 from safe_offrl.compute.descent import CompileMode, Precision
-from safe_offrl.config import RunInputs
+from safe_offrl.config import RunInputs, from_dict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, EnvError, RunError, UserError
@@ -29,6 +31,17 @@ CHECKPOINT_SECONDS = 10.0  # of work that a crash may cost; a checkpoint takes w
 def say_plain(text: str) -> None:
     """Print a line at once, also into a pipe."""
     print(text, flush=True)
+
+
+def with_own_settings(name: str, configs: AgentConfigs) -> AgentConfigs:
+    """Settings in which those of an agent of one's own are complete, and of its Config's types.
+
+    The module of the agent ``name`` is imported, so a stored run must be trusted before.
+    """
+    agent = find_agent(name)
+    if configs.key(agent) != "own":
+        return configs
+    return replace(configs, own=dict(vars(from_dict(agent.Config, configs.own))))
 
 
 def stored_dataset(inputs: RunInputs, spec: SafetySpec, discount: float) -> Dataset:

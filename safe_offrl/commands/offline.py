@@ -30,6 +30,7 @@ from safe_offrl.commands.common import (
     stored_dataset,
     stored_mode,
     warning_lines,
+    with_own_settings,
     writing,
 )
 from safe_offrl.commands.environment import identities, learnt_lines, since_log
@@ -44,7 +45,12 @@ from safe_offrl.errors import DataError
 from safe_offrl.files import plain
 from safe_offrl.record.progress import Heartbeat, ProgressLine, Say, StopSignal
 from safe_offrl.record.run import RunDir, find_run
-from safe_offrl.record.trust import is_trusted_log, require_trusted_log, trust_own
+from safe_offrl.record.trust import (
+    is_trusted_log,
+    require_trusted,
+    require_trusted_log,
+    trust_own,
+)
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import report_png
 from safe_offrl.train.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
@@ -116,13 +122,13 @@ def pretrain_config(
         resolve = by_cost
     else:
         config = resolve()
-    if config.dataset is None:
-        return config
-    try:
-        stated = stated_metadata(config.dataset)
-    except DataError:  # what is not there or damaged is refused by whoever loads it
-        return config
-    return with_logged_rule(config, stated, resolve)
+    if config.dataset is not None:
+        try:
+            stated = stated_metadata(config.dataset)
+        except DataError:  # what is not there or damaged is refused by whoever loads it
+            stated = {}
+        config = with_logged_rule(config, stated, resolve)
+    return replace(config, agents=with_own_settings(config.agent, config.agents))
 
 
 def _logged_env(dataset: str | None, overrides: Sequence[str]) -> str | None:
@@ -253,13 +259,14 @@ def pretrain_run(
     """Run a planned offline phase in a new run folder; returns the finished run."""
     configure(plan.inputs.threads)
     config_text = run_yaml(plan.inputs, "pretrain", plan.config, Path(runs))
-    trust_own(config_text, plan.inputs, plan.config.safety, say)
+    trust_own(config_text, plan.inputs, plan.config.safety, say, plan.config.agent)
     run = RunDir.create(
         Path(runs),
         kind="pretrain",
         config_text=config_text,
         name=name,
-        stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-{plan.config.agent}",
+        stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-"
+        f"{plan.config.agent.rpartition(':')[2]}",
         versions=versions(plan.env_versions, plan.inputs.device)
         | identities(plan.env_identity, plan.dataset),
     )
@@ -286,6 +293,9 @@ def resume_pretrain(
     with run:
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
+        if ":" in config.agent:
+            require_trusted(run, inputs, config.safety, config.agent)
+        config = replace(config, agents=with_own_settings(config.agent, config.agents))
         require_same_threads(run, inputs, threads)
         configure(inputs.threads)
         device = find_device(inputs.device)  # as the next line, refuses what cannot go on

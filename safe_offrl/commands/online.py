@@ -55,13 +55,14 @@ def finetune_run(
 ) -> RunDir:
     """Run a planned online phase in a new run folder; returns the finished run."""
     config_text = run_yaml(plan.inputs, "finetune", plan.config, Path(runs))
-    trust_own(config_text, plan.inputs, plan.config.safety, say)
+    learner = plan.config.baseline.learner
+    trust_own(config_text, plan.inputs, plan.config.safety, say, learner)
     run = RunDir.create(
         Path(runs),
         kind="finetune",
         config_text=config_text,
         name=name,
-        stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent}",
+        stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent.rpartition(':')[2]}",
         versions=versions(plan.env.versions(), plan.inputs.device)
         | identities(plan.env.identity(), plan.dataset, stored_pretrain_run(plan.inputs)),
     )
@@ -97,7 +98,7 @@ def resume_finetune(
     with run:
         require_unfinished(run)
         inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig, run.path)
-        require_trusted(run, inputs, config.safety)
+        require_trusted(run, inputs, config.safety, config.baseline.learner)
         require_same_threads(run, inputs, threads)
         plan = plan_finetune(
             stored_pretrain_run(inputs),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safe_offrl.agents import find_agent, find_online
 from safe_offrl.commands.assess import Subject, gate
 from safe_offrl.commands.common import (
     constraint_line,
@@ -17,6 +17,7 @@ from safe_offrl.commands.common import (
     say_plain,
     stored_dataset,
     warning_lines,
+    with_own_settings,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log, since_run
 from safe_offrl.compute.descent import CompileMode, choose
@@ -166,11 +167,13 @@ def finetune_config(
                 f'safety.{key} is {asked}, but the critic of "{pretrained.name}" learnt under '
                 f"{learnt}. Leave it out, or pretrain with it."
             )
+    config = _with_own_settings(config)
     _require_one_discount(config, discount_of(source), pretrained.name)
-    if config.baseline.learner == "iql" and source.agent != "iql":
+    learner = config.baseline.learner
+    if learner not in ("rlpd", source.agent) and find_online(learner).own_values:
         raise ConfigError(
-            f'baseline.learner is iql, but "{pretrained.name}" was pretrained by {source.agent}, '
-            "which has no value network. Pretrain with --agent iql."
+            f'baseline.learner is {learner}, but "{pretrained.name}" was pretrained by '
+            f"{source.agent}, which has not its values. Pretrain with --agent {learner}."
         )
     shapes = ("members", "reference", "hidden")
     if config.networks != source.networks or any(
@@ -183,14 +186,20 @@ def finetune_config(
     return config
 
 
+def _with_own_settings(config: FinetuneConfig) -> FinetuneConfig:
+    """Settings in which those of the agent that goes on online are complete; imports its module."""
+    baseline = config.baseline
+    if baseline.learner == "rlpd":
+        return config
+    agents = with_own_settings(baseline.learner, baseline.agents)
+    return replace(config, baseline=replace(baseline, agents=agents))
+
+
 def _require_one_discount(config: FinetuneConfig, learnt: float, name: str) -> None:
-    agents = config.baseline.agents
-    asked = {
-        "rlpd": ("learner.discount", config.learner.discount),
-        "iql": ("baseline.agents.iql.discount", agents.iql.discount),
-        "calql": ("baseline.agents.cql.discount", agents.cql.discount),
-    }
-    key, discount = asked[config.baseline.learner]
+    key, discount = "learner.discount", config.learner.discount
+    if config.baseline.learner != "rlpd":
+        agent, agents = find_agent(config.baseline.learner), config.baseline.agents
+        key, discount = f"baseline.agents.{agents.key(agent)}.discount", agents.of(agent).discount
     if discount != learnt and not config.baseline.from_scratch:
         raise ConfigError(
             f'{key} is {discount}, but the values of "{name}" are discounted by {learnt}. Leave it '
@@ -222,6 +231,7 @@ def plan_finetune(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
     require_trusted(pretrained, source, source_config.safety)
+    config = _with_own_settings(config)
     if pretrained.state["status"] != "finished":
         raise RunError(
             f'The run "{pretrained.name}" is not finished. '
@@ -259,7 +269,7 @@ def plan_finetune(
         changes = learnt_lines(since_log(dataset, identity), since_run(pretrained, identity))
         if changes:
             risk = f"{risk}; judged in another environment"
-        inputs = dataclasses.replace(
+        inputs = replace(
             source,
             threads=threads,
             compiled=compute.compiled,

@@ -25,6 +25,11 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+def named(owner: str, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Parts as a checkpoint names them, ``owner.part``; one that has an owner already keeps it."""
+    return {name if "." in name else f"{owner}.{name}": part for name, part in parts.items()}
+
+
 def collect_state(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """Copy the state of modules, optimisers, generators and tensors under ``part/...`` names."""
     state: dict[str, Tensor] = {}

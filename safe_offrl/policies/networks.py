@@ -18,6 +18,7 @@ from safe_offrl.policies.distributions import (
     Gaussian,
     Policy,
 )
+from safe_offrl.types import Layout
 
 # Q(s, a) of all critics: [B, O], [B, A] -> [E, B]
 QFunction = Callable[[Tensor, Tensor], Tensor]
@@ -213,6 +214,8 @@ class Networks:
         *,
         discrete: bool = False,
     ) -> None:
+        self.layout = Layout(observation_size, action_size)
+        self.sizes = config
         self.actor = Actor(
             observation_size, action_size, config.actor_hidden, generator, discrete=discrete
         )

@@ -1,9 +1,9 @@
 """Which stored runs may import what their settings name: those made here, and those vouched for.
 
-An environment "module:Id" and an accident rule "module:function" import the module, which executes
-it. On the command line that is the user's own word. In the config.yaml of a run that somebody else
-made it is theirs, so this machine keeps a list of the settings that it may believe: a file named by
-the sha256 of config.yaml, in the cache folder, written when a run is made.
+An environment "module:Id", an accident rule "module:function" and an agent "module:name" import the
+module, which executes it. On the command line that is the user's own word. In the config.yaml of a
+run that somebody else made it is theirs, so this machine keeps a list of the settings that it may
+believe: a file named by the sha256 of config.yaml, in the cache folder, written when a run is made.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from safe_offrl.record.run import RunDir
 from safe_offrl.spec import SafetySpec
 
 
-def trust_own(config_text: str, inputs: RunInputs, safety: SafetySpec, say: Say) -> None:
+def trust_own(
+    config_text: str, inputs: RunInputs, safety: SafetySpec, say: Say, agent: str = ""
+) -> None:
     """Remember settings that a run is about to be made with, if they import anything.
 
     Where nothing can be remembered, it says so: it is asked for then.
     """
-    if named_modules(inputs, safety):
+    if named_modules(inputs, safety, agent):
         try:
             remember(config_text)
         except RunError as error:
@@ -72,14 +74,16 @@ def remember(config_text: str) -> None:
         ) from error
 
 
-def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec) -> None:
-    """Raise RunError if the settings of a run from elsewhere would import something."""
+def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec, agent: str = "") -> None:
+    """Raise RunError if the settings of a run from elsewhere would import something.
+
+    An ``agent`` is imported by whoever learns: it is named where that is what comes next.
+    """
     # Nothing is imported where the program has imported the environment's module itself; but of a
     # module that is there, an accident rule could be any function.
     known = inputs.env_id.partition(":")[0] in sys.modules
-    names = [
-        name for name in named_modules(inputs, safety) if not (known and name == inputs.env_id)
-    ]
+    named = named_modules(inputs, safety, agent)
+    names = [name for name in named if not (known and name == inputs.env_id)]
     record = _record(run.config_text)
     if not names or record.is_file():
         return
@@ -97,9 +101,9 @@ def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec) -> None:
     )
 
 
-def named_modules(inputs: RunInputs, safety: SafetySpec) -> list[str]:
-    """The environment and the accident rule, if they name a module."""
-    return [name for name in (inputs.env_id, safety.accident) if ":" in name]
+def named_modules(inputs: RunInputs, safety: SafetySpec, agent: str) -> list[str]:
+    """The environment, the accident rule and the agent, if they name a module."""
+    return [name for name in (inputs.env_id, safety.accident, agent) if ":" in name]
 
 
 def _record(config_text: str) -> Path:

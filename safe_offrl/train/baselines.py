@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from safe_offrl.agents import AgentConfigs
+from safe_offrl.agents import AgentConfigs, find_online
 from safe_offrl.errors import ConfigError
 from safe_offrl.safety.multiplier import PIDConfig
 
@@ -18,16 +18,16 @@ from safe_offrl.safety.multiplier import PIDConfig
 class BaselineConfig:
     """Settings that only baselines need.
 
-    ``learner`` goes on online: "rlpd", or the offline agents "iql" (needs a policy pretrained by
-    it) and "calql". ``from_scratch`` forgets the pretrained policy and critics, and makes the
-    warm-up uniformly random, as RLPD was published. ``multiplier`` other than "ours" is a
-    Lagrangian method: lambda follows what recent episodes showed, by "dual" ascent or "pid", and
-    the learner is deployed after every episode, untested. Its lambda begins at
-    ``multiplier_init``, or where the offline phase left it. ``agents`` are the settings of the
-    learners "iql" and "calql".
+    ``learner`` goes on online: "rlpd", or an agent that has an online form, such as "calql" or
+    "iql" (which needs a policy pretrained by it); ``agents`` are the settings of those.
+    ``from_scratch`` forgets the pretrained policy and critics, and makes the warm-up uniformly
+    random, as RLPD was published. ``multiplier`` other than "ours" is a Lagrangian method: lambda
+    follows what recent episodes showed, by "dual" ascent or "pid", and the learner is deployed
+    after every episode, untested. Its lambda begins at ``multiplier_init``, or where the offline
+    phase left it.
     """
 
-    learner: Literal["rlpd", "iql", "calql"] = "rlpd"
+    learner: str = "rlpd"
     from_scratch: bool = False
     multiplier: Literal["ours", "dual", "pid"] = "ours"
     multiplier_init: float | None = None
@@ -35,7 +35,9 @@ class BaselineConfig:
     agents: AgentConfigs = field(default_factory=AgentConfigs)
 
     def __post_init__(self) -> None:
-        """Refuse a start of lambda that nothing would use, or that is below 0."""
+        """Refuse an unknown learner, and a start of lambda that nothing would use or is below 0."""
+        if self.learner != "rlpd" and ":" not in self.learner:
+            find_online(self.learner)
         if self.multiplier_init is not None and (
             self.multiplier == "ours" or self.multiplier_init < 0.0
         ):

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.agents import online_learner
+from safe_offrl.agents import online_agent
+from safe_offrl.agents.protocol import Setup
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import Compute
 from safe_offrl.compute.device import Device
-from safe_offrl.compute.state import Part, collect_state, restore_state, seeded
+from safe_offrl.compute.state import Part, collect_state, named, restore_state, seeded
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.derived import returns_to_go
 from safe_offrl.data.experience import Experience
@@ -71,11 +73,7 @@ class Finetuning:
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout
         self.networks = Networks(
-            layout.observation_size,
-            layout.action_size,
-            config.networks,
-            self.generator,
-            discrete=dataset.discrete,
+            *layout, config.networks, self.generator, discrete=dataset.discrete
         )
         learner = config.learner
         if config.safety_constraint:
@@ -86,22 +84,14 @@ class Finetuning:
             )
         compute = Compute(compiled, config.precision, device)
         baseline = config.baseline
-        self.learner = online_learner(
-            baseline.learner,
-            self.networks,
-            layout,
-            config.networks,
-            learner,
-            baseline.agents,
-            self.generator,
-            compute,
-        )
         self.cost_max = dataset.cost_max
         self.limit = config.safety.limit(env.horizon, self.cost_max)
         self.worst_cost = self.limit.worst_cost(dataset.worst_cost)
+        logged = dataset.normalised(self.normalizer).on(self.generator.device)
+        setup = Setup(self.networks, logged, self.limit, self.generator, compute, learner=learner)
+        self.learner = online_agent(baseline.learner, setup, baseline.agents)
         self.critic = SafetyCritic(
-            layout.observation_size,
-            layout.action_size,
+            *layout,
             env.horizon,
             config.critic,
             self.generator,
@@ -109,7 +99,7 @@ class Finetuning:
             compute,
         )
         self.experience = Experience(
-            dataset.normalised(self.normalizer).on(self.generator.device),
+            logged,
             config.budget,
             config.offline_share,
             steps=self.critic.steps,
@@ -118,11 +108,10 @@ class Finetuning:
         )
         self.multiplier = self._multiplier()
         if not baseline.from_scratch:
-            # The value network of IQL is the offline agent's own, everything else is aligned.
-            owner = "agent" if baseline.learner == "iql" else "learner"
+            owner = "agent" if self.learner.own_values else "learner"
             restore_state(
                 {
-                    **{f"{owner}.{k}": v for k, v in self.learner.parts().items()},
+                    **named(owner, self.learner.parts()),
                     **self.critic.parts(),
                     "multiplier": self.multiplier.value,
                 },
@@ -241,8 +230,8 @@ class Finetuning:
         self.steps += episode.steps
         self.episodes += 1
         if rows is not None:
-            if self.config.baseline.learner == "calql":
-                self._fill_returns(rows)
+            if self.learner.return_discount is not None:
+                self._fill_returns(rows, self.learner.return_discount)
             self.experience.add_episode(rows)
         else:
             self.updated = self.steps
@@ -254,10 +243,9 @@ class Finetuning:
         self.recent = [*self.recent, outcome][-RECENT_EPISODES[self.limit.constraint] :]
         self.monitor.update(episode.accident, episode.cost, episode.version)
 
-    def _fill_returns(self, rows: Tensor) -> None:
-        """Return-to-go of an episode's rows [n, D], in place: Cal-QL's reference also online."""
+    def _fill_returns(self, rows: Tensor, discount: float) -> None:
+        """Return-to-go of an episode's rows [n, D], in place: the log's have it already."""
         batch = self.experience.dataset.layout.unpack(rows)
-        discount = self.config.baseline.agents.cql.discount
         returns = returns_to_go(batch.rewards.numpy(), np.array([0, len(rows)]), discount)
         batch.return_to_go.copy_(torch.from_numpy(returns))
 
@@ -296,7 +284,7 @@ class Finetuning:
         metrics: dict[str, Tensor] = {}
         batches = experience.batches(config.utd, config.batch_size, generator)
         for batch in batches:
-            metrics |= self.learner.update_critics(batch, generator)
+            metrics |= self.learner.update_critics(batch)
         # The safety critic learns the value of the policy that ACTS: it is judged by its episodes,
         # and the learner asks it what a change of one action would do (CPO's advantage).
         if not config.unconstrained:
@@ -320,14 +308,13 @@ class Finetuning:
                     else self.multiplier.value.new_tensor(self._recent_mean())
                 )
         if not critics_only:
-            metrics |= self.learner.update_actor(
-                batches[-1],
+            steering = Steering(
                 self.critic.plain_risk if config.safety_constraint else None,
                 self.multiplier.value,
                 self.deployment.actor if config.kl else None,
                 self.deployment.kl_weight,
-                generator,
             )
+            metrics |= self.learner.update_actor(batches[-1], steering)
         return metrics
 
     def _reason_to_stop(self) -> str:
@@ -384,7 +371,7 @@ class Finetuning:
 
     def _parts(self) -> dict[str, Part]:
         return {
-            **{f"learner.{k}": v for k, v in self.learner.parts().items()},
+            **named("learner", self.learner.parts()),
             **self.critic.parts(),
             "multiplier": self.multiplier.value,
             **self.multiplier.parts(),

@@ -11,26 +11,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from safe_offrl.agents import AGENTS, Agent, AgentConfigs
-from safe_offrl.agents.bc import BC
-from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents import AgentConfigs, find_agent
+from safe_offrl.agents.extraction import ExtractionConfig
+from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import CompileMode, Compute, Precision
 from safe_offrl.compute.device import Device, DeviceChoice
-from safe_offrl.compute.state import Part, collect_state, restore_state, seeded
+from safe_offrl.compute.state import Part, collect_state, named, restore_state, seeded
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, draw_indices, uniform_batches
 from safe_offrl.deploy.policy import DeployedPolicy
-from safe_offrl.errors import ConfigError, DataError
+from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.safety.calibration import CalibrationReport, calibrate_critic
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.multiplier import LagrangianConfig, Multiplier
 from safe_offrl.safety.shield import Shield
-from safe_offrl.spec import Limit, SafetySpec
+from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Record
 
 
@@ -68,11 +68,13 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
-        if self.agent not in (*AGENTS, "bc_safe"):
-            raise ConfigError(
-                f'There is no agent "{self.agent}". Choose one of {", ".join(sorted(AGENTS))}, or '
-                "as a baseline bc_safe."
-            )
+        if ":" not in self.agent:  # else importing it must wait until the run is trusted
+            key = self.agents.key(find_agent(self.agent))
+            if self.agents.own and key != "own":
+                raise ConfigError(
+                    "agents.own holds settings of an agent of your own, but agent is "
+                    f"{self.agent}. Leave them out, or set agents.{key}."
+                )
         if self.steps < 1 or self.alignment_steps < 0 or self.batch_size < 2 or self.log_every < 1:
             raise ConfigError(
                 "steps and log_every must be at least 1, alignment_steps at least 0 and batch_size "
@@ -109,33 +111,10 @@ ESTIMATE_STATES = 2000  # policy actions behind one estimate of what is constrai
 def discount_of(config: PretrainConfig) -> float:
     """Discount of the run's values: what return_to_go in the dataset must be computed with.
 
-    That of the chosen agent; bc_safe learns no values, so that of the alignment. KeyError for an
-    agent that has none here.
+    That of the chosen agent; of one that learns no values, that of the alignment.
     """
-    discounts = {
-        "iql": config.agents.iql.discount,
-        "cql": config.agents.cql.discount,
-        "calql": config.agents.cql.discount,
-        "bc_safe": config.alignment.discount,
-    }
-    return discounts[config.agent]
-
-
-def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
-    """The episodes without an accident, or, of a cost constraint, with a cost within the limit.
-
-    DataError if there is none to imitate.
-    """
-    if limit.constraint == "accident":
-        safe = ~dataset.episode_accidents
-    else:
-        safe = dataset.episode_costs <= limit.value
-    if not safe.any():
-        raise DataError(
-            "No episode of the dataset is within the limit, so bc_safe has nothing to imitate. "
-            "Raise the limit, or take another agent."
-        )
-    return dataset.subset(np.flatnonzero(safe))
+    own = config.agents.discount(config.agent)
+    return config.alignment.discount if own is None else own
 
 
 class Pretraining:
@@ -160,38 +139,17 @@ class Pretraining:
         self.held_out = held_out.sample(HELD_OUT_ROWS, config.seed).normalised(self.normalizer)
         layout = dataset.layout
         self.networks = Networks(
-            layout.observation_size,
-            layout.action_size,
-            config.networks,
-            self.generator,
-            discrete=dataset.discrete,
+            *layout, config.networks, self.generator, discrete=dataset.discrete
         )
         self.cost_max = dataset.cost_max
         self.limit = config.safety.limit(dataset.horizon, self.cost_max)
         self.worst_cost = self.limit.worst_cost(dataset.worst_cost)
-        self.agent: Agent | BC
-        self.extraction: Extraction | None = None
-        if config.agent == "bc_safe":
-            self.agent = BC(self.networks.actor, config.agents.bc, compute)
-            imitated = safe_episodes(self.train, self.limit)
-            self._imitated = imitated.on(self.generator.device).rows
-        else:
-            self.agent = AGENTS[config.agent](
-                self.networks, layout, config.networks, config.agents, self.generator, compute
-            )
-            self.extraction = Extraction(
-                self.networks.actor,
-                layout.observation_size,
-                layout.action_size,
-                config.networks.actor_hidden,
-                config.extraction,
-                self.generator,
-                compute,
-            )
-        self.learner = RLPD(self.networks, layout.action_size, config.alignment, compute)
+        agent = find_agent(config.agent)
+        built_from = (self.networks, self.train, self.limit, self.generator, compute)
+        self.agent = agent(Setup(*built_from, config.extraction), config.agents.of(agent))
+        self.learner = RLPD(self.networks, config.alignment, self.generator, compute)
         self.critic = SafetyCritic(
-            layout.observation_size,
-            layout.action_size,
+            *layout,
             dataset.horizon,
             config.critic,
             self.generator,
@@ -243,24 +201,13 @@ class Pretraining:
 
     def _update(self, *, aligning: bool) -> dict[str, Tensor]:
         config, generator = self.config, self.generator
-        size = config.batch_size
-        (batch,) = uniform_batches(self._rows, self.train.layout, 1, size, generator)
+        layout, size = self.train.layout, config.batch_size
+        (batch,) = uniform_batches(self._rows, layout, 1, size, generator)
         if aligning:
-            metrics = self.learner.update_critics(batch, generator)
-        elif isinstance(self.agent, BC):
-            (imitated,) = uniform_batches(self._imitated, self.train.layout, 1, size, generator)
-            metrics = self.agent.update(imitated)
+            metrics = self.learner.update_critics(batch)
         else:
-            assert self.extraction is not None
-            advantages, metrics = self.agent.update(batch, generator)
-            metrics |= self.extraction.update(
-                batch,
-                advantages,
-                self.networks.q,
-                self.critic.risk,
-                self.multiplier.value,
-                generator,
-            )
+            steering = Steering(self.critic.risk, self.multiplier.value)
+            metrics = self.agent.update(batch, steering)
         risky, weights, spans = self._risky.draw(
             config.batch_size, config.critic.positive_share, generator
         )
@@ -308,12 +255,8 @@ class Pretraining:
 
     def _parts(self) -> dict[str, Part]:
         return {
-            **{f"agent.{k}": v for k, v in self.agent.parts().items()},
-            **{
-                f"extraction.{k}": v
-                for k, v in (self.extraction.parts() if self.extraction else {}).items()
-            },
-            **{f"learner.{k}": v for k, v in self.learner.parts().items()},
+            **named("agent", self.agent.parts()),
+            **named("learner", self.learner.parts()),
             **self.critic.parts(),
             **self.normalizer.parts(),
             "multiplier": self.multiplier.value,

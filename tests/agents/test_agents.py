@@ -1,7 +1,7 @@
 """What every agent must do, and problems so small that the right answer is known.
 
-Parametrised over AGENTS: a new agent is tested by its line in the registry, with continuous and
-with discrete actions.
+Parametrised over AGENTS: a new agent that has values is tested by its line in the registry, with
+continuous and with discrete actions.
 """
 
 import functools
@@ -15,21 +15,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.agents import AGENTS, Agent, AgentConfigs
-from safe_offrl.agents.cql import CQL, CQLConfig
+from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
-from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.state import Part, collect_state, restore_state
 from safe_offrl.policies.distributions import Categorical, Gaussian
 from safe_offrl.policies.networks import EVERY, Actor, Members, NetworkConfig, Networks
 from safe_offrl.types import Batch, Layout
+from tests.agents.setups import setup_of
 
 OBSERVATIONS, ACTIONS, SIZE, MEMBERS = 3, 2, 16, 4
 LAYOUT = Layout(OBSERVATIONS, ACTIONS)
 SMALL = NetworkConfig((16,), (16,), MEMBERS)
 FAST = 3e-3
+WITH_VALUES = [name for name, agent in AGENTS.items() if agent.Config().discount is not None]
+NOTHING_ELSE = Steering(None, torch.tensor(0.0))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -99,30 +103,30 @@ def offline(
     extraction = extraction or ExtractionConfig()
     generator = seeded(seed)
     networks = networks_of(layout, sizes, generator, discrete=discrete)
-    agent = AGENTS[name](networks, layout, sizes, configs, generator)
-    extractor = Extraction(networks.actor, *layout, sizes.actor_hidden, extraction, generator)
-    multiplier = torch.tensor(1.0)
+    built_from = setup_of(networks, generator, extraction=extraction)
+    agent: Any = AGENTS[name](built_from, configs.of(AGENTS[name]))
+    steering = Steering(no_risk, torch.tensor(1.0))
+    own = agent.cql if name == "calql" else agent
 
-    def step(batch: Batch) -> None:
-        advantages, _ = agent.update(batch, generator)
-        extractor.update(batch, advantages, networks.q, no_risk, multiplier, generator)
+    def update_values(batch: Batch) -> None:
+        own.values.update(*((batch,) if name == "iql" else (batch, generator)))
 
     def losses(batch: Batch) -> None:
-        b = len(batch.rewards)
-        if isinstance(agent, IQL):
-            agent.value_loss(batch)
-            agent.critic_loss(batch)
+        if name == "iql":
+            own.values.value_loss(batch)
+            own.values.critic_loss(batch)
         else:
-            cql_loss(agent, batch)
+            cql_loss(own.values, batch)
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
-        extractor.mixture_loss(batch, torch.zeros(b), no_risk, noise)
-        extractor.actor_loss(batch, noise, networks.q, no_risk, multiplier)
+        own.extraction.mixture_loss(batch, torch.zeros(len(batch.rewards)), no_risk, noise)
+        own.extraction.actor_loss(batch, noise, networks.q, *steering[:2])
 
+    parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
     return Setup(
         networks,
-        {**agent.parts(), **extractor.parts(), "generator": generator},
-        step,
-        lambda batch: void(agent.update(batch, generator)),
+        {**parts, "generator": generator},
+        lambda batch: void(agent.update(batch, steering)),
+        update_values,
         losses,
     )
 
@@ -145,7 +149,7 @@ def categorical(actor: Actor, observations: Tensor) -> Categorical:
 
 def make_rlpd(config: RLPDConfig | None = None, sizes: NetworkConfig = SMALL) -> RLPD:
     networks = networks_of(LAYOUT, sizes, seeded())
-    return RLPD(networks, ACTIONS, config or RLPDConfig())
+    return RLPD(networks, config or RLPDConfig(), seeded())
 
 
 def online(
@@ -158,12 +162,12 @@ def online(
 ) -> Setup:
     generator = seeded(seed)
     networks = networks_of(layout, sizes, generator, discrete=discrete)
-    learner = RLPD(networks, layout.action_size, config or RLPDConfig())
+    learner = RLPD(networks, config or RLPDConfig(), generator)
     one = torch.tensor(1.0)
 
     def step(batch: Batch) -> None:
-        learner.update_critics(batch, generator)
-        learner.update_actor(batch, no_risk, one, None, one, generator)
+        learner.update_critics(batch)
+        learner.update_actor(batch, Steering(no_risk, one))
 
     def losses(batch: Batch) -> None:
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
@@ -174,14 +178,14 @@ def online(
         networks,
         {**learner.parts(), "generator": generator},
         step,
-        lambda batch: void(learner.update_critics(batch, generator)),
+        lambda batch: void(learner.update_critics(batch)),
         losses,
     )
 
 
 Maker = Callable[..., Setup]
 CONTINUOUS: dict[str, Maker] = {
-    **{name: functools.partial(offline, name) for name in AGENTS},
+    **{name: functools.partial(offline, name) for name in WITH_VALUES},
     "rlpd": online,
 }
 DISCRETE: dict[str, Maker] = {
@@ -451,8 +455,7 @@ def test_discrete_chain_discounts_once_and_truncation_bootstraps(name: str) -> N
 
 def test_iql_value_loss_by_hand() -> None:
     networks = networks_of(LAYOUT, SMALL, seeded())
-    agent = AGENTS["iql"](networks, LAYOUT, SMALL, AgentConfigs(), seeded())
-    assert isinstance(agent, IQL)
+    agent = IQLValues(networks, IQLConfig(), seeded())
     constant_(agent.value, [0.0])
     # V = 0 everywhere, the least target critic is 2 and then -2: .7 * 4 and .3 * 4
     for least, expected in ((2.0, 2.8), (-2.0, 1.2)):
@@ -464,24 +467,22 @@ def test_iql_value_loss_by_hand() -> None:
 
 def test_iql_uses_the_minimum_target_critic_and_the_new_value() -> None:
     networks = networks_of(LAYOUT, SMALL, seeded())
-    agent = AGENTS["iql"](networks, LAYOUT, SMALL, AgentConfigs(), seeded())
-    assert isinstance(agent, IQL)
+    agent = IQLValues(networks, IQLConfig(), seeded())
     batch = make_batch()
     q = networks.target_q(batch.observations, batch.actions).amin(0)
-    advantages, _ = agent.update(batch, seeded())
+    advantages, _ = agent.update(batch)
     torch.testing.assert_close(advantages, q - agent.value(batch.observations)[0])
 
 
 # --- CQL and Cal-QL ---
 
 
-def make_cql(*, calibrated: bool = False, alpha: float = 5.0, k: int = 4) -> CQL:
+def make_cql(*, calibrated: bool = False, alpha: float = 5.0, k: int = 4) -> ConservativeCritics:
     networks = networks_of(LAYOUT, SMALL, seeded())
-    return CQL(networks, CQLConfig(alpha=alpha, actions=k), calibrated=calibrated)
+    return ConservativeCritics(networks, CQLConfig(alpha=alpha, actions=k), calibrated=calibrated)
 
 
-def cql_loss(agent: Agent, batch: Batch, k: int = 4) -> Tensor:
-    assert isinstance(agent, CQL)
+def cql_loss(agent: ConservativeCritics, batch: Batch, k: int = 4) -> Tensor:
     g = seeded(4)
     many = (k, *batch.actions.shape)
     noise = (torch.randn(many, generator=g), torch.randn(many, generator=g))
@@ -489,7 +490,7 @@ def cql_loss(agent: Agent, batch: Batch, k: int = 4) -> Tensor:
     return agent.critic_loss(batch, torch.randn(many[1:], generator=g), noise, uniform)[0]
 
 
-def cql_gradients(agent: CQL, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def cql_gradients(agent: ConservativeCritics, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """d loss / d Q: at logged actions [E, B], policy actions [E, 2K, B], uniform ones [E, K, B]."""
     seen: list[tuple[Tensor, Tensor]] = []
     q_of = agent.networks.q_of_actions
@@ -595,9 +596,8 @@ def test_rlpd_draws_members_without_replacement(monkeypatch: pytest.MonkeyPatch)
         return target_q(observations, actions, members)
 
     monkeypatch.setattr(learner.networks, "target_q", spy)
-    generator, batch = seeded(), make_batch()
     for _ in range(100):
-        learner.update_critics(batch, generator)
+        learner.update_critics(make_batch())
     assert set(drawn) == set(combinations(range(MEMBERS), 2))
 
 
@@ -649,8 +649,7 @@ def test_rlpd_actor_loss_adds_risk_entropy_and_kl() -> None:
 def test_temperature_rises_while_entropy_is_too_low(target: float, rises: bool) -> None:
     learner = make_rlpd(RLPDConfig(target_entropy=target))
     before = learner.log_temperature.item()
-    zero = torch.tensor(0.0)
-    learner.update_actor(make_batch(), None, zero, None, zero, seeded())
+    learner.update_actor(make_batch(), NOTHING_ELSE)
     assert (learner.log_temperature.item() > before) == rises
 
 
@@ -661,24 +660,21 @@ def extract(
     risk: Callable[[Tensor, Tensor, Tensor], Tensor], multiplier: float, steps: int
 ) -> Actor:
     """The log goes left (-.8) or right (+.8) around an obstacle; the critics do not care."""
-    actor = Actor(1, 1, (32,), seeded(0))
-    config = ExtractionConfig(learning_rate=5e-3)
-    extraction = Extraction(actor, 1, 1, (32,), config, seeded(1))
+    networks = Networks(1, 1, NetworkConfig((32,), (), 1), seeded(0))
     g = seeded(2)
+    extraction = Extraction(networks, ExtractionConfig(learning_rate=5e-3), g)
+
+    def indifferent(observations: Tensor, actions: Tensor) -> Tensor:
+        return (1.0 + 0.0 * actions.sum(-1)).expand(2, -1)
+
+    networks.q = indifferent  # type: ignore[method-assign]
     side = torch.where(torch.arange(64) % 2 == 0, 0.8, -0.8).unsqueeze(-1)
     zeros, here = torch.zeros(64), torch.zeros(64, 1)
     for _ in range(steps):
         actions = side + 0.05 * torch.randn(64, 1, generator=g)
         batch = transitions(here, actions, zeros, here, zeros)
-        extraction.update(
-            batch,
-            zeros,
-            lambda _, a: (1.0 + 0.0 * a.sum(-1)).expand(2, -1),
-            risk,
-            torch.tensor(multiplier),
-            g,
-        )
-    return actor
+        extraction.update(batch, zeros, Steering(risk, torch.tensor(multiplier)))
+    return networks.actor
 
 
 def test_two_ways_around_are_not_averaged_into_the_obstacle() -> None:
@@ -756,7 +752,8 @@ def discrete_cql(*, calibrated: bool, return_to_go: float = -99.0) -> tuple[floa
     networks = discrete_networks(
         (0.5, 0.3, 0.2), (1.0, 2.0, 0.0), [(1.0, 5.0, 3.0), (4.0, 2.0, 9.0)]
     )
-    agent = CQL(networks, CQLConfig(alpha=2.0, discount=0.5), calibrated=calibrated)
+    settings = CQLConfig(alpha=2.0, discount=0.5)
+    agent = ConservativeCritics(networks, settings, calibrated=calibrated)
     batch = discrete_batch(0, return_to_go=return_to_go)
     loss, _ = agent.critic_loss(batch, NO_NOISE, (NOTHING, NOTHING), NOTHING)
     return loss.item(), torch.autograd.grad(loss, networks.table)[0][0]
@@ -787,7 +784,7 @@ def test_discrete_calql_stops_at_the_return_of_the_log_at_every_action() -> None
 
 def test_discrete_cql_advantage_is_over_the_expectation() -> None:
     networks = Networks(OBSERVATIONS, ACTIONS, SMALL, seeded(), discrete=True)
-    agent = CQL(networks, CQLConfig(), calibrated=True)
+    agent = ConservativeCritics(networks, CQLConfig(), calibrated=True)
     batch = make_batch(discrete=True)
     advantages, _ = agent.update(batch, seeded(1))
     q = torch.stack(
@@ -807,7 +804,7 @@ def test_discrete_rlpd_losses_by_hand() -> None:
     # drawn members 0 and 2: their minimum is (1, 2, 3), E_pi = 1.7 as above
     targets: list[Table] = [(1.0, 5.0, 3.0), (0.0, 0.0, 0.0), (4.0, 2.0, 9.0), (0.0, 0.0, 0.0)]
     networks = discrete_networks(policy, (1.0, -2.0, 4.0), targets)
-    learner = RLPD(networks, 3, RLPDConfig(discount=0.5, temperature_init=0.5))
+    learner = RLPD(networks, RLPDConfig(discount=0.5, temperature_init=0.5), seeded())
     batch = discrete_batch(1)
     (loss,) = learner.critic_loss(batch, NO_NOISE, torch.tensor([0, 2]))
     assert loss.item() == pytest.approx(MEMBERS * (-2.0 - 1.85) ** 2)
@@ -836,17 +833,16 @@ def test_discrete_rlpd_losses_by_hand() -> None:
 def test_discrete_target_entropy_is_a_share_of_the_largest(share: float, rises: bool) -> None:
     # The policy (.5, .3, .2) has an entropy of 1.030 nats, .937 of log 3.
     networks = discrete_networks((0.5, 0.3, 0.2), (0.0, 0.0, 0.0), [(0.0, 0.0, 0.0)])
-    learner = RLPD(networks, 3, RLPDConfig(discrete_entropy=share, target_entropy=77.0))
+    learner = RLPD(networks, RLPDConfig(discrete_entropy=share, target_entropy=77.0), seeded())
     before = learner.log_temperature.item()
-    zero = torch.tensor(0.0)
-    learner.update_actor(discrete_batch(0), None, zero, None, zero, seeded())
+    learner.update_actor(discrete_batch(0), NOTHING_ELSE)
     assert (learner.log_temperature.item() > before) == rises
 
 
 def test_discrete_extraction_by_hand() -> None:
     policy, behaviour = (0.5, 0.3, 0.2), (0.2, 0.2, 0.6)
     networks = discrete_networks(policy, (1.0, -2.0, 4.0), [])
-    extraction = Extraction(networks.actor, 1, 3, (), ExtractionConfig(weight=0.5), seeded())
+    extraction = Extraction(networks, ExtractionConfig(weight=0.5), seeded())
     with torch.no_grad():
         for parameter in extraction.mixture.parameters():
             parameter.zero_()
@@ -872,7 +868,7 @@ def test_discrete_extraction_has_the_closed_form_optimum() -> None:
 
     def gradient_at(probabilities: Tensor) -> float:
         networks = discrete_networks(tuple(probabilities.tolist()), q, [])
-        extraction = Extraction(networks.actor, 1, 3, (), ExtractionConfig(weight=0.5), seeded())
+        extraction = Extraction(networks, ExtractionConfig(weight=0.5), seeded())
         with torch.no_grad():
             for parameter in extraction.mixture.parameters():
                 parameter.zero_()
@@ -888,12 +884,12 @@ def test_discrete_extraction_has_the_closed_form_optimum() -> None:
 
 
 def test_discrete_extraction_compares_state_by_state() -> None:
-    actor = Actor(OBSERVATIONS, ACTIONS, (16,), seeded(), discrete=True)
-    extraction = Extraction(actor, OBSERVATIONS, ACTIONS, (16,), ExtractionConfig(), seeded(1))
+    networks = Networks(OBSERVATIONS, ACTIONS, SMALL, seeded(), discrete=True)
+    extraction = Extraction(networks, ExtractionConfig(), seeded(1))
     batch = make_batch(discrete=True)
     flat = lambda o, a: a.sum(-1).expand(2, -1)  # noqa: E731
     zero = torch.tensor(0.0)
     _, divergence = extraction.actor_loss(batch, batch.actions, flat, no_risk, zero)
     behaviour = Categorical(torch.log_softmax(extraction.mixture.layers(batch.observations), -1))
-    expected = categorical(actor, batch.observations).kl(behaviour).mean()
+    expected = categorical(networks.actor, batch.observations).kl(behaviour).mean()
     torch.testing.assert_close(divergence, expected.detach())

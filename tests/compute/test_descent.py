@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_offrl.agents.cql import CQL, CQLConfig
+from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute import descent
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.compiler import CompilerFault, compiler_fault
@@ -178,24 +179,23 @@ def test_compiled_and_eager_agree_where_actions_are_discrete() -> None:
         generator = seeded()
         sizes = NetworkConfig((16, 16), (16, 16), 4)
         networks = Networks(*layout, sizes, generator, discrete=True)
-        cql = CQL(networks, CQLConfig(), compute, calibrated=True)
-        extraction = Extraction(
-            networks.actor, *layout, (16,), ExtractionConfig(), generator, compute
-        )
-        learner = RLPD(networks, layout.action_size, RLPDConfig(), compute)
+        cql = ConservativeCritics(networks, CQLConfig(), compute, calibrated=True)
+        extraction = Extraction(networks, ExtractionConfig(), generator, compute)
+        learner = RLPD(networks, RLPDConfig(), generator, compute)
         settings = SafetyCriticConfig(members=3, reference=1, hidden=(16,))
         critic = SafetyCritic(*layout, 20, settings, generator, None, compute)
         anchor = Actor(*layout, (16,), generator, discrete=True)
         two = torch.tensor(2.0)
+        steering = Steering(critic.risk, two, anchor, two)
         logged = []
         for batch in batches():
             action = torch.randint(3, (32,), generator=generator)
             one_hot = torch.nn.functional.one_hot(action, 3).float()
             batch = batch._replace(actions=one_hot)
             advantages, values = cql.update(batch, generator)
-            values |= extraction.update(batch, advantages, networks.q, critic.risk, two, generator)
-            values |= learner.update_critics(batch, generator)
-            values |= learner.update_actor(batch, critic.risk, two, anchor, two, generator)
+            values |= extraction.update(batch, advantages, steering)
+            values |= learner.update_critics(batch)
+            values |= learner.update_actor(batch, steering)
             starts = States.at_start(batch.observations[:8])
             values |= critic.update(batch, torch.ones(32), anchor, starts, generator)
             logged.append(values)

@@ -9,7 +9,7 @@ FAULTS = """
 import resource
 import statistics
 import torch
-from safe_offrl.agents.cql import CQL, CQLConfig
+from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.compute.device import configure
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.types import Layout
@@ -17,7 +17,7 @@ from safe_offrl.types import Layout
 configure(1)
 layout, generator = Layout(60, 2), torch.Generator().manual_seed(0)
 networks = Networks(*layout, NetworkConfig((256, 256), (256, 256), 2), generator)
-agent = CQL(networks, CQLConfig(), calibrated=False)
+agent = ConservativeCritics(networks, CQLConfig(), calibrated=False)
 batch = layout.unpack(torch.rand(256, layout.width, generator=generator))
 faults = []
 for _ in range(8):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from safe_offrl.compute.adam import Adam
-from safe_offrl.compute.state import Part, collect_state, restore_state
+from safe_offrl.compute.state import Part, collect_state, named, restore_state
 from safe_offrl.policies.networks import Actor
 
 
@@ -86,3 +86,9 @@ def test_a_missing_tensor_is_an_error(name: str) -> None:
     del state[name]
     with pytest.raises((KeyError, RuntimeError)):
         restore_state(make(1), state)
+
+
+def test_parts_are_named_by_their_owner_once() -> None:
+    one, other = torch.tensor(1.0), torch.tensor(2.0)
+    parts = named("agent", {"alpha": one, **named("extraction", {"alpha": other})})
+    assert parts == {"agent.alpha": one, "extraction.alpha": other}

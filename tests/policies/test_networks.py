@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.policies.distributions import Categorical, Gaussian
 from safe_offrl.policies.networks import (
     Actor,
@@ -98,7 +98,7 @@ def test_layer_norm_bounds_what_the_critic_says_far_away() -> None:
 def test_the_settings_decide_about_layer_norm_in_critics_and_value(layer_norm: bool) -> None:
     sizes = NetworkConfig((8,), (16,), 2, layer_norm=layer_norm)
     networks = Networks(3, 2, sizes, seeded())
-    value = IQL(networks, 3, sizes, IQLConfig(), seeded()).value
+    value = IQLValues(networks, IQLConfig(), seeded()).value
     far = 1e6 * torch.randn(20, 5, generator=seeded(1))
     for net, inputs in (
         (networks.critics, far),

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_offrl.agents import AgentConfigs, online_learner
-from safe_offrl.agents.bc import BC, BCConfig
+from safe_offrl.agents import AgentConfigs, online_agent
+from safe_offrl.agents.bc import BC, BCConfig, safe_episodes
 from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
-from safe_offrl.agents.rlpd import RLPDConfig
+from safe_offrl.agents.steering import Steering
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.data.dataset import Dataset
@@ -31,8 +31,9 @@ from safe_offrl.train.baselines import BaselineConfig
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.iteration import Iteration
-from safe_offrl.train.pretrain import PretrainConfig, Pretraining, safe_episodes
-from safe_offrl.types import Batch, Episode, Layout
+from safe_offrl.train.pretrain import PretrainConfig, Pretraining
+from safe_offrl.types import Batch, Episode
+from tests.agents.setups import setup_of
 
 ENV, HORIZON = "HazardLine-v0", 20
 NETWORKS = NetworkConfig((16,), (16,), 3)
@@ -78,7 +79,10 @@ def log_density(action: float, mean: float) -> float:
 
 
 def test_behaviour_cloning_is_the_mean_negative_log_likelihood() -> None:
-    (loss,) = BC(gaussian_actor(0.2), BCConfig()).loss(state(actions=[0.5, -0.3]))
+    networks = Networks(1, 1, NETWORKS, seeded())
+    networks.actor = gaussian_actor(0.2)
+    agent = BC(setup_of(networks, seeded()), BCConfig())
+    (loss,) = agent.loss(state(actions=[0.5, -0.3]))
     expected = -(log_density(0.5, 0.2) + log_density(-0.3, 0.2)) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -96,10 +100,10 @@ def test_online_iql_weighs_actions_by_their_advantage() -> None:
     networks.actor = gaussian_actor(0.2)
     for limit, weight in ((100.0, math.exp(1.5)), (2.0, 2.0)):
         config = IQLConfig(inverse_temperature=3.0, weight_limit=limit)
-        values = IQL(networks, 1, sizes, config, seeded())
+        agent = OnlineIQL(setup_of(networks, seeded()), config)
         constant(networks.target_critics, 1.5)
-        constant(values.value, 1.0)
-        (loss,) = OnlineIQL(values, config).actor_loss(state(actions=[0.5, -0.3]))
+        constant(agent.values.value, 1.0)
+        (loss,) = agent.actor_loss(state(actions=[0.5, -0.3]))
         expected = -weight * (log_density(0.5, 0.2) + log_density(-0.3, 0.2)) / 2
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -118,21 +122,18 @@ def test_a_categorical_policy_has_the_log_probability_of_the_action_taken() -> N
 @pytest.mark.parametrize("name", ["rlpd", "iql", "calql"])
 def test_online_learners_move_actor_and_critics(name: str) -> None:
     networks = Networks(1, 1, NETWORKS, seeded())
-    learner = online_learner(
-        name, networks, Layout(1, 1), NETWORKS, RLPDConfig(), AgentConfigs(), seeded()
-    )
+    learner = online_agent(name, setup_of(networks, seeded()), AgentConfigs())
     batch = state(actions=[0.5, -0.3, 0.1, 0.0], rewards=[1.0, 0.0, 2.0, 1.0])
-    zero = torch.tensor(0.0)
 
     def copies(module: torch.nn.Module) -> list[Tensor]:
         return [p.detach().clone() for p in module.parameters()]
 
     actor, critics = copies(networks.actor), copies(networks.critics)
-    learner.update_critics(batch, seeded())
+    learner.update_critics(batch)
     assert all(map(torch.equal, actor, copies(networks.actor)))
     assert not all(map(torch.equal, critics, copies(networks.critics)))
     critics = copies(networks.critics)
-    learner.update_actor(batch, None, zero, None, zero, seeded())
+    learner.update_actor(batch, Steering(None, torch.tensor(0.0)))
     assert not all(map(torch.equal, actor, copies(networks.actor)))
     assert all(map(torch.equal, critics, copies(networks.critics)))
 
@@ -270,7 +271,7 @@ def test_iql_goes_on_with_the_values_it_was_pretrained_with(
     tuning = tuning_of(config_of({"learner": "iql"}, **OFF), dataset, by_iql)
     assert isinstance(tuning.learner, OnlineIQL)
     assert isinstance(by_iql.agent, IQL)
-    mine, theirs = tuning.learner.values.value, by_iql.agent.value
+    mine, theirs = tuning.learner.values.value, by_iql.agent.values.value
     assert all(
         torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True)
     )

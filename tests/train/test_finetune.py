@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents.rlpd import RLPD
+from safe_offrl.agents.steering import Steering
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.data.dataset import Dataset
@@ -232,9 +233,9 @@ def test_the_actor_is_steered_by_members_that_nothing_pushes(
 ) -> None:
     update, asked = RLPD.update_actor, []
 
-    def watched(self: RLPD, batch: Batch, risk: Any, *arguments: Any) -> dict[str, Tensor]:
-        asked.append(risk)
-        return update(self, batch, risk, *arguments)
+    def watched(self: RLPD, batch: Batch, steering: Steering) -> dict[str, Tensor]:
+        asked.append(steering.risk)
+        return update(self, batch, steering)
 
     monkeypatch.setattr(RLPD, "update_actor", watched)
     trace = begin(config_of(), dataset, pretraining)

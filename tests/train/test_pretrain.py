@@ -134,7 +134,7 @@ def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
     assert (upper(0.99) - mean) / (upper(0.95) - mean) == pytest.approx(2.326 / 1.645, rel=1e-3)
 
 
-@pytest.mark.parametrize("agent", [*AGENTS, "bc_safe"])
+@pytest.mark.parametrize("agent", list(AGENTS))
 def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
     """bc_safe learns none: what is aligned after it has the alignment's own discount."""
     agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
@@ -146,9 +146,16 @@ def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
             dataclasses.replace(config, alignment=RLPDConfig(discount=0.94))
 
 
-def test_an_agent_without_a_discount_of_its_own_gets_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(AGENTS, "toy", AGENTS["cql"])
-    with pytest.raises(KeyError, match="toy"):
-        PretrainConfig(agent="toy")
+def test_an_agent_of_ones_own_has_the_discount_of_its_settings() -> None:
+    """Also where nobody has imported it, as in a process that reads a stored run."""
+    own = AgentConfigs(own={"discount": 0.9})
+    config = PretrainConfig(agent="nowhere:toy", agents=own, alignment=RLPDConfig(discount=0.9))
+    assert discount_of(config) == 0.9
+    with pytest.raises(ConfigError, match=r"discounted by 0\.9"):
+        PretrainConfig(agent="nowhere:toy", agents=own)
+
+
+def test_settings_of_an_agent_that_is_not_ones_own_are_named_as_such() -> None:
+    own = AgentConfigs(own={"learning_rate": 0.1})
+    with pytest.raises(ConfigError, match=r"agent is calql.*set agents\.cql"):
+        PretrainConfig(agent="calql", agents=own)

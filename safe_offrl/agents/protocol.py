@@ -1,0 +1,74 @@
+"""What an algorithm is to the loops: a class that is built from a Setup and its own settings."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from safe_offrl.agents.extraction import ExtractionConfig
+from safe_offrl.agents.rlpd import RLPDConfig
+from safe_offrl.agents.steering import Steering
+from safe_offrl.compute.descent import EAGER, Compute
+from safe_offrl.compute.state import Part
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.policies.networks import Networks
+from safe_offrl.spec import Limit
+from safe_offrl.types import Batch
+
+
+class Setup(NamedTuple):
+    """What an agent is built from; it takes of it what it needs."""
+
+    networks: Networks  # actor and critics, which outlive the agent
+    dataset: Dataset  # the log, normalised
+    limit: Limit  # of what is constrained
+    generator: torch.Generator  # of all that is drawn
+    compute: Compute = EAGER
+    extraction: ExtractionConfig = ExtractionConfig()  # where it trains its actor by Extraction
+    learner: RLPDConfig = RLPDConfig()  # where it trains its actor as RLPD does
+
+
+class OnlineAgent(Protocol):
+    """What the online loop knows of a learner."""
+
+    own_values: bool  # it goes on from what its offline form has learnt, not from what was aligned
+    return_discount: float | None  # of the returns-to-go that its batches need; None: it needs none
+
+    def __init__(self, setup: Setup, config: Any) -> None:
+        """``config`` is the offline form's."""
+
+    def update_critics(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of all values; scalars to log."""
+        ...
+
+    def update_actor(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
+        """One step of the actor; scalars to log."""
+        ...
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        ...
+
+
+class Agent(Protocol):
+    """What the offline loop knows of an algorithm.
+
+    ``Config`` is a frozen dataclass with a learning rate and the ``discount`` of the values, None
+    where it learns none. ``Online`` is its form that goes on online, None where only RLPD does.
+    """
+
+    Config: type[Any]
+    Online: type[OnlineAgent] | None
+
+    def __init__(self, setup: Setup, config: Any) -> None:
+        """``config`` is of the type ``Config``."""
+
+    def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
+        """One step of values and actor; scalars to log."""
+        ...
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps; an online form with ``own_values`` finds its parts by name."""
+        ...

@@ -1,0 +1,22 @@
+"""What an agent is built from, where a test has networks and no log."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from safe_offrl.agents.protocol import Setup
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.policies.networks import Networks
+from safe_offrl.spec import Limit
+
+LIMIT = Limit("accident", 0.1, 1.0)
+
+
+def setup_of(networks: Networks, generator: torch.Generator, **settings: Any) -> Setup:
+    """With a log of one step without an accident; ``settings`` are fields of Setup."""
+    layout = networks.layout
+    dataset = Dataset(
+        torch.zeros(1, layout.width), layout, np.array([0, 1]), np.zeros(1, bool), 1, ""
+    )
+    return Setup(networks, dataset, LIMIT, generator, **settings)
