@@ -2,6 +2,7 @@
 functions count as well."""
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -223,6 +224,19 @@ def test_sizes() -> None:
     assert found["lines of the whole"] <= MOST_OF_ALL
     assert found["lines of the largest file"] <= MOST_OF_A_FILE
     assert found["top-level names defined twice"] <= MOST_TWICE, twice()
+
+
+def test_the_readme_says_how_large_it_is_and_names_every_room() -> None:
+    """To the nearest 500 lines."""
+    text = (ROOT / "README.md").read_text()
+    method, whole = (figures()[f"lines of {part}"] for part in ("ring 1", "the whole"))
+    found = re.search(r"The method is ([\d,]+) lines .*?in ([\d,]+), is what", text, re.DOTALL)
+    assert found is not None
+    inner, outer = (int(number.replace(",", "")) for number in found.groups())
+    assert abs(inner - method) <= 500
+    assert abs(outer - (whole - method)) <= 500
+    tree = text[found.end() :].split("```")[1]
+    assert [name for name in PLACE if not re.search(rf"\b{name}\b", tree)] == []
 
 
 @pytest.mark.parametrize("path", ENVIRONMENTS, ids=lambda p: str(p.relative_to(ROOT)))
