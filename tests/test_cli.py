@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from safe_offrl import cli, commands
 from safe_offrl.cli.options import NEEDED, TAKEN
+from safe_offrl.commands.common import Limits
+from safe_offrl.commands.online_plan import FinetuneSettings
 from safe_offrl.data_formats.hdf5 import write_dataset
 from tests.promises import Record
 
@@ -301,6 +303,8 @@ FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
     "check_env": [commands.check_env_run],
     "demo": [commands.demo],
 }
+# What a function takes as one group.
+SETTINGS = {"assess": Limits.__annotations__, "finetune": FinetuneSettings.__annotations__}
 # What the command itself looks at.
 OWN = {
     "pretrain": {"resume", "dry_run", "print_config"},
@@ -314,11 +318,12 @@ OWN = {
 def test_an_option_is_an_argument_of_what_the_command_calls(name: str) -> None:
     """By name and by default, since what was typed is handed on as it is."""
     signatures = [inspect.signature(function) for function in FUNCTIONS[name]]
-    arguments = {k: v for found in reversed(signatures) for k, v in found.parameters.items()}
+    arguments = {k: v.default for found in signatures[::-1] for k, v in found.parameters.items()}
+    arguments |= dict.fromkeys(SETTINGS.get(name, {}))
     for option in TAKEN[name]:
         if option.name in {"as_json", "debug"} | OWN.get(name, set()):
             continue
-        default = arguments[option.name].default
+        default = arguments[option.name]
         if option.default is None:  # not given
             assert default in (None, 0, (), inspect.Parameter.empty), option.name
         elif option.default is not NEEDED and default is not inspect.Parameter.empty:

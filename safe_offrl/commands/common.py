@@ -6,7 +6,7 @@ import contextlib
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -69,12 +69,17 @@ def stored_pretrain_run(inputs: RunInputs) -> RunDir:
     return RunDir(path)
 
 
-def require_own_limit(
-    safety: SafetySpec, *, epsilon: float | None, cost_limit: float | None
-) -> None:
+class Limits(TypedDict, total=False):
+    """A limit instead of a run's own; None means not given."""
+
+    epsilon: float | None  # of P(accident)
+    cost_limit: float | None  # of the expected cost per episode
+
+
+def require_own_limit(safety: SafetySpec, limits: Limits) -> None:
     """ConfigError if a limit is given of what the run does not constrain."""
     other = "cost_limit" if safety.constraint == "accident" else "epsilon"
-    if (cost_limit if safety.constraint == "accident" else epsilon) is not None:
+    if limits.get(other) is not None:
         raise ConfigError(
             f'The run was pretrained under the constraint "{safety.constraint}", so {other} means '
             "nothing to it. Leave it out, or pretrain under the other constraint."
