@@ -17,11 +17,9 @@ help:
 	@echo "make check   formatting, lint and types as well as the fast tests"
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
 	@echo "make results the results of the README: a suite of methods (hours); SUITE=point or SUITE=safety"
+	@echo "make ablations, make margin, make precision  the suites of a further question each (an hour)"
 	@echo "make records keep what is finished of a suite under docs/results/records"
 	@echo "make certificates  certify the final policies of those results (a minute)"
-	@echo "make ablations  two questions to those results (a quarter of an hour)"
-	@echo "make margin  the safety suite's ours with a margin to the limit (half an hour)"
-	@echo "make precision  does bfloat16 learn as well? five paired seeds (a quarter of an hour)"
 	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
 	@echo "make bench-assess  do the intervals of assess hold the truth? (an hour)"
@@ -58,27 +56,33 @@ check: setup
 	$(BIN)/python -m pytest -m "not slow"
 
 # The results of the README: every method of a suite, paired seeds, hours on 2 cores. The same command
-# goes on after anything; METHODS and SEEDS narrow it. Runs go to runs/benchmark-SUITE, tables, charts
-# and pages to docs/results. `make records` keeps what is finished, a seed an archive: settings, ledger,
-# decisions and evaluation of every run (settings name no path outside of the runs).
-# `make results` begins with what the archives hold, so that it goes on on another machine.
+# goes on after anything; METHODS and SEEDS narrow it. Runs go to runs/benchmark-SUITE; tables, charts
+# and pages go to docs/results, those of a further question to docs/results/SUITE. `make records` keeps
+# what is finished, a seed an archive: settings, ledger, decisions and evaluation of every run (settings
+# name no path outside of the runs). `make results` begins with what the archives hold, so that it goes
+# on on another machine.
 SUITE ?= point
 METHODS ?=
 SEEDS ?=
+WORKERS ?= 2
 SUITE_RUNS := runs/benchmark-$(SUITE)
+PAGES := docs/results$(if $(filter-out point safety,$(SUITE)),/$(SUITE))
 RECORDS := docs/results/records
 RECORD_FILES := run.json config.yaml versions.json ledger.jsonl iterations.jsonl evaluation.json
 RUN := $(BIN)/safe-offrl
-RESULTS := runs/benchmark-point/PointHazard-v0
-FIVE := 0 1 2 3 4
-OFF := --no-kl --no-safety-constraint --no-shield
 
 results: setup
 	@mkdir -p $(SUITE_RUNS)
 	for archive in $(wildcard $(RECORDS)/$(SUITE)-seed-*.tar.xz); do \
 		tar -xJf $$archive -C $(SUITE_RUNS) --skip-old-files; done
-	$(RUN) benchmark --suite $(SUITE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHODS),--methods $(METHODS))
-	for page in $(SUITE_RUNS)/*.html; do cp $${page%.html}.* docs/results; done
+	$(RUN) benchmark --suite $(SUITE) --workers $(WORKERS) \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHODS),--methods $(METHODS))
+	@mkdir -p $(PAGES)
+	for page in $(SUITE_RUNS)/*.html; do cp $${page%.html}.* $(PAGES); done
+
+# Further questions: what narrower exploration and the other agents do, a margin to the limit, bfloat16.
+ablations margin precision:
+	$(MAKE) results SUITE=$@
 
 # Of runs that have ended and been evaluated, but for pretrained policies, which weigh a hundredfold.
 records:
@@ -93,59 +97,14 @@ records:
 
 # What can be proved of ours (after `make results` has run it here: the records hold no policy). Each final
 # policy is played once until "below 5 %" is shown or refuted; who has a certificate keeps it.
+CERTIFIED := runs/benchmark-point/PointHazard-v0
+
 certificates: setup
-	for run in $(RESULTS)/ours/[0-9]*; do \
+	for run in $(CERTIFIED)/ours/[0-9]*; do \
 		[ -d $$run/certificates ] || $(RUN) certify $$run --epsilon 0.05 >&2 || [ $$? = 3 ] || exit 1; \
-		echo "$${run#$(RESULTS)/}: $$($(RUN) verify $$run/certificates/1/certificate.json | tail -n 1)"; \
+		echo "$${run#$(CERTIFIED)/}: $$($(RUN) verify $$run/certificates/1/certificate.json | tail -n 1)"; \
 	done > docs/results/certificates.txt
 	@cat docs/results/certificates.txt
-
-# Two questions to the results (after `make results`): the other agents' pretrained policies, and how
-# much of the difference is the narrower exploration alone. Runs go to runs/ablations.
-ABLATIONS := runs/ablations
-
-ablations: setup
-	printf '%s\n' cql calql | xargs -P 2 -I{} sh -ec '\
-		$(RUN) pretrain --agent {} --runs $(ABLATIONS) --name pretrained-{}; \
-		$(RUN) evaluate pretrained-{} --episodes 1000 --runs $(ABLATIONS)'
-	printf '%s\n' $(FIVE) | xargs -P 2 -I{} sh -ec '\
-		$(RUN) finetune $(RESULTS)/pretrained-ours/{} --budget 50k --seed {} $(OFF) \
-			learner.target_entropy=-1 --runs $(ABLATIONS) --name rlpd-narrow-{}; \
-		$(RUN) evaluate rlpd-narrow-{} --episodes 500 --seed {} --runs $(ABLATIONS)'
-	$(RUN) compare $(RESULTS)/pretrained-ours/0 $(ABLATIONS)/pretrained-* > docs/results/agents.txt
-	$(RUN) compare $(FIVE:%=$(RESULTS)/rlpd/%) $(ABLATIONS)/rlpd-narrow-* \
-		--group-by learner.target_entropy > docs/results/exploration.txt
-	@cat docs/results/agents.txt docs/results/exploration.txt
-
-# What a margin does (after `make results SUITE=safety`): ours steered towards half of the limit on cost.
-MARGIN := runs/margin
-TASKS := SafetyPointGoal1-v0 SafetyPointCircle1-v0 SafetyCarCircle1-v0
-
-margin: setup
-	for task in $(TASKS); do for seed in 0 1 2; do echo $$task $$seed; done; done | \
-		xargs -P 2 -L 1 sh -ec '[ -d $(MARGIN)/$$0/margin-$$1 ] || \
-			$(RUN) finetune runs/benchmark-safety/$$0/pretrained-ours/$$1 --budget 50k --accept-risk \
-				--seed $$1 lagrangian.aim=0.5 --runs $(MARGIN)/$$0 --name margin-$$1; \
-		[ -f $(MARGIN)/$$0/margin-$$1/evaluation.json ] || \
-			$(RUN) evaluate $(MARGIN)/$$0/margin-$$1 --episodes 50 --seed $$1'
-	for task in $(TASKS); do echo; echo $$task; $(RUN) compare runs/benchmark-safety/$$task/ours/[0-9]* \
-		$(MARGIN)/$$task/margin-* --group-by lagrangian.aim; done > docs/results/margin.txt
-	@cat docs/results/margin.txt
-
-# What products in bfloat16 do to the results (after `make results`): the same seeds once more.
-PRECISION := runs/precision
-
-precision: setup
-	printf '%s\n' $(FIVE) | xargs -P 2 -I{} sh -ec '\
-		$(RUN) pretrain --seed {} precision=bf16 --runs $(PRECISION) --name pretrained-{}; \
-		$(RUN) evaluate pretrained-{} --episodes 1000 --seed {} --runs $(PRECISION); \
-		$(RUN) finetune pretrained-{} precision=bf16 --budget 50k --accept-risk --seed {} \
-			--runs $(PRECISION) --name constrained-{}; \
-		$(RUN) evaluate constrained-{} --episodes 500 --seed {} --runs $(PRECISION)'
-	( $(RUN) compare $(FIVE:%=$(RESULTS)/pretrained-ours/%) $(PRECISION)/pretrained-* --group-by precision; \
-		$(RUN) compare $(FIVE:%=$(RESULTS)/ours/%) $(PRECISION)/constrained-* --group-by precision \
-	) > docs/results/precision.txt
-	@cat docs/results/precision.txt
 
 bench-data: setup
 	$(BIN)/python benchmarks/large_dataset.py

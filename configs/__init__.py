@@ -1,1 +1,1 @@
-"""Presets, one YAML file an environment: only what differs from the dataclass defaults."""
+"""Presets, one YAML file an environment: what differs from its base, and that from the defaults."""

@@ -225,7 +225,20 @@ def load_preset(env_id: str) -> dict[str, Any]:
     return {}
 
 
-SECTIONS = ("env_id", "collect", "pretrain", "finetune")  # of a preset
+def _with_bases(preset: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A preset behind the bases that it builds on; a later one has the last word."""
+    if "base" not in preset:
+        return [preset]
+    name = coerce(str, preset["base"], "base")
+    folder = importlib.resources.files("safe_offrl.configs") / "base"
+    known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+    if name not in known:
+        raise ConfigError(f'There is no base "{name}" of presets. {suggestion(name, known)}')
+    text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    return [*_with_bases(read_yaml(text, f"{name}.yaml")), preset]
+
+
+SECTIONS = ("env_id", "base", "collect", "pretrain", "finetune")  # of a preset
 
 
 def load_config(
@@ -244,7 +257,8 @@ def load_config(
     dataclass defaults <- ``inherited`` (from the pretrain run) <- ``section`` ("pretrain",
     "finetune") of the environment's preset <- ``logged`` (what a dataset says of itself) <-
     ``section`` of the YAML file ``preset``, which takes the preset's place <- ``flags`` (None means
-    not given) <- ``overrides`` ("a.b=c"). Unknown keys and wrong values raise ConfigError.
+    not given) <- ``overrides`` ("a.b=c"). A preset comes after its base, if it names one. Unknown
+    keys and wrong values raise ConfigError.
     """
     known = schema_keys(schema)
     if preset is None:
@@ -259,8 +273,10 @@ def load_config(
                 raise ConfigError(
                     f'Unknown key "{name}" in "{preset}". {suggestion(name, SECTIONS)}'
                 )
-    chosen = file_values.get(section) or {}
-    words = [chosen, logged or {}] if preset is None else [logged or {}, chosen]
+    chosen = [part.get(section) or {} for part in _with_bases(file_values)]
+    if not all(isinstance(part, Mapping) for part in chosen):
+        raise ConfigError(f'"{section}" of the preset holds no key: value pairs. Correct it.')
+    words = [*chosen, logged or {}] if preset is None else [logged or {}, *chosen]
     layers = [inherited or {}, *words]
     layers.append({k: v for k, v in (flags or {}).items() if v is not None})
     layers += [_parse_override(text) for text in overrides]
@@ -331,16 +347,24 @@ def run_yaml(inputs: RunInputs, section: str, config: Any, runs: Path) -> str:
 
 def parse_run_yaml(text: str, section: str, schema: type[T], folder: Path) -> tuple[RunInputs, T]:
     """Read the config.yaml of the run in ``folder``; the inverse of :func:`run_yaml`."""
+    inputs, values = parse_run_inputs(text, folder), read_yaml(text, "config.yaml")
+    if not isinstance(values.get(section), dict):
+        raise ConfigError(f'config.yaml lacks "{section}". Start a new run.')
+    return inputs, from_dict(schema, values[section])
+
+
+def parse_run_inputs(text: str, folder: Path) -> RunInputs:
+    """What the run in ``folder`` was made from, by its config.yaml."""
     values = read_yaml(text, "config.yaml")
-    if not isinstance(values.get("inputs"), dict) or not isinstance(values.get(section), dict):
-        raise ConfigError(f'config.yaml lacks "inputs" or "{section}". Start a new run.')
+    if not isinstance(values.get("inputs"), dict):
+        raise ConfigError('config.yaml lacks "inputs". Start a new run.')
     inputs = from_dict(RunInputs, values["inputs"])
     absolute: dict[str, Any] = {
         key: str(_found(path, folder.resolve()))
         for key in _PATHS
         if (path := getattr(inputs, key)) is not None
     }
-    return dataclasses.replace(inputs, **absolute), from_dict(schema, values[section])
+    return dataclasses.replace(inputs, **absolute)
 
 
 def _portable(path: Path, runs: Path) -> str:

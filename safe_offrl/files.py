@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,30 @@ def _named(path: Path, fd: int) -> Iterator[None]:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path to write to, a file or a folder: in the end it is ``target``, or nothing has changed.
+
+    A file is on disk before that; of a folder's files their writer sees to it.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_file():
+            write_file(temporary, b"", append=True)
+        temporary.replace(target)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+    fsync_folder(target.parent)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` or leave it as it was; readers never see half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_file(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with replacing(path) as temporary:
+        write_file(temporary, data, sync=False)
 
 
 def unwritable(folder: Path) -> str | None:

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.commands.tools import final_policy
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
-from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.run import find_run
-from safe_offrl.safety.shield import Shield
-from safe_offrl.types import Normalizer
 
 
 class Policy:
@@ -24,16 +22,12 @@ class Policy:
     the second thing it returns back in, and None (or ``episode_start``) where an episode begins.
     """
 
-    def __init__(
-        self, env: AccidentEnv, actor: NumpyActor, shield: Shield, normalizer: Normalizer, seed: int
-    ) -> None:
+    def __init__(self, env: AccidentEnv, policy: DeployedPolicy, seed: int) -> None:
         self.observation_space = env.env.observation_space
         self.action_space = env.env.action_space
         self.horizon = env.horizon
         self._env = env
-        self._actor = actor
-        self._shield = shield
-        self._normalizer = normalizer
+        self._policy = policy
         self._rng = np.random.default_rng(seed)
 
     def predict(
@@ -62,11 +56,9 @@ class Policy:
             steps = [0 if begins else k for begins, k in zip(started, steps, strict=True)]
         actions = []
         for one, k in zip(observations, steps, strict=True):
-            flat = self._normalizer(self._env.observe(one, episode_cost))
+            flat = self._policy.normalizer(self._env.observe(one, episode_cost))
             left = max(0.0, 1.0 - k / self.horizon)
-            action, _ = self._shield.choose(
-                self._actor, flat, left, self._rng, mean_action=deterministic
-            )
+            action, _ = self._policy.act(flat, left, self._rng, mean_action=deterministic)
             actions.append(self._env.own_action(action))
         return (np.stack(actions) if stacked else actions[0]), tuple(k + 1 for k in steps)
 
@@ -74,8 +66,8 @@ class Policy:
 def load_policy(run: str | Path, *, runs: str | Path = "runs", seed: int = 0) -> Policy:
     """A run's policy at its newest checkpoint: behind its shield, or a pretrained one by itself.
 
+    The run's folder is all that it takes: no log, no pretrain run, no learner.
     ``run`` is a run folder, or a name in ``runs``; ``seed`` is that of its noise.
     """
-    loop = final_policy(find_run(run, Path(runs)))
-    actor = NumpyActor(loop.deployment.actor)
-    return Policy(loop.env, actor, loop.deployment.shield, loop.normalizer, seed)
+    final = final_policy(find_run(run, Path(runs)))
+    return Policy(final.env, final.policy, seed)

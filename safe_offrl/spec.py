@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from safe_offrl.errors import ConfigError
 
@@ -40,6 +40,13 @@ class Limit(NamedTuple):
     def outcome(self, accident: bool, cost: float) -> float:
         """What an episode contributes, in [0, 1]; its mean is what is constrained."""
         return float(accident) if self.constraint == "accident" else min(cost / self.scale, 1.0)
+
+    def worst_cost(self, logged: float) -> float:
+        """What an episode counts as whose end is unknown, if a log shows that it can cost this.
+
+        A limited cost is a share of its scale, and counts as all of it.
+        """
+        return self.scale if self.constraint == "cost" else logged
 
     def alarm(self, accident: bool, cost: float) -> tuple[float, float]:
         """(outcome in [0, 1], limit of its mean) for the alarm.
@@ -140,3 +147,25 @@ class SafetySpec:
                 f"{cost_max:g} never exceed {scale:g}. Lower the limit."
             )
         return Limit("cost", self.cost_limit / scale, scale)
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """What the environment is: "sim", where an episode that was cut off is played again, or "real".
+
+    In "real" nothing can be played again. An episode's steps are on record before its first one; if
+    the process dies in it, it counts as lost: with all the steps that were reserved, and as an
+    accident, since nobody saw whether there was one. With a ``timeout`` (seconds, of one reset or
+    step) it runs in a process of its own, so that one that hangs or dies is a fault of one episode.
+    """
+
+    kind: Literal["sim", "real"] = "sim"
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a timeout that nothing can keep."""
+        if self.timeout is not None and not 0.0 < self.timeout < math.inf:
+            raise ConfigError(
+                f"env.timeout is {self.timeout}, but a number of seconds above 0 is needed. Leave "
+                "it out for an environment that never hangs."
+            )

@@ -33,11 +33,15 @@ class Batch(NamedTuple):
     return_to_go: Tensor  # [B]
 
 
+# The numbers of a Batch, in the order that rows have them: in checkpoints and cached files too.
 SCALARS = ("rewards", "accidents", "costs", "terminated", "time_to_go", "return_to_go")
 
 
 class Layout(NamedTuple):
-    """Where each field of a :class:`Batch` stands in one row of contiguous storage [N, D]."""
+    """Where each field of a :class:`Batch` stands in one row of contiguous storage [N, D].
+
+    Nobody else writes a position: whoever fills a row names its fields.
+    """
 
     observation_size: int
     action_size: int
@@ -45,31 +49,42 @@ class Layout(NamedTuple):
     @property
     def width(self) -> int:
         """Columns D of a row."""
-        return 2 * self.observation_size + self.action_size + 6
+        return 2 * self.observation_size + self.action_size + len(SCALARS)
 
     def unpack(self, rows: Tensor) -> Batch:
         """View rows [..., D] as a Batch of [..., O], [..., A] and [...]; copies nothing."""
         o, a = self.observation_size, self.action_size
         # Two calls make all nine views: slicing them one by one takes half as long again.
         observations, actions, following, scalars = rows.split((o, a, o, len(SCALARS)), dim=-1)
-        rewards, accidents, costs, terminated, time_to_go, return_to_go = scalars.unbind(-1)
         return Batch(
             observations=observations,
             actions=actions,
-            rewards=rewards,
-            accidents=accidents,
-            costs=costs,
             next_observations=following,
-            terminated=terminated,
-            time_to_go=time_to_go,
-            return_to_go=return_to_go,
+            **dict(zip(SCALARS, scalars.unbind(-1), strict=True)),
         )
 
     def pack(self, batch: Batch) -> Tensor:
         """Copy a Batch into rows [N, D]; the inverse of :meth:`unpack`."""
-        scalars = [getattr(batch, name).unsqueeze(-1) for name in SCALARS]
-        columns = [batch.observations, batch.actions, batch.next_observations]
-        return torch.cat(columns + scalars, dim=-1).contiguous()
+        scalars = torch.stack([getattr(batch, name) for name in SCALARS], dim=-1)
+        return self.join(batch.observations, batch.actions, batch.next_observations, scalars)
+
+    @staticmethod
+    def join(
+        observations: Tensor, actions: Tensor, next_observations: Tensor, scalars: Tensor
+    ) -> Tensor:
+        """Rows [N, D] of their parts; ``scalars`` [N, 6] are in the order of SCALARS."""
+        return torch.cat([observations, actions, next_observations, scalars], dim=-1)
+
+    @staticmethod
+    def row(
+        observation: np.ndarray,
+        action: np.ndarray,
+        next_observation: np.ndarray,
+        **scalars: float,
+    ) -> np.ndarray:
+        """One transition as a row [D]; ``scalars`` by their names, all of SCALARS."""
+        tail = np.asarray([scalars[name] for name in SCALARS], dtype=np.float32)
+        return np.concatenate([observation, action, next_observation, tail])
 
 
 class States(NamedTuple):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safe_offrl import config
 from safe_offrl.errors import ConfigError, UserError
 from safe_offrl.spec import SafetySpec
+from safe_offrl.train.pretrain import PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert load("steps=100", **layers).steps == 100
 
 
+def test_a_preset_of_ones_own_comes_after_its_base_and_that_after_its_own(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("base: hazards\npretrain: {steps: 7, critic.tau: 0.5}\n")
+    got = config.load_config(PretrainConfig, section="pretrain", env_id="My-v0", preset=preset)
+    assert (got.steps, got.critic.tau) == (7, 0.5)
+    assert (got.alignment_steps, got.critic.cost_discount) == (2_000, 0.95)  # of hazards
+    assert (got.networks.critics, got.critic.learning_rate) == (5, 1e-3)  # of its base, laptop
+    assert got.safety == SafetySpec()  # no base says what is constrained
+
+
 def test_values_take_the_declared_type() -> None:
     got = load("inner.layers=[64,32]", "kl=false", "steps=2k", "inner.gap=5", "run=none")
     assert got == Outer(steps=2000, kl=False, inner=Inner(layers=(64, 32), gap=5.0))
@@ -125,6 +136,10 @@ def test_bad_files(tmp_path: Path) -> None:
         ("a: " + "[" * 3000, "not readable as YAML"),
         ("outer: {inner: {deep: {deeper: 1}}}", "Unknown key"),
         ("pretraining: {}", 'Did you mean "pretrain"'),
+        ("base: laptpo", 'no base "laptpo" of presets. Did you mean "laptop"'),
+        ("base: mine.yaml", "There are hazards, laptop"),
+        ("base: [laptop]", "text is needed"),
+        ("outer: 3", '"outer" of the preset holds no key: value pairs'),
     ]:
         preset.write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -21,8 +21,7 @@ from safe_offrl.env.process import ProcessEnv
 from safe_offrl.errors import ConfigError, EnvError, EnvFault
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.run import RunDir
-from safe_offrl.spec import SafetySpec
-from safe_offrl.train.finetune_config import EnvironmentConfig
+from safe_offrl.spec import EnvironmentConfig, SafetySpec
 from safe_offrl.types import Episode
 from tests.fault_environments import HORIZON
 from tests.test_faults import ENV, OFFLINE, ONLINE, dataset_of
@@ -176,7 +175,7 @@ def test_evaluation_and_certificate_count_faults(
     def failing(_id: str, spec: SafetySpec, **_: Any) -> AccidentEnv:
         return make_env(f"{MODULE}:Failing-v0", spec)
 
-    monkeypatch.setattr("safe_offrl.commands.online_plan.make_env", failing)
+    monkeypatch.setattr("safe_offrl.record.final_policy.make_env", failing)
     seeds = [episode_seed(0, index, "evaluate") for index in range(8)]
     expected = sum(seed % 3 == 0 for seed in seeds)
     assert expected

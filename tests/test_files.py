@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from safe_offrl.files import json_bytes, json_line, plain, write_atomic, write_file
+from safe_offrl.files import json_bytes, json_line, plain, replacing, write_atomic, write_file
 
 
 def test_append_and_replace(tmp_path: Path) -> None:
@@ -42,6 +42,28 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
         write_atomic(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_written_takes_its_place_whole_or_not_at_all(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "a"
+
+    def write(*, failing: bool) -> None:
+        with replacing(target) as temporary:
+            if kind == "folder":
+                temporary.mkdir()
+                temporary = temporary / "b"
+            temporary.write_bytes(b"content")
+            assert not target.exists()
+            if failing:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(failing=True)
+    assert not list(tmp_path.iterdir())
+    write(failing=False)
+    assert list(tmp_path.iterdir()) == [target]
+    assert (target if kind == "file" else target / "b").read_bytes() == b"content"
 
 
 class Point(NamedTuple):

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl import commands
-from safe_offrl.certify.certificate import policy_sha256
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
-from safe_offrl.commands.tools import final_policy
+from safe_offrl.commands.online import start_loop
 from safe_offrl.compute.state import collect_state
+from safe_offrl.config import parse_run_yaml
 from safe_offrl.data.content import dataset_sha256
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.offsets import OFFSET, centred, find_offset, in_own_units
@@ -28,16 +28,20 @@ from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.data_formats.memory_map import write_memory_map
 from safe_offrl.deploy.episodes import PlayedEpisode, play_episode
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import make_env
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.policy import load_policy
-from safe_offrl.record.run import find_run
+from safe_offrl.record.final_policy import final_policy
+from safe_offrl.record.run import RunDir, find_run
 from safe_offrl.report.videos import AccidentCamera
 from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.safety.shield import Shield
 from safe_offrl.spec import SafetySpec
+from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig, Pretraining
-from safe_offrl.types import Normalizer
+from safe_offrl.types import Layout, Normalizer
 from tests.slope import FAR, HORIZON
 
 NEAR_ID, FAR_ID = "tests.slope:SlopeNear-v0", "tests.slope:SlopeFar-v0"
@@ -226,9 +230,13 @@ def test_a_checkpoint_holds_the_offset_and_an_early_one_none(
     assert Normalizer.restored(early)[2:] == (1.0, None)
     actor = pretrained(loaded(far, FAR_ID, tmp_path), 1).networks.actor
     moved = normalizer._replace(offset=normalizer.offset + 1.0)
-    assert policy_sha256(actor, normalizer) != policy_sha256(actor, moved)
     plain = normalizer._replace(offset=None)
-    assert policy_sha256(actor, plain) == policy_sha256(actor, plain._replace(reward_scale=1.0))
+
+    def sha256(normalizer: Normalizer) -> str:
+        return DeployedPolicy.of(actor, Shield.abstaining(), normalizer, 0).sha256
+
+    assert sha256(normalizer) != sha256(moved)
+    assert sha256(plain) == sha256(plain._replace(reward_scale=1.0))
 
 
 def test_the_share_of_a_threshold_stands_beside_an_offset(
@@ -281,15 +289,21 @@ def test_who_acts_sees_every_digit(runs: Path, name: str) -> None:
     observation, _ = env.reset(seed=3)
     moved = observation + np.array([0.01, 0.0])  # which float32 does not see
     assert np.array_equal(observation.astype("f4"), moved.astype("f4"))
-    seen = [policy._normalizer(policy._env.observe(o, 0.0)) for o in (observation, moved)]
-    spread = float(policy._normalizer.std[0])
+    seen = [policy._policy.normalizer(policy._env.observe(o, 0.0)) for o in (observation, moved)]
+    spread = float(policy._policy.normalizer.std[0])
     assert seen[1][0] - seen[0][0] == pytest.approx(0.01 / spread, rel=1e-3)
     actions = [policy.predict(o, deterministic=True)[0] for o in (observation, moved)]
     assert not np.array_equal(*actions)
 
 
 def test_what_was_lived_lies_where_the_log_does(runs: Path) -> None:
-    loop = final_policy(find_run("online", runs))
+    run = find_run("online", runs)
+    inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig, run.path)
+    assert inputs.pretrained is not None
+    plan = commands.plan_finetune(RunDir(Path(inputs.pretrained)), config, accept_risk=True)
+    loop, checkpoint = start_loop(plan), run.load_checkpoint()
+    loop.load(checkpoint.tensors, checkpoint.info)
+    plan.env.close()
     lived = loop.experience.visited(10_000).observations
     logged = loop.experience.dataset.transitions.observations
     assert len(lived)
@@ -300,18 +314,17 @@ def test_what_was_lived_lies_where_the_log_does(runs: Path) -> None:
 
 
 def test_a_camera_sees_what_the_policy_sees(runs: Path) -> None:
-    loop = final_policy(find_run("online", runs))
-    actor, shield = loop._acting(), loop.deployment.shield
+    final = final_policy(find_run("online", runs))
+    normalizer, actor = final.policy.normalizer, final.policy.actor
 
     def play(seed: int) -> PlayedEpisode:
-        rng = np.random.default_rng(seed)
-        return play_episode(loop.env, actor, shield, loop.normalizer, seed, rng)
+        return play_episode(final.env, final.policy, seed, np.random.default_rng(seed))
 
     seed, played = next((s, p) for s in range(100) if (p := play(s)).accident)
     assert float(played.rows[:, 0].abs().max()) < 10.0
-    episode = loop.experience.dataset.layout.unpack(played.rows)
+    episode = Layout(actor.observation_size, actor.action_size).unpack(played.rows)
     said: list[str] = []
-    with contextlib.closing(AccidentCamera(FAR_ID, SPEC, loop.normalizer, said.append)) as camera:
+    with contextlib.closing(AccidentCamera(FAR_ID, SPEC, normalizer, said.append)) as camera:
         assert camera.clip(seed, episode) is not None, said
 
 

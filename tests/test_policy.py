@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from safe_offrl import commands
-from safe_offrl.commands.tools import final_policy
 from safe_offrl.deploy.episodes import play_episode
 from safe_offrl.errors import EnvError, RunError
-from safe_offrl.policies.acting import NumpyActor
 from safe_offrl.policy import load_policy
+from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.run import RunDir
 
 TINY = ["alignment_steps=20", "log_every=10", "batch_size=32"]
@@ -40,17 +39,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> RunDir:
 
 
 def test_it_plays_the_episode_that_the_loop_plays(run: RunDir) -> None:
-    loop = final_policy(run)
-    shield = loop.deployment.shield
+    final = final_policy(run)
+    shield = final.policy.shield
     shield.acts, shield.margin = True, 1e-4  # an untrained critic: some draws pass, some do not
-    rng = np.random.default_rng(3)
-    played = play_episode(
-        loop.env, NumpyActor(loop.deployment.actor), shield, loop.normalizer, 11, rng
-    )
-    loop.env.close()
+    played = play_episode(final.env, final.policy, 11, np.random.default_rng(3))
+    final.env.close()
 
     policy = load_policy(run.path, seed=3)
-    policy._shield.acts, policy._shield.margin = True, 1e-4
+    shield = policy._policy.shield
+    shield.acts, shield.margin = True, 1e-4
     env = gymnasium.make("PointHazard-v0")
     observation, _ = env.reset(seed=11)
     state, ended = None, False
@@ -69,12 +66,12 @@ def test_it_plays_the_episode_that_the_loop_plays(run: RunDir) -> None:
 
 def test_deterministic_is_the_mean_action(run: RunDir) -> None:
     policy = load_policy(run.path)
-    policy._shield.acts = False
-    loop = final_policy(run)
-    observation = loop.env.env.reset(seed=0)[0]
-    flat = torch.from_numpy(loop.normalizer(np.asarray(observation, dtype=np.float32)))
-    mean = loop.deployment.actor(flat[None])[0]
-    expected = loop.env.own_action(torch.tanh(mean)[0].detach().numpy())
+    policy._policy.shield.acts = False
+    final = final_policy(run)
+    observation = final.env.env.reset(seed=0)[0]
+    scaled = final.policy.normalizer(np.asarray(observation, dtype=np.float32))
+    mean = final.policy.actor(torch.from_numpy(scaled)[None])[0]
+    expected = final.env.own_action(torch.tanh(mean)[0].detach().numpy())
     action, _ = policy.predict(observation, deterministic=True)
     np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-6)
     assert not np.array_equal(policy.predict(observation)[0], policy.predict(observation)[0])

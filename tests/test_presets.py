@@ -6,17 +6,23 @@ import re
 import gymnasium
 import pytest
 
+from safe_offrl.bench.suite import flat
 from safe_offrl.collect.log_plan import CollectConfig
 from safe_offrl.config import load_config, load_preset, read_yaml
 from safe_offrl.envs import SAFETY_GYM
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig
 
-PRESETS = {
-    entry.name: entry.read_text(encoding="utf-8")
-    for entry in sorted(importlib.resources.files("safe_offrl.configs").iterdir(), key=str)
-    if entry.name.endswith(".yaml")
-}
+CONFIGS = importlib.resources.files("safe_offrl.configs")
+PRESETS, BASES = (
+    {
+        entry.name: entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=str)
+        if entry.name.endswith(".yaml")
+    }
+    for folder in (CONFIGS, CONFIGS / "base")
+)
+MOST_LINES = 20
 BULLET = {  # of bullet-safety-gym 1.4.0, which needs pybullet and is not installed with us
     "bullet_safety_gym:SafetyBallCircle-v0": 200,
     "bullet_safety_gym:SafetyCarRun-v0": 200,
@@ -51,11 +57,29 @@ def test_the_promised_tasks_have_a_preset() -> None:
 def test_a_preset_fits_the_settings(name: str) -> None:
     env_id = env_id_of(PRESETS[name])
     preset = load_preset(env_id)
-    assert set(preset) <= {"env_id", "collect", "pretrain", "finetune"}
+    assert set(preset) <= {"env_id", "base", "collect", "pretrain", "finetune"}
     pretrain = load_config(PretrainConfig, section="pretrain", env_id=env_id)
     load_config(FinetuneConfig, section="finetune", env_id=env_id)
     load_config(CollectConfig, section="collect", env_id=env_id)
     assert pretrain.safety.horizon is None  # the environment's own
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *BASES])
+def test_a_preset_is_a_few_lines_none_of_which_its_base_has(name: str) -> None:
+    files = BASES | PRESETS
+    assert len(files[name].splitlines()) <= MOST_LINES
+    stated = read_yaml(files[name], name)
+    here, inherited = stated, dict[str, object]()
+    while "base" in here:
+        here = read_yaml(files[f"{here['base']}.yaml"], "the base")
+        assert set(here) <= {"base", "pretrain", "finetune"}  # nothing of one environment
+        inherited = flat(here) | inherited
+    assert not [key for key, value in flat(stated).items() if inherited.get(key) == value]
+
+
+def test_every_base_is_used() -> None:
+    used = {read_yaml(text, name).get("base") for name, text in (BASES | PRESETS).items()}
+    assert used - {None} == {name.removesuffix(".yaml") for name in BASES}
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith(("safety_", "bullet_"))])

@@ -21,8 +21,8 @@ from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.progress import Interrupted
 from safe_offrl.record.run import RunDir
+from safe_offrl.spec import EnvironmentConfig
 from safe_offrl.train.finetune import Finetuning
-from safe_offrl.train.finetune_config import EnvironmentConfig
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.types import Episode
 from tests.failing_disk import watch

@@ -1,8 +1,4 @@
-"""Benchmarks: methods x environments x paired seeds, as runs that the other commands can read.
-
-A method is settings of the two phases and nothing else, so every method writes the same ledger, is
-resumed the same way and is compared by the same code.
-"""
+"""Suites: methods x environments x paired seeds, as runs that the other commands can read."""
 
 from __future__ import annotations
 
@@ -12,97 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safe_offrl.bench.methods import METHODS, Settings
 from safe_offrl.config import coerce, read_yaml, suggestion
 from safe_offrl.errors import ConfigError
 from safe_offrl.record.run import NAME
 
-Settings = Mapping[str, Any]  # dotted key -> value
-
 MOST_SEEDS = 1_000
-_NEVER = 1_000_000_000  # steps: more than any budget has
-_OFF: Settings = {"kl": False, "safety_constraint": False, "shield": False}
-_FROZEN: Settings = {**_OFF, "warmup_steps": _NEVER, "update_every": _NEVER}
-# Plain TD: the pressure upwards that makes the safety critic conservative is ours.
-_LAGRANGIAN: Settings = {
-    "kl": False,
-    "shield": False,
-    "critic.alpha_init": 1e-5,
-    "critic.alpha_max": 1e-5,
-    "lagrangian.aim": 1.0,
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a method differs from ours, in both phases; ``source`` says where it is from."""
-
-    source: str
-    pretrain: Settings = field(default_factory=dict)
-    finetune: Settings = field(default_factory=dict)
-
-
-METHODS: dict[str, Method] = {
-    "ours": Method("both constraints, the shield, IQL values before"),
-    "ours-no-kl": Method("ours without the trust region", finetune={"kl": False}),
-    "ours-no-constraint": Method(
-        "ours without the safety constraint", finetune={"safety_constraint": False}
-    ),
-    "ours-no-shield": Method("ours without the shield", finetune={"shield": False}),
-    "frozen": Method("the pretrained policy, nothing learnt online", finetune=_FROZEN),
-    "frozen-shield": Method(
-        "the pretrained policy behind the shield, nothing learnt online",
-        finetune={**_FROZEN, "shield": True},
-    ),
-    "rlpd": Method("RLPD (arXiv:2302.02948), started from our pretrained policy", finetune=_OFF),
-    "rlpd-scratch": Method(
-        "RLPD as published: fresh networks, 5000 random steps",
-        finetune={**_OFF, "baseline.from_scratch": True, "warmup_steps": 5_000},
-    ),
-    "wsrl": Method(
-        "WSRL (arXiv:2412.07762): from Cal-QL, 5000 steps of it, then UTD 4 on online data alone",
-        pretrain={"agent": "calql", "alignment_steps": 0},
-        finetune={
-            **_OFF,
-            "offline_share": 0.0,
-            "warmup_steps": 5_000,
-            "update_every": 1,
-            "utd": 4,
-        },
-    ),
-    "calql": Method(
-        "Cal-QL (arXiv:2303.05479), gone on with half of each batch online",
-        pretrain={"agent": "calql", "alignment_steps": 0},
-        finetune={**_OFF, "baseline.learner": "calql"},
-    ),
-    "iql": Method(
-        "IQL (arXiv:2110.06169), gone on with half of each batch online",
-        pretrain={"agent": "iql", "alignment_steps": 0},
-        finetune={**_OFF, "baseline.learner": "iql"},
-    ),
-    "sac-lagrangian": Method(
-        "SAC-Lagrangian (as in OmniSafe), started from our pretrained policy, log in half a batch",
-        finetune={**_LAGRANGIAN, "baseline.multiplier": "dual"},
-    ),
-    "sac-pid": Method(
-        "the same with PID control of lambda (arXiv:2007.03964)",
-        finetune={**_LAGRANGIAN, "baseline.multiplier": "pid"},
-    ),
-    "marvel": Method(
-        "Marvel's recipe (arXiv:2412.04426): values aligned before, adaptive PID from 0, no log",
-        finetune={
-            **_LAGRANGIAN,
-            "baseline.multiplier": "pid",
-            "baseline.pid.adaptive": True,
-            "baseline.multiplier_init": 0.0,
-            "offline_share": 0.0,
-        },
-    ),
-    "bc-safe": Method(
-        "BC-Safe (arXiv:2306.09303): the log's safe episodes imitated, nothing learnt online",
-        pretrain={"agent": "bc_safe"},
-        finetune=_FROZEN,
-    ),
-}
 
 
 @dataclass(frozen=True)

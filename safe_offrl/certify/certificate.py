@@ -21,20 +21,18 @@ import numpy as np
 
 from safe_offrl.check.situations import Situations
 from safe_offrl.deploy.episodes import Reservation, distinct, play_episode
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
-from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.policies.networks import Actor
 from safe_offrl.record.ledger import parse_ledger
-from safe_offrl.safety.shield import Shield
-from safe_offrl.stats.statistics import (
-    betabinomial_sequence,
+from safe_offrl.stats.anytime import betabinomial_sequence
+from safe_offrl.stats.fixed import (
     clopper_pearson_lower,
     clopper_pearson_upper,
     episodes_needed,
     error_share,
 )
-from safe_offrl.types import Episode, Normalizer
+from safe_offrl.types import Episode
 
 Method = Literal["one look", "anytime"]
 METHODS: dict[str, str] = {
@@ -42,7 +40,9 @@ METHODS: dict[str, str] = {
     "anytime": "anytime-valid beta-binomial sequence, a look after every episode",
 }
 FORMAT = 1
-CERTIFICATE, RECORD = "certificate.json", "episodes.jsonl"  # the files, side by side
+CERTIFICATES = "certificates"  # the folder in a run's; each attempt has one in it, with these files
+CLAIM, CERTIFICATE, PAGE = "claim.json", "certificate.json", "certificate.html"
+RECORD = "episodes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,7 @@ def play(
     claim: Claim,
     index: int,
     env: AccidentEnv,
-    actor: NumpyActor,
-    shield: Shield,
-    normalizer: Normalizer,
-    version: int,
+    policy: DeployedPolicy,
     steps_before: int,
     worst_cost: float,
 ) -> tuple[Episode, str]:
@@ -175,13 +172,13 @@ def play(
     """
     seed = episode_seed(claim.seed, index, claim.stream)
     rng = np.random.default_rng([claim.seed, claim.attempt, index])
-    played = play_episode(env, actor, shield, normalizer, seed, rng)
+    played = play_episode(env, policy, seed, rng)
     episode = played.recorded(
         index=index,
         seed=seed,
         steps_before=steps_before,
         worst_cost=worst_cost,
-        version=version,
+        version=policy.version,
         phase="certify",
         content=played.content,
     )
@@ -189,43 +186,23 @@ def play(
 
 
 def reserve(
-    claim: Claim, index: int, env: AccidentEnv, version: int, before: int, worst_cost: float
+    claim: Claim,
+    index: int,
+    env: AccidentEnv,
+    policy: DeployedPolicy,
+    steps_before: int,
+    worst_cost: float,
 ) -> Reservation:
     """What the ``index``-th episode counts as if it is cut off where none can be played again."""
     return Reservation.of(
         index=index,
         seed=episode_seed(claim.seed, index, claim.stream),
         steps=env.horizon,
-        steps_before=before,
+        steps_before=steps_before,
         worst_cost=worst_cost,
-        version=version,
+        version=policy.version,
         phase="certify",
     )
-
-
-# --- what it is about -------------------------------------------------------------------------
-
-
-def policy_sha256(actor: Actor, normalizer: Normalizer) -> str:
-    """Hash of a policy's parameters and of how it scales observations."""
-    arrays = {k: v.numpy() for k, v in actor.state_dict().items()}
-    offset = {} if normalizer.offset is None else {"offset": normalizer.offset}
-    return _sha256({**arrays, "mean": normalizer.mean, "std": normalizer.std, **offset})
-
-
-def shield_sha256(shield: Shield) -> str:
-    """Hash of a shield's networks, margin and number of draws."""
-    numbers = np.asarray([shield.margin, shield.draws], dtype=np.float64)
-    return _sha256({k: v.numpy() for k, v in shield.net.state_dict().items()} | {"n": numbers})
-
-
-def _sha256(arrays: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 # --- the certificate --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from scipy import special
 
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.spec import Limit
-from safe_offrl.stats.statistics import clopper_pearson_upper, episodes_needed
+from safe_offrl.stats.fixed import clopper_pearson_upper, episodes_needed, mean_and_error
 
 CONFIDENCE = 0.95
 MIN_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything
@@ -53,13 +53,13 @@ def groups_of(dataset: Dataset) -> tuple[Group, ...]:
 
 def _group(name: str, dataset: Dataset, members: NDArray[np.bool_]) -> Group:
     costs = dataset.episode_costs[members]
-    n = len(costs)
+    mean, error = mean_and_error(costs)
     return Group(
         name=name,
-        episodes=n,
+        episodes=len(costs),
         mean_return=float(dataset.episode_returns[members].mean()),
-        mean_cost=float(costs.mean()),
-        cost_error=float(costs.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
+        mean_cost=mean,
+        cost_error=error,
         accident_episodes=int(dataset.episode_accidents[members].sum()),
     )
 

@@ -14,7 +14,7 @@ from safe_offrl.check.groups import Group, Verdict, groups_of, identify
 from safe_offrl.data.dataset import ROUNDING, Dataset
 from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
 from safe_offrl.spec import Limit, SafetySpec
-from safe_offrl.stats.statistics import clopper_pearson
+from safe_offrl.stats.fixed import clopper_pearson
 
 INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)

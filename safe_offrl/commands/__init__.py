@@ -7,7 +7,7 @@ checkpoints, TensorBoard and the progress line all happen here.
 
 from safe_offrl.commands.assess import assess_runs
 from safe_offrl.commands.benchmark import benchmark_run, benchmark_text
-from safe_offrl.commands.certify import certify_run, verify_certificate
+from safe_offrl.commands.certify import certify_run
 from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.convert import convert_dataset
 from safe_offrl.commands.demo import demo
@@ -31,6 +31,7 @@ from safe_offrl.commands.tools import (
     inspect_dataset,
 )
 from safe_offrl.commands.trust import trust_run
+from safe_offrl.commands.verify import verify_certificate
 
 __all__ = [
     "FinetunePlan",

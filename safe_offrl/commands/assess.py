@@ -9,15 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-import torch
-
 from safe_offrl.assess.assessment import Estimates, assess, choose, risk_text
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.assess.importance_sampling import USABLE
-from safe_offrl.certify.certificate import policy_sha256
 from safe_offrl.commands.common import (
     Limits,
-    loading,
     require_output,
     require_own_limit,
     say_plain,
@@ -26,19 +22,17 @@ from safe_offrl.commands.common import (
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
 from safe_offrl.compute.device import configure
-from safe_offrl.compute.state import restore_state
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
-from safe_offrl.policies.networks import Actor
 from safe_offrl.record.checkpoints import Checkpoint
+from safe_offrl.record.final_policy import stored_policy
 from safe_offrl.record.progress import ProgressLine, Say
 from safe_offrl.record.run import RunDir, find_run
 from safe_offrl.record.versions import versions
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.pretrain import PretrainConfig, discount_of
-from safe_offrl.types import Normalizer
 
 FILE = "assessment.json"
 FORMAT = 1
@@ -128,7 +122,7 @@ def _identity(subject: Subject) -> dict[str, Any]:
     """What estimates depend on. Limits and confidence only come in when they are read."""
     return {
         "format": FORMAT,
-        "policy_sha256": policy_sha256(*_policy(subject)),
+        "policy_sha256": stored_policy(subject.run, subject.checkpoint).sha256,
         "dataset_sha256": subject.dataset.sha256,
         "constraint": subject.safety.constraint,
         "accident": subject.safety.accident,
@@ -162,14 +156,16 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
         if store:
             run.lock()  # before the work, not after it
             writing.enter_context(run)
-        actor, normalizer = _policy(subject)
+        policy = stored_policy(run, subject.checkpoint)
+        # Returns are estimated in the environment's unit.
+        normalizer = policy.normalizer._replace(reward_scale=1.0)
         limit = subject.safety.limit(dataset.horizon, dataset.cost_max)
         say(f"assess      {run.path}: the policy, without its shield, from the log alone")
         line = ProgressLine(100, 0, None if say is say_plain else say, "%")
         with contextlib.closing(line):
             estimates = assess(
                 dataset.normalised(normalizer),
-                actor,
+                policy.actor,
                 limit,
                 CONFIG,
                 progress=lambda done: line.update(round(100 * done), "fitted Q evaluation"),
@@ -183,22 +179,6 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
         if store:
             write_atomic(run.path / FILE, json_bytes(json.loads(json.dumps(plain(content)))))
     return estimates
-
-
-def _policy(subject: Subject) -> tuple[Actor, Normalizer]:
-    """The pretrained policy and how it sees observations."""
-    tensors, layout = subject.checkpoint.tensors, subject.dataset.layout
-    actor = Actor(
-        layout.observation_size,
-        layout.action_size,
-        subject.config.networks.actor_hidden,
-        torch.Generator(),
-        discrete=subject.dataset.discrete,
-    )
-    with loading(subject.run.path):
-        restore_state({"learner.actor": actor}, tensors)
-    # Returns are estimated in the environment's unit.
-    return actor, Normalizer.restored(tensors)._replace(reward_scale=1.0)
 
 
 def verdict(estimates: Estimates, limit: float, confidence: float) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.bench.suite import METHODS, Job, Suite, flat, folder_name, jobs_of, settings_of
+from safe_offrl.bench.methods import METHODS
+from safe_offrl.bench.suite import Job, Suite, flat, folder_name, jobs_of, settings_of
 from safe_offrl.collect.processes import own_command
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.offline import pretrain_config

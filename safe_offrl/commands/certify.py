@@ -1,10 +1,9 @@
-"""Certify a run's final policy, and check a certificate again."""
+"""Certify a run's final policy."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import math
@@ -15,9 +14,11 @@ from typing import Any
 
 from safe_offrl.certify.certificate import (
     CERTIFICATE,
+    CERTIFICATES,
+    CLAIM,
     METHODS,
+    PAGE,
     RECORD,
-    Check,
     Claim,
     episodes_without_accident,
     finished,
@@ -25,27 +26,18 @@ from safe_offrl.certify.certificate import (
     make_certificate,
     outcome,
     play,
-    policy_sha256,
     reserve,
     sealed,
-    shield_sha256,
-    verify,
 )
 from safe_offrl.certify.page import page, quantity, seen, summary
 from safe_offrl.check.situations import Situations, find_situations, require_situations
 from safe_offrl.commands.common import say_plain
-from safe_offrl.commands.environment import (
-    changed_line,
-    environment_check,
-    rule_source,
-    since_run,
-)
-from safe_offrl.commands.tools import final_policy
+from safe_offrl.commands.environment import changed_line, since_run
 from safe_offrl.deploy.episodes import distinct, faults_in_a_row
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
-from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.progress import (
     STOP_SECONDS,
@@ -56,13 +48,10 @@ from safe_offrl.record.progress import (
     StopSignal,
 )
 from safe_offrl.record.run import RunDir, find_run
-from safe_offrl.record.versions import versions
-from safe_offrl.train.finetune import Finetuning
+from safe_offrl.record.subject import subject_of
 from safe_offrl.types import Episode
 
 MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
-FOLDER = "certificates"
-CLAIM, PAGE = "claim.json", "certificate.html"
 
 
 def certify_run(
@@ -95,22 +84,22 @@ def certify_run(
     )
     run.lock()
     with run:
-        loop = final_policy(run)
-        with contextlib.closing(loop.env):
-            claim = _claim(loop, epsilon, cost_limit, confidence, episodes, seed)
-            subject = subject_of(run, loop)
+        final = final_policy(run)
+        with contextlib.closing(final.env):
+            claim = _claim(final, epsilon, cost_limit, confidence, episodes, seed)
+            subject = subject_of(final)
             situations = None  # on a real machine nothing is played that is not on record
-            if loop.config.env.kind != "real":
+            if final.environment.kind != "real":
                 with _stopped_before_it_began():
-                    situations = find_situations(loop.env)
-                require_situations(loop.env.env_id, situations)
+                    situations = find_situations(final.env)
+                require_situations(final.env.env_id, situations)
             claim, folder = _attempt(run, claim, _identity(subject), say)
-            say(_header(run, loop, claim, situations))
+            say(_header(final, claim, situations))
             for line in changed_line(
                 f"that of {run.name}", since_run(run, subject["environment"][KEY])
             ):
                 say(line)
-            played = _play(loop, claim, folder / RECORD, run, say)
+            played = _play(final, claim, folder / RECORD, say)
         _require_distinct(claim, played, situations, str(folder / RECORD))
         record = (folder / RECORD).read_bytes()
         content = make_certificate(claim, played, record, subject, situations)
@@ -122,60 +111,8 @@ def certify_run(
     return certificate
 
 
-def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]:
-    """Check a certificate's hash, arithmetic and page; beside its run also episodes and policy.
-
-    Beside its run it must also be about the environment as it is now: in another one nothing is
-    proved. Raises RunError if any check fails, after saying all of them.
-    """
-    path = Path(path)
-    try:
-        certificate = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f'"{path}" cannot be read as a certificate ({error}). '
-            f"Give runs/RUN/{FOLDER}/N/{CERTIFICATE}."
-        ) from error
-    if not isinstance(certificate, dict):
-        raise ConfigError(f'"{path}" holds no JSON object, so it is no certificate.')
-    record, shown = path.with_name(RECORD), path.with_name(PAGE)
-    checks = verify(
-        certificate,
-        record.read_bytes() if record.is_file() else None,
-        f'"{path}"',
-        shown.read_bytes() if shown.is_file() else None,
-    )
-    run = path.resolve().parent.parent.parent
-    if record.is_file() and (run / "run.json").is_file():
-        checks.append(environment_check(certificate, RunDir(run)))
-        if checks[-1].passed:  # in another one the policy may not even fit
-            checks.append(_policy_check(certificate, RunDir(run)))
-    for check in checks:
-        say(f"{'ok    ' if check.passed else 'FAILED'} {check.name:<12}{check.detail}")
-    if shown.is_file() and "page_sha256" not in certificate:
-        say(f"       {'page':<12}it holds no hash of its page, which was not checked")
-    if not record.is_file():
-        say(f"       {'record':<12}not beside it: neither episodes nor policy were checked")
-    failed = [check.name for check in checks if not check.passed]
-    if failed:
-        raise RunError(f'"{path}" does not hold: {", ".join(failed)}. Do not rely on it.')
-    say(summary(certificate))
-    return checks
-
-
-def _policy_check(certificate: dict[str, Any], run: RunDir) -> Check:
-    loop = final_policy(run)
-    with contextlib.closing(loop.env):
-        stated = certificate.get("policy", {}), certificate.get("shield", {})
-        same = (
-            policy_sha256(loop.deployment.actor, loop.normalizer),
-            shield_sha256(loop.deployment.shield),
-        ) == tuple(part.get("sha256") for part in stated)
-    return Check("policy", same, f'of the run "{run.path.name}", with its shield')
-
-
 def _claim(
-    loop: Finetuning,
+    final: FinalPolicy,
     epsilon: float | None,
     cost_limit: float | None,
     confidence: float | None,
@@ -183,11 +120,11 @@ def _claim(
     seed: int,
 ) -> Claim:
     """What was asked for; the run's own constraint if nothing was."""
-    safety = loop.config.safety
+    safety = final.safety
     if epsilon is not None and cost_limit is not None:
         raise ConfigError("Give --epsilon or --cost-limit: a certificate is about one of them.")
     by_cost = cost_limit is not None or (epsilon is None and safety.constraint == "cost")
-    if by_cost and loop.limit.constraint != "cost":
+    if by_cost and final.limit.constraint != "cost":
         raise ConfigError(
             "The run constrains accidents, and how much an episode can cost is not known. "
             "Give --epsilon."
@@ -196,7 +133,7 @@ def _claim(
     return Claim(
         quantity="cost" if by_cost else "accident",
         limit=stored if asked is None else asked,
-        scale=loop.limit.scale if by_cost else 1.0,
+        scale=final.limit.scale if by_cost else 1.0,
         confidence=safety.confidence if confidence is None else confidence,
         method="anytime" if episodes is None else "one look",
         episodes=MOST_EPISODES if episodes is None else episodes,
@@ -219,7 +156,7 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
 
     A new one has the number after the highest, so that no number before that is used twice.
     """
-    folders = {int(p.name): p for p in (run.path / FOLDER).glob("*") if p.name.isdecimal()}
+    folders = {int(p.name): p for p in (run.path / CERTIFICATES).glob("*") if p.name.isdecimal()}
     asked = {**dataclasses.asdict(claim), **identity}
     differing: dict[int, list[str]] = {}  # of the unfinished attempts: what they have otherwise
     for number, folder in folders.items():
@@ -231,7 +168,7 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
                 return dataclasses.replace(claim, attempt=number), folder
     last = max(folders, default=0)
     number = last + 1
-    folder = run.path / FOLDER / str(number)
+    folder = run.path / CERTIFICATES / str(number)
     claim = dataclasses.replace(claim, attempt=number)
     needed = episodes_without_accident(claim)
     if claim.episodes < needed:
@@ -249,36 +186,6 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
     return claim, folder
 
 
-def subject_of(run: RunDir, loop: Finetuning) -> dict[str, Any]:
-    """What a certificate, or an exported file, is about."""
-    safety, shield = loop.config.safety, loop.deployment.shield
-    return {
-        "policy": {
-            "run": run.name,
-            "kind": run.kind,
-            "version": loop.deployment.version,
-            "checkpoint_sha256": run.load_checkpoint().sha256,
-            "sha256": policy_sha256(loop.deployment.actor, loop.normalizer),
-        },
-        "shield": {
-            "acts": shield.acts,
-            "draws": shield.draws,
-            "margin": shield.margin,
-            "sha256": shield_sha256(shield),
-        },
-        "environment": {
-            "id": loop.env.env_id,
-            "horizon": loop.env.horizon,
-            "accident": safety.accident,
-            **rule_source(safety.accident),
-            "cost_threshold": safety.cost_threshold,
-            KEY: loop.env.identity(),
-        },
-        "versions": versions(loop.env.versions()),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 @contextlib.contextmanager
 def _stopped_before_it_began() -> Iterator[None]:
     """Interrupted at once by a signal that comes before anything is on record."""
@@ -292,13 +199,12 @@ def _stopped_before_it_began() -> Iterator[None]:
             raise Interrupted(stop.number, stopped)
 
 
-def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> list[Episode]:
+def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episode]:
     """Episodes until the claim is settled, each on disk before the next begins."""
     record = LedgerWriter(path)
     record.close_lost()
-    played, faults, real = record.episodes, 0, loop.config.env.kind == "real"
+    played, faults, real = record.episodes, 0, final.environment.kind == "real"
     total = math.fsum(outcome(claim, episode) for episode in played)
-    actor = NumpyActor(loop.deployment.actor)
     show = None if say is say_plain else say
     stopped = "stopped after {:,} episodes; all are recorded. The same command goes on from there."
     # In reality an episode that is cut off counts as an accident.
@@ -309,21 +215,10 @@ def _play(loop: Finetuning, claim: Claim, path: Path, run: RunDir, say: Say) -> 
         try:
             while not finished(claim, total, len(played)):
                 before = played[-1].total_steps if played else 0
-                version, worst_cost = loop.deployment.version, loop.worst_cost
+                about = claim, len(played), final.env, final.policy, before, final.worst_cost
                 if real:
-                    begun = reserve(claim, len(played), loop.env, version, before, worst_cost)
-                    record.reserve(begun.worst)
-                episode, fault = play(
-                    claim,
-                    len(played),
-                    loop.env,
-                    actor,
-                    loop.deployment.shield,
-                    loop.normalizer,
-                    version,
-                    before,
-                    worst_cost,
-                )
+                    record.reserve(reserve(*about).worst)
+                episode, fault = play(*about)
                 record.append(episode)
                 faults = faults_in_a_row(faults, fault)
                 total += outcome(claim, episode)
@@ -362,7 +257,7 @@ def _line(claim: Claim, total: float, episodes: int) -> str:
     return seen(claim, total, episodes) + bounds
 
 
-def _header(run: RunDir, loop: Finetuning, claim: Claim, situations: Situations | None) -> str:
+def _header(final: FinalPolicy, claim: Claim, situations: Situations | None) -> str:
     """What a person should know before it starts."""
     many = (
         f"{claim.episodes:,} episodes, then one look"
@@ -372,10 +267,10 @@ def _header(run: RunDir, loop: Finetuning, claim: Claim, situations: Situations 
     attempt = f"attempt {claim.attempt} on this run, at {claim.attempt_confidence:.2%} by itself"
     return "\n".join(
         [
-            f"certify     {quantity(claim)} of {run.name} (version {loop.deployment.version}), "
+            f"certify     {quantity(claim)} of {final.run.name} (version {final.policy.version}), "
             f"confidence {claim.confidence:g}",
             f"method      {METHODS[claim.method]}",
-            f"episodes    {many}, in {loop.env.env_id}",
+            f"episodes    {many}, in {final.env.env_id}",
             f"error       {attempt}",
             f"provable    after {episodes_without_accident(claim):,} episodes, if none has an "
             "accident" + (" or a cost" if claim.quantity == "cost" else ""),

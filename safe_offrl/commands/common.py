@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
@@ -78,19 +77,6 @@ def require_own_limit(safety: SafetySpec, limits: Limits) -> None:
             f'The run was pretrained under the constraint "{safety.constraint}", so {other} means '
             "nothing to it. Leave it out, or pretrain under the other constraint."
         )
-
-
-@contextlib.contextmanager
-def loading(path: str | Path) -> Iterator[None]:
-    """Turn torch's complaint about a state that does not fit into one sentence."""
-    try:
-        yield
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f'The checkpoint of "{path}" does not fit this version of safe-offrl ({reason}). '
-            "Use the version in its versions.json, or make the run again."
-        ) from error
 
 
 def require_both_outcomes(dataset: Dataset, path: Path, safety: SafetySpec) -> None:

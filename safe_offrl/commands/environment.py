@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from safe_offrl.certify.certificate import Check
-from safe_offrl.commands.trust import require_trusted
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.env.adapter import AccidentEnv, make_env
 from safe_offrl.env.identity import KEY, differences, log_differences
-from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import EnvError, RunError
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RESUMED, RunDir
+from safe_offrl.record.subject import rule_source
+from safe_offrl.record.trust import require_trusted
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig
 
@@ -108,19 +105,3 @@ def environment_check(certificate: Mapping[str, Any], run: RunDir) -> Check:
             changes = [key for key in keys if before.get(key, now.get(key)) != now.get(key)]
     detail = f"changed since then: {'; '.join(changes)}" if changes else "as it was certified in"
     return Check("environment", not changes, detail)
-
-
-def rule_source(accident: str) -> dict[str, str]:
-    """The sha256 of the file of an accident rule that is a function of the user's; else nothing.
-
-    "unknown" if there is no such file, as of an environment's.
-    """
-    name, colon, _ = accident.partition(":")
-    if not colon:
-        return {}
-    module = import_user_module(name, f'accident rule "{accident}"')
-    try:
-        source = hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # in a zip file, or in C
-        source = "unknown"
-    return {"accident_source": source}

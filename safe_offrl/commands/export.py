@@ -10,17 +10,16 @@ from typing import Any
 
 from gymnasium import spaces
 
-from safe_offrl.commands.certify import subject_of
 from safe_offrl.commands.common import require_output, say_plain
-from safe_offrl.commands.tools import final_policy
 from safe_offrl.deploy.export import compare, require_format
 from safe_offrl.deploy.graph import PolicyGraph
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
-from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import find_run
+from safe_offrl.record.subject import subject_of
 
 FOLDER = "exports"
 FORMAT = 1  # of the manifest
@@ -49,22 +48,20 @@ def export_run(
         if unwritable(run.path) is None:
             run.lock()  # no newer checkpoint between the policy and its hashes
             stack.enter_context(run)
-        loop = final_policy(run)
-        with contextlib.closing(loop.env):
-            actor, shield = loop.deployment.actor, loop.deployment.shield
-            if loop.env.offset is not None:
+        final = final_policy(run)
+        policy, env = final.policy, final.env
+        with contextlib.closing(env):
+            if env.offset is not None:
                 raise ConfigError(
                     f'The policy of "{run.name}" sees observations that float32 cannot hold, less '
                     "an offset, and a graph takes float32. Subtract a constant in the environment "
                     "and make the runs again, or act with safe_offrl.load_policy."
                 )
-            space = loop.env.env.action_space
+            space = env.env.action_space
             assert isinstance(space, spaces.Box | spaces.Discrete)  # others are refused
-            graph = PolicyGraph(actor, shield, loop.normalizer, space)
+            graph = PolicyGraph(policy, space)
             data = chosen.write(graph)
-            found = compare(
-                chosen.open(data), graph, loop.env, NumpyActor(actor), shield, loop.normalizer
-            )
+            found = compare(chosen.open(data), graph, env, policy)
             if not found.same:
                 raise RunError(
                     f"The exported policy is not the run's: actions differ by up to "
@@ -78,8 +75,8 @@ def export_run(
                     "format": file_format,
                     "sha256": hashlib.sha256(data).hexdigest(),
                 },
-                **subject_of(run, loop),
-                **_interface(graph, loop.env),
+                **subject_of(final),
+                **_interface(graph, env),
                 "compared": found,
             }
     manifest: dict[str, Any] = plain(content)
@@ -89,9 +86,9 @@ def export_run(
     write_atomic(path, data)
     beside = path.with_name(f"{path.name}.json")
     write_atomic(beside, json_bytes(manifest))
-    guard = f"acts, in {found.interventions} of them" if shield.acts else "abstains"
+    guard = f"acts, in {found.interventions} of them" if policy.shield.acts else "abstains"
     say(
-        f"exported    {run.name} (version {loop.deployment.version}) as {file_format}\n"
+        f"exported    {run.name} (version {policy.version}) as {file_format}\n"
         f"compared    {found.observations} observations, largest difference of two actions "
         f"{found.difference:.1e}\n"
         f"shield      {guard}\n"

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from safe_offrl.deploy.episodes import PlayedEpisode
 from safe_offrl.files import write_atomic
+from safe_offrl.record.final_policy import FinalPolicy
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir
 from safe_offrl.report.videos import AccidentCamera, require_pictures
 from safe_offrl.train.finetune import Finetuning
-from safe_offrl.types import Batch, Episode
+from safe_offrl.types import Batch, Episode, Layout
 
 FOLDER = "videos"
 
@@ -30,7 +31,8 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
         yield lambda _: None
         return
     folder = run.path / FOLDER
-    with contextlib.closing(_camera(loop, say)) as camera:
+    env_id, safety = loop.env.env_id, loop.config.safety
+    with contextlib.closing(AccidentCamera(env_id, safety, loop.normalizer, say)) as camera:
 
         def show(episode: Episode) -> None:
             nonlocal accidents
@@ -53,31 +55,29 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
 
 @contextlib.contextmanager
 def filming_evaluation(
-    parent: Path, loop: Finetuning, seed: int, most: int, say: Say
+    parent: Path, final: FinalPolicy, seed: int, most: int, say: Say
 ) -> Iterator[Callable[[Episode, PlayedEpisode], None] | None]:
     """What ``evaluate`` shows its episodes to: ``parent/videos/evaluate-SEED-000012.gif``."""
     if not most:
         yield None
         return
-    require_pictures(loop.env)
+    policy, env = final.policy, final.env
+    require_pictures(env)
+    layout = Layout(policy.actor.observation_size, policy.actor.action_size)
     folder = parent / FOLDER
     filmed = 0
-    with contextlib.closing(_camera(loop, say)) as camera:
+    camera = AccidentCamera(env.env_id, final.safety, policy.normalizer, say)
+    with contextlib.closing(camera):
 
         def watch(episode: Episode, played: PlayedEpisode) -> None:
             nonlocal filmed
             if episode.accident and not played.fault and filmed < most:
                 path = folder / f"evaluate-{seed}-{episode.index:06d}.gif"
-                transitions = loop.experience.dataset.layout.unpack(played.rows)
-                filmed += _write(camera, episode, transitions, path)
+                filmed += _write(camera, episode, layout.unpack(played.rows), path)
 
         yield watch
     if filmed:
         say(f"videos      {filmed} of accidents in {folder}")
-
-
-def _camera(loop: Finetuning, say: Say) -> AccidentCamera:
-    return AccidentCamera(loop.env.env_id, loop.config.safety, loop.normalizer, say)
 
 
 def _write(camera: AccidentCamera, episode: Episode, transitions: Batch, path: Path) -> bool:

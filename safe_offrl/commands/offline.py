@@ -33,7 +33,6 @@ from safe_offrl.commands.phase import (
     unfinished,
     writing,
 )
-from safe_offrl.commands.trust import is_trusted_log, require_trusted_log
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure, find_device
 from safe_offrl.config import RunInputs, load_config
@@ -45,6 +44,7 @@ from safe_offrl.errors import DataError
 from safe_offrl.files import plain
 from safe_offrl.record.progress import Heartbeat, ProgressLine, Say
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.trust import is_trusted_log, require_trusted_log
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import report_png
 from safe_offrl.train.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of

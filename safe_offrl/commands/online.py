@@ -6,7 +6,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from safe_offrl.commands.common import loading, say_plain, stored_pretrain_run
+from safe_offrl.commands.common import say_plain, stored_pretrain_run
 from safe_offrl.commands.environment import identities, require_same_environment
 from safe_offrl.commands.filming import filming
 from safe_offrl.commands.online_plan import FinetunePlan, plan_finetune
@@ -21,13 +21,14 @@ from safe_offrl.commands.phase import (
     unfinished,
     writing,
 )
-from safe_offrl.commands.trust import require_trusted
 from safe_offrl.config import to_dict
 from safe_offrl.deploy.episodes import Reservation
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
+from safe_offrl.record.checkpoints import fitting
 from safe_offrl.record.progress import STOP_SECONDS, OnlineCurves, ProgressLine, Say
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.trust import require_trusted
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import online_blocks, online_png
 from safe_offrl.train.finetune import Finetuning
@@ -117,7 +118,7 @@ def resume_finetune(
 def start_loop(plan: FinetunePlan) -> Finetuning:
     """The online loop before its first step."""
     pretrained = plan.pretrained
-    with loading(plan.inputs.pretrained or ""):
+    with fitting(plan.inputs.pretrained or ""):
         return Finetuning(
             plan.config,
             plan.env,

@@ -20,7 +20,6 @@ from safe_offrl.commands.common import (
     warning_lines,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log, since_run
-from safe_offrl.commands.trust import require_trusted
 from safe_offrl.compute.descent import CompileMode, choose
 from safe_offrl.compute.device import Device, configure, find_device
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, to_dict
@@ -31,6 +30,7 @@ from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.trust import require_trusted
 from safe_offrl.report.videos import require_pictures
 from safe_offrl.safety.monitor import Certifiable, certifiable
 from safe_offrl.spec import Limit, SafetySpec

@@ -11,15 +11,14 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from safe_offrl.commands.common import loading
-from safe_offrl.commands.trust import trust_own
 from safe_offrl.compute.descent import CompileMode
 from safe_offrl.config import RunInputs, parse_run_yaml, run_yaml
 from safe_offrl.errors import ConfigError, EnvError, RunError, UserError
 from safe_offrl.files import write_atomic
-from safe_offrl.record.checkpoints import Checkpoint
+from safe_offrl.record.checkpoints import Checkpoint, fitting
 from safe_offrl.record.progress import STOP_SECONDS, Interrupted, Say, StopNow, StopSignal
 from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.trust import trust_own
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig
 
@@ -50,7 +49,7 @@ def bring_back(run: RunDir, loop: Loop) -> Checkpoint:
     """
     if run.has_begun:
         checkpoint = run.load_checkpoint()
-        with loading(run.path):
+        with fitting(run.path):
             loop.load(checkpoint.tensors, checkpoint.info)
     else:
         checkpoint = run.save_checkpoint(0, loop.state_dict(), loop.info())

@@ -16,37 +16,30 @@ from safe_offrl.check.situations import find_situations
 from safe_offrl.collect.build import build_dataset, default_dataset
 from safe_offrl.collect.log_plan import CollectConfig, add_log_time
 from safe_offrl.commands.common import (
-    loading,
     require_output,
     require_safety_keys,
     say_plain,
-    stored_pretrain_run,
 )
 from safe_offrl.commands.environment import changed_line, since_run
 from safe_offrl.commands.filming import filming_evaluation
 from safe_offrl.commands.offline import DEFAULT_ENV, with_logged_rule
-from safe_offrl.commands.online import start_loop
-from safe_offrl.commands.online_plan import FinetunePlan, finetune_config, plan_finetune
-from safe_offrl.commands.trust import require_trusted, trust_log
-from safe_offrl.config import load_config, parse_run_yaml
+from safe_offrl.config import load_config
 from safe_offrl.data_formats.loading import load_dataset, stated_metadata
 from safe_offrl.deploy.episodes import distinct
 from safe_offrl.deploy.evaluate import evaluate
-from safe_offrl.env.adapter import make_env
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.files import json_bytes, plain, write_atomic
-from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.progress import Heartbeat, Say
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run import find_run
+from safe_offrl.record.trust import trust_log
 from safe_offrl.report import charts, data_chart, page, tables
 from safe_offrl.report import comparison as report
 from safe_offrl.report.markdown import write_markdown
 from safe_offrl.report.run_data import Source
 from safe_offrl.spec import SafetySpec
-from safe_offrl.stats.statistics import clopper_pearson
-from safe_offrl.train.finetune import Finetuning
-from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.train.pretrain import PretrainConfig, discount_of
 from safe_offrl.types import Episode
 
@@ -80,35 +73,32 @@ def evaluate_run(
     if out is None:
         run.require_writable("Give --out FILE to write elsewhere.")
     require_output(target)
-    loop = final_policy(run)
-    if loop.config.env.kind == "real":
-        loop.env.close()
+    final = final_policy(run)
+    if final.environment.kind == "real":
+        final.env.close()
         raise ConfigError(
             f'The environment of "{run.name}" is real, where every episode must be on record and '
             "evaluate keeps no record. Use "
             f"`safe-offrl certify {run.name} --episodes {episodes}`, which does."
         )
-    safety, identity = loop.config.safety, loop.env.identity()
+    safety, identity = final.safety, final.env.identity()
     for line in changed_line(f"that of {run.name}", since_run(run, identity)):
         say(line)
     played: list[Episode] = []
     with (
-        contextlib.closing(loop.env),
-        filming_evaluation(target.parent, loop, seed, videos, say) as watch,
+        contextlib.closing(final.env),
+        filming_evaluation(target.parent, final, seed, videos, say) as watch,
         contextlib.closing(Heartbeat(say, lambda _: f"{len(played):,}/{episodes:,} episodes")),
     ):
-        situations = find_situations(loop.env)
+        situations = find_situations(final.env)
         for episode in evaluate(
-            loop.env,
-            NumpyActor(loop.deployment.actor),
-            loop.deployment.shield,
-            loop.normalizer,
+            final.env,
+            final.policy,
             episodes,
             seed,
-            version=loop.deployment.version,
             mean_action=mean_action,
             watch=watch,
-            worst_cost=loop.worst_cost,
+            worst_cost=final.worst_cost,
         ):
             played.append(episode)  # noqa: PERF402  # its length is shown meanwhile
     accidents = sum(episode.accident for episode in played)
@@ -137,7 +127,7 @@ def evaluate_run(
         "mean_length": sum(episode.steps for episode in played) / episodes,
         "mean_action": mean_action,
         "seed": seed,
-        "checkpoint_sha256": run.load_checkpoint().sha256,
+        "checkpoint_sha256": final.checkpoint_sha256,
         KEY: identity,
     }
     gain = f"{mean:.2f} +- {error:.2f}" if returns else "unknown: no episode came to its end"
@@ -165,36 +155,6 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     mean = math.fsum(values) / len(values)
     variance = math.fsum((x - mean) ** 2 for x in values) / max(1, len(values) - 1)
     return mean, math.sqrt(variance / len(values))
-
-
-def final_policy(run: RunDir) -> Finetuning:
-    """The policy that a run ended with, in an online loop that has not begun (or has ended).
-
-    A fine-tuning run's policy acts behind its shield, a pretrained one by itself: its accident rate
-    is what V_accident(s0) estimates.
-    """
-    if run.kind == "pretrain":
-        inputs, source = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
-        require_trusted(run, inputs, source.safety)
-        with contextlib.closing(make_env(inputs.env_id, source.safety)) as env:
-            horizon = env.horizon
-        config = finetune_config(run, budget=horizon, shield=False)
-        return start_loop(_plan_acting(run, config, inputs.threads))
-    inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig, run.path)
-    require_trusted(run, inputs, config.safety)
-    loop = start_loop(_plan_acting(stored_pretrain_run(inputs), config, inputs.threads))
-    checkpoint = run.load_checkpoint()
-    with loading(run.path):
-        loop.load(checkpoint.tensors, checkpoint.info)
-    return loop
-
-
-def _plan_acting(pretrained: RunDir, config: FinetuneConfig, threads: int) -> FinetunePlan:
-    # Whoever takes no gradient step needs no compiler and no GPU, and who asks for episodes takes
-    # their risk.
-    return plan_finetune(
-        pretrained, config, threads=threads, device="cpu", compile_mode="off", accept_risk=True
-    )
 
 
 def compare_runs(

@@ -1,30 +1,14 @@
-"""Which stored runs may import what their settings name: those made here, and those vouched for.
-
-An environment "module:Id" and an accident rule "module:function" import the module, which executes
-it. On the command line that is the user's own word. In the config.yaml of a run that somebody else
-made it is theirs, so this machine keeps a list of the settings that it may believe: a file named by
-the sha256 of config.yaml, in the cache folder, written when a run is made.
-"""
+"""Vouch for a run that somebody else made."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safe_offrl.commands.common import say_plain, stored_pretrain_run
-from safe_offrl.config import RunInputs, parse_run_yaml
-from safe_offrl.data.content import metadata_text
-from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.files import cache_folder, unwritable
+from safe_offrl.record.final_policy import stored_facts
 from safe_offrl.record.progress import Say
-from safe_offrl.record.run import RunDir, find_run
-from safe_offrl.spec import SafetySpec
-from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.record.run import find_run
+from safe_offrl.record.trust import named_modules, remember
 
 
 def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = say_plain) -> None:
@@ -33,94 +17,10 @@ def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = sa
     Once for a run: its settings do not change.
     """
     run = find_run(reference, Path(runs))
-    schema: type[PretrainConfig | FinetuneConfig] = (
-        PretrainConfig if run.kind == "pretrain" else FinetuneConfig
-    )
-    inputs, config = parse_run_yaml(run.config_text, run.kind, schema, run.path)
-    names = _named(inputs, config.safety)
+    inputs, safety, _ = stored_facts(run)
+    names = named_modules(inputs, safety)
     if names:
-        _remember(run.config_text)
+        remember(run.config_text)
     say(f"trusted     {run.path}: its settings import {', '.join(names) or 'nothing'}")
     if inputs.pretrained is not None:
         trust_run(stored_pretrain_run(inputs).path, say=say)
-
-
-def trust_own(
-    config_text: str, inputs: RunInputs, safety: SafetySpec, say: Say = say_plain
-) -> None:
-    """Remember settings that a run is about to be made with, if they import anything.
-
-    Where nothing can be remembered, it says so: it is asked for then.
-    """
-    if _named(inputs, safety):
-        try:
-            _remember(config_text)
-        except RunError as error:
-            say(f"note        this run will have to be trusted before it is used. {error}")
-
-
-def trust_log(metadata: Mapping[str, Any]) -> None:
-    """Remember what a log that was made here says of itself, if that would import anything."""
-    if any(":" in str(metadata.get(key, "")) for key in ("env_id", "accident")):
-        with contextlib.suppress(RunError):  # where nothing can be remembered, it is asked for
-            _remember(metadata_text(metadata))
-
-
-def is_trusted_log(metadata: Mapping[str, Any]) -> bool:
-    """Whether a log that names a module was made here."""
-    return _record(metadata_text(metadata)).is_file()
-
-
-def require_trusted_log(metadata: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the accident rule that a log from elsewhere names would be imported."""
-    rule = str(metadata["accident"])
-    if ":" in rule and not is_trusted_log(metadata):
-        raise ConfigError(
-            f'The log was made under the accident rule "{rule}", which would be imported and '
-            "executed, and it was not made on this machine as far as it knows. If you trust it, "
-            f"say safety.accident={rule}; else name another rule."
-        )
-
-
-def _remember(config_text: str) -> None:
-    path = _record(config_text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise RunError(
-            f'The list of runs made here, "{path.parent}", cannot be written ({error.strerror}). '
-            "Set SAFE_OFFRL_CACHE to a folder of yours."
-        ) from error
-
-
-def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec) -> None:
-    """Raise RunError if the settings of a run from elsewhere would import something."""
-    # Nothing is imported where the program has imported the environment's module itself; but of a
-    # module that is there, an accident rule could be any function.
-    known = inputs.env_id.partition(":")[0] in sys.modules
-    names = [name for name in _named(inputs, safety) if not (known and name == inputs.env_id)]
-    record = _record(run.config_text)
-    if not names or record.is_file():
-        return
-    importing = f"using it would import and execute {', '.join(names)}"
-    vouch = f"If you trust whoever made it, say so once: safe-offrl trust {run.path}"
-    if why := unwritable(record.parent):
-        raise RunError(
-            f'Whether the run "{run.name}" was made on this machine is not known: the list of '
-            f'those that were, "{record.parent}", cannot be written ({why}), and {importing}. Set '
-            f"SAFE_OFFRL_CACHE to a folder of yours. {vouch}"
-        )
-    raise RunError(
-        f'The run "{run.name}" was not made on this machine as far as it knows, and {importing}. '
-        f"{vouch}"
-    )
-
-
-def _named(inputs: RunInputs, safety: SafetySpec) -> list[str]:
-    """The environment and the accident rule, if they name a module."""
-    return [name for name in (inputs.env_id, safety.accident) if ":" in name]
-
-
-def _record(config_text: str) -> Path:
-    return cache_folder() / "trusted" / hashlib.sha256(config_text.encode()).hexdigest()

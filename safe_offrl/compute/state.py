@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from safe_offrl.compute.adam import Adam
@@ -54,3 +57,13 @@ def restore_state(parts: Mapping[str, Part], state: Mapping[str, Tensor]) -> Non
                 part.set_state(values["state"])
         else:
             part.copy_(values["value"])
+
+
+def arrays_sha256(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Hash of arrays by their names, types, shapes and bytes, whatever their order."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

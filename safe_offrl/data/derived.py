@@ -248,7 +248,7 @@ def scalar_columns(
     horizon: int,
     discount: float,
 ) -> dict[str, NDArray[np.float32]]:
-    """The scalar fields of a Batch for whole episodes, in the order of SCALARS, [N] each.
+    """The scalar fields of a Batch for whole episodes by their names, [N] each.
 
     Under the rule "episode_cost" two more: ``share_before`` and ``share_after`` the step, which end
     the observation and the next observation.

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from safe_offrl.data.content import HISTORY, REQUIRED, TABLES, Arrays, Metadata, Raw
 from safe_offrl.data.offsets import centred
 from safe_offrl.data_formats.actions import unit_actions
-from safe_offrl.data_formats.continuity import doubts, idle_starts, overshot, unmarked_breaks
+from safe_offrl.data_formats.breaks import unmarked_breaks
+from safe_offrl.data_formats.continuity import doubts, idle_starts, overshot
 from safe_offrl.data_formats.flags import Ends, settled_ends
 from safe_offrl.data_formats.motion import FEWEST, Motion, copies_of_episodes, measure
 from safe_offrl.data_formats.names import ENDS, METADATA_KEYS, near_name

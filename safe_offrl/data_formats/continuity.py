@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.data.content import Arrays
+from safe_offrl.data_formats.breaks import MOST_BREAKS
 from safe_offrl.data_formats.motion import (
     FEWEST,
     SAMPLE,
@@ -19,89 +20,16 @@ from safe_offrl.data_formats.motion import (
     Flags,
     Motion,
     distance,
+    links,
+    nearest,
     rows_of,
 )
-from safe_offrl.errors import DataError
 
-MOST_BREAKS = 0.25  # share of the rows within episodes: more are no order of time
 NEIGHBOURS = 10  # episodes before and after one that it is compared with
 MOST_ENDS = 20_000  # that are compared, from both sides of a larger log
 FEW = 0.02  # share of the ends that may be odd in an honest log
 CERTAIN = 6.0  # standard errors that chance does not reach in any number of logs
 DOUBTFUL = 4.0
-
-
-class Breaks(NamedTuple):
-    """Rows [N] within episodes whose next observation is not the following row's observation.
-
-    ``ends``: the log does not go on there. ``gaps``: it does, with rows missing. ``odd``: it does,
-    and the next observation is the one that is out of place.
-    """
-
-    ends: Flags
-    gaps: Flags
-    odd: Flags
-
-
-def unmarked_breaks(arrays: Arrays, motion: Motion | None, ends: Flags) -> Breaks | None:
-    """Where a log breaks within its episodes (``ends`` [N] marks their last rows).
-
-    None if that is not known: it is where next observations are, and most of them are the following
-    row's observation. Raises DataError where so few are that the rows cannot be in the order of
-    time.
-    """
-    if motion is None or motion.link is None or motion.step is None:
-        return None
-    inner, none = ~ends[:-1], np.zeros(len(ends), bool)
-    if inner.sum() < FEWEST:
-        return None  # there is nothing that next observations could lead to
-    same = motion.link <= _tolerance(motion, inner)
-    broken = inner & ~same
-    share = broken.sum() / inner.sum()
-    if share <= MOST_BREAKS:
-        steps = motion.step[:-1][inner & same]
-        far = 1.5 * float(np.quantile(steps, 0.999))
-        odd = broken & (motion.step[:-1] > far) & (motion.jump <= far)
-        broken &= ~odd
-        # All are one thing or the other: an episode may well begin near where the last one ended.
-        near = broken.any() and float(np.median(motion.jump[broken])) <= far
-        leads_on = near and not _begin_at_starts(arrays, motion, ends, broken)
-        found = [np.append(flags, False) for flags in (broken, odd)]
-        return Breaks(none, found[0], found[1]) if leads_on else Breaks(found[0], none, found[1])
-    _require_forward(arrays, motion, inner)
-    link, step = (float(np.median(d[inner])) for d in (motion.link, motion.step[:-1]))
-    if link > 2.0 * step or share < 0.75:
-        raise DataError(
-            f"next_observations of {int(broken.sum()):,} of {int(inner.sum()):,} rows within "
-            "episodes are not the observations of the row that follows (the first is row "
-            f"{int(broken.argmax())}): the rows are not in order of time, belong to several "
-            "environments in turn or are repeated, or terminals and timeouts mark ends of episodes "
-            "where there are none. Store one episode after the other, each row once, and mark its "
-            "last row."
-        )
-    return None
-
-
-def _require_forward(arrays: Arrays, motion: Motion, inner: Flags) -> None:
-    """Raise DataError if most rows lead to the row before them."""
-    rows = np.flatnonzero(inner)[:SAMPLE]
-    before = motion.scale(rows_of(arrays["observations"], rows))
-    led_to = motion.scale(rows_of(arrays["next_observations"], rows + 1))
-    if np.median(distance(before, led_to)) <= motion.rounding:
-        raise DataError(
-            "The next observation of most rows is the observation of the row before: the rows are "
-            "in reverse order of time. Store each episode from its first step to its last."
-        )
-
-
-def _begin_at_starts(arrays: Arrays, motion: Motion, ends: Flags, broken: Flags) -> bool:
-    """Whether most rows after a break are just where other episodes begin."""
-    starts = np.append(0, np.flatnonzero(ends[:-1]) + 1)[:512]
-    rows = np.flatnonzero(broken)[:512] + 1
-    observations = arrays["observations"]
-    places = motion.scale(rows_of(observations, starts))
-    distances = _nearest(motion.scale(rows_of(observations, rows)), places)
-    return float(np.median(distances)) <= motion.rounding
 
 
 class Doubt(NamedTuple):
@@ -117,7 +45,7 @@ def doubts(
     """Why ends [N] may be none, or be missing; ``known``: next observations link the rows."""
     ends = terminals | timeouts
     if known:
-        linked = _linked(motion, ends)
+        linked = links(motion, ends)
         if not linked[ends[:-1]].all():
             found = _ends_that_lead_on(arrays, motion, terminals, timeouts, linked)
             return found or _stray_starts(arrays, motion, terminals, timeouts)
@@ -138,7 +66,7 @@ def overshot(motion: Motion, terminals: Flags, timeouts: Flags) -> Flags:
     So it is where next observations were made by shifting observations across the ends: then that
     of every end is.
     """
-    linked, marked = _linked(motion, terminals | timeouts), (terminals | timeouts)[:-1]
+    linked, marked = links(motion, terminals | timeouts), (terminals | timeouts)[:-1]
     steps = motion.usual[:-1]
     none = np.zeros(len(terminals), bool)
     if not linked[marked].all() or not marked.any() or marked.all():
@@ -146,18 +74,6 @@ def overshot(motion: Motion, terminals: Flags, timeouts: Flags) -> Flags:
     # An episode may by itself end where the next one begins; then it is a step as any other.
     far = 1.5 * np.quantile(steps[~marked], 0.999)
     return np.append(timeouts[:-1], False) if np.median(steps[marked]) > far else none
-
-
-def _linked(motion: Motion, ends: Flags) -> Flags:
-    """Rows [N - 1] whose next observation is the following row's observation."""
-    assert motion.link is not None
-    return motion.link <= _tolerance(motion, ~ends[:-1])
-
-
-def _tolerance(motion: Motion, inner: Flags) -> float:
-    """Below it a next observation is the following row's observation."""
-    usual = float(np.median(motion.usual[:-1][inner])) if inner.any() else motion.apart
-    return max(motion.rounding, 1e-4 * usual)
 
 
 def _ends_that_lead_on(
@@ -172,7 +88,7 @@ def _ends_that_lead_on(
     suspects = np.flatnonzero(marked & linked)
     places = motion.scale(rows_of(arrays["observations"], starts))
     here = motion.scale(rows_of(arrays["observations"], suspects + 1))
-    suspects = suspects[_nearest(here, places) > motion.rounding]
+    suspects = suspects[nearest(here, places) > motion.rounding]
     if not len(suspects):
         return []
     # Readings that never repeat do not meet by chance; those of a coarse sensor may.
@@ -330,7 +246,7 @@ def _missing_ends(arrays: Arrays, motion: Motion, ends: Flags) -> list[Doubt]:
     spread = float(np.median(distance(places, np.median(places, axis=0)[None])))
     here = motion.scale(rows_of(arrays["observations"], rows + 1))
     # Certain where all begin at one place, and so many rows lead there.
-    same = spread < 0.05 * motion.apart and np.median(_nearest(here, places)) < 0.1 * motion.apart
+    same = spread < 0.05 * motion.apart and np.median(nearest(here, places)) < 0.1 * motion.apart
     return [
         Doubt(
             f"{len(rows):,} rows within episodes (the first is row {rows[0]}) move as far as from "
@@ -338,14 +254,6 @@ def _missing_ends(arrays: Arrays, motion: Motion, ends: Flags) -> list[Doubt]:
             certain=bool(same) and len(rows) > MOST_BREAKS * marked.sum(),
         )
     ]
-
-
-def _nearest(points: NDArray[np.float64], others: NDArray[np.float64]) -> Distances:
-    """Distance of each of the points [K, entries] from the nearest of the others."""
-    nearest = np.full(len(points), np.inf)
-    for other in others:
-        np.minimum(nearest, distance(points, other[None]), out=nearest)
-    return nearest
 
 
 def _sentence(motion: Motion, terminals: Flags, timeouts: Flags, rows: NDArray[np.int64]) -> str:

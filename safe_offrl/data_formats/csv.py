@@ -23,10 +23,10 @@ from safe_offrl.data.content import (
     require_size,
 )
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
-from safe_offrl.data_formats.hdf5 import replacing
 from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
+from safe_offrl.files import replacing
 
 SCALARS = (
     *("rewards", "costs", "terminals", "timeouts"),
@@ -120,6 +120,7 @@ def write_csv(
     ]
     digits = "%.9g" if wide == np.float32 else "%.17g"
     form = ["%d" if name in whole else digits for name in names]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w", encoding="ascii") as file:
         file.write(",".join(names) + "\n")
         for part in chunks(len(arrays["rewards"])):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
+from safe_offrl.files import replacing
 
 _HEAP = b"GCOL\1\0\0\0"  # how a heap of HDF5 begins
 
@@ -52,6 +52,7 @@ def write_dataset(path: str | Path, arrays: Arrays, metadata: Metadata) -> None:
     validate_arrays(arrays)
     arrays, metadata, wide = in_own_units(arrays, metadata)
     text = metadata_text(metadata)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
         for key in (*REQUIRED, *OPTIONAL):
             if key in arrays:
@@ -130,21 +131,6 @@ def unread_hdf5(path: Path) -> Iterator[Raw]:
             arrays: Any = {key: Unread(path, item) for key, item in found.items()}
             raw = Raw(arrays, metadata_of(file), tuple(remarks))
         yield raw
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end replaces ``target`` at once, or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

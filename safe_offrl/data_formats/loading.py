@@ -30,8 +30,8 @@ from safe_offrl.data_formats.minari import (
     read_minari,
     read_minari_metadata,
     require_hdf5,
-    write_minari,
 )
+from safe_offrl.data_formats.minari_write import write_minari
 from safe_offrl.data_formats.npz import read_npz, read_npz_metadata, write_npz
 from safe_offrl.data_formats.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError

@@ -14,9 +14,9 @@ from safe_offrl.types import SCALARS, Layout, Normalizer
 class MappedRows:
     """The rows [N, D] of some episodes of a map; implements StoredRows of data/dataset.py.
 
-    ``tables`` [R, 2 O + A] and ``scalars`` [R, 6 or 8] are mapped files. The scalars begin with the
-    last six columns of a Layout; the other two, if any, are appended to the observation and to the
-    next observation. ``starts`` [m + 1] are the first rows of the map's episodes and R.
+    ``tables`` [R, 2 O + A] and ``scalars`` [R, 6 or 8] are mapped files. The scalars begin with
+    SCALARS; the other two, if any, are appended to the observation and to the next observation.
+    ``starts`` [m + 1] are the first rows of the map's episodes and R.
     """
 
     def __init__(self, tables: Tensor, scalars: Tensor, layout: Layout, starts: np.ndarray) -> None:
@@ -28,7 +28,7 @@ class MappedRows:
         self._whole = True
         self._mean: Tensor | None = None
         self._std: Tensor | None = None
-        self._scale = torch.ones(6)  # of the scalars of a Layout
+        self._scale = torch.ones(len(SCALARS))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -40,17 +40,17 @@ class MappedRows:
         """Rows [B, D] of an index [B]; ``dim`` is 0."""
         at = self._position(index)
         tables, scalars = self._tables.index_select(0, at), self._scalars.index_select(0, at)
-        extra = scalars.shape[1] - 6  # 0 or 2
-        o, a = self._layout.observation_size - extra // 2, self._layout.action_size
+        scalars, shares = scalars[:, : len(SCALARS)], scalars[:, len(SCALARS) :]  # 0 or 2 of these
+        o, a = self._layout.observation_size - shares.shape[1] // 2, self._layout.action_size
         observations, following = tables[:, :o], tables[:, o + a :]
-        if extra:
-            observations = torch.cat([observations, scalars[:, 6:7]], dim=1)
-            following = torch.cat([following, scalars[:, 7:8]], dim=1)
+        if shares.shape[1]:
+            observations = torch.cat([observations, shares[:, :1]], dim=1)
+            following = torch.cat([following, shares[:, 1:]], dim=1)
         if self._mean is not None and self._std is not None:
             observations = (observations - self._mean) / self._std
             following = (following - self._mean) / self._std
         actions = tables[:, o : o + a].clamp(-1.0, 1.0)  # the tolerance of the validation
-        return torch.cat([observations, actions, following, scalars[:, :6] * self._scale], dim=1)
+        return Layout.join(observations, actions, following, scalars * self._scale)
 
     def column(self, name: str) -> Tensor:
         """A scalar field for all rows [N]; a view if these are all rows of the map."""

@@ -11,11 +11,9 @@ A batch is two gathers, of tables and of scalars, which together are rows in Lay
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,9 +44,9 @@ from safe_offrl.data_formats.complete import complete, taken_history
 from safe_offrl.data_formats.mapped_rows import MappedRows
 from safe_offrl.data_formats.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
-from safe_offrl.files import json_bytes, write_file
+from safe_offrl.files import json_bytes, replacing, write_file
 from safe_offrl.spec import SafetySpec
-from safe_offrl.types import Layout
+from safe_offrl.types import SCALARS, Layout
 
 HEADER = "dataset.json"
 ROWS_AT_ONCE = 2**20  # of scalars computed together; whole episodes, so a longer one counts as one
@@ -72,9 +70,8 @@ def write_memory_map(
     validate_arrays(arrays)
     arrays, metadata = centred(arrays, metadata)
     n = len(arrays["rewards"])
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(path) as temporary:
+        temporary.mkdir(parents=True)
         with (temporary / "tables.f32").open("wb") as file:
             for part in chunks(n):
                 block = [np.asarray(arrays[key][part], "<f4") for key in TABLES]
@@ -104,10 +101,6 @@ def write_memory_map(
         }
         header["header_sha256"] = _header_sha256(header)
         write_file(temporary / HEADER, json_bytes(header))
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return []
 
 
@@ -195,23 +188,18 @@ def _scalars(
     """Columns that follow the tables [N, 6 or 8], mapped from the cache beside the map."""
     key = f"{identity} {spec.accident} {spec.cost_threshold!r} {horizon} {discount!r}"
     name = f"scalars-{hashlib.sha256(key.encode()).hexdigest()[:16]}.f32"
-    width = 8 if spec.accident == "episode_cost" else 6
+    width = len(SCALARS) + 2 * (spec.accident == "episode_cost")
     target, expected = path / name, len(episodes.terminated) * width * 4
     if not target.is_file() or target.stat().st_size != expected:
-        temporary = path / f"{name}.{os.getpid()}.tmp"
         try:
-            with temporary.open("wb") as file:
+            with replacing(target) as temporary, temporary.open("wb") as file:
                 for block in _blocks(arrays, episodes.starts, metadata, spec, horizon, discount):
                     file.write(np.ascontiguousarray(block, "<f4").data)
-            temporary.replace(target)
         except OSError as error:
             raise DataError(
                 f'The accidents, times and returns of this run cannot be written into "{path}" '
                 f"({error}). Make room there, or copy the folder to where you may write."
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
     return _map(target, np.dtype("<f4")).reshape(-1, width)
 
 
@@ -233,7 +221,8 @@ def _blocks(
         columns = derived.scalar_columns(
             piece, starts[first : beyond + 1] - part.start, metadata, spec, horizon, discount
         )
-        yield np.stack(list(columns.values()), axis=1)
+        ordered = [columns.pop(name) for name in SCALARS]
+        yield np.stack([*ordered, *columns.values()], axis=1)  # what the rule adds comes behind
         first = beyond
 
 

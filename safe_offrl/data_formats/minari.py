@@ -7,11 +7,9 @@ the spaces.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,11 @@ from numpy.typing import NDArray
 
 from safe_offrl.data.content import (
     ATTRIBUTE,
-    Arrays,
-    Metadata,
-    Progress,
     Raw,
-    metadata_text,
     parse_metadata,
     reading,
     require_size,
 )
-from safe_offrl.data.derived import find_episodes
-from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.hdf5 import (
     declared_size,
     opened,
@@ -40,15 +32,12 @@ from safe_offrl.data_formats.hdf5 import (
     plain_group,
 )
 from safe_offrl.data_formats.names import near_name
-from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.errors import DataError
-from safe_offrl.files import json_bytes, write_file
 
 FILE = "main_data.hdf5"
-VERSION = "0.5.0"  # of the layout that is written; every later Minari reads it
 _STEPS = {"rewards": "rewards", "terminations": "terminals", "truncations": "timeouts"}
-_INFOS = {
+INFOS = {
     "cost": "costs",
     "accident": "accidents",
     "behaviour_log_prob": "behaviour_log_probs",
@@ -107,7 +96,7 @@ def read_minari(path: Path) -> Raw:
     keys = set(parts[0])
     if any(set(part) != keys for part in parts):
         raise DataError(
-            f'Only some episodes of "{path}" have {", ".join(sorted(set(_INFOS.values())))} in '
+            f'Only some episodes of "{path}" have {", ".join(sorted(set(INFOS.values())))} in '
             "their infos. Log them for all episodes, or for none."
         )
     for key in sorted(keys):
@@ -140,28 +129,6 @@ def read_minari_metadata(path: Path) -> dict[str, Any]:
         return _metadata(_description(folder / "metadata.json"))
 
 
-def write_minari(
-    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
-) -> list[str]:
-    """Validate and write the folder, complete or not at all; returns what it cannot hold."""
-    validate_arrays(arrays)
-    arrays, metadata, wide = in_own_units(arrays, metadata)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    (temporary / "data").mkdir(parents=True)
-    try:
-        discrete = metadata.get("action_count") is not None
-        lost = _write_episodes(temporary / "data" / FILE, arrays, discrete, wide, progress)
-        size = (temporary / "data" / FILE).stat().st_size / 1e6
-        described = _describe(_dataset_id(path), arrays, metadata, wide)
-        described["dataset_size"] = round(size, 1)
-        write_file(temporary / "data" / "metadata.json", json_bytes(described))
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return lost
-
-
 class _Episode:
     """The plain arrays of one group, checked before any of them is read."""
 
@@ -174,7 +141,7 @@ class _Episode:
             _array(group, ("observations", *leaf)) for leaf in leaves or _found(group)
         ]
         infos = plain_group(group, "infos") if "infos" in group else None
-        found = {ours: plain_dataset(infos, key) for key, ours in _INFOS.items()} if infos else {}
+        found = {ours: plain_dataset(infos, key) for key, ours in INFOS.items()} if infos else {}
         self.infos = {key: item for key, item in found.items() if item is not None}
 
     @property
@@ -218,9 +185,9 @@ def _unused_infos(group: h5py.Group | None) -> list[str]:
     infos = plain_group(group, "infos") if group is not None and "infos" in group else None
     known = {"observations", "actions", "infos", *_STEPS}
     names = [name for name in group or () if name not in known]
-    names += [f"infos/{name}" for name in infos or () if name not in _INFOS]
+    names += [f"infos/{name}" for name in infos or () if name not in INFOS]
     for key in ("cost", "accident"):
-        near = near_name(_INFOS[key], names)
+        near = near_name(INFOS[key], names)
         if (infos is None or key not in infos) and near is not None:
             raise DataError(
                 f'The infos of the dataset have no "{key}", but "{near}", which is not read. '
@@ -305,91 +272,3 @@ def _time_limit(spec: dict[str, Any]) -> Any:
             arguments = wrapper.get("kwargs")
             return arguments.get("max_episode_steps") if isinstance(arguments, dict) else None
     return None
-
-
-def _write_episodes(
-    path: Path,
-    arrays: Arrays,
-    discrete: bool,
-    wide: np.dtype[Any],
-    progress: Progress | None,
-) -> list[str]:
-    starts, terminated, _ = find_episodes(arrays)
-    behaviours = arrays["episode_behaviours"][:] if "episode_behaviours" in arrays else None
-    jumps = 0
-    with h5py.File(path, "w", track_order=True) as file:
-        for k, part in enumerate(map(slice, starts[:-1], starts[1:])):
-            group = file.create_group(f"episode_{k}")
-            group.attrs.update({"id": k, "total_steps": part.stop - part.start})
-            if behaviours is not None:
-                group.attrs["behaviour"] = int(behaviours[k])
-            first, following = (np.asarray(arrays[key][part], wide) for key in OBSERVATIONS)
-            jumps += int((first[1:] != following[:-1]).any(axis=1).sum())
-            group["observations"] = np.concatenate([first, following[-1:]])
-            actions = np.asarray(arrays["actions"][part], np.float32)
-            group["actions"] = actions.argmax(axis=1) if discrete else actions
-            group["rewards"] = np.asarray(arrays["rewards"][part], np.float32)
-            group["terminations"] = terminated[part]
-            timeouts = arrays["timeouts"][part].astype(bool)
-            timeouts[-1] |= not terminated[part][-1]
-            group["truncations"] = timeouts
-            infos = group.create_group("infos")
-            for key, ours in _INFOS.items():
-                if ours in arrays:
-                    values = arrays[ours][part].astype(bool if key == "accident" else np.float32)
-                    infos[key] = np.concatenate([np.zeros(1, values.dtype), values])
-            if progress is not None:
-                progress(int(part.stop), int(starts[-1]))
-        file.flush()
-    return [f"the next observation of {jumps} steps, which is not the following row's"] * (
-        jumps > 0
-    )
-
-
-def _dataset_id(path: Path) -> str:
-    """What Minari calls the dataset in a folder: below its own folder with the namespace."""
-    root, place = datasets_folder().resolve(), path.resolve()
-    parts = place.relative_to(root).parts if place.is_relative_to(root) else (path.name,)
-    label = "/".join(re.sub(r"[^-\w]", "-", part) for part in parts)
-    return label if re.search(r"-v\d+$", label) else f"{label}-v0"
-
-
-def _describe(name: str, arrays: Arrays, metadata: Metadata, wide: np.dtype[Any]) -> dict[str, Any]:
-    """What Minari wants to know of a dataset."""
-    size = arrays["actions"].shape[1]
-    discrete = metadata.get("action_count") is not None
-    described: dict[str, Any] = {
-        "dataset_id": name,
-        "total_episodes": len(find_episodes(arrays).lengths),
-        "total_steps": len(arrays["rewards"]),
-        "data_format": "hdf5",
-        "jpeg_encoding": False,
-        "minari_version": VERSION,
-        "observation_space": _box(arrays["observations"].shape[1], math.inf, wide.name),
-        "action_space": _discrete(size) if discrete else _box(size, 1.0),
-        ATTRIBUTE: metadata_text(metadata),
-    }
-    if isinstance(metadata.get("env_id"), str):
-        horizon = metadata.get("horizon")
-        described["env_spec"] = json.dumps(
-            {
-                "id": metadata["env_id"],
-                "entry_point": None,
-                "max_episode_steps": horizon if isinstance(horizon, int) else None,
-                "kwargs": {},
-                "additional_wrappers": [],
-                "vector_entry_point": None,
-            }
-        )
-    return described
-
-
-def _discrete(count: int) -> str:
-    """A Discrete space as Minari serialises it."""
-    return json.dumps({"type": "Discrete", "dtype": "int64", "start": 0, "n": count})
-
-
-def _box(size: int, bound: float, kind: str = "float32") -> str:
-    """A Box as Minari serialises it."""
-    low, high = [-bound] * size, [bound] * size
-    return json.dumps({"type": "Box", "dtype": kind, "shape": [size], "low": low, "high": high})

@@ -104,6 +104,26 @@ def rows_of(observations: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]
     return np.asarray(observations[rows])
 
 
+def links(motion: Motion, ends: Flags) -> Flags:
+    """Rows [N - 1] whose next observation is the following row's observation."""
+    assert motion.link is not None
+    return motion.link <= tolerance(motion, ~ends[:-1])
+
+
+def tolerance(motion: Motion, inner: Flags) -> float:
+    """Below it a next observation is the following row's observation."""
+    usual = float(np.median(motion.usual[:-1][inner])) if inner.any() else motion.apart
+    return max(motion.rounding, 1e-4 * usual)
+
+
+def nearest(points: NDArray[np.float64], others: NDArray[np.float64]) -> Distances:
+    """Distance of each of the points [K, entries] from the nearest of the others."""
+    nearest = np.full(len(points), np.inf)
+    for other in others:
+        np.minimum(nearest, distance(points, other[None]), out=nearest)
+    return nearest
+
+
 class Copies(NamedTuple):
     """``episodes`` of a log that are, number by number, an earlier one again.
 

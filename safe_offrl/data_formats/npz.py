@@ -24,10 +24,10 @@ from safe_offrl.data.content import (
     stored_type,
 )
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
-from safe_offrl.data_formats.hdf5 import replacing
 from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
+from safe_offrl.files import replacing
 
 OMNISAFE = ("obs", "action", "reward", "cost", "next_obs", "done")  # its names, all of them
 METADATA = "metadata"  # a 0-dimensional array of text: our metadata as JSON
@@ -71,6 +71,7 @@ def write_npz(
         if key in arrays
     }
     named[METADATA] = np.array(metadata_text(metadata))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **named)
     return []

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.contract import ask
 from safe_offrl.errors import EnvError, EnvFault
-from safe_offrl.policies.acting import Sampler
-from safe_offrl.safety.shield import Shield
-from safe_offrl.types import Episode, Normalizer
+from safe_offrl.types import Episode, Layout
 
 FAULTS_IN_A_ROW = 3  # episodes that the environment may fail in before the run stops
 
@@ -113,9 +112,7 @@ class Reservation(NamedTuple):
 
 def play_episode(
     env: AccidentEnv,
-    actor: Sampler,
-    shield: Shield,
-    normalizer: Normalizer,
+    policy: DeployedPolicy,
     seed: int,
     rng: np.random.Generator,
     *,
@@ -123,13 +120,14 @@ def play_episode(
 ) -> PlayedEpisode:
     """Reset with ``seed`` and act until the episode ends.
 
-    Observations are standardised by ``normalizer``, in what the policy sees and in the rows, and
+    Observations are standardised by the policy's normalizer, in what it sees and in the rows, and
     the rows' rewards are scaled by it; the episode's return is in the environment's unit.
     Return-to-go is left at 0 in the rows: only Cal-QL reads it, and fills it in. Where the
     environment fails, the episode ends, and its ``fault`` says how. Raises EnvError when the policy
     wants a non-finite action, which is never sent, and for settings that do not fit the
     environment.
     """
+    normalizer = policy.normalizer
     rows: list[np.ndarray] = []
     total = cost = 0.0
     steps = accidents = interventions = 0
@@ -139,9 +137,7 @@ def play_episode(
         observation = normalizer(ask(env.reset, seed=seed)[0])
         while not ended:
             time_to_go = 1.0 - len(rows) / env.horizon
-            action, replaced = shield.choose(
-                actor, observation, time_to_go, rng, mean_action=mean_action
-            )
+            action, replaced = policy.act(observation, time_to_go, rng, mean_action=mean_action)
             if not np.isfinite(action).all():
                 raise EnvError(
                     "The policy's action is not finite, so nothing was sent to the environment. Go "
@@ -152,11 +148,18 @@ def play_episode(
             raw, reward, terminated, truncated, info = ask(env.step, action)
             following = normalizer(raw)
             accident = bool(info["accident"])
-            scaled = reward * normalizer.reward_scale
-            tail = (scaled, accident, info["cost"], terminated, time_to_go, 0.0)
-            rows.append(
-                np.concatenate([observation, action, following, np.asarray(tail, dtype=np.float32)])
+            row = Layout.row(
+                observation,
+                action,
+                following,
+                rewards=reward * normalizer.reward_scale,
+                accidents=accident,
+                costs=info["cost"],
+                terminated=terminated,
+                time_to_go=time_to_go,
+                return_to_go=0.0,
             )
+            rows.append(row)
             observation, ended = following, terminated or truncated
             total += float(reward)
             cost += float(info["cost"])

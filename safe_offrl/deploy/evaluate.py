@@ -7,21 +7,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from safe_offrl.deploy.episodes import PlayedEpisode, faults_in_a_row, play_episode
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
-from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.safety.shield import Shield
-from safe_offrl.types import Episode, Normalizer
+from safe_offrl.types import Episode
 
 
 def evaluate(
     env: AccidentEnv,
-    actor: NumpyActor,
-    shield: Shield,
-    normalizer: Normalizer,
+    policy: DeployedPolicy,
     episodes: int,
     seed: int,
     *,
-    version: int = 0,
     mean_action: bool = False,
     watch: Callable[[Episode, PlayedEpisode], None] | None = None,
     worst_cost: float,
@@ -35,16 +31,14 @@ def evaluate(
     steps = faults = 0
     for index in range(episodes):
         reset_seed = episode_seed(seed, index, "evaluate")
-        played = play_episode(
-            env, actor, shield, normalizer, reset_seed, rng, mean_action=mean_action
-        )
+        played = play_episode(env, policy, reset_seed, rng, mean_action=mean_action)
         faults = faults_in_a_row(faults, played.fault)
         episode = played.recorded(
             index=index,
             seed=reset_seed,
             steps_before=steps,
             worst_cost=worst_cost,
-            version=version,
+            version=policy.version,
             phase="evaluate",
             content=played.content,
         )

@@ -20,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.deploy.graph import Inputs, Outputs, PolicyGraph
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.safety.shield import Shield
-from safe_offrl.types import Normalizer
 
 Arrays = dict[str, NDArray[Any]]
 Runner = Callable[[Arrays], Arrays]  # arrays by the names of Inputs -> by those of Outputs
@@ -126,9 +125,7 @@ def compare(
     run: Runner,
     graph: PolicyGraph,
     env: AccidentEnv,
-    actor: NumpyActor,
-    shield: Shield,
-    normalizer: Normalizer,
+    policy: DeployedPolicy,
 ) -> Comparison:
     """Compare a file with the policy behind its shield at observations like those of the log.
 
@@ -136,13 +133,13 @@ def compare(
     thing, and is left alone. Where a risk is as good as the most that is let pass, rounding
     decides, and nothing is compared.
     """
-    arrays = _examples(graph, env, actor, normalizer)
+    arrays = _examples(graph, policy)
     with torch.no_grad():
         closeness = graph.closeness(Inputs(*(torch.from_numpy(arrays[n]) for n in Inputs._fields)))
     clear = np.flatnonzero(closeness.numpy() > TOO_CLOSE)
     if not len(clear):
         return Comparison(0, 0, 0.0, False)
-    wanted = _chosen(arrays, clear, env, actor, shield, normalizer)
+    wanted = _chosen(arrays, clear, env, policy)
     given = run(arrays)
     difference = np.abs(given["action"][clear] - wanted["action"])
     same = bool(np.all(difference <= _tolerance(env))) and np.array_equal(
@@ -152,12 +149,12 @@ def compare(
     return Comparison(len(clear), interventions, float(difference.max()), same)
 
 
-def _examples(
-    graph: PolicyGraph, env: AccidentEnv, actor: NumpyActor, normalizer: Normalizer
-) -> Arrays:
+def _examples(graph: PolicyGraph, policy: DeployedPolicy) -> Arrays:
     """Inputs of the graph; the draws of row b are those of a generator with the seed b."""
     rng = np.random.default_rng(0)
-    standard = rng.standard_normal((EXAMPLES, env.observation_size), dtype=np.float32)
+    size, normalizer = policy.actor.observation_size, policy.normalizer
+    standard = rng.standard_normal((EXAMPLES, size), dtype=np.float32)
+    actor = NumpyActor(policy.actor)
     noise = [actor.noise(graph.draws, np.random.default_rng(row)) for row in range(EXAMPLES)]
     return {
         "observation": normalizer.mean + normalizer.std * standard,
@@ -170,16 +167,13 @@ def _chosen(
     arrays: Arrays,
     rows: NDArray[np.intp],
     env: AccidentEnv,
-    actor: NumpyActor,
-    shield: Shield,
-    normalizer: Normalizer,
+    policy: DeployedPolicy,
 ) -> Arrays:
     """What the policy behind its shield does at these rows of the examples."""
     chosen: dict[str, list[Any]] = {name: [] for name in Outputs._fields}
     for row in rows:
-        action, intervened = shield.choose(
-            actor,
-            normalizer(arrays["observation"][row]),
+        action, intervened = policy.act(
+            policy.normalizer(arrays["observation"][row]),
             float(arrays["time_to_go"][row]),
             np.random.default_rng(row),
         )

@@ -15,10 +15,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.policies.distributions import Categorical
-from safe_offrl.policies.networks import Actor
-from safe_offrl.safety.shield import Shield
-from safe_offrl.types import Normalizer
 
 
 class Inputs(NamedTuple):
@@ -49,16 +47,11 @@ class PolicyGraph(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(
-        self,
-        actor: Actor,
-        shield: Shield,
-        normalizer: Normalizer,
-        action_space: spaces.Box | spaces.Discrete,
-    ) -> None:
+    def __init__(self, policy: DeployedPolicy, action_space: spaces.Box | spaces.Discrete) -> None:
         super().__init__()
-        self.actor = copy.deepcopy(actor).requires_grad_(False)
-        self.risk_net = copy.deepcopy(shield.net).requires_grad_(False)
+        shield, normalizer = policy.shield, policy.normalizer
+        self.actor = copy.deepcopy(policy.actor).requires_grad_(False)
+        self.risk_net = copy.deepcopy(shield.net)
         self.acts, self.draws, self.margin = shield.acts, shield.draws, shield.margin
         self.register_buffer("mean", torch.tensor(normalizer.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(normalizer.std, dtype=torch.float32))
@@ -114,6 +107,7 @@ class PolicyGraph(nn.Module):
 
     def _risks(self, states: Tensor, options: Tensor) -> Tensor:
         """Q_C of actions [N, B, A] -> [N, B]."""
+        assert self.risk_net is not None
         return torch.sigmoid(self.risk_net.over_actions(states, options)).mean(0)
 
     def _own_action(self, unit: Tensor, finite: Tensor) -> Tensor:

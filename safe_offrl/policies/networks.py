@@ -69,7 +69,7 @@ class StackedMLP(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.members = members
+        self.members, self.widths = members, hidden
         layers: list[nn.Module] = []
         size = inputs
         for width in hidden:
@@ -166,6 +166,7 @@ class Actor(nn.Module):
         self.discrete = discrete
         outputs = action_size if discrete else 2 * action_size
         self.layers = linear_layers(observation_size, (*hidden, outputs), generator)
+        self.observation_size, self.action_size, self.hidden = observation_size, action_size, hidden
 
     def __call__(self, observations: Tensor) -> Policy:
         """Typed entry to ``forward``; torch declares Any."""

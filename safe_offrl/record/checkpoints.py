@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +126,19 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint:
     raise RunError(
         f'The run "{run}" has no checkpoint. Restore one from a backup or start a new run.'
     )
+
+
+@contextlib.contextmanager
+def fitting(path: str | Path) -> Iterator[None]:
+    """Turn torch's complaint about a state that does not fit into one sentence."""
+    try:
+        yield
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f'The checkpoint of "{path}" does not fit this version of safe-offrl ({reason}). '
+            "Use the version in its versions.json, or make the run again."
+        ) from error
 
 
 def remove_unfinished(folder: Path) -> None:

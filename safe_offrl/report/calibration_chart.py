@@ -13,8 +13,8 @@ import numpy as np
 
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.safety.calibration import CalibrationReport
+from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
 from safe_offrl.stats.reliability import EDGES
-from safe_offrl.stats.statistics import clopper_pearson
 from safe_offrl.types import Episode
 
 if TYPE_CHECKING:
@@ -234,9 +234,7 @@ def _block(members: Sequence[tuple[Episode, float]], constraint: str) -> Block:
     n = len(members)
     played = [episode for episode, _ in members]
     if constraint == "cost":
-        costs = [episode.cost for episode in played]
-        realised = statistics.fmean(costs)
-        error = statistics.stdev(costs) / math.sqrt(n)
+        realised, error = mean_and_error([episode.cost for episode in played])
         low, high = max(0.0, realised - 2.0 * error), realised + 2.0 * error
     else:
         accidents = sum(episode.accident for episode in played)

@@ -17,8 +17,8 @@ from safe_offrl.report.summaries import (
     final_return,
     learned_online,
 )
-from safe_offrl.stats.resampling import ratio_interval, sign_flip_p_value
-from safe_offrl.stats.statistics import RateRatio, bootstrap_interval, rate_ratio
+from safe_offrl.stats.fixed import RateRatio, rate_ratio
+from safe_offrl.stats.resampling import bootstrap_interval, ratio_interval, sign_flip_p_value
 
 Pairs = Sequence[tuple[RunData, RunData]]
 Rows = NDArray[np.float64]

@@ -13,13 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from safe_offrl.report.run_data import RunData
-from safe_offrl.stats.statistics import (
-    bootstrap_interval,
-    clopper_pearson,
-    iqm,
-    run_level_interval,
-    run_level_upper,
-)
+from safe_offrl.stats.anytime import run_level_interval, run_level_upper
+from safe_offrl.stats.fixed import Mean, clopper_pearson, mean_and_error
+from safe_offrl.stats.resampling import bootstrap_interval, iqm
 from safe_offrl.types import Episode
 
 EARLY_STEPS = 5_000  # where most accidents of fine-tuning happen
@@ -35,13 +31,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-
-class Mean(NamedTuple):
-    """A mean with its standard error (NaN for a single observation)."""
-
-    value: float
-    error: float
 
 
 NOTHING = Interval(math.nan, math.nan, math.nan)
@@ -110,7 +99,8 @@ def scales_of(reference: Sequence[RunData]) -> dict[str, float]:
     """
     means = {}
     for environment in {run.env_id for run in reference}:
-        mean = _mean([outcome(run) for run in reference if run.env_id == environment]).value
+        returns = [outcome(run) for run in reference if run.env_id == environment]
+        mean = mean_and_error(returns).value
         means[environment] = mean if mean > 0 else math.nan
     return means
 
@@ -142,7 +132,7 @@ def row_of(
     last = {id(run): final_episodes(run) for run in online}
     counts = [float(sum(e.accident for e in run.episodes)) for run in online]
     upper = run_level_upper(accidents, confidence) / len(episodes) if episodes else 1.0
-    final = [_mean(_returns(last[id(run)]), unit[run.env_id]) for run in online]
+    final = [mean_and_error(np.divide(_returns(last[id(run)]), unit[run.env_id])) for run in online]
     shown = [
         Mean(e.mean_return / unit[run.env_id], e.return_standard_error / unit[run.env_id])
         for run, e in zip(played, evaluations, strict=True)
@@ -188,7 +178,7 @@ def row_of(
         else None,
         recovering=sum(d.recovering for d in decisions),
         constraint=runs[0].constraint,
-        estimate=_NO_MEAN if several else _mean([run.estimate for run in runs]),
+        estimate=_NO_MEAN if several else mean_and_error([run.estimate for run in runs]),
         # Written so that a single NaN among the estimates counts as above.
         above_limit=sum(not d.v_deployed < d.limit for d in decisions)
         if any(not math.isnan(d.v_deployed) for d in decisions)
@@ -212,7 +202,7 @@ def final_episodes(run: RunData) -> list[Episode]:
 
 def final_return(run: RunData) -> float:
     """Mean return of the run's final episodes; NaN without any."""
-    return _mean(_returns(final_episodes(run))).value
+    return mean_and_error(_returns(final_episodes(run))).value
 
 
 def learned_online(run: RunData) -> bool:
@@ -241,12 +231,12 @@ def _iqm(runs: Sequence[RunData], values: Sequence[float], confidence: float) ->
 
 
 def _costs(episodes: Sequence[Episode]) -> Mean:
-    return _mean([e.cost for e in episodes])
+    return mean_and_error([e.cost for e in episodes])
 
 
 def _over_runs(means: Sequence[Mean]) -> Mean:
     """One run's own mean and error; of several, the mean of their means and its error."""
-    return means[0] if len(means) == 1 else _mean([m.value for m in means])
+    return means[0] if len(means) == 1 else mean_and_error([m.value for m in means])
 
 
 def _rate(accidents: int, exposure: float, confidence: float, most: float = math.inf) -> Interval:
@@ -254,9 +244,3 @@ def _rate(accidents: int, exposure: float, confidence: float, most: float = math
         return NOTHING
     low, high = run_level_interval(accidents, confidence)
     return Interval(accidents / exposure, low / exposure, min(most, high / exposure))
-
-
-def _mean(values: Sequence[float], unit: float = 1.0) -> Mean:
-    x = np.asarray(values, dtype=np.float64) / unit
-    error = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
-    return Mean(float(x.mean()) if len(x) else math.nan, error)

@@ -13,10 +13,9 @@ from safe_offrl.report.summaries import (
     LAST_EPISODES,
     LAST_SHARE,
     Interval,
-    Mean,
     Row,
 )
-from safe_offrl.stats.statistics import RateRatio
+from safe_offrl.stats.fixed import Mean, RateRatio
 
 MANY_RUNS = 20  # more are left out of the terminal's tables where their groups are shown
 

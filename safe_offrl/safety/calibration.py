@@ -21,8 +21,8 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic
 from safe_offrl.spec import Limit
+from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.stats.reliability import Bin, reliability_bins
-from safe_offrl.stats.statistics import clopper_pearson
 
 Floats = NDArray[np.float32]
 

@@ -40,7 +40,7 @@ from safe_offrl.nn.losses import (
 )
 from safe_offrl.policies.distributions import normal
 from safe_offrl.policies.networks import EVERY, Actor, Members, StackedMLP, polyak_
-from safe_offrl.stats.statistics import standard_errors
+from safe_offrl.stats.fixed import standard_errors
 from safe_offrl.types import Batch, States
 
 LOG_ALPHA_MIN = -12.0  # 6e-6: no pressure to speak of, and a way back up

@@ -61,7 +61,7 @@ class Deployment:
         self.delta = torch.tensor(delta, device=device)
         self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0, device=device)
         self._critic = critic
-        self.shield = Shield(critic, shielding, limit.share, acts=shield_acts)
+        self.shield = Shield.of(critic, shielding, limit.share, acts=shield_acts)
         self.certified_shield = copy.deepcopy(self.shield)
 
     def deploy(self, actor: Actor, shield: Shield | None = None) -> None:
@@ -70,7 +70,7 @@ class Deployment:
         self.actor.load_state_dict(actor.state_dict())  # in place: a recorded update reads it there
         if shield is None:
             acts = self.shield.acts
-            self.shield = Shield(self._critic, self.shielding, self.limit.share, acts=acts)
+            self.shield = Shield.of(self._critic, self.shielding, self.limit.share, acts=acts)
         else:
             self.shield = copy.deepcopy(shield)
 
@@ -162,11 +162,14 @@ class Deployment:
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps, besides :meth:`info`."""
+        shield, certified = self.shield.net, self.certified_shield.net
+        assert shield is not None
+        assert certified is not None
         return {
             "deployed": self.actor,
             "certified": self.certified,
-            "shield": self.shield.net,
-            "certified_shield": self.certified_shield.net,
+            "shield": shield,
+            "certified_shield": certified,
             "kl_weight": self.kl_weight,
             "delta": self.delta,
         }

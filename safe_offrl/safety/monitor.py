@@ -8,18 +8,16 @@ from typing import Any
 
 from safe_offrl.errors import ConfigError
 from safe_offrl.spec import Limit
-from safe_offrl.stats.statistics import (
+from safe_offrl.stats.anytime import (
     AlarmState,
     alarm_log_evidence,
     alarm_start,
     alarm_update,
     betabinomial_sequence,
-    episodes_needed,
-    error_share,
     run_level_lower,
     run_level_upper,
-    smallest_epsilon,
 )
+from safe_offrl.stats.fixed import episodes_needed, error_share, smallest_epsilon
 
 
 class SafetyMonitor:

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from safe_offrl.compute.state import arrays_sha256
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import Sampler
+from safe_offrl.policies.networks import StackedMLP
 from safe_offrl.safety.critic import SafetyCritic
 
 Vector = NDArray[np.float32]
@@ -48,20 +50,33 @@ class ShieldConfig:
 
 
 class Shield:
-    """A frozen copy of the safety critic's plain members, and how far above the least risk to go.
+    """Frozen networks of risk, and how far above the least risk of its draws an action may be.
 
-    ``limit`` is what is constrained, in the critic's unit. A shield that does not ``act`` lets the
-    policy's first draw pass unseen.
+    ``margin`` is in the critic's unit. A shield that does not ``act`` lets the policy's first draw
+    pass unseen; then it needs no ``net``.
     """
 
     def __init__(
-        self, critic: SafetyCritic, config: ShieldConfig, limit: float, *, acts: bool
+        self, net: StackedMLP | None, candidates: int, margin: float, *, acts: bool
     ) -> None:
-        self.config = config
+        self.net = net
+        self.candidates = candidates
+        self.margin = margin
         self.acts = acts
-        self.margin = config.margin * limit
-        # The others are pushed up at the policy's actions: no comparison of actions.
-        self.net = critic.net.select(critic.plain).requires_grad_(False).cpu()
+
+    @classmethod
+    def of(cls, critic: SafetyCritic, config: ShieldConfig, limit: float, *, acts: bool) -> Shield:
+        """Of a copy of the critic's plain members; ``limit`` is what is constrained, in its unit.
+
+        The others are pushed up at the policy's actions: no comparison of actions.
+        """
+        net = critic.net.select(critic.plain).requires_grad_(False).cpu()
+        return cls(net, config.candidates, config.margin * limit, acts=acts)
+
+    @classmethod
+    def abstaining(cls) -> Shield:
+        """One that never acts."""
+        return cls(None, 1, 0.0, acts=False)
 
     def choose(
         self,
@@ -89,11 +104,19 @@ class Shield:
     @property
     def draws(self) -> int:
         """How many actions an action is chosen among: one where the shield abstains."""
-        return self.config.candidates if self.acts else 1
+        return self.candidates if self.acts else 1
+
+    @property
+    def sha256(self) -> str:
+        """Hash of networks, margin and number of draws."""
+        nets = {} if self.net is None else self.net.state_dict()
+        numbers = np.asarray([self.margin, self.draws], dtype=np.float64)
+        return arrays_sha256({k: v.numpy() for k, v in nets.items()} | {"n": numbers})
 
     def _risk(
         self, observation: Vector, time_to_go: float, actions: NDArray[np.float32]
     ) -> NDArray[np.float32]:
+        assert self.net is not None
         with torch.no_grad():
             observations = torch.from_numpy(observation).expand(len(actions), -1)
             left = torch.full((len(actions), 1), time_to_go)

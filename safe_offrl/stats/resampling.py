@@ -1,11 +1,12 @@
 """What seeds say: bootstraps and exact tests that draw whole runs, or pairs of runs.
 
-The tools of statistics.py treat episodes and cover the chance of accidents. These treat runs, and
-cover that another seed gives another run.
+The tools of anytime.py and fixed.py treat episodes and cover the chance of accidents. These treat
+runs, and cover that another seed gives another run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -91,3 +92,44 @@ def sign_flip_p_value(differences: ArrayLike) -> float:
     sums = np.abs((2.0 * patterns - 1.0) @ x)
     # Sums that are equal on paper may differ by rounding.
     return float((sums >= abs(x.sum()) - 1e-9 * np.abs(x).sum()).mean())
+
+
+def iqm(values: ArrayLike) -> float:
+    """Interquartile mean: the mean after dropping floor(n / 4) values at each end.
+
+    Agarwal et al. 2021 (rliable), which uses scipy's trim_mean(0.25). NaN when there is no value.
+    """
+    flat = np.ravel(np.asarray(values, dtype=np.float64))
+    return float(iqm_of_curves(flat)) if len(flat) else math.nan
+
+
+def iqm_of_curves(curves: ArrayLike) -> NDArray[np.float64]:
+    """Interquartile mean over the first axis, point by point: [n, ...] -> [...]."""
+    ordered = np.sort(np.asarray(curves, dtype=np.float64), axis=0)
+    cut = len(ordered) // 4
+    return np.asarray(ordered[cut : len(ordered) - cut].mean(axis=0))
+
+
+def bootstrap_interval(
+    strata: Sequence[ArrayLike],
+    statistic: Callable[[NDArray[np.float64]], float],
+    rng: np.random.Generator,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> tuple[float, float]:
+    """Stratified percentile bootstrap of ``statistic``.
+
+    Each stratum is an array [n_i, ...]; its rows are drawn with replacement within the stratum, and
+    the statistic gets all drawn rows together [sum n_i, ...]. Paired data: one row holds the pair.
+    """
+    arrays = [np.asarray(s, dtype=np.float64) for s in strata]
+    if not arrays or any(len(a) == 0 for a in arrays):
+        raise ValueError("every stratum needs at least one row")
+    draws = [
+        statistic(np.concatenate([a[rng.integers(len(a), size=len(a))] for a in arrays]))
+        for _ in range(resamples)
+    ]
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(draws, [tail, 1.0 - tail])
+    return float(low), float(high)

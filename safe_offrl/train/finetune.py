@@ -24,9 +24,10 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.derived import returns_to_go
 from safe_offrl.data.experience import Experience
 from safe_offrl.deploy.episodes import Reservation, faults_in_a_row, play_episode
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
-from safe_offrl.policies.acting import NumpyActor, Sampler, UniformActor
+from safe_offrl.policies.acting import UniformActor
 from safe_offrl.policies.networks import Networks
 from safe_offrl.safety.acceptance import Decision
 from safe_offrl.safety.critic import SafetyCritic
@@ -95,17 +96,16 @@ class Finetuning:
             self.generator,
             compute,
         )
-        self.limit = config.safety.limit(env.horizon, dataset.cost_max)
-        # What an episode counts as whose end is unknown. A limited cost is a share of its scale.
-        by_cost = self.limit.constraint == "cost"
-        self.worst_cost = self.limit.scale if by_cost else dataset.worst_cost
+        self.cost_max = dataset.cost_max
+        self.limit = config.safety.limit(env.horizon, self.cost_max)
+        self.worst_cost = self.limit.worst_cost(dataset.worst_cost)
         self.critic = SafetyCritic(
             layout.observation_size,
             layout.action_size,
             env.horizon,
             config.critic,
             self.generator,
-            dataset.cost_max if by_cost else None,
+            self.cost_max if self.limit.constraint == "cost" else None,
             compute,
         )
         self.experience = Experience(
@@ -162,12 +162,22 @@ class Finetuning:
         limit = lagrangian.aim * self.limit.share
         return PIDMultiplier(baseline.pid, lagrangian.init, limit, lagrangian.maximum, device)
 
-    def _acting(self) -> Sampler:
+    @property
+    def policy(self) -> DeployedPolicy:
+        """What acts now, and acts on when the loop ends; a baseline's random warm-up apart."""
+        deployment = self.deployment
+        return DeployedPolicy.of(
+            deployment.actor, deployment.shield, self.normalizer, deployment.version
+        )
+
+    def _acting(self) -> DeployedPolicy:
         """Who acts in the next episode: the deployed policy, or a baseline's random warm-up."""
+        policy = self.policy
         if self.config.baseline.from_scratch and self.steps < self.config.warmup_steps:
-            layout, discrete = self.experience.dataset.layout, self.networks.actor.discrete
-            return UniformActor(layout.action_size, discrete=discrete)
-        return NumpyActor(self.deployment.actor)
+            actor = policy.actor
+            uniform = UniformActor(actor.action_size, discrete=actor.discrete)
+            return policy._replace(sampler=uniform)
+        return policy
 
     def run(self, recorded: Sequence[Episode] = ()) -> Iterator[Episode | Reservation | Iteration]:
         """Interact until the budget cannot hold another episode or accidents are used up.
@@ -218,8 +228,7 @@ class Finetuning:
         }
         if real:
             yield Reservation.of(steps=self.env.horizon, **about)
-        shield, seed = self.deployment.shield, about["seed"]
-        played = play_episode(self.env, self._acting(), shield, self.normalizer, seed, self.rng)
+        played = play_episode(self.env, self._acting(), about["seed"], self.rng)
         episode = played.recorded(**about)
         # A failing environment teaches nothing; so a fault that is on record leaves the same state.
         self._remember(episode, None if played.fault else played.rows)
@@ -387,6 +396,7 @@ class Finetuning:
         """Everything that the next step depends on, as tensors."""
         return {
             **collect_state(self._parts()),
+            **self.policy.tensors(),
             **{f"experience/{k}": v for k, v in self.experience.state_dict().items()},
         }
 
@@ -398,6 +408,9 @@ class Finetuning:
             "updated": self.updated,
             "iterations": self.iterations,
             **self.deployment.info(),
+            "policy": self.policy.words(),
+            "cost_max": self.cost_max,
+            "worst_cost": self.worst_cost,
             "next_proposal": self.next_proposal,
             "stopped": self.stopped,
             "recent": self.recent,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.compute.descent import CompileMode, Precision
@@ -15,7 +14,7 @@ from safe_offrl.safety.acceptance import AcceptanceConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.safety.multiplier import LagrangianConfig
 from safe_offrl.safety.shield import ShieldConfig
-from safe_offrl.spec import SafetySpec
+from safe_offrl.spec import EnvironmentConfig, SafetySpec
 from safe_offrl.train.baselines import BaselineConfig
 
 # What the cost constraint has for defaults, see pretrain.COST_DEFAULTS. Offline a slow target keeps
@@ -26,28 +25,6 @@ COST_DEFAULTS: dict[str, Any] = {
     "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
     "baseline": {"pid": {"proportional": 0.3, "integral": 0.03, "derivative": 0.3}},
 }
-
-
-@dataclass(frozen=True)
-class EnvironmentConfig:
-    """What the environment is: "sim", where an episode that was cut off is played again, or "real".
-
-    In "real" nothing can be played again. An episode's steps are on record before its first one; if
-    the process dies in it, it counts as lost: with all the steps that were reserved, and as an
-    accident, since nobody saw whether there was one. With a ``timeout`` (seconds, of one reset or
-    step) it runs in a process of its own, so that one that hangs or dies is a fault of one episode.
-    """
-
-    kind: Literal["sim", "real"] = "sim"
-    timeout: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a timeout that nothing can keep."""
-        if self.timeout is not None and not 0.0 < self.timeout < math.inf:
-            raise ConfigError(
-                f"env.timeout is {self.timeout}, but a number of seconds above 0 is needed. Leave "
-                "it out for an environment that never hangs."
-            )
 
 
 @dataclass(frozen=True)

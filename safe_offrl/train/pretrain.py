@@ -23,11 +23,13 @@ from safe_offrl.compute.device import Device, DeviceChoice
 from safe_offrl.compute.state import Part, collect_state, restore_state, seeded
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, draw_indices, uniform_batches
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.safety.calibration import CalibrationReport, calibrate_critic
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.multiplier import LagrangianConfig, Multiplier
+from safe_offrl.safety.shield import Shield
 from safe_offrl.spec import Limit, SafetySpec
 from safe_offrl.types import Record
 
@@ -164,7 +166,9 @@ class Pretraining:
             self.generator,
             discrete=dataset.discrete,
         )
-        self.limit = config.safety.limit(dataset.horizon, dataset.cost_max)
+        self.cost_max = dataset.cost_max
+        self.limit = config.safety.limit(dataset.horizon, self.cost_max)
+        self.worst_cost = self.limit.worst_cost(dataset.worst_cost)
         self.agent: Agent | BC
         self.extraction: Extraction | None = None
         if config.agent == "bc_safe":
@@ -191,11 +195,11 @@ class Pretraining:
             dataset.horizon,
             config.critic,
             self.generator,
-            dataset.cost_max if self.limit.constraint == "cost" else None,
+            self.cost_max if self.limit.constraint == "cost" else None,
             compute,
         )
         if self.limit.constraint == "cost":
-            costs = self.train.episode_costs.sum() / dataset.cost_max / len(self.train.rows)
+            costs = self.train.episode_costs.sum() / self.cost_max / len(self.train.rows)
             self.critic.start_from(math.log(costs / (1.0 - costs)) if 0.0 < costs < 1.0 else -3.0)
         self.multiplier = Multiplier(config.lagrangian, self.limit.share, self.generator.device)
         self.step = 0
@@ -318,7 +322,12 @@ class Pretraining:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
-        return collect_state(self._parts())
+        return {**collect_state(self._parts()), **self.policy.tensors()}
+
+    @property
+    def policy(self) -> DeployedPolicy:
+        """What has been learnt to act, by itself: its accident rate is what is estimated."""
+        return DeployedPolicy.of(self.networks.actor, Shield.abstaining(), self.normalizer, 0)
 
     def info(self) -> dict[str, Any]:
         """The part of the state that is not tensors; JSON-able."""
@@ -327,6 +336,9 @@ class Pretraining:
         return {
             "step": self.step,
             "shield_acts": acts,
+            "policy": self.policy.words(),
+            "cost_max": self.cost_max,
+            "worst_cost": self.worst_cost,
             **({"unlogged": unlogged} if unlogged else {}),
         }
 

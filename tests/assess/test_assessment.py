@@ -25,7 +25,7 @@ from safe_offrl.envs.hazard_line import SIZE
 from safe_offrl.errors import DataError
 from safe_offrl.policies.distributions import Gaussian, log_prob
 from safe_offrl.policies.networks import Actor
-from safe_offrl.stats.statistics import clopper_pearson, clopper_pearson_upper
+from safe_offrl.stats.fixed import clopper_pearson, clopper_pearson_upper
 
 QUICK = FittedConfig(steps=300, networks=2, replicates=100)
 

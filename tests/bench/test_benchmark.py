@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from safe_offrl.bench.suite import METHODS, Job, Suite, jobs_of, load_suite, narrowed, parse_suite
+from safe_offrl.bench.methods import METHODS
+from safe_offrl.bench.suite import Job, Suite, jobs_of, load_suite, narrowed, parse_suite
 from safe_offrl.commands import benchmark_run, benchmark_text, finetune_config, pretrain_config
-from safe_offrl.commands.benchmark import _next_command
+from safe_offrl.commands.benchmark import _next_command, _settings_now
 from safe_offrl.config import RunInputs, run_yaml
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.run import RunDir
@@ -33,7 +35,10 @@ pretrain:
   critic: {hidden: [16], members: 3, reference: 1}
 finetune: {warmup_steps: 100, batch_size: 32}
 """
-RECORDS = Path(__file__).parents[2] / "docs" / "results" / "records"
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "docs" / "results" / "records"
+SUITES = sorted(path.stem for path in (ROOT / "configs" / "suites").glob("*.yaml"))
+QUESTIONS = ("ablations", "margin", "precision")
 
 
 def suite_of(text: str = SMALL, **changes: str) -> Suite:
@@ -42,17 +47,73 @@ def suite_of(text: str = SMALL, **changes: str) -> Suite:
     return parse_suite(text, "small")
 
 
-def test_every_suite_fits_the_settings() -> None:
-    for name in ("smoke", "point", "safety"):
-        suite = load_suite(name)
-        assert suite.methods[0] == "ours"  # the others are compared with it
-        assert f"{len(suite.methods)} methods" in benchmark_text(suite, Path("nowhere"))
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_fits_the_settings(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.methods[0] == (
+        "rlpd" if name == "ablations" else "ours"
+    )  # what others stand beside
+    assert f"{len(suite.methods)} methods" in benchmark_text(suite, Path("nowhere"))
 
 
-def test_point_has_every_method_ten_seeds_and_fifty_thousand_steps() -> None:
+def test_every_method_is_run_by_a_suite() -> None:
+    assert set(METHODS) == {method for name in SUITES for method in load_suite(name).methods}
+
+
+def test_point_is_ten_seeds_of_every_method_but_those_of_a_further_question() -> None:
     suite = load_suite("point")
-    assert set(suite.methods) == set(METHODS)
-    assert (suite.seeds, suite.budget) == (tuple(range(10)), 50_000)
+    asked = {method for name in QUESTIONS for method in load_suite(name).methods}
+    assert set(METHODS) - set(suite.methods) == asked - set(suite.methods)
+    assert (len(suite.methods), suite.seeds, suite.budget) == (15, tuple(range(10)), 50_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "differing"),
+    [
+        ("margin", "ours", "ours-margin", {"finetune lagrangian.aim": (1.0, 0.5)}),
+        (
+            "precision",
+            "ours",
+            "ours-bf16",
+            {f"{kind} precision": ("fp32", "bf16") for kind in ("pretrain", "finetune")},
+        ),
+        ("precision", "frozen", "frozen-bf16", {"pretrain precision": ("fp32", "bf16")}),
+        ("ablations", "rlpd", "rlpd-narrow", {"finetune learner.target_entropy": (-0.5, -1.0)}),
+        ("ablations", "frozen", "frozen-cql", {"pretrain agent": ("iql", "cql")}),
+        ("ablations", "frozen", "frozen-calql", {"pretrain agent": ("iql", "calql")}),
+    ],
+)
+def test_a_question_varies_one_setting(
+    name: str, first: str, second: str, differing: dict[str, tuple[object, object]]
+) -> None:
+    suite = narrowed(load_suite(name), None, "0")
+    for env in suite.environments:
+        jobs = {job.folder: job for job in jobs_of(replace(suite, environments=(env,)), Path("r"))}
+        offline = {
+            path: pretrain_config(**job.options, overrides=job.overrides)
+            for path, job in jobs.items()
+            if job.needs is None
+        }
+        both = []
+        for method in (first, second):
+            online = jobs[Path("r") / env / method / "0"]
+            assert online.needs is not None
+            pair = (jobs[online.needs], online)
+            values = {job.kind: _settings_now(job, offline) for job in pair}
+            both.append({f"{kind} {k}": v for kind in values for k, v in values[kind].items()})
+        one, other = both
+        assert {key: (one[key], other[key]) for key in one if one[key] != other[key]} == differing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_further_question_is_a_suite_with_pages_of_its_own(name: str) -> None:
+    done = subprocess.run(
+        ["make", "-n", name, "SEEDS=3"], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    said = " ".join(done.stdout.replace("\\\n", " ").split())
+    assert f"benchmark --suite {name} --workers 2 --seeds 3" in said
+    assert f"docs/results/{name}; done" in said
 
 
 def test_methods_with_equal_offline_settings_share_their_pretrained_policies() -> None:
@@ -125,7 +186,7 @@ def test_a_wrong_suite_is_one_sentence(old: str, new: str, message: str) -> None
 
 
 def test_an_unknown_suite_is_named_with_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r'no suite "piont".*There are point, safety, smoke; or'):
+    with pytest.raises(ConfigError, match=r'no suite "piont".*There are ablations, .*, smoke; or'):
         load_suite("piont")
 
 
@@ -201,7 +262,7 @@ def test_an_evaluation_on_other_episodes_is_made_again_where_there_is_a_policy(
     assert finished(suite, tmp_path) == 6  # records alone: what was evaluated is kept
 
 
-@pytest.mark.parametrize("name", ["smoke", "point", "safety"])
+@pytest.mark.parametrize("name", SUITES)
 def test_no_run_of_an_unchanged_suite_is_refused(tmp_path: Path, name: str) -> None:
     suite = narrowed(load_suite(name), None, "7")
     jobs = write_finished(suite, tmp_path)
@@ -336,7 +397,7 @@ def test_a_suite_runs_is_kept_and_goes_on(tmp_path: Path, cached: Callable[[str]
     if shutil.which("make") is None or shutil.which("xz") is None:
         pytest.skip("no make or no xz here")
     where = [f"SUITE_RUNS={root}", f"RECORDS={tmp_path / 'records'}", "SUITE=small"]
-    subprocess.run(["make", "records", *where], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run(["make", "records", *where], check=True, cwd=ROOT)
     elsewhere = tmp_path / "elsewhere"
     with tarfile.open(tmp_path / "records" / "small-seed-0.tar.xz") as archive:
         archive.extractall(elsewhere, filter="data")

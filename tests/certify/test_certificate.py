@@ -24,11 +24,11 @@ from safe_offrl.certify.certificate import (
     verify,
 )
 from safe_offrl.certify.page import summary
-from safe_offrl.commands.environment import rule_source
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.subject import rule_source
 
 TINY = ["alignment_steps=20", "log_every=10", "batch_size=32"]
 TINY += ["networks.actor_hidden=[16]", "networks.critic_hidden=[16]", "critic.hidden=[16,16]"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ from scipy import stats
 from safe_offrl import commands
 from safe_offrl.certify.certificate import verify
 from safe_offrl.check.situations import SEEDS, Situations, find_situations
-from safe_offrl.commands.tools import final_policy
 from safe_offrl.deploy.episodes import distinct
 from safe_offrl.env.adapter import AccidentEnv, make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.run import RunDir
-from safe_offrl.spec import SafetySpec
+from safe_offrl.spec import EnvironmentConfig, SafetySpec
 from safe_offrl.types import Episode
 from tests.test_faults import ENV, OFFLINE, dataset_of
 from tests.test_resume import silent
@@ -149,7 +148,7 @@ def playing(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         def make(_id: str, spec: SafetySpec, **_: Any) -> AccidentEnv:
             return make_env(f"{MODULE}:{name}-v0", spec)
 
-        monkeypatch.setattr("safe_offrl.commands.online_plan.make_env", make)
+        monkeypatch.setattr("safe_offrl.record.final_policy.make_env", make)
         if still:
             act = lambda self, observation, count, rng: np.zeros((count, 1), np.float32)  # noqa: E731
             monkeypatch.setattr(NumpyActor, "draw", act)
@@ -255,10 +254,7 @@ def test_a_real_environment_is_not_tried(playing: Any, monkeypatch: pytest.Monke
         raise AssertionError("played off the record")
 
     def real(run: RunDir) -> Any:
-        loop = final_policy(run)
-        env = dataclasses.replace(loop.config.env, kind="real")
-        loop.config = dataclasses.replace(loop.config, env=env)
-        return loop
+        return final_policy(run)._replace(environment=EnvironmentConfig(kind="real"))
 
     runs = playing("Deterministic")
     monkeypatch.setattr("safe_offrl.commands.certify.find_situations", never)

@@ -159,7 +159,7 @@ def test_writing_is_atomic(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = path.read_bytes()
 
     def disk_full(descriptor: int) -> None:
-        raise OSError("no space left on device")
+        raise OSError(28, "no space left on device")
 
     monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError, match="no space"):

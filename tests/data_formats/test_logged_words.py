@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from safe_offrl import commands
-from safe_offrl.commands.trust import trust_log
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset, stated_metadata
 from safe_offrl.errors import ConfigError
+from safe_offrl.record.trust import trust_log
 from tests.data_formats.test_data_doubts import LENGTH, falls
 
 MODULE = "own_words"

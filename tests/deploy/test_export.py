@@ -20,23 +20,22 @@ import pytest
 import torch
 
 from safe_offrl import cli, commands
-from safe_offrl.certify.certificate import policy_sha256, shield_sha256
 from safe_offrl.commands.export import _interface
-from safe_offrl.commands.tools import final_policy
 from safe_offrl.deploy import export
 from safe_offrl.deploy.export import FORMATS, Arrays, Runner, compare
 from safe_offrl.deploy.graph import Inputs, Outputs, PolicyGraph
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.policies.acting import NumpyActor
 from safe_offrl.policies.networks import Actor
 from safe_offrl.policy import load_policy
+from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.run import RunDir
 from safe_offrl.safety.calibration import CalibrationReport
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.shield import Shield, ShieldConfig
 from safe_offrl.spec import SafetySpec
-from safe_offrl.train.finetune import Finetuning
 from safe_offrl.types import Normalizer
 
 TINY = ["steps=60", "alignment_steps=20", "log_every=20", "batch_size=32"]
@@ -77,7 +76,7 @@ def discrete(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def loop(continuous: RunDir) -> Finetuning:
+def final(continuous: RunDir) -> FinalPolicy:
     return final_policy(continuous)
 
 
@@ -96,14 +95,16 @@ def play_both(
     Returns the actions of both, and in how many steps the shield took another than the first.
     """
     policy = load_policy(run.path, seed=5)
-    actor, choose = policy._actor, policy._shield.choose
+    shield, actor = policy._policy.shield, policy._policy.sampler
+    assert isinstance(actor, NumpyActor)
+    choose = shield.choose
     chosen: list[tuple[Any, bool]] = []
 
     def spy(*arguments: Any, **options: Any) -> tuple[Any, bool]:
         chosen.append(choose(*arguments, **options))
         return chosen[-1]
 
-    policy._shield.choose = spy  # type: ignore[method-assign]
+    shield.choose = spy  # type: ignore[method-assign]
     env = gymnasium.make(manifest["environment"]["id"])
     draws, horizon = manifest["inputs"][2]["shape"][1], manifest["environment"]["horizon"]
     wanted, given = [], []
@@ -180,12 +181,11 @@ def test_a_policy_without_a_shield(continuous: RunDir, tmp_path: Path, file_form
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_rows_of_a_batch_are_independent_and_nan_is_no_action(
-    loop: Finetuning, file_format: str
+    final: FinalPolicy, file_format: str
 ) -> None:
-    graph = graph_of(loop)
+    graph = graph_of(final)
     play = FORMATS[file_format].open(FORMATS[file_format].write(graph))
-    actor = NumpyActor(loop.deployment.actor)
-    arrays = export._examples(graph, loop.env, actor, loop.normalizer)
+    arrays = export._examples(graph, final.policy)
     together = play(arrays)
     assert 0 < together["intervened"].sum() < len(together["intervened"])
     for row in range(5):
@@ -204,10 +204,10 @@ def test_rows_of_a_batch_are_independent_and_nan_is_no_action(
 # --- the graph by itself ---
 
 
-def graph_of(loop: Finetuning) -> PolicyGraph:
-    space = loop.env.env.action_space
+def graph_of(final: FinalPolicy) -> PolicyGraph:
+    space = final.env.env.action_space
     assert isinstance(space, gymnasium.spaces.Box)
-    return PolicyGraph(loop.deployment.actor, loop.deployment.shield, loop.normalizer, space)
+    return PolicyGraph(final.policy, space)
 
 
 def by_hand(
@@ -225,9 +225,9 @@ def by_hand(
         critic.net.output.weight[: config.reference, 2] = slope
         critic.net.output.weight[config.reference :, 2] = -100.0  # they have no say
         critic.net.output.bias.zero_()
-    shield = Shield(critic, ShieldConfig(candidates=candidates, margin=0.2), 0.5, acts=True)
+    shield = Shield.of(critic, ShieldConfig(candidates=candidates, margin=0.2), 0.5, acts=True)
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
-    return PolicyGraph(actor, shield, Normalizer(zero, one), space)
+    return PolicyGraph(DeployedPolicy.of(actor, shield, Normalizer(zero, one), 0), space)
 
 
 def act(graph: PolicyGraph, *noise: float) -> tuple[Any, bool]:
@@ -290,18 +290,17 @@ def test_actions_are_in_the_environments_units() -> None:
 
 
 def test_numbers_of_discrete_actions_start_where_the_space_does(discrete: RunDir) -> None:
-    loop = final_policy(discrete)
-    parts = loop.deployment.actor, loop.deployment.shield, loop.normalizer
-    at_zero = PolicyGraph(*parts, gymnasium.spaces.Discrete(4))
-    at_seven = PolicyGraph(*parts, gymnasium.spaces.Discrete(4, start=7))
-    arrays = export._examples(at_zero, loop.env, NumpyActor(parts[0]), loop.normalizer)
+    final = final_policy(discrete)
+    at_zero = PolicyGraph(final.policy, gymnasium.spaces.Discrete(4))
+    at_seven = PolicyGraph(final.policy, gymnasium.spaces.Discrete(4, start=7))
+    arrays = export._examples(at_zero, final.policy)
     arrays["observation"][5] = np.nan
     inputs = [torch.from_numpy(arrays[name]) for name in Inputs._fields]
     numbers = Outputs(*at_zero(*inputs)).action
     assert set(numbers.tolist()) == {-1, 0, 1, 2, 3}
     assert (numbers == -1).nonzero().tolist() == [[5]]
     assert torch.equal(Outputs(*at_seven(*inputs)).action, numbers + 7)
-    loop.env.close()
+    final.env.close()
 
 
 # --- what is written ---
@@ -319,15 +318,14 @@ def test_numbers_of_discrete_actions_start_where_the_space_does(discrete: RunDir
     ],
     ids=["mean", "std", "policy", "risk", "units", "margin"],
 )
-def test_a_file_that_is_another_policy_is_noticed(loop: Finetuning, damage: Any) -> None:
-    graph, damaged = graph_of(loop), graph_of(loop)
+def test_a_file_that_is_another_policy_is_noticed(final: FinalPolicy, damage: Any) -> None:
+    graph, damaged = graph_of(final), graph_of(final)
     with torch.no_grad():
         damage(damaged)
-    actor, shield = NumpyActor(loop.deployment.actor), loop.deployment.shield
 
     def compared(which: PolicyGraph) -> export.Comparison:
         play = export.open_torchscript(export.to_torchscript(which))
-        return compare(play, graph, loop.env, actor, shield, loop.normalizer)
+        return compare(play, graph, final.env, final.policy)
 
     assert compared(graph).same
     assert compared(graph).difference < 1e-5
@@ -335,8 +333,8 @@ def test_a_file_that_is_another_policy_is_noticed(loop: Finetuning, damage: Any)
 
 
 @pytest.mark.parametrize("name", Outputs._fields)
-def test_every_output_is_compared(loop: Finetuning, name: str) -> None:
-    graph = graph_of(loop)
+def test_every_output_is_compared(final: FinalPolicy, name: str) -> None:
+    graph = graph_of(final)
     honest = export.open_torchscript(export.to_torchscript(graph))
 
     def wrong(arrays: Arrays) -> Arrays:
@@ -345,8 +343,7 @@ def test_every_output_is_compared(loop: Finetuning, name: str) -> None:
         changed[::10] = ~changed[::10] if changed.dtype == bool else changed[::10] + 0.001
         return {**result, name: changed}
 
-    actor, shield = NumpyActor(loop.deployment.actor), loop.deployment.shield
-    parts = graph, loop.env, actor, shield, loop.normalizer
+    parts = graph, final.env, final.policy
     assert compare(honest, *parts).same
     assert not compare(wrong, *parts).same
 
@@ -370,7 +367,7 @@ def test_nothing_is_written_if_they_differ(
     assert path.read_bytes() == b"the one before"
 
 
-def test_the_manifest_says_which_policy_it_is(loop: Finetuning, continuous: RunDir) -> None:
+def test_the_manifest_says_which_policy_it_is(final: FinalPolicy, continuous: RunDir) -> None:
     lines: list[str] = []
     returned = commands.export_run(continuous.path, file_format="torchscript", say=lines.append)
     path = continuous.path / "exports" / "policy.pt"
@@ -378,8 +375,8 @@ def test_the_manifest_says_which_policy_it_is(loop: Finetuning, continuous: RunD
     assert manifest == returned
     assert manifest["file"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     # As in a certificate.
-    assert manifest["policy"]["sha256"] == policy_sha256(loop.deployment.actor, loop.normalizer)
-    assert manifest["shield"]["sha256"] == shield_sha256(loop.deployment.shield)
+    assert manifest["policy"]["sha256"] == final.policy.sha256
+    assert manifest["shield"]["sha256"] == final.policy.shield.sha256
     assert manifest["shield"]["acts"]
     assert (manifest["shield"]["draws"], manifest["shield"]["margin"]) == (4, 0.005 * 0.05)
     assert manifest["policy"]["run"] == "online"
@@ -401,9 +398,9 @@ class Sensors(gymnasium.Env[Any, Any]):
 gymnasium.register("ExportSensors-v0", lambda **_: Sensors(), max_episode_steps=10)
 
 
-def test_the_manifest_says_where_each_number_stands(loop: Finetuning) -> None:
+def test_the_manifest_says_where_each_number_stands(final: FinalPolicy) -> None:
     env = make_env("ExportSensors-v0", SafetySpec(accident="episode_cost", cost_threshold=5.0))
-    described = _interface(graph_of(loop), env)
+    described = _interface(graph_of(final), env)
     order = [(p["name"], p["start"], p["stop"]) for p in described["observation"]["order"]]
     assert order[:2] == [("wheel", 0, 1), ("arm", 1, 7)]
     assert order[2][1:] == (7, 8)

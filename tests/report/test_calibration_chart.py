@@ -13,8 +13,8 @@ from PIL import Image
 
 from safe_offrl.report.calibration_chart import BLOCKS, Block, online_blocks, online_png, report_png
 from safe_offrl.safety.calibration import CalibrationReport
+from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.stats.reliability import reliability_bins
-from safe_offrl.stats.statistics import clopper_pearson
 from safe_offrl.types import Episode
 
 

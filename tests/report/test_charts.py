@@ -12,7 +12,8 @@ from safe_offrl.report.charts.inline import inline_svg
 from safe_offrl.report.comparison import compare
 from safe_offrl.report.run_data import Decision, RunData, read_run
 from safe_offrl.report.tables import format_table
-from safe_offrl.stats.statistics import clopper_pearson, run_level_interval
+from safe_offrl.stats.anytime import run_level_interval
+from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.types import Episode
 
 

@@ -10,7 +10,7 @@ from safe_offrl.record.ledger import chain_start, read_ledger
 from safe_offrl.report.comparison import compare
 from safe_offrl.report.run_data import read_run
 from safe_offrl.report.summaries import ALL_ENVIRONMENTS, outcome
-from safe_offrl.stats.statistics import run_level_interval, run_level_upper
+from safe_offrl.stats.anytime import run_level_interval, run_level_upper
 from tests.conftest import ledger_lines
 
 EVALUATION = {"episodes": 500, "accidents": 10, "mean_return": 2.5, "mean_length": 50.0}

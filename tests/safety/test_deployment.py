@@ -28,7 +28,9 @@ def policy(mean: float) -> Actor:
 
 
 def shield_bias(deployed: Deployment) -> float:
-    return float(deployed.shield.net.output.bias[0])
+    net = deployed.shield.net
+    assert net is not None
+    return float(net.output.bias[0])
 
 
 def mean_of(actor: Actor) -> float:

@@ -10,7 +10,7 @@ from safe_offrl.certify.certificate import Claim, episodes_without_accident
 from safe_offrl.errors import ConfigError
 from safe_offrl.safety.monitor import SafetyMonitor, certifiable
 from safe_offrl.spec import Limit
-from safe_offrl.stats.statistics import betabinomial_sequence
+from safe_offrl.stats.anytime import betabinomial_sequence
 
 
 def _feed(monitor, accidents, version=0):

@@ -43,7 +43,7 @@ def shield_of(
 ) -> Shield:
     """Under a limit of 1, so that a margin is one in risk."""
     config = ShieldConfig(candidates=candidates, margin=margin)
-    return Shield(critic, config, 1.0, acts=acts)
+    return Shield.of(critic, config, 1.0, acts=acts)
 
 
 def stream(shield: Shield, actor: Sampler, n: int = 300) -> tuple[np.ndarray, int]:
@@ -186,6 +186,7 @@ def test_the_critic_is_frozen_when_the_shield_is_made() -> None:
     with torch.no_grad():
         critic.net.output.weight.neg_()
     np.testing.assert_array_equal(stream(shield, policy(), 50)[0], before)
+    assert shield.net is not None
     assert not any(p.requires_grad for p in shield.net.parameters())
     assert all(p.requires_grad for p in critic.net.parameters())
 

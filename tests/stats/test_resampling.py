@@ -9,10 +9,10 @@ import pytest
 from safe_offrl.stats.resampling import (
     MOST_EXACT,
     bootstrap_band,
+    iqm_of_curves,
     ratio_interval,
     sign_flip_p_value,
 )
-from safe_offrl.stats.statistics import iqm_of_curves
 
 
 def _mean(x):

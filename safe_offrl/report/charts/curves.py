@@ -25,7 +25,8 @@ from safe_offrl.report.charts.style import (
 )
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import final_return
-from safe_offrl.stats.statistics import iqm, iqm_of_curves, run_level_interval
+from safe_offrl.stats.anytime import run_level_interval
+from safe_offrl.stats.resampling import iqm, iqm_of_curves
 from safe_offrl.types import Episode
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 from safe_offrl.report.charts.style import DASHED, Group, Panel, finish, in_words
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import learned_online, outcome
-from safe_offrl.stats.statistics import clopper_pearson
+from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,10 +146,8 @@ def _judgement(runs: Sequence[RunData], by_cost: bool) -> tuple[float, float, fl
     estimate = float(np.mean([run.estimate for run in runs]))
     played = [run.evaluation for run in runs if run.evaluation is not None]
     if by_cost:
-        costs = np.array([e.mean_cost for e in played])
-        error = costs.std(ddof=1) / math.sqrt(len(costs)) if len(costs) > 1 else math.nan
-        margin = 2.0 * (played[0].cost_standard_error if len(costs) == 1 else float(error))
-        mean = float(costs.mean())
+        mean, error = mean_and_error([e.mean_cost for e in played])
+        margin = 2.0 * (played[0].cost_standard_error if len(played) == 1 else error)
         return estimate, mean, max(0.0, mean - margin), mean + margin
     k, n = sum(e.accidents for e in played), sum(e.episodes for e in played)
     return estimate, k / n, *clopper_pearson(k, n, min(run.confidence for run in runs))

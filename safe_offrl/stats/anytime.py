@@ -1,11 +1,11 @@
 """How many accidents the evidence allows: bounds that stay valid while one is looking at them.
 
-Three statements, three tools. X_i is 1 when episode i held an accident, p_i its probability given
+Three statements, three tools, and beside each what one look at the end shows
+(:mod:`safe_offrl.stats.fixed`). X_i is 1 when episode i held an accident, p_i its probability given
 everything before episode i.
 
 * run level, policies changing: bounds on P = p_1 + ... + p_n       -> :func:`run_level_upper`
-* one frozen policy, p_i = p: one look / looking all the time       -> :func:`clopper_pearson`,
-  :func:`betabinomial_sequence`
+* one frozen policy, p_i = p, looking all the time                  -> :func:`betabinomial_sequence`
 * "some policy exceeded epsilon": an e-process                      -> :func:`alarm_update`
 
 X_i may as well be any number in [0, 1] with mean p_i, such as the cost of an episode as a share of
@@ -20,16 +20,15 @@ turn "impossible" into "690 nats" and, after some thousand episodes, certify the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import special
 
 FloatOrArray = TypeVar("FloatOrArray", float, NDArray[np.float64])
-Number = TypeVar("Number", int, float)
 
 # theta ~ Beta(.3, 1): weight on small theta, where the evidence of few accidents lies. Fixed,
 # because a prior chosen after the data would void the guarantee.
@@ -64,7 +63,7 @@ def run_level_upper(accidents: float, confidence: float = 0.95) -> float:
     Holds for changing, drifting and adaptively chosen policies, at every number of episodes at
     once. Depends on N alone; divide by the number of episodes for a bound on their mean.
     """
-    _require_counts(accidents, accidents)
+    require_counts(accidents, accidents)
     threshold = _threshold(confidence)
     high = accidents + 1.0
     while log_run_level_evidence(accidents, high) < threshold:
@@ -78,7 +77,7 @@ def run_level_lower(accidents: float, confidence: float = 0.95) -> float:
 
     ``M = a e^P P^(a - N) Gamma(N - a, P)`` (upper incomplete gamma), decreasing in P.
     """
-    _require_counts(accidents, accidents)
+    require_counts(accidents, accidents)
     if accidents <= _RUN_LEVEL_A:  # no accident, or too little cost to speak of
         return 0.0
     c = accidents - _RUN_LEVEL_A
@@ -99,28 +98,6 @@ def run_level_interval(accidents: float, confidence: float = 0.95) -> tuple[floa
 # --- version level: one frozen policy ---------------------------------------------------------
 
 
-def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact two-sided interval of a constant probability, for ONE look at a fixed n.
-
-    Looking after every episode breaks it (24-28 % of runs miss at "95 %"):
-    use :func:`betabinomial_sequence` then.
-    """
-    one_sided = (1.0 + confidence) / 2.0
-    return clopper_pearson_lower(k, n, one_sided), clopper_pearson_upper(k, n, one_sided)
-
-
-def clopper_pearson_upper(k: int, n: int, confidence: float = 0.95) -> float:
-    """Exact one-sided upper bound of a constant probability, for one look at a fixed n."""
-    _require_counts(k, n)
-    return 1.0 if k == n else float(special.betaincinv(k + 1.0, n - k, confidence))
-
-
-def clopper_pearson_lower(k: int, n: int, confidence: float = 0.95) -> float:
-    """Exact one-sided lower bound of a constant probability, for one look at a fixed n."""
-    _require_counts(k, n)
-    return 0.0 if k == 0 else float(special.betaincinv(k, n - k + 1.0, 1.0 - confidence))
-
-
 def betabinomial_sequence(
     k: float, n: int, confidence: float = 0.95, a: float = 0.5, b: float = 50.0
 ) -> tuple[float, float]:
@@ -129,7 +106,7 @@ def betabinomial_sequence(
     Holds p back when ``B(a + k, b + n - k) / B(a, b) / (p^k (1 - p)^(n - k)) < 1 / alpha``; the
     ratio is a martingale under the true p. Beta(.5, 50) is for rare accidents (mean 1 %).
     """
-    _require_counts(k, n)
+    require_counts(k, n)
     constant = float(special.betaln(a + k, b + n - k) - special.betaln(a, b))
     constant -= _threshold(confidence)
 
@@ -203,143 +180,6 @@ def _alarm_bet(state: AlarmState[Any], epsilon: float) -> Any:
     return np.maximum(estimate, epsilon)
 
 
-# --- what a number of episodes can show -------------------------------------------------------
-
-
-def error_share(confidence: float, k: int) -> float:
-    """Error that the k-th statement of a series may use: 6 / (pi^2 k^2) of 1 - ``confidence``.
-
-    The shares of all k = 1, 2, ... sum to 1, so all statements together are at ``confidence``.
-    """
-    return (1.0 - confidence) * 6.0 / (math.pi * k) ** 2
-
-
-class PerTool(NamedTuple, Generic[Number]):
-    """One number for each of the three tools."""
-
-    fixed: Number  # Clopper-Pearson, one look at a fixed n
-    anytime: Number  # beta-binomial sequence, one frozen policy, looking all the time
-    run_level: Number  # mean over a run of changing policies, looking all the time
-
-
-def episodes_needed(epsilon: float, confidence: float = 0.95) -> PerTool[int]:
-    """Accident-free episodes after which each tool's upper bound is at most ``epsilon``."""
-    alpha = 1.0 - confidence
-    high = 1
-    while betabinomial_sequence(0, high, confidence)[1] > epsilon:
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        if betabinomial_sequence(0, middle, confidence)[1] > epsilon:
-            low = middle
-        else:
-            high = middle
-    return PerTool(
-        fixed=math.ceil(math.log(alpha) / math.log1p(-epsilon)),
-        anytime=high,
-        run_level=math.ceil(run_level_upper(0, confidence) / epsilon),
-    )
-
-
-def smallest_epsilon(episodes: int, confidence: float = 0.95) -> PerTool[float]:
-    """Upper bound of each tool after ``episodes`` without accident: the best a budget can show."""
-    if episodes < 1:
-        return PerTool(1.0, 1.0, 1.0)
-    return PerTool(
-        fixed=clopper_pearson_upper(0, episodes, confidence),
-        anytime=betabinomial_sequence(0, episodes, confidence)[1],
-        run_level=min(1.0, run_level_upper(0, confidence) / episodes),
-    )
-
-
-# --- comparing runs ---------------------------------------------------------------------------
-
-
-class RateRatio(NamedTuple):
-    """Ratio of two accident rates with its exact interval and two-sided p-value of "equal"."""
-
-    ratio: float  # NaN when neither had an accident
-    low: float
-    high: float
-    p_value: float
-
-
-def rate_ratio(
-    k1: int, exposure1: float, k2: int, exposure2: float, confidence: float = 0.95
-) -> RateRatio:
-    """Compare two accident totals exactly, each over its exposure (steps or episodes).
-
-    Given k1 + k2, Poisson totals make k1 binomial with share r e1 / (r e1 + e2); the interval of
-    the share (Clopper-Pearson) maps to that of the ratio r = (k1 / e1) / (k2 / e2). It covers the
-    chance of accidents, not differences between seeds.
-    """
-    if exposure1 <= 0 or exposure2 <= 0:
-        raise ValueError(f"exposures must be positive, got {exposure1} and {exposure2}")
-    if k1 + k2 == 0:
-        return RateRatio(math.nan, 0.0, math.inf, 1.0)
-
-    def to_ratio(share: float) -> float:
-        return math.inf if share >= 1.0 else share / (1.0 - share) * exposure2 / exposure1
-
-    low, high = clopper_pearson(k1, k1 + k2, confidence)
-    share = exposure1 / (exposure1 + exposure2)  # under "equal rates"
-    below = float(special.bdtr(k1, k1 + k2, share))
-    above = 1.0 if k1 == 0 else float(special.bdtrc(k1 - 1, k1 + k2, share))
-    p_value = min(1.0, 2.0 * min(below, above))
-    return RateRatio(to_ratio(k1 / (k1 + k2)), to_ratio(low), to_ratio(high), p_value)
-
-
-def iqm(values: ArrayLike) -> float:
-    """Interquartile mean: the mean after dropping floor(n / 4) values at each end.
-
-    Agarwal et al. 2021 (rliable), which uses scipy's trim_mean(0.25). NaN when there is no value.
-    """
-    flat = np.ravel(np.asarray(values, dtype=np.float64))
-    return float(iqm_of_curves(flat)) if len(flat) else math.nan
-
-
-def iqm_of_curves(curves: ArrayLike) -> NDArray[np.float64]:
-    """Interquartile mean over the first axis, point by point: [n, ...] -> [...]."""
-    ordered = np.sort(np.asarray(curves, dtype=np.float64), axis=0)
-    cut = len(ordered) // 4
-    return np.asarray(ordered[cut : len(ordered) - cut].mean(axis=0))
-
-
-def bootstrap_interval(
-    strata: Sequence[ArrayLike],
-    statistic: Callable[[NDArray[np.float64]], float],
-    rng: np.random.Generator,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-) -> tuple[float, float]:
-    """Stratified percentile bootstrap of ``statistic``.
-
-    Each stratum is an array [n_i, ...]; its rows are drawn with replacement within the stratum, and
-    the statistic gets all drawn rows together [sum n_i, ...]. Paired data: one row holds the pair.
-    """
-    arrays = [np.asarray(s, dtype=np.float64) for s in strata]
-    if not arrays or any(len(a) == 0 for a in arrays):
-        raise ValueError("every stratum needs at least one row")
-    draws = [
-        statistic(np.concatenate([a[rng.integers(len(a), size=len(a))] for a in arrays]))
-        for _ in range(resamples)
-    ]
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(draws, [tail, 1.0 - tail])
-    return float(low), float(high)
-
-
-def standard_errors(confidence: float) -> float:
-    """How many standard errors a one-sided normal upper limit lies above the mean.
-
-    The quantile to three decimals, so that at 0.95 it is the 1.645 that every earlier run decided
-    by, to the last bit; what is left out is small beside the error of any standard error.
-    """
-    return round(float(special.ndtri(confidence)), 3)
-
-
 # --- helpers ----------------------------------------------------------------------------------
 
 
@@ -350,7 +190,8 @@ def _threshold(confidence: float) -> float:
     return -math.log1p(-confidence)
 
 
-def _require_counts(k: float, n: float) -> None:
+def require_counts(k: float, n: float) -> None:
+    """Raise ValueError unless ``k`` of ``n`` is possible."""
     if not 0 <= k <= n:
         raise ValueError(f"counts must satisfy 0 <= k <= n, got k={k}, n={n}")
 

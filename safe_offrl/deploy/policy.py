@@ -1,0 +1,109 @@
+"""What acts, as one thing: a frozen policy behind its shield, and how it sees observations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from safe_offrl.compute.state import arrays_sha256, collect_state, restore_state, seeded
+from safe_offrl.policies.acting import NumpyActor, Sampler, Vector
+from safe_offrl.policies.networks import Actor, StackedMLP
+from safe_offrl.safety.shield import Shield
+from safe_offrl.types import Normalizer
+
+
+class DeployedPolicy(NamedTuple):
+    """A version of the policy with all that it acts with, and nothing that it learnt with.
+
+    ``sampler`` draws the actions: the actor without torch's overhead, or a baseline's random
+    warm-up. ``version`` counts the policies that have acted; 0 is the pretrained one.
+    """
+
+    actor: Actor
+    sampler: Sampler
+    shield: Shield
+    normalizer: Normalizer
+    version: int
+
+    @classmethod
+    def of(
+        cls, actor: Actor, shield: Shield, normalizer: Normalizer, version: int
+    ) -> DeployedPolicy:
+        """The policy of an actor, whose parameters are shared: as it learns, this one changes."""
+        return cls(actor, NumpyActor(actor), shield, normalizer, version)
+
+    def act(
+        self,
+        observation: Vector,
+        time_to_go: float,
+        rng: np.random.Generator,
+        *,
+        mean_action: bool = False,
+    ) -> tuple[Vector, bool]:
+        """The action to execute [A], and whether the shield replaced the policy's first choice.
+
+        ``observation`` [O] is standardised by :attr:`normalizer`; ``time_to_go`` is the share of
+        the horizon that is left.
+        """
+        return self.shield.choose(
+            self.sampler, observation, time_to_go, rng, mean_action=mean_action
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the policy's parameters and of how it scales observations.
+
+        The shield has one of its own, :attr:`Shield.sha256`.
+        """
+        arrays = {k: v.cpu().numpy() for k, v in self.actor.state_dict().items()}
+        scaling = {"mean": self.normalizer.mean, "std": self.normalizer.std}
+        offset = self.normalizer.offset
+        return arrays_sha256(arrays | scaling | ({} if offset is None else {"offset": offset}))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it, besides :meth:`words`."""
+        nets = {} if self.shield.net is None else {"shield": self.shield.net}
+        return collect_state({"deployed": self.actor, **nets, **self.normalizer.parts()})
+
+    def words(self) -> dict[str, Any]:
+        """The rest: version, sizes of the networks, how the shield chooses; JSON-able."""
+        actor, shield, net = self.actor, self.shield, self.shield.net
+        return {
+            "version": self.version,
+            "observation_size": actor.observation_size,
+            "action_size": actor.action_size,
+            "discrete": actor.discrete,
+            "hidden": list(actor.hidden),
+            "shield": {
+                "acts": shield.acts,
+                "candidates": shield.candidates,
+                "margin": shield.margin,
+                "members": 0 if net is None else net.members,
+                "hidden": [] if net is None else list(net.widths),
+            },
+        }
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> DeployedPolicy:
+        """From :meth:`tensors` and :meth:`words`, in the computer's memory.
+
+        KeyError or RuntimeError where they do not fit each other.
+        """
+        generator = seeded(0)  # of weights that are replaced
+        sizes, shielding = (words["observation_size"], words["action_size"]), words["shield"]
+        actor = Actor(*sizes, words["hidden"], generator, discrete=words["discrete"])
+        net = None
+        if shielding["members"]:
+            net = StackedMLP(
+                shielding["members"],
+                sizes[0] + 1 + sizes[1],
+                shielding["hidden"],
+                layer_norm=True,
+                generator=generator,
+            ).requires_grad_(False)
+        restore_state({"deployed": actor, **({} if net is None else {"shield": net})}, tensors)
+        shield = Shield(net, shielding["candidates"], shielding["margin"], acts=shielding["acts"])
+        return cls.of(actor, shield, Normalizer.restored(tensors), words["version"])
