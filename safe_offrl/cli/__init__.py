@@ -50,7 +50,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., Answer]:
     """Add a command of the function's name and docstring; it takes its options and ``say``."""
 
     def call(*, debug: bool, as_json: bool = False, **given: Any) -> None:
-        global commands
+        global commands  # known to all of them from here on, and not imported for --help
         from safe_offrl import commands
         from safe_offrl.record.json_answer import give
 
@@ -65,7 +65,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., Answer]:
         if answer.exit_code:
             raise typer.Exit(answer.exit_code)
 
-    # Where typer, and whoever else asks for the parameters of a function, looks first.
+    # typer makes options of a function's parameters, which are those that its signature names.
     parameters = [option.parameter() for option in TAKEN[function.__name__]]
     call.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
     app.command(function.__name__.replace("_", "-"), help=function.__doc__)(call)
