@@ -54,17 +54,17 @@ ONLY_IN = {
     "onnxruntime": {"deploy.export"},
     "stable_baselines3": {"collect.sb3"},
     "tensorboard": {"record.tensorboard"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli.options"},
 }
 # ... and that are not imported before they are needed, because they are slow or not always there.
 LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime", "PIL"}
 
 # How large things may be. The aims stand behind; what is above its aim is what it is today, rounded
 # up, and comes down as the work on this house goes on.
-MOST_AT_THE_TOP = 8  # files directly in safe_offrl/
-MOST_ROOMS = 19
+MOST_AT_THE_TOP = 7  # files directly in safe_offrl/
+MOST_ROOMS = 20
 MOST_OF_RING_1 = 9_550  # lines; 8,500: one builder for both loops, constraints as objects
-MOST_OF_A_FILE = 750  # lines; 350: options of the command line in one table
+MOST_OF_A_FILE = 500  # lines; 350: what a run writes, the online loop
 MOST_OF_ALL = 27_000  # lines; 21,585: each fact and each option once, experiments as suites
 MOST_TWICE = 80  # top-level names; an allow-list: the words, where one name means one thing
 
@@ -246,13 +246,14 @@ def test_environments_know_gymnasium_and_numpy_only(path: Path) -> None:
 
 
 def test_the_command_line_imports_nothing_heavy_at_its_top() -> None:
-    eager = {name for name, eager in imports_of(PACKAGE / "cli.py") if eager}
+    eager = {n for path in (PACKAGE / "cli").glob("*.py") for n, eager in imports_of(path) if eager}
     heavy = {"torch", "numpy", "gymnasium", "h5py", "scipy", "omegaconf", "matplotlib"}
     assert not {name.partition(".")[0] for name in eager} & heavy
-    assert {name for name in eager if name.startswith("safe_offrl")} <= {"safe_offrl.errors"}
+    light = {"safe_offrl.errors", "safe_offrl.cli", "safe_offrl.cli.options"}
+    assert {name for name in eager if name.startswith("safe_offrl")} <= light
 
 
 def test_rooms_are_light_to_enter() -> None:
     """Their __init__.py import nothing, but for those that are a registry or a face."""
     full = {m for m, p in MODULES.items() if p.name == "__init__.py" and m and list(ours(p))}
-    assert full == {"agents", "commands", "report.charts"}
+    assert full == {"agents", "cli", "commands", "report.charts"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -16,7 +17,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from safe_offrl import cli
+from safe_offrl import cli, commands
+from safe_offrl.cli.options import NEEDED, TAKEN
+from safe_offrl.commands.common import Limits
+from safe_offrl.commands.online_plan import FinetuneSettings
 from safe_offrl.data_formats.hdf5 import write_dataset
 from tests.promises import Record
 
@@ -279,6 +283,51 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
+
+
+FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
+    "pretrain": [commands.pretrain_config, commands.pretrain_run, commands.resume_pretrain],
+    "assess": [commands.assess_runs],
+    "finetune": [commands.finetune_config, commands.finetune_run, commands.resume_finetune],
+    "evaluate": [commands.evaluate_run],
+    "certify": [commands.certify_run],
+    "verify": [commands.verify_certificate],
+    "export": [commands.export_run],
+    "ledger": [commands.show_ledger],
+    "trust": [commands.trust_run],
+    "compare": [commands.compare_runs],
+    "benchmark": [commands.benchmark_run],
+    "collect": [commands.collect_run],
+    "inspect": [commands.inspect_dataset],
+    "convert": [commands.convert_dataset],
+    "check_env": [commands.check_env_run],
+    "demo": [commands.demo],
+}
+# What a function takes as one group.
+SETTINGS = {"assess": Limits.__annotations__, "finetune": FinetuneSettings.__annotations__}
+# What the command itself looks at.
+OWN = {
+    "pretrain": {"resume", "dry_run", "print_config"},
+    "finetune": {"arguments", "resume", "dry_run", "print_config"},
+    "benchmark": {"suite", "methods", "seeds", "runs", "dry_run"},
+    "collect": {"print_config"},
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_an_option_is_an_argument_of_what_the_command_calls(name: str) -> None:
+    """By name and by default, since what was typed is handed on as it is."""
+    signatures = [inspect.signature(function) for function in FUNCTIONS[name]]
+    arguments = {k: v.default for found in signatures[::-1] for k, v in found.parameters.items()}
+    arguments |= dict.fromkeys(SETTINGS.get(name, {}))
+    for option in TAKEN[name]:
+        if option.name in {"as_json", "debug"} | OWN.get(name, set()):
+            continue
+        default = arguments[option.name]
+        if option.default is None:  # not given
+            assert default in (None, 0, (), inspect.Parameter.empty), option.name
+        elif option.default is not NEEDED and default is not inspect.Parameter.empty:
+            assert default in (option.default, str(option.default)), option.name
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import pytest
 from safe_offrl import commands
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
-from safe_offrl.commands.common import writing
+from safe_offrl.commands.phase import writing
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.env.adapter import make_env
 from safe_offrl.errors import ConfigError, DataError, EnvError

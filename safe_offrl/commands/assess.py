@@ -7,12 +7,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from safe_offrl.assess.assessment import Estimates, assess, choose, risk_text
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.assess.importance_sampling import USABLE
 from safe_offrl.commands.common import (
+    Limits,
     require_output,
     require_own_limit,
     say_plain,
@@ -56,12 +57,11 @@ class Subject(NamedTuple):
 def assess_runs(
     references: Sequence[str | Path],
     *,
-    epsilon: float | None = None,
-    cost_limit: float | None = None,
     confidence: float | None = None,
     out: str | Path | None = None,
     runs: str | Path = "runs",
     say: Say = say_plain,
+    **limits: Unpack[Limits],
 ) -> dict[str, Any]:
     """Assess pretrain runs from their logs, and of several name the one to go on with.
 
@@ -75,12 +75,14 @@ def assess_runs(
     if out is not None:
         require_output(Path(out))
     estimates: dict[str, Estimates] = {}
-    limits: dict[str, tuple[float, float]] = {}
+    bounds: dict[str, tuple[float, float]] = {}
     results: dict[str, Any] = {}
     for run in found:
         inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
         configure(inputs.threads)
-        safety = _limited(config.safety, epsilon, cost_limit, confidence)
+        require_own_limit(config.safety, limits)
+        given = {k: v for k, v in {**limits, "confidence": confidence}.items() if v is not None}
+        safety = dataclasses.replace(config.safety, **given)  # type: ignore[arg-type]
         dataset = stored_dataset(inputs, safety, discount_of(config))
         if run.environments:
             for line in learnt_lines(since_log(dataset, run.environments[-1])):
@@ -91,7 +93,7 @@ def assess_runs(
             say(line)
         key = str(run.path)
         estimates[key] = assessed(subject, say, store=out is None)
-        limits[key] = (limit, safety.confidence)
+        bounds[key] = (limit, safety.confidence)
         results[key] = {
             **verdict(estimates[key], limit, safety.confidence),
             "estimates": estimates[key].as_dict(),
@@ -100,9 +102,9 @@ def assess_runs(
     say(GO_BY)
     answer: dict[str, Any] = {"runs": plain(results)}
     if len(found) > 1:
-        name, qualifies = choose(estimates, limits)
+        name, qualifies = choose(estimates, bounds)
         answer |= {"chosen": name, "qualifies": qualifies}
-        say(_table(estimates, limits))
+        say(_table(estimates, bounds))
         say(
             f"choice      {name}: the highest lower bound of return among those below their limit"
             if qualifies
@@ -114,15 +116,6 @@ def assess_runs(
         write_atomic(Path(out), json_bytes(answer))
         say(f"file        {out}")
     return answer
-
-
-def _limited(
-    safety: SafetySpec, epsilon: float | None, cost_limit: float | None, confidence: float | None
-) -> SafetySpec:
-    """The run's own limits but for those that are given."""
-    require_own_limit(safety, epsilon=epsilon, cost_limit=cost_limit)
-    given = {"epsilon": epsilon, "cost_limit": cost_limit, "confidence": confidence}
-    return dataclasses.replace(safety, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
 
 
 def _identity(subject: Subject) -> dict[str, Any]:

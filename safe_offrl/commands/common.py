@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TypedDict
 
 import torch
-from torch import Tensor
 
 from safe_offrl.agents import AgentConfigs, find_agent
 from safe_offrl.check.inspect import INSPECTED, dataset_warnings
-from safe_offrl.compute.descent import CompileMode, Precision
+from safe_offrl.compute.descent import Precision
 from safe_offrl.config import RunInputs, from_dict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
-from safe_offrl.errors import ConfigError, DataError, EnvError, RunError, UserError
-from safe_offrl.files import unwritable, write_atomic
-from safe_offrl.record.checkpoints import Checkpoint, fitting
-from safe_offrl.record.progress import STOP_SECONDS, Interrupted, Say, StopNow, StopSignal
+from safe_offrl.errors import ConfigError, DataError, RunError
+from safe_offrl.files import unwritable
 from safe_offrl.record.run import RunDir
 from safe_offrl.spec import SafetySpec
-
-CHECKPOINT_SECONDS = 10.0  # of work that a crash may cost; a checkpoint takes well under 0.1 s
 
 
 def say_plain(text: str) -> None:
@@ -82,61 +75,20 @@ def stored_pretrain_run(inputs: RunInputs) -> RunDir:
     return RunDir(path)
 
 
-def require_own_limit(
-    safety: SafetySpec, *, epsilon: float | None, cost_limit: float | None
-) -> None:
+class Limits(TypedDict, total=False):
+    """A limit instead of a run's own; None means not given."""
+
+    epsilon: float | None  # of P(accident)
+    cost_limit: float | None  # of the expected cost per episode
+
+
+def require_own_limit(safety: SafetySpec, limits: Limits) -> None:
     """ConfigError if a limit is given of what the run does not constrain."""
     other = "cost_limit" if safety.constraint == "accident" else "epsilon"
-    if (cost_limit if safety.constraint == "accident" else epsilon) is not None:
+    if limits.get(other) is not None:
         raise ConfigError(
             f'The run was pretrained under the constraint "{safety.constraint}", so {other} means '
             "nothing to it. Leave it out, or pretrain under the other constraint."
-        )
-
-
-class Loop(Protocol):
-    """What a run continues: the offline phase, or the online one."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors."""
-        ...
-
-    def info(self) -> dict[str, Any]:
-        """The rest, JSON-able."""
-        ...
-
-    def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Continue from both."""
-        ...
-
-
-def bring_back(run: RunDir, loop: Loop) -> Checkpoint:
-    """Set a loop before its first step, and the run's files, to the newest checkpoint.
-
-    A run that was ended before it wrote its first one has not begun, and begins here.
-    """
-    if run.has_begun:
-        checkpoint = run.load_checkpoint()
-        with fitting(run.path):
-            loop.load(checkpoint.tensors, checkpoint.info)
-    else:
-        checkpoint = run.save_checkpoint(0, loop.state_dict(), loop.info())
-    run.rewind(checkpoint)
-    return checkpoint
-
-
-def require_unfinished(run: RunDir) -> None:
-    """Raise RunError if there is nothing left to resume."""
-    if run.state["status"] == "finished":
-        raise RunError(f'The run "{run.name}" is finished already. Start a new run instead.')
-
-
-def require_same_threads(run: RunDir, inputs: RunInputs, threads: int | None) -> None:
-    """Raise ConfigError if a run is to go on with another number of threads; None: as it was."""
-    if threads not in (None, inputs.threads):
-        raise ConfigError(
-            f'The run "{run.name}" computes with --threads {inputs.threads}, and with {threads} it '
-            "would come out differently. Leave --threads out, or start a new run."
         )
 
 
@@ -157,50 +109,6 @@ def require_both_outcomes(dataset: Dataset, path: Path, safety: SafetySpec) -> N
             f'The dataset "{path}" has {what} in its {dataset.episodes} episodes, so risk cannot '
             "be learnt from it. Log episodes of both kinds, or check safety.accident."
         )
-
-
-def interrupted(run: RunDir, number: int, step: int) -> Interrupted:
-    """Mark a run as stopped by signal ``number``; returns the exception to raise."""
-    run.set_status("interrupted")
-    return Interrupted(number, f"stopped at step {step:,}; everything is saved. {_continue(run)}")
-
-
-def _continue(run: RunDir) -> str:
-    return f"Continue with: safe-offrl {run.kind} --resume {run.path}"
-
-
-@contextlib.contextmanager
-def writing(run: RunDir, say: Say, *, new: bool = False) -> Iterator[StopSignal]:
-    """While a run is written: a signal stops it, and its status says how it ended, whatever did.
-
-    A ``new`` run whose settings are refused before anything of it is on record is removed, and its
-    name is free; of any other the error says how to continue it.
-    """
-    with StopSignal(STOP_SECONDS) as stop:
-        try:
-            yield stop
-        except Interrupted:
-            raise
-        except StopNow:
-            stop.hold()
-            run.set_status("interrupted")
-            raise Interrupted(
-                stop.number or signal.SIGTERM,
-                "stopped at once; what has been done since the last checkpoint is done again. "
-                f"{_continue(run)}",
-            ) from None
-        except BaseException as error:
-            stop.hold()
-            refused = isinstance(error, UserError) and not isinstance(error, EnvError)
-            if new and refused and run.is_blank:
-                run.discard()
-                say(f"removed     {run.path}: it had not begun")
-            else:
-                # Of an environment that failed everything is on record. Of a disk nobody knows.
-                run.set_status("interrupted", count=isinstance(error, EnvError))
-                if not isinstance(error, FloatingPointError):  # it would end the same
-                    error.add_note(_continue(run))
-            raise
 
 
 def data_line(dataset: Dataset, inputs: RunInputs) -> str:
@@ -242,22 +150,6 @@ def device_line(inputs: RunInputs, precision: Precision, compiling: str) -> str:
     threads = f"{inputs.threads} thread{'s' if inputs.threads > 1 else ''}"
     name = "CPU" if inputs.device == "cpu" else f"{torch.cuda.get_device_name()}, CPU"
     return f"device      {name}, {threads}, {precision}, {compiling}"
-
-
-def stored_mode(inputs: RunInputs) -> CompileMode:
-    """How a run that is continued must compute, so that it comes out as if never interrupted."""
-    return "on" if inputs.compiled else "off"
-
-
-def numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The entries that a curve can show."""
-    return {k: float(v) for k, v in values.items() if isinstance(v, bool | int | float)}
-
-
-def save_calibration(run: RunDir, tag: str, step: int, png: bytes) -> None:
-    """Write a figure as the run's calibration.png and show it in TensorBoard."""
-    write_atomic(run.path / "calibration.png", png)
-    run.board.add_picture(f"calibration/{tag}", step, png)
 
 
 def require_output(out: Path) -> None:

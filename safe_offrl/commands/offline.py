@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,42 +14,38 @@ import numpy as np
 from safe_offrl.collect.build import default_dataset
 from safe_offrl.collect.log_plan import CollectConfig
 from safe_offrl.commands.common import (
-    CHECKPOINT_SECONDS,
-    bring_back,
     constraint_line,
     data_line,
     device_line,
-    interrupted,
-    numbers,
     require_both_outcomes,
-    require_same_threads,
-    require_unfinished,
-    save_calibration,
     say_plain,
     stored_dataset,
-    stored_mode,
     warning_lines,
     with_own_settings,
-    writing,
 )
 from safe_offrl.commands.environment import identities, learnt_lines, since_log
+from safe_offrl.commands.phase import (
+    CHECKPOINT_SECONDS,
+    Saver,
+    bring_back,
+    new_run,
+    save_calibration,
+    stored_mode,
+    unfinished,
+    writing,
+)
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure, find_device
-from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml
+from safe_offrl.config import RunInputs, load_config
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import find_dataset, load_dataset, stated_metadata
 from safe_offrl.data_formats.validation import check_learnable, check_matches_env, check_same_env
 from safe_offrl.env.adapter import AccidentEnv, make_env, time_limit
 from safe_offrl.errors import DataError
 from safe_offrl.files import plain
-from safe_offrl.record.progress import Heartbeat, ProgressLine, Say, StopSignal
-from safe_offrl.record.run import RunDir, find_run
-from safe_offrl.record.trust import (
-    is_trusted_log,
-    require_trusted,
-    require_trusted_log,
-    trust_own,
-)
+from safe_offrl.record.progress import Heartbeat, ProgressLine, Say
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.trust import is_trusted_log, require_trusted, require_trusted_log
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import report_png
 from safe_offrl.train.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
@@ -258,24 +253,17 @@ def pretrain_run(
 ) -> RunDir:
     """Run a planned offline phase in a new run folder; returns the finished run."""
     configure(plan.inputs.threads)
-    config_text = run_yaml(plan.inputs, "pretrain", plan.config, Path(runs))
-    trust_own(config_text, plan.inputs, plan.config.safety, say, plan.config.agent)
-    run = RunDir.create(
-        Path(runs),
-        kind="pretrain",
-        config_text=config_text,
-        name=name,
-        stem=f"pretrain-{plan.inputs.env_id.rpartition(':')[2]}-"
-        f"{plan.config.agent.rpartition(':')[2]}",
-        versions=versions(plan.env_versions, plan.inputs.device)
-        | identities(plan.env_identity, plan.dataset),
-    )
+    made_with = versions(plan.env_versions, plan.inputs.device)
+    made_with |= identities(plan.env_identity, plan.dataset)
+    agent = plan.config.agent
+    made_of = agent, agent, plan.inputs, plan.config, made_with
+    run = new_run("pretrain", *made_of, name=name, runs=runs, say=say)
     with run, writing(run, say, new=True) as stop:
         say(plan.header)
         say(f"run         {run.path}")
         loop = _loop(plan.config, plan.dataset, plan.inputs)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
-        _drive_pretraining(run, loop, stop, checkpoint_seconds, say)
+        _drive(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
 
@@ -288,15 +276,11 @@ def resume_pretrain(
     say: Say = say_plain,
 ) -> RunDir:
     """Continue an interrupted offline phase; the result is bitwise that of an uninterrupted one."""
-    run = find_run(reference, Path(runs), "pretrain")
-    run.lock()
-    with run:
-        require_unfinished(run)
-        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
+    found = unfinished("pretrain", PretrainConfig, reference, runs, threads)
+    with found as (run, inputs, config):
         if ":" in config.agent:
             require_trusted(run, inputs, config.safety, config.agent)
         config = replace(config, agents=with_own_settings(config.agent, config.agents))
-        require_same_threads(run, inputs, threads)
         configure(inputs.threads)
         device = find_device(inputs.device)  # as the next line, refuses what cannot go on
         choose(stored_mode(inputs), config.precision, config.steps, device)
@@ -305,7 +289,7 @@ def resume_pretrain(
         with writing(run, say) as stop:
             checkpoint = bring_back(run, loop)
             say(f"resume      {run.path} from step {checkpoint.step:,}")
-            _drive_pretraining(run, loop, stop, checkpoint_seconds, say)
+            _drive(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
 
@@ -313,32 +297,25 @@ def _loop(config: PretrainConfig, dataset: Dataset, inputs: RunInputs) -> Pretra
     return Pretraining(config, dataset, compiled=inputs.compiled, device=inputs.device)
 
 
-def _drive_pretraining(
-    run: RunDir, loop: Pretraining, stop: StopSignal, checkpoint_seconds: float, say: Say
-) -> None:
+def _drive(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> None:
     show = None if say is say_plain else say
-    saved, begun = time.monotonic(), {loop.step, loop.config.steps}
+    begun = {loop.step, loop.config.steps}
     with contextlib.closing(ProgressLine(loop.total_steps, loop.step, show)) as progress:
         for record in loop.steps():
-            last = loop.step >= loop.total_steps
             if loop.step - 1 in begun:
                 progress.restart()  # the first step of each part compiles
             if record is not None:
                 run.log(record.step, record.values)
             progress.update(loop.step, record and _offline_line(record))
-            if last or stop.number or time.monotonic() - saved > checkpoint_seconds:
-                stop.hold()
-                run.save_checkpoint(loop.step, loop.state_dict(), loop.info())
-                saved = time.monotonic()
-                if stop.number and not last:
-                    raise interrupted(run, stop.number, loop.step)
-                if not last:
-                    stop.release()
+            if loop.step < loop.total_steps:
+                saver.save_if_due(loop.step)
+            else:
+                saver.save(loop.step)
     report = loop.calibration()
     content = plain(report.as_dict())
     run.write_json("calibration.json", content)
-    curves = {f"offline/calibration/{k}": v for k, v in numbers(content).items()}
-    run.log(loop.total_steps, curves)
+    curves = {k: float(v) for k, v in content.items() if isinstance(v, bool | int | float)}
+    run.log(loop.total_steps, {f"offline/calibration/{k}": v for k, v in curves.items()})
     save_calibration(run, "safety_critic", loop.total_steps, report_png(report))
     run.set_status("finished")
     say(str(report))

@@ -6,29 +6,29 @@ import contextlib
 import time
 from pathlib import Path
 
-from safe_offrl.commands.common import (
-    CHECKPOINT_SECONDS,
-    bring_back,
-    interrupted,
-    require_same_threads,
-    require_unfinished,
-    save_calibration,
-    say_plain,
-    stored_mode,
-    stored_pretrain_run,
-    writing,
-)
+from safe_offrl.commands.common import say_plain, stored_pretrain_run
 from safe_offrl.commands.environment import identities, require_same_environment
 from safe_offrl.commands.filming import filming
 from safe_offrl.commands.online_plan import FinetunePlan, plan_finetune
-from safe_offrl.config import parse_run_yaml, run_yaml, to_dict
+from safe_offrl.commands.phase import (
+    CHECKPOINT_SECONDS,
+    Saver,
+    bring_back,
+    interrupted,
+    new_run,
+    save_calibration,
+    stored_mode,
+    unfinished,
+    writing,
+)
+from safe_offrl.config import to_dict
 from safe_offrl.deploy.episodes import Reservation
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
 from safe_offrl.record.checkpoints import fitting
-from safe_offrl.record.progress import STOP_SECONDS, OnlineCurves, ProgressLine, Say, StopSignal
-from safe_offrl.record.run import RunDir, find_run
-from safe_offrl.record.trust import require_trusted, trust_own
+from safe_offrl.record.progress import STOP_SECONDS, OnlineCurves, ProgressLine, Say
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.trust import require_trusted
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import online_blocks, online_png
 from safe_offrl.train.finetune import Finetuning
@@ -54,25 +54,18 @@ def finetune_run(
     say: Say = say_plain,
 ) -> RunDir:
     """Run a planned online phase in a new run folder; returns the finished run."""
-    config_text = run_yaml(plan.inputs, "finetune", plan.config, Path(runs))
+    made_with = versions(plan.env.versions(), plan.inputs.device)
+    made_with |= identities(plan.env.identity(), plan.dataset, stored_pretrain_run(plan.inputs))
     learner = plan.config.baseline.learner
-    trust_own(config_text, plan.inputs, plan.config.safety, say, learner)
-    run = RunDir.create(
-        Path(runs),
-        kind="finetune",
-        config_text=config_text,
-        name=name,
-        stem=f"finetune-{plan.inputs.env_id.rpartition(':')[2]}-{plan.agent.rpartition(':')[2]}",
-        versions=versions(plan.env.versions(), plan.inputs.device)
-        | identities(plan.env.identity(), plan.dataset, stored_pretrain_run(plan.inputs)),
-    )
+    made_of = plan.agent, learner, plan.inputs, plan.config, made_with
+    run = new_run("finetune", *made_of, name=name, runs=runs, say=say)
     with run, contextlib.closing(plan.env), writing(run, say, new=True) as stop:
         say(plan.header)
         say(f"run         {run.path}")
         loop = start_loop(plan)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
         curves = OnlineCurves(loop.monitor, plan.config.budget)
-        _drive_finetuning(run, plan, loop, curves, stop, checkpoint_seconds, say)
+        _drive(run, plan, loop, curves, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
 
@@ -93,13 +86,9 @@ def resume_finetune(
     ledger has them; the result is bitwise that of an uninterrupted run. In reality, they are
     counted as the ledger has them, and one that was cut off counts as an accident.
     """
-    run = find_run(reference, Path(runs), "finetune")
-    run.lock()
-    with run:
-        require_unfinished(run)
-        inputs, config = parse_run_yaml(run.config_text, "finetune", FinetuneConfig, run.path)
+    found = unfinished("finetune", FinetuneConfig, reference, runs, threads)
+    with found as (run, inputs, config):
         require_trusted(run, inputs, config.safety, config.baseline.learner)
-        require_same_threads(run, inputs, threads)
         plan = plan_finetune(
             stored_pretrain_run(inputs),
             config,
@@ -123,7 +112,7 @@ def resume_finetune(
                 curves = OnlineCurves(loop.monitor, config.budget)
                 curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
                 say(f"resume      {run.path} from step {checkpoint.step:,}")
-                _drive_finetuning(run, plan, loop, curves, stop, checkpoint_seconds, say)
+                _drive(run, plan, loop, curves, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
 
@@ -142,33 +131,20 @@ def start_loop(plan: FinetunePlan) -> Finetuning:
         )
 
 
-def _drive_finetuning(
+def _drive(
     run: RunDir,
     plan: FinetunePlan,
     loop: Finetuning,
     curves: OnlineCurves,
-    stop: StopSignal,
-    checkpoint_seconds: float,
+    saver: Saver,
     say: Say,
 ) -> None:
     run.board.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
-    saved = time.monotonic()
+    stop = saver.stop
     real = plan.config.env.kind == "real"
     show_line = None if say is say_plain else say
     alarmed = loop.monitor.alarm  # one that has sounded was said before a resume
     seen: set[str] = set()  # phases of which an episode was played, and what follows it compiled
-
-    def save(step: int) -> None:
-        """Save, and end where a signal asks for it."""
-        nonlocal saved
-        if stop.number or time.monotonic() - saved > checkpoint_seconds:
-            stop.hold()
-            run.save_checkpoint(step, loop.state_dict(), loop.info())
-            saved = time.monotonic()
-            if stop.number:
-                raise interrupted(run, stop.number, step)
-            stop.release()
-
     with (
         contextlib.closing(ProgressLine(plan.config.budget, curves.step, show_line)) as progress,
         filming(run, loop, say) as show,
@@ -176,7 +152,7 @@ def _drive_finetuning(
         for event in loop.run(run.recorded):
             if isinstance(event, Reservation):
                 if stop.number:
-                    save(curves.step)
+                    saver.save_if_due(curves.step)
                 run.reserve_episode(event.worst)  # on disk before the first of its steps
                 stop.hold()  # what is cut off in reality counts as an accident
             elif isinstance(event, Episode):
@@ -198,7 +174,7 @@ def _drive_finetuning(
                     progress.restart()
                 # What was lived cannot be lived again: not only after an iteration.
                 if real:
-                    save(event.total_steps)
+                    saver.save_if_due(event.total_steps)
                 elif stop.number and time.monotonic() - stop.since > STOP_SECONDS:
                     # The iteration takes too long. Its episodes are in the ledger, and a resume
                     # plays them again from the last checkpoint.
@@ -213,7 +189,7 @@ def _drive_finetuning(
                 run.log_iteration(decision)
                 curves.add_iteration(decision)
                 run.log(event.step, {**_decision_values(event), **curves.trust(), **event.metrics})
-                save(event.step)
+                saver.save_if_due(event.step)
     stop.hold()
     if alarmed and _answers_alarms(loop):
         say(
@@ -221,7 +197,7 @@ def _drive_finetuning(
             "the limit"
         )
     # The last line comes after the last checkpoint, so that a resume from it writes it once.
-    run.save_checkpoint(curves.step, loop.state_dict(), loop.info())
+    saver.save(curves.step)
     run.log(curves.step, curves.values())
     constraint = plan.limit.constraint
     if blocks := online_blocks(run.episodes(), run.iterations(), constraint):

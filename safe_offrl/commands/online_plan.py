@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from safe_offrl.agents import find_agent, find_online
 from safe_offrl.commands.assess import Subject, gate
 from safe_offrl.commands.common import (
+    Limits,
     constraint_line,
     data_line,
     device_line,
@@ -33,7 +34,7 @@ from safe_offrl.record.run import RunDir
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.report.videos import require_pictures
 from safe_offrl.safety.monitor import Certifiable, certifiable
-from safe_offrl.spec import Limit
+from safe_offrl.spec import Limit, SafetySpec
 from safe_offrl.train.finetune_config import COST_DEFAULTS, FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig, discount_of
 
@@ -112,21 +113,25 @@ def inherited(source: PretrainConfig) -> dict[str, Any]:
     }
 
 
+class FinetuneSettings(Limits, total=False):
+    """Settings of an online phase that have an option of their own; None means not given."""
+
+    budget: int | None  # steps in the environment
+    delta: float | None  # limit of the KL, in nats
+    accident_budget: int | None
+    videos: int | None
+    seed: int | None
+    kl: bool | None  # whether it is constrained
+    safety_constraint: bool | None
+    shield: bool | None
+
+
 def finetune_config(
     pretrained: RunDir,
     *,
-    budget: int | None = None,
-    epsilon: float | None = None,
-    cost_limit: float | None = None,
-    delta: float | None = None,
-    accident_budget: int | None = None,
-    videos: int | None = None,
-    seed: int | None = None,
-    kl: bool | None = None,
-    safety_constraint: bool | None = None,
-    shield: bool | None = None,
     preset: str | Path | None = None,
     overrides: Sequence[str] = (),
+    **settings: Unpack[FinetuneSettings],
 ) -> FinetuneConfig:
     """Resolve the settings of an online phase; what an accident is comes from the pretrain run.
 
@@ -135,22 +140,13 @@ def finetune_config(
     inputs, source = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
-    require_own_limit(source.safety, epsilon=epsilon, cost_limit=cost_limit)
-    given = {
-        "budget": budget,
-        "safety.epsilon": epsilon,
-        "safety.cost_limit": cost_limit,
-        "safety.delta": delta,
-        "accident_budget": accident_budget,
-        "videos": videos,
-        "seed": seed,
-        "kl": kl,
-        "safety_constraint": safety_constraint,
-        "shield": shield,
-    }
+    require_own_limit(source.safety, settings)
+    of_safety = {field.name for field in fields(SafetySpec)}
     # What an accident is must not change between the phases, so it overrides the preset too.
     flags = {f"safety.{key}": value for key, value in to_dict(source.safety).items()}
-    flags |= {key: value for key, value in given.items() if value is not None}
+    for key, value in settings.items():
+        if value is not None:
+            flags[f"safety.{key}" if key in of_safety else key] = value
     config = load_config(
         FinetuneConfig,
         section="finetune",
