@@ -22,7 +22,7 @@ def find_agent(name: str) -> type[Agent]:
     ConfigError if there is none.
     """
     module, _, own = name.rpartition(":")
-    if module and own not in AGENTS:
+    if module:
         import_user_module(module, "agent")
     if own not in AGENTS:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """The offline loop: resumable, aligned with the policy it ends with, and judged at its end."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.spec import SafetySpec
+from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.pretrain import PretrainConfig, Pretraining, discount_of
 
 
@@ -159,3 +161,11 @@ def test_settings_of_an_agent_that_is_not_ones_own_are_named_as_such() -> None:
     own = AgentConfigs(own={"learning_rate": 0.1})
     with pytest.raises(ConfigError, match=r"agent is calql.*set agents\.cql"):
         PretrainConfig(agent="calql", agents=own)
+
+
+@pytest.mark.parametrize("loop", [Pretraining, Finetuning])
+def test_a_loop_names_no_agent(loop: type) -> None:
+    source = inspect.getsource(loop)
+    assert not [name for name in (*AGENTS, "rlpd") if f'"{name}"' in source]
+    assert "isinstance(self.agent" not in source
+    assert "isinstance(self.learner" not in source
