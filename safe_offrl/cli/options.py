@@ -204,7 +204,12 @@ TAKEN: dict[str, tuple[Option, ...]] = {
         *(RUNS, JSON, DEBUG),
     ),
     "benchmark": (
-        Option("suite", str, "smoke, point, safety, ablations, margin, precision, or a YAML file.", NEEDED),
+        Option(
+            "suite",
+            str,
+            "smoke, point, safety, ablations, margin, precision, or a YAML file.",
+            NEEDED,
+        ),
         Option("methods", str, "Only these methods of the suite.", metavar="A,B"),
         Option("seeds", str, "These seeds instead of the suite's.", metavar="A,B"),
         *(WORKERS, RUNS, DRY_RUN._replace(help="Say what would be run, and stop."), JSON, DEBUG),
