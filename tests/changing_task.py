@@ -16,7 +16,8 @@ from typing import Any
 import gymnasium
 import pytest
 
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.spec import SafetySpec
 
 FILES = {

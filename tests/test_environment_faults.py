@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from safe_offrl import commands
-from safe_offrl.env.adapter import AccidentEnv, episode_seed, make_env
+from safe_offrl.env.adapter import AccidentEnv, episode_seed
+from safe_offrl.env.make import make_env
 from safe_offrl.env.process import ProcessEnv
 from safe_offrl.errors import ConfigError, EnvError, EnvFault
 from safe_offrl.record.ledger import LedgerWriter

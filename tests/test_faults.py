@@ -14,7 +14,7 @@ import pytest
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.data_formats.hdf5 import write_dataset
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.record.run import RunDir
 from safe_offrl.spec import SafetySpec
 from tests import faults

@@ -28,7 +28,7 @@ from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.data_formats.memory_map import _header_sha256
 from safe_offrl.data_formats.replay_buffer import from_replay_buffer
 from safe_offrl.data_formats.validation import check_matches_env
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import UserError
 from safe_offrl.record.run import check_name, find_run
 from safe_offrl.spec import SafetySpec

@@ -29,7 +29,7 @@ from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.data_formats.memory_map import write_memory_map
 from safe_offrl.deploy.episodes import PlayedEpisode, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.policy import load_policy

@@ -19,7 +19,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env as check_with_gymnasium
 
 import safe_offrl
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.envs import SAFETY_GYM
 from safe_offrl.envs.safety_gym import LIGHT_SKY
 from safe_offrl.spec import SafetySpec
@@ -131,7 +131,7 @@ def test_without_it_one_sentence_names_the_command(hidden: str) -> None:
         f"        if name == {hidden!r}: raise ModuleNotFoundError(name=name)\n"
         "sys.meta_path.insert(0, Hide())\n"
         "try:\n"
-        "    safe_offrl.env.adapter.make_env('SafetyPointGoal1-v0', safe_offrl.spec.SafetySpec())\n"
+        "    safe_offrl.env.make.make_env('SafetyPointGoal1-v0', safe_offrl.spec.SafetySpec())\n"
         "except safe_offrl.errors.EnvError as error:\n    print(error)\n"
     )
     text = run(program)

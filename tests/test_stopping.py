@@ -25,7 +25,7 @@ from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.commands.phase import writing
 from safe_offrl.data_formats.hdf5 import write_dataset
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, DataError, EnvError
 from safe_offrl.record.progress import Interrupted, StopNow, StopSignal
 from safe_offrl.record.run import RunDir

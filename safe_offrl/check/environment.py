@@ -20,8 +20,9 @@ from safe_offrl.check.replay import Recording, first_difference, record, replay,
 from safe_offrl.check.situations import find_situations
 from safe_offrl.collect.behaviours import Controller, Vector, random_behaviour
 from safe_offrl.deploy.episodes import FAULTS_IN_A_ROW
-from safe_offrl.env.adapter import AccidentEnv, episode_seed, make_raw
+from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.env.contract import refusals
+from safe_offrl.env.make import make_raw
 from safe_offrl.env.observations import layout
 from safe_offrl.env.user_code import raised, sentence
 from safe_offrl.errors import ConfigError, EnvError, EnvFault

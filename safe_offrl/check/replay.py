@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.collect.processes import own_command
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.env.observations import entry_name
 from safe_offrl.errors import EnvError, UserError
 from safe_offrl.spec import SafetySpec

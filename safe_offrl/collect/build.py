@@ -30,8 +30,9 @@ from safe_offrl.collect.mixture import Log, collect, tell, unsafe_mixture
 from safe_offrl.collect.sb3 import learnt_behaviours
 from safe_offrl.data_formats.conversion import target_format
 from safe_offrl.data_formats.loading import FORMATS
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.identity import KEY
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import EnvError, UserError
 from safe_offrl.files import cache_folder
 from safe_offrl.spec import SafetySpec

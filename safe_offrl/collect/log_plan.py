@@ -23,7 +23,8 @@ from safe_offrl.collect.sb3 import (
     resolved,
     trainings,
 )
-from safe_offrl.env.adapter import AccidentEnv, episode_seed, make_env
+from safe_offrl.env.adapter import AccidentEnv, episode_seed
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, EnvFault
 from safe_offrl.record.env_report import EnvReport
 from safe_offrl.spec import SafetySpec

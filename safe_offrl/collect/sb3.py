@@ -24,7 +24,7 @@ from safe_offrl.collect.behaviours import Behaviour, Progress
 from safe_offrl.collect.frozen import freeze
 from safe_offrl.collect.penalty import Account, Penalised
 from safe_offrl.collect.processes import run_jobs
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.spec import SafetySpec
 

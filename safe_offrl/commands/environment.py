@@ -9,8 +9,9 @@ from typing import Any
 from safe_offrl.certify.certificate import Check
 from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.identity import KEY, differences, log_differences
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import EnvError, RunError
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RESUMED, RunDir

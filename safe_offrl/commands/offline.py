@@ -40,7 +40,8 @@ from safe_offrl.config import RunInputs, load_config
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import find_dataset, load_dataset, stated_metadata
 from safe_offrl.data_formats.validation import check_learnable, check_matches_env, check_same_env
-from safe_offrl.env.adapter import AccidentEnv, make_env, time_limit
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env, time_limit
 from safe_offrl.errors import DataError
 from safe_offrl.files import plain
 from safe_offrl.record.progress import Heartbeat, ProgressLine, Say

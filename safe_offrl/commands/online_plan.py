@@ -26,7 +26,8 @@ from safe_offrl.compute.device import Device, configure, find_device
 from safe_offrl.config import RunInputs, load_config, parse_run_yaml, to_dict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.validation import check_matches_env
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.progress import Say

@@ -1,25 +1,18 @@
-"""One way to make an environment, and one adapter that makes any environment look the same.
+"""One adapter that makes any environment look the same.
 
-Every command goes through :func:`make_env`: observations are float32 vectors, actions live in
-[-1, 1]^A or are one-hot rows, every episode ends within a known horizon, and every step says
-whether it was an accident. Nothing else of this package reads ``info["cost"]`` or an environment's
+Every command goes through :func:`safe_offrl.env.make.make_env`: observations are float32 vectors,
+actions live in [-1, 1]^A or are one-hot rows, every episode ends within a known horizon, and every
+step says whether it was an accident. Nothing else of this package reads ``info["cost"]`` or an environment's
 action bounds.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
-import importlib
-import importlib.metadata
-import inspect
 import math
-import platform
 import warnings
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -40,10 +33,10 @@ from safe_offrl.env.contract import (
     step_values,
     verdict,
 )
-from safe_offrl.env.identity import environment_identity, rule_identity
+from safe_offrl.env.identity import environment_identity, environment_versions, rule_identity
 from safe_offrl.env.observations import flatten, layout
 from safe_offrl.env.process import ProcessEnv
-from safe_offrl.env.user_code import import_plugins, import_user_module, raised, sentence
+from safe_offrl.env.user_code import raised
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.spec import SafetySpec
 
@@ -64,117 +57,6 @@ def episode_seed(seed: int, index: int, stream: str) -> int:
     """
     entropy = [seed, zlib.crc32(stream.encode()), index]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
-
-
-def make_env(
-    env_id: str,
-    spec: SafetySpec,
-    *,
-    render_mode: str | None = None,
-    timeout: float | None = None,
-) -> AccidentEnv:
-    """Make any Gymnasium environment, adapted to this package.
-
-    ``env_id`` is a registered id ("PointHazard-v0"), one that an installed plug-in registers (see
-    :func:`safe_offrl.env.user_code.import_plugins`), or "package.module:Env-v0", where importing
-    ``package.module`` registers the id; the module may lie in the working directory. With a
-    ``timeout`` it runs in a process of its own, and a reset or step that takes more than so many
-    seconds is a fault (see :class:`safe_offrl.env.process.ProcessEnv`). Raises EnvError for an
-    unknown id, a module that does not import, or an environment that cannot be used (see
-    :class:`AccidentEnv`).
-    """
-    if timeout is None:
-        env = make_raw(env_id, render_mode=render_mode)
-    else:
-        env = ProcessEnv(functools.partial(_make_described, env_id, render_mode), timeout)
-    try:
-        return AccidentEnv(env, spec, env_id=env_id)
-    except EnvError:
-        env.close()
-        raise
-
-
-def _make_described(
-    env_id: str, render_mode: str | None
-) -> tuple[gymnasium.Env[Any, Any], dict[str, Any]]:
-    env = make_raw(env_id, render_mode=render_mode)
-    return env, {"versions": describe(env), "identity": environment_identity(env, env_id)}
-
-
-def time_limit(env_id: str) -> int | None:
-    """Steps after which an environment ends every episode as it is registered; None if it does not.
-
-    None of an id that is unknown, too. EnvError for a module that does not import.
-    """
-    _register(env_id)
-    try:
-        return gymnasium.spec(env_id.rpartition(":")[2]).max_episode_steps
-    except gymnasium.error.Error:
-        return None
-
-
-def _register(env_id: str) -> None:
-    """Import whatever registers an id."""
-    importlib.import_module("safe_offrl.envs")  # registers the environments that come with us
-    module, separator, _ = env_id.partition(":")
-    if separator:
-        import_user_module(module, f'environment "{env_id}"')
-    elif env_id not in gymnasium.registry:
-        import_plugins()
-
-
-def make_raw(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
-    """Make a Gymnasium environment as it is, without the adapter; see :func:`make_env`."""
-    _register(env_id)
-    # A constructor need not know render_mode, not even as None.
-    options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-    try:
-        # The passive checker repeats, as warnings, what AccidentEnv refuses with an error.
-        return gymnasium.make(env_id, disable_env_checker=True, **options)
-    except gymnasium.error.UnregisteredEnv as error:
-        raise EnvError(
-            f'There is no environment "{env_id}": {sentence(error)} Give a registered Gymnasium '
-            'id, or "package.module:Env-v0" so that the module that registers it is imported.'
-        ) from error
-    except gymnasium.error.DependencyNotInstalled as error:  # says itself what to install
-        raise EnvError(f'The environment "{env_id}" cannot be made: {sentence(error)}') from error
-    except Exception as error:  # whatever the environment's constructor raises
-        raise EnvError(
-            f'The environment "{env_id}" could not be made: {sentence(error)} '
-            "Check that gymnasium.make accepts this id. What its constructor needs is given where "
-            "it is registered, as kwargs={...}."
-        ) from error
-
-
-def describe(env: gymnasium.Env[Any, Any]) -> dict[str, str]:
-    """What the behaviour of an environment depends on: packages, and its own source file.
-
-    "environment" is the installed distribution that holds it, or the module's name;
-    "environment_source" the sha256 of the file that defines it ("unknown" if there is none). An
-    environment whose dynamics come from other distributions names them in an attribute
-    ``packages``.
-    """
-    cls = type(env.unwrapped)
-    package = cls.__module__.partition(".")[0]
-    try:
-        distribution = f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        distribution = cls.__module__
-    try:
-        source = hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # defined in an interactive session or in C
-        source = "unknown"
-    return {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "gymnasium": gymnasium.__version__,
-        "environment": distribution,
-        "environment_source": source,
-        **{
-            name: importlib.metadata.version(name)
-            for name in getattr(env.unwrapped, "packages", ())
-        },
-    }
 
 
 class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
@@ -308,9 +190,13 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             )
 
     def versions(self) -> dict[str, str]:
-        """What the behaviour of this environment depends on, see :func:`describe`."""
+        """What the behaviour of this environment depends on, see :func:`.environment_versions`."""
         env = self.unwrapped
-        return dict(env.described["versions"]) if isinstance(env, ProcessEnv) else describe(env)
+        return (
+            dict(env.described["versions"])
+            if isinstance(env, ProcessEnv)
+            else environment_versions(env)
+        )
 
     def identity(self) -> dict[str, Any]:
         """What this environment and its rule are, see :mod:`safe_offrl.env.identity`; JSON-able.

@@ -23,9 +23,11 @@ import enum
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
+import platform
 import re
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path, PurePath
@@ -279,3 +281,34 @@ def _printable(text: str) -> str:
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = values.get(key)
     return found if isinstance(found, Mapping) else {}
+
+
+def environment_versions(env: gymnasium.Env[Any, Any]) -> dict[str, str]:
+    """What the behaviour of an environment depends on: packages, and its own source file.
+
+    "environment" is the installed distribution that holds it, or the module's name;
+    "environment_source" the sha256 of the file that defines it ("unknown" if there is none). An
+    environment whose dynamics come from other distributions names them in an attribute
+    ``packages``.
+    """
+    cls = type(env.unwrapped)
+    package = cls.__module__.partition(".")[0]
+    try:
+        distribution = f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        distribution = cls.__module__
+    try:
+        source = hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # defined in an interactive session or in C
+        source = "unknown"
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "gymnasium": gymnasium.__version__,
+        "environment": distribution,
+        "environment_source": source,
+        **{
+            name: importlib.metadata.version(name)
+            for name in getattr(env.unwrapped, "packages", ())
+        },
+    }

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from safe_offrl.compute.device import configure
 from safe_offrl.config import RunInputs, from_dict, parse_run_inputs, read_yaml
 from safe_offrl.deploy.policy import DeployedPolicy
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.checkpoints import Checkpoint, fitting
 from safe_offrl.record.run import RunDir

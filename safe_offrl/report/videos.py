@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.env.user_code import sentence
 from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.spec import SafetySpec

@@ -359,7 +359,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], S
     from safe_offrl.collect.behaviours import random_behaviour
     from safe_offrl.collect.mixture import collect
     from safe_offrl.data_formats.hdf5 import write_dataset
-    from safe_offrl.env.adapter import make_env
+    from safe_offrl.env.make import make_env
     from safe_offrl.spec import SafetySpec
 
     env = make_env("HazardLine-v0", SafetySpec())

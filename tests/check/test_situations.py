@@ -15,7 +15,8 @@ from safe_offrl import commands
 from safe_offrl.certify.certificate import verify
 from safe_offrl.check.situations import SEEDS, Situations, find_situations
 from safe_offrl.deploy.episodes import distinct
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.policies.acting import NumpyActor
 from safe_offrl.record.final_policy import final_policy

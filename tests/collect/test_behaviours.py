@@ -6,7 +6,8 @@ import pytest
 from safe_offrl.collect import behaviours as module
 from safe_offrl.collect.behaviours import random_behaviour, scripted_behaviours
 from safe_offrl.collect.mixture import collect
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.spec import SafetySpec
 
 SPEC = SafetySpec()

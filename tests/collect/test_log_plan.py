@@ -25,7 +25,8 @@ from safe_offrl.collect.log_plan import (
 )
 from safe_offrl.collect.sb3 import LearnersConfig, PPOConfig, SACConfig, resolved, training_steps
 from safe_offrl.data_formats.loading import load_dataset
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.spec import SafetySpec
 

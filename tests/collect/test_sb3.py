@@ -14,7 +14,7 @@ from safe_offrl.collect import sb3 as module
 from safe_offrl.collect.frozen import freeze
 from safe_offrl.collect.penalty import Account, Penalised
 from safe_offrl.collect.sb3 import LearnersConfig, PPOConfig, SACConfig, learnt_behaviours
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.spec import SafetySpec
 

@@ -14,7 +14,7 @@ import pytest
 
 from safe_offrl import commands
 from safe_offrl.data_formats.conversion import convert
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import DataError
 from safe_offrl.spec import SafetySpec
 from tests.promises import Record

@@ -25,7 +25,7 @@ from safe_offrl.deploy import export
 from safe_offrl.deploy.export import FORMATS, Arrays, Runner, compare
 from safe_offrl.deploy.graph import Inputs, Outputs, PolicyGraph
 from safe_offrl.deploy.policy import DeployedPolicy
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.policies.acting import NumpyActor
 from safe_offrl.policies.networks import Actor

@@ -16,7 +16,7 @@ from safe_offrl import commands
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.data_formats.hdf5 import write_dataset
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.env.observations import flatten, layout
 from safe_offrl.policy import load_policy
 from safe_offrl.spec import SafetySpec

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from safe_offrl.env.adapter import AccidentEnv, episode_seed, make_env
+from safe_offrl.env.adapter import AccidentEnv, episode_seed
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.spec import SafetySpec
 

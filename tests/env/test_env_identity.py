@@ -19,8 +19,8 @@ import pytest
 from gymnasium.envs.registration import WrapperSpec
 from gymnasium.wrappers import RescaleAction
 
-from safe_offrl.env.adapter import make_env
 from safe_offrl.env.identity import KEY, differences, environment_identity, log_differences
+from safe_offrl.env.make import make_env
 from safe_offrl.spec import SafetySpec
 from tests.changing_task import CHANGES, Change, enter, task, write_task
 
@@ -88,7 +88,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import gymnasium, pathlib
 import id_cliff
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.spec import SafetySpec
 
 class Settings:  # its repr is its address

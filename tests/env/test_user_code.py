@@ -11,7 +11,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import EnvError
 from safe_offrl.spec import SafetySpec
 

@@ -16,7 +16,7 @@ from safe_offrl import commands
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.data_formats.hdf5 import write_dataset
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.envs.hazard_line import HazardLineEnv
 from safe_offrl.errors import ConfigError
 from safe_offrl.record.run import RunDir

@@ -13,7 +13,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from PIL import Image
 
-from safe_offrl.env.adapter import AccidentEnv, make_env
+from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.report.videos import (
     HOLD_MS,

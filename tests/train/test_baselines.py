@@ -20,7 +20,7 @@ from safe_offrl.collect.mixture import collect
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
-from safe_offrl.env.adapter import make_env
+from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.policies.acting import NumpyActor, UniformActor
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
