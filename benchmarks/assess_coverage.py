@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from safe_offrl.assess.assessment import Estimates, assess
+from safe_offrl.assess.assessment import assess
+from safe_offrl.assess.estimates import Estimates
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset

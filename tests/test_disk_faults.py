@@ -12,7 +12,8 @@ import pytest
 
 from safe_offrl import cli, commands
 from safe_offrl.errors import RunError
-from safe_offrl.record.run import RunDir, require_runs_folder
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_names import require_runs_folder
 from tests.failing_disk import FAULTS, fail
 from tests.record.test_run import TENSORS, episode, make
 from tests.test_real import real_plan

@@ -30,7 +30,8 @@ from safe_offrl.data_formats.replay_buffer import from_replay_buffer
 from safe_offrl.data_formats.validation import check_matches_env
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import UserError
-from safe_offrl.record.run import check_name, find_run
+from safe_offrl.record.run import find_run
+from safe_offrl.record.run_names import check_name
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig

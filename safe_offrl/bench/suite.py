@@ -11,7 +11,7 @@ from typing import Any
 from safe_offrl.bench.methods import METHODS, Settings
 from safe_offrl.config import coerce, read_yaml, suggestion
 from safe_offrl.errors import ConfigError
-from safe_offrl.record.run import NAME
+from safe_offrl.record.run_names import NAME
 
 MOST_SEEDS = 1_000
 

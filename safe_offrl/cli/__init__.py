@@ -154,7 +154,7 @@ def _phase(
     **settings: Any,
 ) -> Answer:
     """Make a run from settings, or go on with one, which has its own."""
-    from safe_offrl.record.run import require_runs_folder
+    from safe_offrl.record.run_names import require_runs_folder
 
     writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
     if resume is not None:

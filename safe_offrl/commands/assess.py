@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from safe_offrl.assess.assessment import Estimates, assess, choose, risk_text
+from safe_offrl.assess.assessment import assess, choose
+from safe_offrl.assess.estimates import Estimates, risk_text
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.assess.importance_sampling import USABLE
 from safe_offrl.commands.common import (

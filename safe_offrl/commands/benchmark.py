@@ -22,7 +22,8 @@ from safe_offrl.config import load_config, parse_run_yaml, to_dict
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.record.progress import TELL_SECONDS, Interrupted, Say, StopSignal
-from safe_offrl.record.run import RunDir, require_runs_folder
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_names import require_runs_folder
 from safe_offrl.report.run_data import Source
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig

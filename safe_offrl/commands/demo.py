@@ -12,7 +12,8 @@ from safe_offrl.commands.offline import plan_pretrain, pretrain_config, pretrain
 from safe_offrl.commands.tools import compare_runs
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.progress import Say
-from safe_offrl.record.run import RunDir, require_runs_folder
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_names import require_runs_folder
 
 
 def demo(

@@ -26,7 +26,8 @@ from safe_offrl.deploy.episodes import Reservation
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
 from safe_offrl.record.checkpoints import fitting
-from safe_offrl.record.progress import STOP_SECONDS, OnlineCurves, ProgressLine, Say
+from safe_offrl.record.online_curves import OnlineCurves
+from safe_offrl.record.progress import STOP_SECONDS, ProgressLine, Say
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.record.versions import versions

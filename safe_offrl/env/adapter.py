@@ -2,8 +2,8 @@
 
 Every command goes through :func:`safe_offrl.env.make.make_env`: observations are float32 vectors,
 actions live in [-1, 1]^A or are one-hot rows, every episode ends within a known horizon, and every
-step says whether it was an accident. Nothing else of this package reads ``info["cost"]`` or an environment's
-action bounds.
+step says whether it was an accident. Nothing else of this package reads ``info["cost"]`` or an
+environment's action bounds.
 """
 
 from __future__ import annotations

@@ -36,11 +36,11 @@ from safe_offrl.files import json_bytes, json_line, unwritable, write_atomic, wr
 from safe_offrl.record import checkpoints
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.ledger import Ledger, LedgerWriter, chain_start, read_ledger
+from safe_offrl.record.run_names import first_free, require_runs_folder, taken
 from safe_offrl.record.tensorboard import Board
 from safe_offrl.types import Episode
 
 RESUMED = f"resumed_{KEY}"  # in versions.json: of the environments that a run went on in since
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RunDir:
@@ -84,9 +84,9 @@ class RunDir:
             try:
                 path.mkdir()
             except FileExistsError as error:  # just now
-                raise _taken(root, name) from error
+                raise taken(root, name) from error
         else:
-            path = _first_free(root, re.sub(r"[^A-Za-z0-9._-]+", "-", stem or kind)[:56])
+            path = first_free(root, re.sub(r"[^A-Za-z0-9._-]+", "-", stem or kind)[:56])
         (path / "checkpoints").mkdir()
         write_atomic(path / "config.yaml", config_text.encode())
         write_atomic(path / "versions.json", json_bytes(dict(versions or {})))
@@ -392,52 +392,6 @@ class RunDir:
         self._counts = dict(checkpoint.counts)
         self._purge_step = checkpoint.step + 1
         self.set_status("running")
-
-
-def check_name(name: str) -> str:
-    """Return ``name`` if it can be a run's folder name, else raise RunError.
-
-    >>> check_name("seed-0")
-    'seed-0'
-    """
-    if not NAME.fullmatch(name) or set(name) == {"."}:
-        raise RunError(
-            f'"{name}" cannot name a run. Use 1 to 64 letters, digits, dots, dashes, underscores.'
-        )
-    return name
-
-
-def require_runs_folder(root: Path, name: str | None = None) -> None:
-    """Raise RunError unless a run, called ``name``, can be written into the folder ``root``.
-
-    For the time before anything that takes long. Nothing is left behind.
-    """
-    if name is not None and (root / check_name(name)).exists():
-        raise _taken(root, name)
-    if why := unwritable(root):
-        raise RunError(
-            f'Nothing can be written into the runs folder "{root}" ({why}). '
-            "Repair that, or choose another folder with --runs."
-        )
-
-
-def _taken(root: Path, name: str) -> RunError:
-    return RunError(
-        f'The run "{name}" already exists in "{root}". Choose another --name, or '
-        f"continue it with --resume {name}."
-    )
-
-
-def _first_free(root: Path, stem: str) -> Path:
-    k = 1
-    while True:
-        path = root / f"{stem}-{k}"
-        try:
-            path.mkdir()  # atomic, so that two processes never share a folder
-        except FileExistsError:
-            k += 1
-        else:
-            return path
 
 
 def find_run(reference: str | Path | None, root: Path, kind: str | None = None) -> RunDir:

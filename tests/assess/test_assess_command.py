@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from safe_offrl import cli, commands
-from safe_offrl.assess.assessment import Estimates
+from safe_offrl.assess.estimates import Estimates
 from safe_offrl.assess.fitted_evaluation import Fitted
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.commands import assess

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from benchmarks.assess_coverage import CASES, CONFIDENCE, LIMIT, log, policy_of, truth
-from safe_offrl.assess.assessment import (
-    Estimates,
-    assess,
-    choose,
-    lower_limit,
-    support,
-    upper_limit,
-)
+from safe_offrl.assess.assessment import assess, choose, support
+from safe_offrl.assess.estimates import Estimates, lower_limit, upper_limit
 from safe_offrl.assess.fitted_evaluation import Fitted
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.assess.importance_sampling import Weighted

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from safe_offrl.record import progress
-from safe_offrl.record.progress import Heartbeat, OnlineCurves, ProgressLine
+from safe_offrl.record.online_curves import OnlineCurves
+from safe_offrl.record.progress import Heartbeat, ProgressLine
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.spec import Limit
 from safe_offrl.types import Episode

@@ -1,0 +1,133 @@
+"""The numbers of an online phase, as curves and in the progress line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from safe_offrl.safety.monitor import SafetyMonitor
+from safe_offrl.types import Episode
+
+LOG_EVERY = 250  # environment steps between two points of a curve: a few hundred points a run
+
+
+class OnlineCurves:
+    """The numbers of the online phase, from its monitor, the ledger and the decisions alone.
+
+    It keeps nothing that cannot be recomputed from the run folder, so a resumed run goes on with
+    exactly the same curves.
+    """
+
+    def __init__(self, monitor: SafetyMonitor, budget: int) -> None:
+        """``monitor`` is the run's own, and nothing but the run updates it; ``budget`` in steps."""
+        self._monitor = monitor
+        self._limit = monitor.limit
+        self._budget = budget
+        self._returns: list[float] = []
+        self._costs: list[float] = []
+        self._iteration: dict[str, Any] = {}
+        self._iterations = 0
+        self._accepted = 0
+        self.step = 0
+
+    def restore(self, episodes: Sequence[Episode], iterations: Sequence[dict[str, Any]]) -> None:
+        """Take in everything that happened before a resume."""
+        for episode in episodes:
+            self.add_episode(episode)
+        for iteration in iterations:
+            self.add_iteration(iteration)
+
+    def add_episode(self, episode: Episode) -> bool:
+        """Take in an episode that the monitor has counted; whether a point of the curves is due."""
+        before, self.step = self.step, episode.total_steps
+        if episode.outcome == "complete":  # nobody knows what another would have brought
+            self._returns.append(episode.episode_return)
+        self._costs.append(episode.cost)
+        return before // LOG_EVERY != self.step // LOG_EVERY
+
+    def add_iteration(self, iteration: dict[str, Any]) -> None:
+        """Take in one decision of the acceptance step (a line of iterations.jsonl)."""
+        self._iteration = iteration
+        self._iterations += 1
+        self._accepted += bool(iteration["accepted"])
+
+    def _decision(self, key: str) -> float:
+        value = self._iteration.get(key)
+        return math.nan if value is None else float(value)
+
+    @property
+    def recent_return(self) -> float:
+        """Mean return of the last 50 complete episodes; NaN before the first."""
+        return _mean(self._returns[-50:])
+
+    @property
+    def recent_cost(self) -> float:
+        """Mean cost of the last 10 episodes."""
+        return _mean(self._costs[-10:])
+
+    @property
+    def estimate(self) -> float:
+        """Estimate of the deployed policy: of the one that took its place, else of the old one."""
+        last = self._iteration
+        replaced = last.get("accepted") or last.get("rolled_back")
+        return self._decision("v_candidate" if replaced else "v_previous")
+
+    def values(self) -> dict[str, float]:
+        """One point of every curve that moves with the episodes."""
+        monitor, scale = self._monitor, self._limit.scale
+        low, high = monitor.accident_rate_bounds
+        cost_bounds = {
+            "safety/cost_mean_lower": monitor.lower_mean * scale,
+            "safety/cost_mean_upper": monitor.upper_mean * scale,
+        }
+        return {
+            "safety/accident_rate": monitor.accident_rate,
+            "safety/accident_rate_lower": low,
+            "safety/accident_rate_upper": high,
+            "safety/accidents_total": float(monitor.accidents),
+            "safety/cost_mean": monitor.cost_mean,
+            "safety/cost_recent": self.recent_cost,
+            **(cost_bounds if self._limit.constraint == "cost" else {}),
+            f"safety/{self._limit.quantity.limit}": self._limit.value,
+            "safety/alarm_log_evidence": monitor.log_evidence,
+            "online/return": self.recent_return,
+            "budget/spent": self.step / self._budget,
+        }
+
+    def trust(self) -> dict[str, float]:
+        """Estimate of the policy that acts from here on, and share of accepted candidates."""
+        return {
+            f"safety/{self._limit.quantity.measure}_estimate": self.estimate,
+            "trust/accepted": self._accepted / self._iterations,
+        }
+
+    def line(self) -> str:
+        """The progress line, without the step count and the remaining time."""
+        monitor, limit = self._monitor, self._limit
+        if limit.constraint == "accident":
+            parts = [
+                f"accidents {monitor.accidents}",
+                f"rate {monitor.accident_rate:.3f} (<= {monitor.upper_mean:.3f})",
+            ]
+            estimate = f"V_acc {self.estimate:.3f}"
+        else:
+            parts = [
+                f"cost {monitor.cost_mean:.1f} an episode",
+                f"last 10: {self.recent_cost:.1f} (limit {limit.value:g})",
+                f"accidents {monitor.accidents} of {monitor.episodes}",
+            ]
+            estimate = f"estimate {self.estimate:.1f}"
+        parts.append(f"return {self.recent_return:.2f}")
+        if not math.isnan(self.estimate):
+            kl = max(self._decision("kl_forward_mean"), self._decision("kl_reverse_mean"))
+            parts += [
+                f"KL {kl:.4f}",
+                estimate,
+                f"accepted {100 * self._accepted / self._iterations:.0f} %",
+            ]
+        return " | ".join(parts)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
