@@ -226,6 +226,8 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Parse YAML into plain values; resolvers (``${...}``) are refused, not resolved."""
     try:
         value = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except AssertionError:  # OmegaConf's, of a number or a truth value by itself
+        value = None
     except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{where} is not readable as YAML ({first}). Correct it.") from error

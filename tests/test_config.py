@@ -236,3 +236,9 @@ def test_entries_of_a_dict_are_set_one_by_one_and_kept() -> None:
 def test_what_is_no_entry_of_a_dict_is_refused(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         foreign(override)
+
+
+@pytest.mark.parametrize("text", ["0", "3.5", "true", "[]", "- a"])
+def test_a_file_of_no_settings_is_one_sentence(text: str) -> None:
+    with pytest.raises(ConfigError, match="my.yaml holds no key: value pairs"):
+        config.read_yaml(text, "my.yaml")

@@ -107,6 +107,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield here
 
 
+@pytest.fixture(autouse=True, scope="module")
+def hears_sigint() -> Iterator[None]:
+    """A shell lets what runs in its background ignore SIGINT, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(SCRIPT), *arguments],
