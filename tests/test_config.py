@@ -240,5 +240,5 @@ def test_what_is_no_entry_of_a_dict_is_refused(override: str, words: str) -> Non
 
 @pytest.mark.parametrize("text", ["0", "3.5", "true", "[]", "- a"])
 def test_a_file_of_no_settings_is_one_sentence(text: str) -> None:
-    with pytest.raises(ConfigError, match="my.yaml holds no key: value pairs"):
+    with pytest.raises(ConfigError, match=r"my\.yaml holds no key: value pairs"):
         config.read_yaml(text, "my.yaml")
