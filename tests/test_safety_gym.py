@@ -125,7 +125,7 @@ def test_without_it_one_sentence_names_the_command(hidden: str) -> None:
     if not INSTALLED and hidden == "xmltodict":
         pytest.skip("no safety-gymnasium here: run make setup")
     program = (
-        "import sys\nimport safe_offrl.env.adapter, safe_offrl.spec, safe_offrl.envs.safety_gym\n"
+        "import sys\nimport safe_offrl.env.make, safe_offrl.spec, safe_offrl.envs.safety_gym\n"
         "class Hide:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name == {hidden!r}: raise ModuleNotFoundError(name=name)\n"
