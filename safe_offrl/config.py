@@ -365,15 +365,15 @@ def run_yaml(inputs: RunInputs, section: str, config: Any, runs: Path) -> str:
 
 def parse_run_yaml(text: str, section: str, schema: type[T], folder: Path) -> tuple[RunInputs, T]:
     """Read the config.yaml of the run in ``folder``; the inverse of :func:`run_yaml`."""
-    inputs, values = parse_run_inputs(text, folder), read_yaml(text, "config.yaml")
+    values = read_yaml(text, "config.yaml")
+    inputs = run_inputs(values, folder)
     if not isinstance(values.get(section), dict):
         raise ConfigError(f'config.yaml lacks "{section}". Start a new run.')
     return inputs, from_dict(schema, values[section])
 
 
-def parse_run_inputs(text: str, folder: Path) -> RunInputs:
-    """What the run in ``folder`` was made from, by its config.yaml."""
-    values = read_yaml(text, "config.yaml")
+def run_inputs(values: Mapping[str, Any], folder: Path) -> RunInputs:
+    """What the run in ``folder`` was made from, by what its config.yaml holds."""
     if not isinstance(values.get("inputs"), dict):
         raise ConfigError('config.yaml lacks "inputs". Start a new run.')
     inputs = from_dict(RunInputs, values["inputs"])

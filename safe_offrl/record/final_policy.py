@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from safe_offrl.compute.device import configure
-from safe_offrl.config import RunInputs, from_dict, parse_run_inputs, read_yaml
+from safe_offrl.config import RunInputs, from_dict, read_yaml, run_inputs
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
@@ -82,8 +82,8 @@ def stored_policy(run: RunDir, checkpoint: Checkpoint) -> DeployedPolicy:
 
 def stored_facts(run: RunDir) -> tuple[RunInputs, SafetySpec, EnvironmentConfig]:
     """What a run was made from, what it is held to, and in what kind of environment."""
-    inputs = parse_run_inputs(run.config_text, run.path)
-    settings = read_yaml(run.config_text, "config.yaml").get(run.kind)
+    values = read_yaml(run.config_text, "config.yaml")
+    inputs, settings = run_inputs(values, run.path), values.get(run.kind)
     if not isinstance(settings, dict) or not isinstance(settings.get("safety"), dict):
         raise ConfigError(f'config.yaml lacks "{run.kind}.safety". Start a new run.')
     # A pretrain run plays nothing: its "env" is the name of one.
