@@ -29,8 +29,8 @@ from safe_offrl.envs.hazard_line import (
     move_right_probability,
     start_positions,
 )
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
-from safe_offrl.spec import Limit
 from safe_offrl.types import Batch, Layout
 
 HORIZON = 20

@@ -4,116 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from safe_offrl.errors import ConfigError
-
-ALARM_RANGE = 4.0  # limits: an episode that costs more than this counts as this in the alarm
-
-
-class Quantity(NamedTuple):
-    """What can be constrained of an episode, and how it is called and written.
-
-    ``constraint`` is its name in settings, ``measure`` in curves and files, ``symbol`` in formulas;
-    ``limit`` is what its limit is called there; ``form`` is how a value of it is written.
-    """
-
-    constraint: str
-    limit: str
-    limit_in_words: str
-    measure: str
-    symbol: str
-    in_words: str
-    estimated: str
-    per_episode: str
-    rate: str
-    form: str
-
-    def rate_of(self, accidents: int, cost: float, episodes: int, steps: float) -> float:
-        """What so many episodes did, in the unit of ``rate``."""
-        return 1000.0 * accidents / steps if self is ACCIDENT else cost / episodes
-
-    def of_episode(self, accident: bool, cost: float) -> float:
-        """What an episode contributes to the mean that is constrained, in its own unit."""
-        return float(accident) if self is ACCIDENT else cost
-
-    def text(self, value: float) -> str:
-        """A value as a person reads it.
-
-        >>> ACCIDENT.text(0.0312), COST.text(24.96)
-        ('3.1%', '25')
-        """
-        return f"{value:{self.form}}"
-
-
-ACCIDENT = Quantity(
-    constraint="accident",
-    limit="epsilon",
-    limit_in_words="epsilon",
-    measure="v_accident",
-    symbol="V_accident",
-    in_words="accident probability",
-    estimated="accident probability",
-    per_episode="accident probability per episode",
-    rate="accidents per 1000 steps",
-    form=".1%",
-)
-COST = Quantity(
-    constraint="cost",
-    limit="cost_limit",
-    limit_in_words="cost limit",
-    measure="expected_cost",
-    symbol="expected cost",
-    in_words="expected cost",
-    estimated="cost per episode",
-    per_episode="cost per episode",
-    rate="cost per episode",
-    form=".3g",
-)
-QUANTITIES = {quantity.constraint: quantity for quantity in (ACCIDENT, COST)}
-
-
-class Limit(NamedTuple):
-    """What is constrained, in the safety critic's unit: a share in [0, 1] of ``scale``.
-
-    Of the accident probability, ``scale`` is 1 and ``share`` is epsilon. Of the expected cost,
-    ``scale`` is the largest cost that an episode can have and ``share`` the limit divided by it.
-    """
-
-    constraint: str  # "accident" or "cost"
-    share: float
-    scale: float
-
-    @property
-    def value(self) -> float:
-        """The limit in its own unit: a probability, or a cost per episode."""
-        return self.share * self.scale
-
-    @property
-    def quantity(self) -> Quantity:
-        """What is limited."""
-        return QUANTITIES[self.constraint]
-
-    def outcome(self, accident: bool, cost: float) -> float:
-        """What an episode contributes, in [0, 1]; its mean is what is constrained."""
-        return float(accident) if self.constraint == "accident" else min(cost / self.scale, 1.0)
-
-    def worst_cost(self, logged: float) -> float:
-        """What an episode counts as whose end is unknown, if a log shows that it can cost this.
-
-        A limited cost is a share of its scale, and counts as all of it.
-        """
-        return self.scale if self.constraint == "cost" else logged
-
-    def alarm(self, accident: bool, cost: float) -> tuple[float, float]:
-        """(outcome in [0, 1], limit of its mean) for the alarm.
-
-        A cost is cut off at :data:`ALARM_RANGE` limits, which can only lower its mean: evidence
-        against the cut cost is evidence against the cost, and far quicker than over the full range.
-        """
-        if self.constraint == "accident":
-            return float(accident), self.share
-        return min(cost / (ALARM_RANGE * self.value), 1.0), 1.0 / ALARM_RANGE
+from safe_offrl.limits import QUANTITIES, Limit, Quantity
 
 
 @dataclass(frozen=True)
@@ -189,6 +83,16 @@ class SafetySpec:
                 f"safety.cost_limit is {self.cost_limit}, but a finite cost per episode above 0 is "
                 "needed. Try 25, the limit of OmniSafe's benchmarks."
             )
+
+    @property
+    def quantity(self) -> Quantity:
+        """What is constrained."""
+        return QUANTITIES[self.constraint]
+
+    @property
+    def limit_value(self) -> float:
+        """The limit of what is constrained, in its own unit."""
+        return self.epsilon if self.constraint == "accident" else self.cost_limit
 
     def limit(self, horizon: int, cost_max: float) -> Limit:
         """The constraint in the critic's unit; ``cost_max`` is the largest cost of a step.

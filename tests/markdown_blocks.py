@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from safe_offrl.collect.log_plan import CollectConfig
 from safe_offrl.config import schema_keys
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 SCRIPTS = Path(sys.executable).parent
 # What a command takes as key=value, where it is not pretrain's settings or some of them.

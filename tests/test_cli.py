@@ -346,7 +346,7 @@ def test_help_takes_half_a_second(figure: Record) -> None:
 def test_print_config(call: Call, pretrained: Path) -> None:
     from safe_offrl.config import from_yaml
     from safe_offrl.train.finetune_config import FinetuneConfig
-    from safe_offrl.train.pretrain import PretrainConfig
+    from safe_offrl.train.pretrain_config import PretrainConfig
 
     outcome = call("pretrain", "--agent", "calql", "--steps", "50k", "--print-config")
     config = from_yaml(PretrainConfig, outcome.out)

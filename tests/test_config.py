@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safe_offrl import config
 from safe_offrl.errors import ConfigError, UserError
 from safe_offrl.spec import SafetySpec
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.record.checkpoints import save_checkpoint
 from safe_offrl.record.run import RunDir
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.types import Batch, Layout, States
 from tests import test_resume
 from tests.compute.test_descent import compiles
@@ -125,9 +126,9 @@ def learnt(device: Device, *, compiled: bool, precision: Precision) -> list[Tens
 
     here, there = torch.Generator().manual_seed(0), torch.Generator(device)
     first = Networks(*LAYOUT, SIZES, here)
-    critic = SafetyCritic(*LAYOUT, 50, SafetyCriticConfig(hidden=(32, 32)), here)
+    critic = SafetyCritic(*LAYOUT, AccidentAhead(50), SafetyCriticConfig(hidden=(32, 32)), here)
     nets = Networks(*LAYOUT, SIZES, there)
-    risky = SafetyCritic(*LAYOUT, 50, critic.config, there, None, compute)
+    risky = SafetyCritic(*LAYOUT, critic.outlook, critic.config, there, compute)
     restore_state(nets.parts(), collect_state(first.parts()))
     restore_state(
         {"net": risky.net, "target": risky.target},

@@ -23,6 +23,7 @@ from safe_offrl.policies.networks import Actor
 from safe_offrl.record.run import RunDir
 from safe_offrl.safety.acceptance import measure_kl, risk_change
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Batch, Episode, States, Visited
 
@@ -47,7 +48,7 @@ def actor_of(*probabilities: float) -> Actor:
 def critic_of(net: list[float], target: list[float]) -> SafetyCritic:
     """Q_C of action k is sigmoid(net[k]), in the target sigmoid(target[k]); alpha is .5."""
     config = SafetyCriticConfig(2, 1, hidden=(), alpha_init=0.5, alpha_max=1.0)
-    critic = SafetyCritic(1, len(net), 10, config, seeded())
+    critic = SafetyCritic(1, len(net), AccidentAhead(10), config, seeded())
     with torch.no_grad():
         for ensemble, logits in ((critic.net, net), (critic.target, target)):
             ensemble.output.weight.zero_()
@@ -159,7 +160,7 @@ def test_v_accident_against_dynamic_programming(
     table = policy_table(aversion, noise)
     actor, generator = actor_from(table), seeded(1)
     config = SafetyCriticConfig(hidden=(32, 32), learning_rate=3e-3, tau=0.02)
-    critic = SafetyCritic(14, 4, HORIZON, config, seeded())
+    critic = SafetyCritic(14, 4, AccidentAhead(HORIZON), config, seeded())
     for _ in range(700):
         index = torch.randint(len(batch.rewards), (128,), generator=generator)
         mini = Batch(*(x[index] for x in batch))

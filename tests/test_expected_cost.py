@@ -22,19 +22,21 @@ from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError
+from safe_offrl.limits import COST, Limit
 from safe_offrl.nn.losses import cost_rate_target
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.record.run import RunDir
 from safe_offrl.safety.acceptance import AcceptanceConfig, decide, risk_change
-from safe_offrl.safety.calibration import window_cost
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.monitor import SafetyMonitor, certifiable
-from safe_offrl.spec import Limit, SafetySpec
+from safe_offrl.safety.outlook import CostAhead
+from safe_offrl.spec import SafetySpec
 from safe_offrl.train.baselines import BaselineConfig
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.iteration import Iteration
-from safe_offrl.train.pretrain import PretrainConfig, Pretraining
+from safe_offrl.train.pretrain import Pretraining
+from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Batch, Episode, Layout, Visited
 
 HORIZON = 20
@@ -49,7 +51,8 @@ def t(*values: float) -> Tensor:
 
 def critic_of(discount: float = 0.9, horizon: int = HORIZON, cost_max: float = 2.0) -> SafetyCritic:
     config = replace(CRITIC, hidden=(32,), learning_rate=3e-3, cost_discount=discount, tau=0.1)
-    return SafetyCritic(1, 1, horizon, config, torch.Generator().manual_seed(0), cost_max)
+    outlook = CostAhead(horizon, cost_max, discount, config.cost_steps)
+    return SafetyCritic(1, 1, outlook, config, torch.Generator().manual_seed(0))
 
 
 def policy() -> Actor:
@@ -92,7 +95,7 @@ def test_reference_states_give_the_cost_of_an_episode_exactly(length: int) -> No
         values[k] = following = 0.1 * costs[k] / 2.0 + 0.9 * following
     zeros, column = torch.zeros(length), torch.arange(length, dtype=torch.float32).unsqueeze(-1)
     visited = Batch(column, column, zeros, zeros, zeros, column, zeros, zeros, zeros)
-    states = critic_of().reference_states(column[:1], visited, float(length))
+    states = critic_of().outlook.reference_states(column[:1], visited, float(length))
     at = t(*values)[states.observations[:, 0].long()]
     assert float(states.total(at)) * HORIZON * 2.0 == pytest.approx(costs.sum(), rel=1e-5)
 
@@ -113,7 +116,7 @@ def test_fixed_point_is_the_mean_cost_and_the_pushed_members_stand_above(steps: 
     batch = batch._replace(costs=batch.costs * d / 0.1)  # the same cost at every step of a span
     spans = torch.full((64,), float(steps))
     generator = torch.Generator().manual_seed(0)
-    states = critic.reference_states(torch.zeros(4, 1), batch, 20.0)
+    states = critic.outlook.reference_states(torch.zeros(4, 1), batch, 20.0)
     for _ in range(800):
         critic.log_alpha.fill_(math.log(0.01))
         critic.update(batch, torch.ones(64), actor, states, generator, spans=spans)
@@ -126,8 +129,8 @@ def test_fixed_point_is_the_mean_cost_and_the_pushed_members_stand_above(steps: 
 def test_change_per_action_is_the_performance_difference() -> None:
     # Every step's action raises rho by .01: its cost to go by .01 * 2 / (1 - .9) = .2, an episode
     # of 20 steps by 4, of 20 * 2 possible: .1. An episode of 10 steps by half of that.
-    assert critic_of().change_per_action(20.0) * 0.01 == pytest.approx(0.1)
-    assert critic_of().change_per_action(10.0) * 0.01 == pytest.approx(0.05)
+    assert critic_of().outlook.change_per_action(20.0) * 0.01 == pytest.approx(0.1)
+    assert critic_of().outlook.change_per_action(10.0) * 0.01 == pytest.approx(0.05)
 
 
 def test_window_cost_by_hand() -> None:
@@ -136,7 +139,8 @@ def test_window_cost_by_hand() -> None:
     batch = Batch(column, column, zeros, zeros, t(*costs), column, zeros, zeros, zeros)
     layout = Layout(1, 1)
     data = Dataset(layout.pack(batch), layout, np.array([0, 4]), zeros.bool().numpy(), 20, "x")
-    outcome = window_cost(data, np.full(4, 0.5, dtype=np.float32), 2, critic_of())
+    outlook = CostAhead(20, 2.0, 0.9, 20)
+    outcome, _ = outlook.within(data, np.full(4, 0.5, dtype=np.float32), 2)
     # .1 c/2 + .9 * .1 c'/2 + .81 * .5 while the window stays inside the episode.
     expected = [0.09 + 0.405, 0.1 + 0.405, 0.045, 0.05]
     assert outcome.tolist() == pytest.approx(expected, abs=1e-6)
@@ -220,7 +224,7 @@ def test_what_fifty_episodes_can_certify_of_a_cost() -> None:
     assert best.fixed == pytest.approx(1000.0 * (1.0 - (0.3 / math.pi**2) ** (1 / 50)))
     assert best.run_level == pytest.approx(1000.0 * 3.482 / 50, abs=0.05)
     assert "expected cost below 69.6 per episode" in str(best)
-    assert "too few for the limit of 25" in str(best)
+    assert "too few for the cost limit of 25" in str(best)
 
 
 # --- both phases ---
@@ -296,7 +300,7 @@ def test_decisions_are_in_costs_and_resume_is_bitwise(
     episodes = [e for e in events if isinstance(e, Episode)]
     assert whole.monitor.cost == pytest.approx(sum(e.cost for e in episodes))
     recent = [min(e.cost / (HORIZON * data.cost_max), 1.0) for e in episodes[-10:]]
-    assert whole.recent == pytest.approx(recent)
+    assert whole.monitor.recent == pytest.approx(recent)
 
     first = begin(data, pretraining)
     for event in first.run():
@@ -310,17 +314,11 @@ def test_decisions_are_in_costs_and_resume_is_bitwise(
     assert all(torch.equal(ours[k], v) for k, v in theirs.items())
 
 
-def test_what_was_seen_is_the_mean_cost_less_its_standard_error(
-    data: Dataset, pretraining: Pretraining
-) -> None:
-    loop = begin(data, pretraining)
-    loop.recent = [0.2]
-    assert loop._seen() == 0.0  # one episode has no spread
-    loop.recent = [0.1, 0.2, 0.3, 0.4]
+def test_what_was_seen_is_the_mean_cost_less_its_standard_error() -> None:
+    assert COST.seen([0.2]) == 0.0  # one episode has no spread
     # Mean .25; variance (.0225 + .0025) * 2 / 3 = .01667, standard error sqrt(.01667 / 4) = .0645.
-    assert loop._seen() == pytest.approx(0.25 - 0.0645, abs=1e-4)
-    loop.recent = [0.0] * 9 + [0.4]
-    assert loop._seen() == pytest.approx(0.0)  # mean .04, standard error .04
+    assert COST.seen([0.1, 0.2, 0.3, 0.4]) == pytest.approx(0.25 - 0.0645, abs=1e-4)
+    assert COST.seen([0.0] * 9 + [0.4]) == pytest.approx(0.0)  # mean .04, standard error .04
 
 
 @pytest.mark.parametrize("multiplier", ["dual", "pid"])
@@ -340,8 +338,8 @@ def test_lambda_of_a_lagrangian_method_follows_the_mean_cost(
     )
     next(e for e in loop.run() if isinstance(e, Iteration))
     before = float(loop.multiplier.value)
-    loop.recent = [0.0] * 9 + [20.0 * loop.limit.share]
-    loop._update(loop._seen(), critics_only=False)
+    loop.monitor.recent = [0.0] * 9 + [20.0 * loop.limit.share]
+    loop._update(COST.seen(loop.monitor.recent), critics_only=False)
     assert float(loop.multiplier.value) > before
 
 
@@ -355,7 +353,7 @@ def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
     ones, column = torch.ones(50), torch.zeros(50, 1)
     batch = Batch(column, column, ones, ones, ones, column, ones, ones, ones)
     visited = Visited(batch, ones, 20.0)
-    reference = critic.reference_states(column[:5], batch, 20.0)
+    reference = critic.outlook.reference_states(column[:5], batch, 20.0)
     assert risk_change(learner, previous, critic, visited, column) == 0.0
     decisions = [
         decide(

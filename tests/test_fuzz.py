@@ -34,7 +34,7 @@ from safe_offrl.record.run import find_run
 from safe_offrl.record.run_names import check_name
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 from tests import fuzz
 from tests.data_formats import test_data_minari
 from tests.data_formats.test_data_hdf5 import METADATA, make_arrays

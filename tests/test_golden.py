@@ -29,6 +29,7 @@ from safe_offrl.compute.descent import EAGER, Compute
 from safe_offrl.compute.state import Part, collect_state
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.types import Batch, Layout, States
 from tests.agents.setups import setup_of
 
@@ -113,7 +114,7 @@ def rlpd(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
 
 def csc(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
-    critic = SafetyCritic(*LAYOUT, 20, SAFETY, generator, None, compute)
+    critic = SafetyCritic(*LAYOUT, AccidentAhead(20), SAFETY, generator, compute)
     actor = Actor(*LAYOUT, (16, 16), generator)
     weights = torch.linspace(0.5, 1.5, 32)
 

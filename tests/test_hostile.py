@@ -33,7 +33,7 @@ from safe_offrl.files import json_bytes
 from safe_offrl.record.run import RunDir, find_run
 from safe_offrl.record.trust import require_trusted, trust_own
 from safe_offrl.spec import SafetySpec
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 from tests.data_formats.test_data_hdf5 import METADATA, make_arrays
 from tests.failing_disk import fail
 from tests.promises import Record

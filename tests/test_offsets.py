@@ -40,7 +40,8 @@ from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.safety.shield import Shield
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig, Pretraining
+from safe_offrl.train.pretrain import Pretraining
+from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Layout, Normalizer
 from tests.slope import FAR, HORIZON
 

@@ -11,7 +11,7 @@ from safe_offrl.collect.log_plan import CollectConfig
 from safe_offrl.config import load_config, load_preset, read_yaml
 from safe_offrl.envs import SAFETY_GYM
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 CONFIGS = importlib.resources.files("safe_offrl.configs")
 PRESETS, BASES = (

@@ -104,7 +104,7 @@ def test_what_is_on_record_is_counted_and_not_played_again(
     assert tuning.steps == recorded[0].steps + HORIZON
     assert (tuning.episodes, tuning.monitor.episodes) == (2, 2)
     assert tuning.monitor.accidents == recorded[0].accident + 1
-    assert tuning.recent == [float(recorded[0].accident), 1.0]
+    assert tuning.monitor.recent == [float(recorded[0].accident), 1.0]
     # Nothing of it is learnt, its noise is not drawn again, and its policy's number is not reused.
     assert tuning.experience.buffer.size == 0
     assert tuning.rng.bit_generator.state != noise

@@ -41,7 +41,8 @@ from safe_offrl.train.baselines import BaselineConfig
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.iteration import Iteration
-from safe_offrl.train.pretrain import PretrainConfig, Pretraining
+from safe_offrl.train.pretrain import Pretraining
+from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Episode
 from tests.slope import HORIZON, Slope
 

@@ -43,7 +43,8 @@ from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig, Pretraining
+from safe_offrl.train.pretrain import Pretraining
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 RULES = {"Pendulum-v1": "terminated", "PointHazard-v0": "cost"}  # a pendulum has no accidents
 

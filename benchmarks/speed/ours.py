@@ -19,10 +19,11 @@ from safe_offrl.compute.descent import Compute
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, uniform_batches
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.spec import Limit
-from safe_offrl.types import Batch, Layout
+from safe_offrl.safety.outlook import AccidentAhead
+from safe_offrl.types import Batch, Layout, States
 
 configure(int(os.environ["OMP_NUM_THREADS"]))
 SIZES = (HIDDEN, HIDDEN)
@@ -80,7 +81,9 @@ def sac(
         starts = torch.arange(0, ROWS + 1, 1000, device=generator.device)
         data = layout.unpack(store.rows)
         risky = RiskSampler(store.rows, layout, starts, data.accidents, data.costs)
-        critic = SafetyCritic(*layout, 1000, SafetyCriticConfig(), generator, None, compute)
+        critic = SafetyCritic(
+            *layout, AccidentAhead(1000), SafetyCriticConfig(), generator, compute
+        )
 
         def run(n: int) -> None:
             for _ in range(max(1, n // utd)):
@@ -89,7 +92,7 @@ def sac(
                     learner.update_critics(batch)
                 if safety:
                     batch, weights, _ = risky.draw(BATCH, 0.125, generator)
-                    reference = critic.reference_states(batch.observations[:32], None, 1000.0)
+                    reference = States.at_start(batch.observations[:32])
                     critic.update(batch, weights, store.networks.actor, reference, generator)
                 risk = critic.plain_risk if steering else None
                 learner.update_actor(batches[-1], Steering(risk, nothing))

@@ -20,7 +20,7 @@ from safe_offrl.compute.state import Part
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.errors import DataError
-from safe_offrl.spec import Limit
+from safe_offrl.limits import Limit
 from safe_offrl.types import Batch
 
 
@@ -37,10 +37,8 @@ def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
 
     DataError if there is none to imitate.
     """
-    if limit.constraint == "accident":
-        safe = ~dataset.episode_accidents
-    else:
-        safe = dataset.episode_costs <= limit.value
+    outcomes = limit.quantity.of_episodes(dataset.episode_accidents, dataset.episode_costs)
+    safe = outcomes <= limit.value
     if not safe.any():
         raise DataError(
             "No episode of the dataset is within the limit, so bc_safe has nothing to imitate. "

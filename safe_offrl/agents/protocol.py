@@ -13,8 +13,8 @@ from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import EAGER, Compute
 from safe_offrl.compute.state import Part
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Networks
-from safe_offrl.spec import Limit
 from safe_offrl.types import Batch
 
 

@@ -14,7 +14,7 @@ from safe_offrl.assess.fitted_evaluation import (
     Fitted,
 )
 from safe_offrl.assess.importance_sampling import Weighted
-from safe_offrl.spec import QUANTITIES
+from safe_offrl.limits import QUANTITIES
 
 LEAST_SUPPORT = 0.02  # of the logged actions: with fewer the fit says what it likes
 MOST_TIMES = 100.0  # as many episodes: beyond that "log more" is no advice

@@ -41,8 +41,8 @@ from safe_offrl.assess.fitted_features import (
     take,
 )
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
-from safe_offrl.spec import Limit
 
 
 class Fitted(NamedTuple):

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from safe_offrl.data.dataset import ROUNDING, Dataset
+from safe_offrl.limits import Limit
 from safe_offrl.nn.losses import first_accident_target, td_target
 from safe_offrl.policies.networks import Actor, StackedMLP, polyak_
-from safe_offrl.spec import Limit
 from safe_offrl.types import Batch
 
 RISK, RETURN = 0, 1  # the two quantities, in this order wherever there is an axis of them

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.spec import Limit
+from safe_offrl.limits import Limit
 from safe_offrl.stats.fixed import clopper_pearson_upper, episodes_needed, mean_and_error
 
 CONFIDENCE = 0.95

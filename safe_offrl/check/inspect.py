@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from safe_offrl.check.groups import Group, Verdict, groups_of, identify
 from safe_offrl.data.dataset import ROUNDING, Dataset
+from safe_offrl.limits import QUANTITIES, Limit
 from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
-from safe_offrl.spec import QUANTITIES, Limit, SafetySpec
+from safe_offrl.spec import SafetySpec
 from safe_offrl.stats.fixed import clopper_pearson
 
 INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random

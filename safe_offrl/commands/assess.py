@@ -27,13 +27,14 @@ from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
+from safe_offrl.limits import QUANTITIES
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.final_policy import stored_policy
 from safe_offrl.record.progress import ProgressLine, Say
 from safe_offrl.record.run import RunDir, find_run
 from safe_offrl.record.versions import versions
-from safe_offrl.spec import QUANTITIES, SafetySpec
-from safe_offrl.train.pretrain import PretrainConfig, discount_of
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 
 FILE = "assessment.json"
 FORMAT = 1

@@ -26,7 +26,7 @@ from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_names import require_runs_folder
 from safe_offrl.report.run_data import Source
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0  # that a run has for saving itself

@@ -10,7 +10,7 @@ from safe_offrl.commands.common import require_safety_keys, say_plain
 from safe_offrl.config import load_config
 from safe_offrl.data_formats.conversion import convert
 from safe_offrl.record.progress import ProgressLine, Say
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 LONG = 500_000  # transitions from which on progress is worth a line
 

@@ -18,7 +18,7 @@ from safe_offrl.record.run import RESUMED, RunDir
 from safe_offrl.record.subject import rule_source
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 # In versions.json beside KEY, where they are others than it.
 LOGGED, PRETRAINED = f"logged_{KEY}", f"pretrained_{KEY}"

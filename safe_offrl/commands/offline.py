@@ -44,12 +44,14 @@ from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env, time_limit
 from safe_offrl.errors import DataError
 from safe_offrl.files import plain
+from safe_offrl.limits import COST
 from safe_offrl.record.progress import Heartbeat, ProgressLine, Say
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.trust import is_trusted_log, require_trusted, require_trusted_log
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import report_png
-from safe_offrl.train.pretrain import COST_DEFAULTS, PretrainConfig, Pretraining, discount_of
+from safe_offrl.train.pretrain import Pretraining
+from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 from safe_offrl.types import Record
 
 DEFAULT_ENV = "PointHazard-v0"
@@ -112,10 +114,11 @@ def pretrain_config(
         flags=flags,
         overrides=overrides,
     )
-    by_cost = functools.partial(resolve, inherited=COST_DEFAULTS)
-    config = by_cost()
-    if config.safety.constraint == "cost":
-        resolve = by_cost
+    # What settings begin with depends on what is constrained, which they say themselves.
+    with_costs = functools.partial(resolve, inherited=COST.pretraining)
+    config = with_costs()
+    if config.safety.quantity is COST:
+        resolve = with_costs
     else:
         config = resolve()
     if config.dataset is not None:

@@ -29,15 +29,16 @@ from safe_offrl.data_formats.validation import check_matches_env
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.limits import Limit
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.report.videos import require_pictures
 from safe_offrl.safety.monitor import Certifiable, certifiable
-from safe_offrl.spec import Limit, SafetySpec
-from safe_offrl.train.finetune_config import COST_DEFAULTS, FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig, discount_of
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 
 REAL_LINE = (
     "kind        real: an episode's steps are on record before its first one, and one that is cut "
@@ -104,7 +105,7 @@ class FinetunePlan:
 
 def inherited(source: PretrainConfig) -> dict[str, Any]:
     """Settings of an online phase that are the pretrain run's, or follow from its constraint."""
-    defaults = COST_DEFAULTS if source.safety.constraint == "cost" else {}
+    defaults = source.safety.quantity.finetuning
     return {
         **defaults,
         "networks": to_dict(source.networks),

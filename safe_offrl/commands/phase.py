@@ -20,7 +20,7 @@ from safe_offrl.record.progress import STOP_SECONDS, Interrupted, Say, StopNow, 
 from safe_offrl.record.run import RunDir, find_run
 from safe_offrl.record.trust import trust_own
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 Config = TypeVar("Config")
 CHECKPOINT_SECONDS = 10.0  # of work that a crash may cost; a checkpoint takes well under 0.1 s

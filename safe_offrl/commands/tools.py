@@ -40,7 +40,7 @@ from safe_offrl.report.markdown import write_markdown
 from safe_offrl.report.run_data import Source
 from safe_offrl.spec import SafetySpec
 from safe_offrl.stats.fixed import clopper_pearson
-from safe_offrl.train.pretrain import PretrainConfig, discount_of
+from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 from safe_offrl.types import Episode
 
 

@@ -11,7 +11,7 @@ from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir, find_run
 from safe_offrl.record.trust import named_modules, remember
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 
 def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = say_plain) -> None:

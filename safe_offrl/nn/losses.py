@@ -58,7 +58,7 @@ def cost_rate_target(
     largest cost of a step. A weighted mean of the costs ahead, so values stay in [0, 1] (costs
     beyond the largest are cut off); over the states of an episode they sum to its cost but for the
     first 1 / (1 - discount) steps, see
-    :meth:`safe_offrl.safety.critic.SafetyCritic.reference_states`. Shapes: [..., B] -> [..., B].
+    :mod:`safe_offrl.safety.outlook`. Shapes: [..., B] -> [..., B].
     """
     _require_same_shape(costs, terminated, next_time_to_go, next_values, steps)
     steps_left = (next_time_to_go > 1e-6).to(next_values.dtype)

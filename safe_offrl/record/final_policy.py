@@ -10,10 +10,11 @@ from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.limits import Limit
 from safe_offrl.record.checkpoints import Checkpoint, fitting
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.trust import require_trusted
-from safe_offrl.spec import EnvironmentConfig, Limit, SafetySpec
+from safe_offrl.spec import EnvironmentConfig, SafetySpec
 
 
 class FinalPolicy(NamedTuple):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from safe_offrl.limits import COST, QUANTITIES
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.safety.calibration import CalibrationReport
-from safe_offrl.spec import COST, QUANTITIES
 from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
 from safe_offrl.stats.reliability import EDGES
 from safe_offrl.types import Episode

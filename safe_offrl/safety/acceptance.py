@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from safe_offrl.errors import ConfigError
+from safe_offrl.limits import Limit
 from safe_offrl.policies.distributions import normal
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.critic import SafetyCritic
-from safe_offrl.spec import Limit
 from safe_offrl.types import Constraint, States, Visited
 
 
@@ -99,9 +99,9 @@ def risk_change(
 
     ``E_visited[Q_C(s, a') - Q_C(s, a)]``, a' from the candidate, a from the previous policy, both
     driven by the same ``noise`` [B, A], over the states that count: behind an accident nothing can
-    change whether there was one. Times ``critic.change_per_action`` it is the first-order change of
-    V_accident(s0), or of the expected cost (performance difference lemma, Kakade & Langford 2002;
-    CPO, arXiv:1705.10528).
+    change whether there was one. Times ``outlook.change_per_action`` it is the first-order change
+    of V_accident(s0), or of the expected cost (performance difference lemma, Kakade & Langford
+    2002; CPO, arXiv:1705.10528).
     """
     mine, theirs = (
         critic.risk_under(actor, visited.batch.observations, visited.batch.time_to_go, noise)
@@ -127,7 +127,7 @@ def measure(
 ) -> Decision:
     """What a change from the previous policy to the candidate would mean; nothing decided yet."""
     kls = measure_kl(candidate, previous, visited.batch.observations, tail).tolist()
-    change = critic.change_per_action(visited.per_episode)
+    change = critic.outlook.change_per_action(visited.per_episode)
     change *= risk_change(candidate, previous, critic, visited, noise)
     return Decision(
         accepted=False,

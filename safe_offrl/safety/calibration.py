@@ -8,7 +8,6 @@ decides, not who acts afterwards.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.limits import QUANTITIES, Limit
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic
-from safe_offrl.spec import Limit
+from safe_offrl.safety.outlook import Floats, accident_within
 from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.stats.reliability import Bin, reliability_bins
-
-Floats = NDArray[np.float32]
 
 CONTRASTS = 201  # that a report keeps: a long log has thousands
 WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
@@ -76,13 +74,14 @@ class CalibrationReport:
     def __str__(self) -> str:
         """The report as a person reads it."""
         shield = "allowed" if self.shield_acts else "abstains: " + "; ".join(self.shield_refusals)
-        form = ".3f" if self.constraint == "accident" else ".1f"
+        quantity = QUANTITIES[self.constraint]
+        form = quantity.estimate_form
         return "\n".join(
             [
                 f"calibration {self.episodes} held-out episodes, {self.accident_episodes} with an "
                 f"accident ({self.behaviour_accident_rate:.1%}), cost {self.behaviour_cost:.3g} "
                 "each",
-                f"{'V_accident' if self.constraint == 'accident' else 'cost':<12}"
+                f"{quantity.short_name:<12}"
                 f"{self.estimate:{form}} per episode for the new policy (upper estimate "
                 f"{self.estimate_upper:{form}}, plain TD {self.estimate_plain_td:{form}})",
                 f"{'':<12}the safety critic's own view, which learning steers by; what to expect, "
@@ -111,52 +110,6 @@ def auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
     return float((mid_ranks[inverse][positive].sum() - 0.5 * n * (n + 1)) / (n * m))
 
 
-def accident_within(dataset: Dataset, window: int) -> NDArray[np.bool_]:
-    """Whether an accident follows within ``window`` steps, this one included, [N]."""
-    accidents = dataset.column("accidents").numpy() > 0
-    result = np.zeros(len(accidents), dtype=bool)
-    starts = dataset.episode_starts
-    for first, end in itertools.pairwise(starts):
-        for t in np.flatnonzero(accidents[first:end]):
-            result[max(first, first + t - window + 1) : first + t + 1] = True
-    return result
-
-
-def window_cost(dataset: Dataset, values: Floats, window: int, critic: SafetyCritic) -> Floats:
-    """W-step discounted mean of the cost, [N] in [0, 1], as the critic of the cost means it.
-
-    ``(1 - g) sum_k<W g^k c_k + g^W V(s_W)``, c in units of the largest cost of a step; no V where
-    the episode ends within the window.
-    """
-    assert critic.cost_max is not None
-    discount, n = critic.config.cost_discount, len(values)
-    costs = np.clip(dataset.column("costs").numpy() / critic.cost_max, 0.0, 1.0)
-    end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
-    outcome = np.zeros(n)
-    for k in range(window):
-        later = np.arange(n) + k
-        outcome += np.where(
-            later < end, (1.0 - discount) * discount**k * costs[np.minimum(later, n - 1)], 0.0
-        )
-    later = np.arange(n) + window
-    outcome += np.where(later < end, discount**window * values[np.minimum(later, n - 1)], 0.0)
-    return outcome.astype(np.float32)
-
-
-def window_outcomes(dataset: Dataset, values: Floats, window: int) -> Floats:
-    """W-step return of the accident indicator, [N] in [0, 1].
-
-    1 if an accident follows within ``window`` steps; 0 if the episode terminates or the horizon is
-    reached first; else ``values`` [N], the critic's V, at the state where the window ends.
-    """
-    n = len(values)
-    end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
-    later = np.arange(n) + window
-    inside = later < end
-    outcome = np.where(inside, values[np.minimum(later, n - 1)], 0.0)
-    return np.where(accident_within(dataset, window), 1.0, outcome).astype(np.float32)
-
-
 @torch.no_grad()
 def calibrate_critic(
     critic: SafetyCritic,
@@ -177,11 +130,7 @@ def calibrate_critic(
     values = critic.risk_under(actor, t.observations, t.time_to_go, noise).numpy()
     window = max(1, round(WINDOW_SHARE * held_out.horizon))
     danger = accident_within(held_out, window)
-    if limit.constraint == "accident":
-        outcomes, seen = window_outcomes(held_out, values, window), danger.astype(np.float32)
-    else:
-        outcomes = window_cost(held_out, values, window, critic)
-        seen = window_cost(held_out, np.zeros_like(values), window, critic)
+    outcomes, seen = critic.outlook.within(held_out, values, window)
     reliability, ece = _reliability(risk, outcomes)
     contrasts = _contrasts(critic, held_out, danger)
     concordant, pairs = int((contrasts > 0.0).sum()), len(contrasts)

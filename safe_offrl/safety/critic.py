@@ -1,11 +1,8 @@
 """The conservative safety critic (CSC): the probability of an accident, or the expected cost.
 
-An ensemble of E networks gives logits of Q_C(s, time to go, a). Of the accident constraint Q_C is
-the probability of an accident before the horizon, undiscounted. Of the cost constraint it is the
-discounted mean of the costs ahead, as a share of the largest cost of a step: episodes of a thousand
-steps are too long for undiscounted bootstrapping, and the expected cost of an episode is a weighted
-sum of these short-sighted values over its states. Every member bootstraps from its
-own target, so errors do not leak between them. The first ``reference`` members learn by plain TD;
+An ensemble of E networks gives logits of Q_C(s, time to go, a); what that is a probability or a
+share of says :mod:`safe_offrl.safety.outlook`. Every member bootstraps from its own target, so
+errors do not leak between them. The first ``reference`` members learn by plain TD;
 the others are also pushed up at the policy's actions with weight alpha, and alpha is found by dual
 ascent such that their V_accident(s0) exceeds the reference's by a stated gap (and, online, the
 accident rate that was really seen). A fixed alpha is a lottery: the same number is nothing on one
@@ -32,14 +29,11 @@ from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
 from safe_offrl.errors import ConfigError
-from safe_offrl.nn.losses import (
-    accident_td_loss,
-    cost_rate_target,
-    first_accident_target,
-    push_up_loss,
-)
+from safe_offrl.limits import Limit
+from safe_offrl.nn.losses import accident_td_loss, push_up_loss
 from safe_offrl.policies.distributions import normal
 from safe_offrl.policies.networks import EVERY, Actor, Members, StackedMLP, polyak_
+from safe_offrl.safety.outlook import UNLIKELY, AccidentAhead, CostAhead, Outlook
 from safe_offrl.stats.fixed import standard_errors
 from safe_offrl.types import Batch, States
 
@@ -104,6 +98,13 @@ class SafetyCriticConfig:
             )
 
 
+def outlook_on(limit: Limit, horizon: int, cost_max: float, config: SafetyCriticConfig) -> Outlook:
+    """What the critic of this constraint looks at; ``cost_max`` is the largest cost of a step."""
+    if limit.constraint == "accident":
+        return AccidentAhead(horizon)
+    return CostAhead(horizon, cost_max, config.cost_discount, config.cost_steps)
+
+
 class RiskEstimate(NamedTuple):
     """The constrained quantity: conservative mean, one-sided upper limit, and plain TD's mean.
 
@@ -122,16 +123,13 @@ class SafetyCritic:
         self,
         observation_size: int,
         action_size: int,
-        horizon: int,
+        outlook: Outlook,
         config: SafetyCriticConfig,
         generator: torch.Generator,
-        cost_max: float | None = None,
         compute: Compute = EAGER,
     ) -> None:
-        """``cost_max``, the largest cost of a step, makes it the critic of the expected cost."""
         self.config = config
-        self.horizon = horizon
-        self.cost_max = cost_max
+        self.outlook = outlook
         self.net = StackedMLP(
             config.members,
             observation_size + 1 + action_size,
@@ -140,8 +138,7 @@ class SafetyCritic:
             generator=generator,
         )
         self.target = copy.deepcopy(self.net).requires_grad_(False)
-        # Accidents are rare: start from "unlikely" instead of from a coin flip.
-        self.start_from(-3.0)
+        self.start_from(UNLIKELY)
         self.log_alpha = torch.tensor(config.alpha_init, device=generator.device).log()
         self.optimizer = Adam(self.net.parameters(), config.learning_rate, config.weight_decay)
         self.plain, self._pushed = slice(config.reference), slice(config.reference, None)
@@ -174,11 +171,6 @@ class SafetyCritic:
         }
 
     @property
-    def steps(self) -> int:
-        """Steps a transition that it learns from shall span."""
-        return 1 if self.cost_max is None else self.config.cost_steps
-
-    @property
     def alpha(self) -> Tensor:
         """Present conservatism, a scalar tensor."""
         return self.log_alpha.exp()
@@ -209,42 +201,6 @@ class SafetyCritic:
         risk = self.risk(policy.repeat(observations), policy.repeat(time_to_go), policy.actions)
         return policy.expect(risk)
 
-    def reference_states(
-        self, starts: Tensor, visited: Batch | None, steps_per_episode: float
-    ) -> States:
-        """States and weights whose weighted sum of Q_C under a policy is the constrained quantity.
-
-        Accident probability: the start states [S, O], alone. Expected cost: with ``visited`` states
-        of the policy's own episodes (of L steps on average), n = 1 / (1 - discount) and the horizon
-        H, ``J / (H cost_max) = ((n - 1) E_s0[rho] + L E_visited[rho]) / H``. In words: a cost at
-        step j enters the values of the steps before it with the weights discount^k / n, which sum
-        to 1 - discount^(j + 1); what is missing of the early costs, the start states hold.
-        """
-        if self.cost_max is None:
-            return States.at_start(starts)
-        assert visited is not None
-        ones = starts.new_ones(len(starts))
-        reach = 1.0 / (1.0 - self.config.cost_discount)
-        share = (reach - 1.0) / self.horizon, steps_per_episode / self.horizon
-        visits = visited.time_to_go
-        return States(
-            torch.cat([starts, visited.observations]),
-            torch.cat([ones, visits]),
-            torch.cat(
-                [ones * (share[0] / len(ones)), torch.full_like(visits, share[1] / len(visits))]
-            ),
-        )
-
-    def change_per_action(self, steps_per_episode: float) -> float:
-        """What a mean change of Q_C over visited actions means for the constrained quantity.
-
-        Performance difference: steps of an episode times the mean change of the value in its own
-        unit, which for the expected cost is ``rho cost_max / (1 - discount)``.
-        """
-        if self.cost_max is None:
-            return steps_per_episode
-        return steps_per_episode / self.horizon / (1.0 - self.config.cost_discount)
-
     def loss(
         self,
         batch: Batch,
@@ -265,7 +221,7 @@ class SafetyCritic:
             spans = torch.ones_like(batch.time_to_go)
         with torch.no_grad():
             following = actor(batch.next_observations).quadrature(noise[0])
-            next_time_to_go = (batch.time_to_go - spans / self.horizon).clamp_min(0.0)
+            next_time_to_go = (batch.time_to_go - spans / self.outlook.horizon).clamp_min(0.0)
             next_inputs = torch.cat(
                 [
                     following.repeat(batch.next_observations),
@@ -275,17 +231,7 @@ class SafetyCritic:
                 dim=-1,
             )
             next_values = following.expect(torch.sigmoid(self.target(next_inputs)))
-            shape = next_values.shape
-            ended, next_left = batch.terminated.expand(shape), next_time_to_go.expand(shape)
-            if self.cost_max is None:
-                accidents = batch.accidents.expand(shape)
-                targets = first_accident_target(accidents, ended, next_left, next_values)
-            else:
-                costs = (batch.costs / self.cost_max).expand(shape)
-                discount = self.config.cost_discount
-                targets = cost_rate_target(
-                    costs, ended, next_left, next_values, spans.expand(shape), discount
-                )
+            targets = self.outlook.targets(batch, next_time_to_go, next_values, spans)
             policy = actor(batch.observations).quadrature(noise[1])
             there = actor(reference.observations).quadrature(noise[2])
             logits = self.logits(

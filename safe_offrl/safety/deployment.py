@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from safe_offrl.compute.state import Part
+from safe_offrl.limits import Limit
 from safe_offrl.policies.distributions import normal
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, decide, measure
 from safe_offrl.safety.critic import SafetyCritic
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.safety.shield import Shield, ShieldConfig
-from safe_offrl.spec import Limit
 from safe_offrl.types import States, Visited
 
 MIN_DELTA_SHARE = 1 / 16  # of delta that every alarm's halving leaves

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from safe_offrl.errors import ConfigError
-from safe_offrl.spec import Limit
+from safe_offrl.limits import Limit
 from safe_offrl.stats.anytime import (
     AlarmState,
     alarm_log_evidence,
@@ -40,6 +40,7 @@ class SafetyMonitor:
         self.accidents = 0
         self.cost = 0.0
         self.total = 0.0  # sum of the outcomes
+        self.recent: list[float] = []  # outcomes of the latest episodes
         self.version: int | None = None  # that acted last
         self._versions: dict[int, tuple[float, int]] = {}  # outcomes, episodes; by appearance
         self._alarm_state = alarm_start()
@@ -53,6 +54,7 @@ class SafetyMonitor:
         self.accidents += accident
         self.cost += cost
         self.total += outcome
+        self.recent = [*self.recent, outcome][-self.limit.quantity.recent_episodes :]
         self.version = version
         k, n = self._versions.get(version, (0.0, 0))
         self._versions[version] = (k + outcome, n + 1)
@@ -91,6 +93,11 @@ class SafetyMonitor:
     def lower_mean(self) -> float:
         """Lower bound of the same mean. Each bound alone is at ``confidence``."""
         return run_level_lower(self.total, self.confidence) / max(1, self.episodes)
+
+    @property
+    def recent_mean(self) -> float:
+        """Mean outcome of the latest episodes, at least one."""
+        return sum(self.recent) / len(self.recent)
 
     # --- one version ---
 
@@ -213,25 +220,18 @@ class Certifiable:
             f"{self.budget_steps:,} steps are {self.episodes:,} episodes of {self.horizon:,} "
             "steps; without any "
         )
-        if self.limit.constraint == "accident":
-            start += (
-                f"accident they certify, at {100 * self.confidence:g} %, an accident probability "
-                f"below {self.run_level:.2%} for the run's mean and below {self.anytime:.2%} for "
-                "one frozen policy"
-            )
-            limit = f"epsilon {self.limit.value:g}"
-        else:
-            start += (
-                f"cost they certify, at {100 * self.confidence:g} %, an expected cost below "
-                f"{self.run_level:.3g} per episode for the run's mean and below {self.anytime:.3g} "
-                "for one frozen policy"
-            )
-            limit = f"the limit of {self.limit.value:g}"
+        quantity = self.limit.quantity
+        start += (
+            f"{quantity.event} they certify, at {100 * self.confidence:g} %, an "
+            f"{quantity.in_words} below {quantity.precise(self.run_level)} for the run's mean and "
+            f"below {quantity.precise(self.anytime)} for one frozen policy"
+        )
+        limit = quantity.limit_text(self.limit.value)
         if self.reachable:
             return f"{start} ({limit} is within reach)."
         return (
             f"{start}: too few for {limit}, which needs {self.episodes_needed_run_level:,} "
-            f"{'accident' if self.limit.constraint == 'accident' else 'cost'}-free episodes."
+            f"{quantity.event}-free episodes."
         )
 
 

@@ -6,10 +6,7 @@ asking for the next, and may checkpoint at every event: there the state is whole
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +16,8 @@ from torch import Tensor
 from safe_offrl.agents import online_agent
 from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.steering import Steering
-from safe_offrl.compute.descent import Compute
 from safe_offrl.compute.device import Device
-from safe_offrl.compute.state import Part, collect_state, named, restore_state, seeded
+from safe_offrl.compute.state import Part, collect_state, named, restore_state
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.derived import returns_to_go
 from safe_offrl.data.experience import Experience
@@ -30,20 +26,17 @@ from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import UniformActor
-from safe_offrl.policies.networks import Networks
 from safe_offrl.safety.acceptance import Decision
-from safe_offrl.safety.critic import SafetyCritic
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.safety.multiplier import Multiplier, PIDMultiplier
 from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.foundation import Foundation
 from safe_offrl.train.iteration import UNTESTED, Iteration
 from safe_offrl.types import Episode, Normalizer, States
 
 REFERENCE_STATES = 32  # start (and visited) states per update of the safety critic
 ESTIMATE_STATES = 1000  # states behind one estimate of what is constrained
-# Episodes whose outcome the critic must not fall below: one accident says little, one cost more.
-RECENT_EPISODES = {"accident": 100, "cost": 10}
 
 
 class Finetuning:
@@ -69,60 +62,28 @@ class Finetuning:
         self.env = env
         self.normalizer = Normalizer.restored(pretrained)
         env.offset = self.normalizer.offset
-        self.generator = seeded(config.seed, device)
         self.rng = np.random.default_rng(config.seed)
-        layout = dataset.layout
-        self.networks = Networks(
-            *layout, config.networks, self.generator, discrete=dataset.discrete
-        )
-        learner = config.learner
-        if config.safety_constraint:
-            learner = replace(
-                learner,
-                target_entropy=config.cautious_entropy,
-                discrete_entropy=config.cautious_discrete_entropy,
-            )
-        compute = Compute(compiled, config.precision, device)
-        baseline = config.baseline
-        self.cost_max = dataset.cost_max
-        self.limit = config.safety.limit(env.horizon, self.cost_max)
-        self.worst_cost = self.limit.worst_cost(dataset.worst_cost)
+        # What learns, in the order in which it is drawn.
+        self.foundation = base = Foundation.laid(config, dataset, env.horizon, compiled, device)
+        self.networks, self.limit, self.generator = base.networks, base.limit, base.generator
         logged = dataset.normalised(self.normalizer).on(self.generator.device)
-        setup = Setup(self.networks, logged, self.limit, self.generator, compute, learner=learner)
-        self.learner = online_agent(baseline.learner, setup, baseline.agents)
-        self.critic = SafetyCritic(
-            *layout,
-            env.horizon,
-            config.critic,
-            self.generator,
-            self.cost_max if self.limit.constraint == "cost" else None,
-            compute,
-        )
+        built_from = (self.networks, logged, self.limit, self.generator, base.compute)
+        setup = Setup(*built_from, learner=config.cautious_learner)
+        self.learner = online_agent(config.baseline.learner, setup, config.baseline.agents)
+        self.critic = base.critic()
+        self.multiplier = self._multiplier()
+        if not config.baseline.from_scratch:
+            self._go_on_from(pretrained)
+        self._start_multiplier()
+        # What it learns from, and what judges it.
         self.experience = Experience(
             logged,
             config.budget,
             config.offline_share,
-            steps=self.critic.steps,
-            discount=config.critic.cost_discount,
+            steps=self.critic.outlook.steps,
+            discount=self.critic.outlook.discount,
             device=self.generator.device,
         )
-        self.multiplier = self._multiplier()
-        if not baseline.from_scratch:
-            owner = "agent" if self.learner.own_values else "learner"
-            restore_state(
-                {
-                    **named(owner, self.learner.parts()),
-                    **self.critic.parts(),
-                    "multiplier": self.multiplier.value,
-                },
-                pretrained,
-            )
-        if not config.safety_constraint:
-            self.multiplier.value.zero_()
-        elif baseline.multiplier_init is not None:
-            self.multiplier.value.fill_(baseline.multiplier_init)
-        if isinstance(self.multiplier, PIDMultiplier):
-            self.multiplier.integral.copy_(self.multiplier.value)
         self.monitor = SafetyMonitor(self.limit, config.safety.confidence)
         self.deployment = Deployment(
             self.networks.actor,
@@ -135,7 +96,7 @@ class Finetuning:
             safety_limited=config.safety_constraint,
             shield_acts=config.shield and pretrained_info["shield_acts"],
         )
-        self.recent: list[float] = []
+        # Where it is.
         self.steps = self.episodes = self.iterations = 0
         self.updated = 0  # steps whose updates have been made; less than steps after an episode
         self.next_proposal = config.warmup_steps + config.iteration_steps
@@ -145,11 +106,31 @@ class Finetuning:
 
     def _multiplier(self) -> Multiplier | PIDMultiplier:
         lagrangian, baseline = self.config.lagrangian, self.config.baseline
-        device = self.generator.device
         if baseline.multiplier != "pid":
-            return Multiplier(lagrangian, self.limit.share, device)
+            return self.foundation.multiplier()
         limit = lagrangian.aim * self.limit.share
-        return PIDMultiplier(baseline.pid, lagrangian.init, limit, lagrangian.maximum, device)
+        return PIDMultiplier(
+            baseline.pid, lagrangian.init, limit, lagrangian.maximum, self.generator.device
+        )
+
+    def _go_on_from(self, pretrained: Mapping[str, Tensor]) -> None:
+        """Take over values, safety critic and lambda of the offline phase."""
+        owner = "agent" if self.learner.own_values else "learner"
+        parts: dict[str, Part] = {
+            **named(owner, self.learner.parts()),
+            **self.critic.parts(),
+            "multiplier": self.multiplier.value,
+        }
+        restore_state(parts, pretrained)
+
+    def _start_multiplier(self) -> None:
+        """Lambda as the settings ask for it, where they do."""
+        if not self.config.safety_constraint:
+            self.multiplier.value.zero_()
+        elif self.config.baseline.multiplier_init is not None:
+            self.multiplier.value.fill_(self.config.baseline.multiplier_init)
+        if isinstance(self.multiplier, PIDMultiplier):
+            self.multiplier.integral.copy_(self.multiplier.value)
 
     @property
     def policy(self) -> DeployedPolicy:
@@ -191,7 +172,7 @@ class Finetuning:
                 due = 0
             # Of this episode's updates alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
-            seen = self._seen()
+            seen = self.limit.quantity.seen(self.monitor.recent)
             for _ in range(due):
                 metrics |= self._update(seen, critics_only=warming_up)
             self.stopped = self._reason_to_stop()
@@ -213,7 +194,7 @@ class Finetuning:
             "steps_before": self.steps,
             "version": self.deployment.version,
             "phase": "warmup" if self.steps < config.warmup_steps else "online",
-            "worst_cost": self.worst_cost,
+            "worst_cost": self.foundation.worst_cost,
         }
         if real:
             yield Reservation.of(steps=self.env.horizon, **about)
@@ -239,8 +220,6 @@ class Finetuning:
             self.rng = np.random.default_rng([self.config.seed, 2, episode.index])
             if episode.version > self.deployment.version:  # lost, with its checkpoint
                 self.deployment.version = episode.version + 1
-        outcome = self.limit.outcome(episode.accident, episode.cost)
-        self.recent = [*self.recent, outcome][-RECENT_EPISODES[self.limit.constraint] :]
         self.monitor.update(episode.accident, episode.cost, episode.version)
 
     def _fill_returns(self, rows: Tensor, discount: float) -> None:
@@ -252,33 +231,16 @@ class Finetuning:
     def _reference(self, size: int) -> States:
         """States for an estimate under the deployed policy: starts, and for a cost its visits."""
         visited, length, latest = None, 0.0, self.config.visited_steps
-        if self.limit.constraint == "cost":
+        if self.critic.outlook.over_visits:
             visited = self.experience.recent(latest, size, self.generator)
             length = self.experience.mean_length(latest)
         starts = self.experience.start_states(size, self.generator)
-        return self.critic.reference_states(starts, visited, length)
-
-    def _seen(self) -> float:
-        """What recent episodes show, in the critic's unit: the accident rate, or the cost.
-
-        Of the cost it is the mean less a standard error. One episode that was stuck in a hazard can
-        cost more than the limits of ten; taken at its word it would hold every estimate above the
-        limit, and lambda rising, for as long as it is among the recent ones.
-        """
-        if self.limit.constraint == "accident":
-            return self._recent_mean()
-        if len(self.recent) < 2:
-            return 0.0
-        error = statistics.stdev(self.recent) / math.sqrt(len(self.recent))
-        return max(self._recent_mean() - error, 0.0)
-
-    def _recent_mean(self) -> float:
-        return sum(self.recent) / len(self.recent)
+        return self.critic.outlook.reference_states(starts, visited, length)
 
     def _update(self, seen: float, *, critics_only: bool) -> dict[str, Tensor]:
         """UTD critic updates, one of the safety critic, one of the actor and the multiplier.
 
-        ``seen``: what recent episodes show, see :meth:`_seen`.
+        ``seen``: what recent episodes show, in the critic's unit.
         """
         config, generator, experience = self.config, self.generator, self.experience
         metrics: dict[str, Tensor] = {}
@@ -305,7 +267,7 @@ class Finetuning:
                 self.multiplier.update(
                     metrics["csc/estimate"]
                     if config.baseline.multiplier == "ours"
-                    else self.multiplier.value.new_tensor(self._recent_mean())
+                    else self.multiplier.value.new_tensor(self.monitor.recent_mean)
                 )
         if not critics_only:
             steering = Steering(
@@ -341,7 +303,7 @@ class Finetuning:
         decision, rolled_back = self.deployment.propose(
             self.networks.actor,
             self.experience.lived(
-                config.visited_steps, until_accident=self.limit.constraint == "accident"
+                config.visited_steps, until_accident=self.critic.outlook.until_accident
             ),
             self._reference(ESTIMATE_STATES),
             self.monitor,
@@ -396,11 +358,11 @@ class Finetuning:
             "iterations": self.iterations,
             **self.deployment.info(),
             "policy": self.policy.words(),
-            "cost_max": self.cost_max,
-            "worst_cost": self.worst_cost,
+            "cost_max": self.foundation.cost_max,
+            "worst_cost": self.foundation.worst_cost,
             "next_proposal": self.next_proposal,
             "stopped": self.stopped,
-            "recent": self.recent,
+            "recent": self.monitor.recent,
             "monitor": self.monitor.state_dict(),
             "rng": self.rng.bit_generator.state,
         }
@@ -419,6 +381,6 @@ class Finetuning:
         self.deployment.load(info)
         self.next_proposal = int(info["next_proposal"])
         self.stopped = str(info["stopped"])
-        self.recent = list(info["recent"])
+        self.monitor.recent = list(info["recent"])
         self.monitor.load_state_dict(info["monitor"])
         self.rng.bit_generator.state = info["rng"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.compute.descent import CompileMode, Precision
@@ -16,15 +15,6 @@ from safe_offrl.safety.multiplier import LagrangianConfig
 from safe_offrl.safety.shield import ShieldConfig
 from safe_offrl.spec import EnvironmentConfig, SafetySpec
 from safe_offrl.train.baselines import BaselineConfig
-
-# What the cost constraint has for defaults, see pretrain.COST_DEFAULTS. Offline a slow target keeps
-# the critic close to what the log's own behaviours cost, which no blind spot can talk down; online
-# it is checked against every episode, and a slow target would only delay what they say.
-COST_DEFAULTS: dict[str, Any] = {
-    "critic": {"tau": 0.05, "weight_decay": 0.1},
-    "lagrangian": {"maximum": 300.0, "learning_rate": 0.03},
-    "baseline": {"pid": {"proportional": 0.3, "integral": 0.03, "derivative": 0.3}},
-}
 
 
 @dataclass(frozen=True)
@@ -125,6 +115,17 @@ class FinetuneConfig:
                 "baseline.from_scratch needs every constraint off, or baseline.multiplier dual or "
                 "pid: there is no safe policy to begin with. Set kl, safety_constraint and shield."
             )
+
+    @property
+    def cautious_learner(self) -> RLPDConfig:
+        """The learner's settings, with less noise while the safety constraint is on."""
+        if not self.safety_constraint:
+            return self.learner
+        return replace(
+            self.learner,
+            target_entropy=self.cautious_entropy,
+            discrete_entropy=self.cautious_discrete_entropy,
+        )
 
     @property
     def untested(self) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from safe_offrl.limits import Limit
 from safe_offrl.safety.acceptance import Decision
-from safe_offrl.spec import Limit
 
 
 class Iteration(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 
 from safe_offrl.agents.protocol import Setup
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Networks
-from safe_offrl.spec import Limit
 
 LIMIT = Limit("accident", 0.1, 1.0)
 

@@ -22,9 +22,10 @@ from safe_offrl.check.inspect import summarise as summarise_under
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.limits import Limit
 from safe_offrl.report.data_chart import write_data_png
-from safe_offrl.spec import Limit, SafetySpec
-from safe_offrl.train.pretrain import PretrainConfig
+from safe_offrl.spec import SafetySpec
+from safe_offrl.train.pretrain_config import PretrainConfig
 
 LENGTH = 10
 

@@ -19,6 +19,7 @@ from safe_offrl.compute.state import collect_state
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.types import Layout, States
 from tests.test_golden import ALGORITHMS, batches
 
@@ -183,7 +184,7 @@ def test_compiled_and_eager_agree_where_actions_are_discrete() -> None:
         extraction = Extraction(networks, ExtractionConfig(), generator, compute)
         learner = RLPD(networks, RLPDConfig(), generator, compute)
         settings = SafetyCriticConfig(members=3, reference=1, hidden=(16,))
-        critic = SafetyCritic(*layout, 20, settings, generator, None, compute)
+        critic = SafetyCritic(*layout, AccidentAhead(20), settings, generator, compute)
         anchor = Actor(*layout, (16,), generator, discrete=True)
         two = torch.tensor(2.0)
         steering = Steering(critic.risk, two, anchor, two)

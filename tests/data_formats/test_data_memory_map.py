@@ -23,7 +23,8 @@ from safe_offrl.errors import DataError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.spec import SafetySpec
-from safe_offrl.train.pretrain import PretrainConfig, Pretraining
+from safe_offrl.train.pretrain import Pretraining
+from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Batch
 
 HORIZON = 20

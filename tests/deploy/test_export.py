@@ -34,6 +34,7 @@ from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.run import RunDir
 from safe_offrl.safety.calibration import CalibrationReport
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.safety.shield import Shield, ShieldConfig
 from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Normalizer
@@ -216,7 +217,7 @@ def by_hand(
     """Action tanh(mean + noise) with risk sigmoid(slope * action); a margin of .1."""
     actor = Actor(1, 1, (), torch.Generator().manual_seed(0))
     config = SafetyCriticConfig(hidden=())
-    critic = SafetyCritic(1, 1, 10, config, torch.Generator().manual_seed(0))
+    critic = SafetyCritic(1, 1, AccidentAhead(10), config, torch.Generator().manual_seed(0))
     with torch.no_grad():
         weight, bias = actor.parameters()
         weight.zero_()

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
+from safe_offrl.limits import Limit
 from safe_offrl.record import progress
 from safe_offrl.record.online_curves import OnlineCurves
 from safe_offrl.record.progress import Heartbeat, ProgressLine
 from safe_offrl.safety.monitor import SafetyMonitor
-from safe_offrl.spec import Limit
 from safe_offrl.types import Episode
 
 LIMIT = Limit("accident", 0.1, 1.0)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from safe_offrl.errors import RunError
+from safe_offrl.limits import ACCIDENT, COST
 from safe_offrl.report import charts, page
 from safe_offrl.report.charts import constraints, curves, outcome, style
 from safe_offrl.report.charts.inline import inline_svg
 from safe_offrl.report.comparison import compare
 from safe_offrl.report.run_data import Decision, RunData, read_run
 from safe_offrl.report.tables import format_table
-from safe_offrl.spec import ACCIDENT, COST
 from safe_offrl.stats.anytime import run_level_interval
 from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.types import Episode

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.errors import ConfigError
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import (
     AcceptanceConfig,
@@ -18,7 +19,7 @@ from safe_offrl.safety.acceptance import (
     risk_change,
 )
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
-from safe_offrl.spec import Limit
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.types import Batch, States, Visited
 
 STATES = 400
@@ -40,7 +41,7 @@ def policy(mean: float, std: float = 0.3) -> Actor:
 def critic_of(base: float, slope: float) -> SafetyCritic:
     """Q_C = sigmoid(base + slope * action), all members alike."""
     config = SafetyCriticConfig(hidden=())
-    critic = SafetyCritic(1, 1, 10, config, torch.Generator().manual_seed(0))
+    critic = SafetyCritic(1, 1, AccidentAhead(10), config, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in critic.net.parameters():
             parameter.zero_()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from safe_offrl import commands
+from safe_offrl.limits import Limit
 from safe_offrl.record.run import RunDir
 from safe_offrl.safety.monitor import SafetyMonitor
-from safe_offrl.spec import Limit
 from tests.test_resume import online_plan, pretrain_plan, pretrained, root
 
 __all__ = ["pretrain_plan", "pretrained", "root"]  # fixtures

@@ -10,18 +10,17 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.calibration import (
     CONTRASTS,
     CalibrationReport,
     _more_to_rank,
-    accident_within,
     auroc,
     calibrate_critic,
-    window_outcomes,
 )
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
-from safe_offrl.spec import Limit
+from safe_offrl.safety.outlook import AccidentAhead, CostAhead, Outlook, accident_within
 from safe_offrl.types import Batch, Layout
 
 
@@ -81,7 +80,7 @@ def test_accident_within_looks_ahead_and_stays_in_the_episode() -> None:
 
 def test_window_outcomes_continue_with_the_critic() -> None:
     values = floats(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-    outcomes = window_outcomes(dataset([5, 3], flags(8, 3, 5)), values, 2)
+    outcomes, _ = AccidentAhead(10).within(dataset([5, 3], flags(8, 3, 5)), values, 2)
     # 0, 1: V two steps on (an accident at 3 is not within two steps of 1 but of 2); 4: the end
     assert outcomes.tolist() == pytest.approx([0.3, 0.4, 1, 1, 0, 1, 0, 0])
 
@@ -89,12 +88,15 @@ def test_window_outcomes_continue_with_the_critic() -> None:
 # --- the report: an accident follows exactly where the action is above .5 ---
 
 
+OUTLOOK = AccidentAhead(10)
+
+
 def critic_of(
-    *, observation: float, action: float, base: float, cost_max: float | None = None
+    *, observation: float, action: float, base: float, outlook: Outlook = OUTLOOK
 ) -> SafetyCritic:
     """Q_C = sigmoid(observation * o + action * a + base)."""
     generator = torch.Generator().manual_seed(0)
-    critic = SafetyCritic(1, 1, 10, SafetyCriticConfig(hidden=()), generator, cost_max)
+    critic = SafetyCritic(1, 1, outlook, SafetyCriticConfig(hidden=()), generator)
     with torch.no_grad():
         critic.net.output.weight.copy_(torch.tensor([observation, 0.0, action])[None, :, None])
         critic.net.output.bias.fill_(base)
@@ -302,7 +304,7 @@ def test_what_lies_beyond_the_window_is_not_seen() -> None:
 
 def test_of_a_cost_only_the_window_is_seen() -> None:
     """As above with costs: one step of 1 in 12 episodes of ten steps, the rest the critic's .5."""
-    half = critic_of(observation=0.0, action=0.0, base=0.0, cost_max=1.0)
+    half = critic_of(observation=0.0, action=0.0, base=0.0, outlook=CostAhead(10, 1.0, 0.99, 20))
     g = half.config.cost_discount
     costs = torch.zeros(120)
     costs[55] = 1.0

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import AcceptanceConfig, Decision
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.safety.shield import ShieldConfig
-from safe_offrl.spec import Limit
 from safe_offrl.types import Batch, States, Visited
 
 
@@ -40,7 +41,7 @@ def mean_of(actor: Actor) -> float:
 def deployment(epsilon: float = 0.2) -> Deployment:
     """A critic that calls everything 0.7 % dangerous."""
     config = SafetyCriticConfig(hidden=())
-    critic = SafetyCritic(1, 1, 10, config, torch.Generator().manual_seed(0))
+    critic = SafetyCritic(1, 1, AccidentAhead(10), config, torch.Generator().manual_seed(0))
     with torch.no_grad():
         critic.net.output.weight.zero_()
         critic.net.output.bias.fill_(-5.0)

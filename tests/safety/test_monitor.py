@@ -8,8 +8,8 @@ import pytest
 
 from safe_offrl.certify.certificate import Claim, episodes_without_accident
 from safe_offrl.errors import ConfigError
+from safe_offrl.limits import Limit
 from safe_offrl.safety.monitor import SafetyMonitor, certifiable
-from safe_offrl.spec import Limit
 from safe_offrl.stats.anytime import betabinomial_sequence
 
 

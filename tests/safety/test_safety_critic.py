@@ -14,6 +14,7 @@ from safe_offrl.envs.hazard_line import HazardLineEnv, accident_probability, alw
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import Actor, polyak_
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.types import Batch, States
 
 HORIZON = 20
@@ -36,7 +37,7 @@ def constant_actor(observation_size: int, action: float) -> Actor:
 
 def make(observation_size: int = 1, **settings: object) -> SafetyCritic:
     config = SafetyCriticConfig(**{"hidden": (32, 32), "learning_rate": 3e-3, **settings})  # type: ignore[arg-type]
-    return SafetyCritic(observation_size, 1, HORIZON, config, seeded())
+    return SafetyCritic(observation_size, 1, AccidentAhead(HORIZON), config, seeded())
 
 
 def constant_(net: torch.nn.Module, logit: float) -> None:
@@ -96,7 +97,9 @@ def test_targets_by_hand(steps_left: float, accident: float, end: float, target:
 def test_last_steps_of_every_horizon_do_not_bootstrap() -> None:
     # 1/H - 1/H is exactly 0 only in exact arithmetic.
     for horizon in (3, 7, 20, 100, 999, 1000):
-        critic = SafetyCritic(1, 1, horizon, SafetyCriticConfig(hidden=(4,)), seeded())
+        critic = SafetyCritic(
+            1, 1, AccidentAhead(horizon), SafetyCriticConfig(hidden=(4,)), seeded()
+        )
         constant_(critic.net, 1.0)
         constant_(critic.target, 20.0)  # "certain accident", if it were asked
         critic.log_alpha.fill_(-60.0)
@@ -234,7 +237,7 @@ def test_loss_reads_and_update_writes() -> None:
 
 def test_target_moves_by_tau_and_the_actor_stays() -> None:
     critic, actor = make(tau=0.3), constant_actor(1, 0.0)
-    expected = SafetyCritic(1, 1, HORIZON, critic.config, seeded()).target
+    expected = SafetyCritic(1, 1, AccidentAhead(HORIZON), critic.config, seeded()).target
     policy = [p.clone() for p in actor.parameters()]
     batch = one_step(4, steps_left=9)
     critic.update(batch, torch.ones(4), actor, States.at_start(torch.zeros(3, 1)), seeded())

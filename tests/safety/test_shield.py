@@ -11,6 +11,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor, Rows, Sampler, UniformActor, Vector
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.safety.shield import Shield, ShieldConfig
 
 OBSERVATION = np.zeros(1, dtype=np.float32)
@@ -29,7 +30,8 @@ def policy(mean: float = 0.0, std: float = 0.8) -> NumpyActor:
 
 def critic_of(slope: float, *, time: float = 0.0, base: float = 0.0) -> SafetyCritic:
     """Q_C = sigmoid(base + slope * action + time * time to go)."""
-    critic = SafetyCritic(1, 1, 10, SafetyCriticConfig(hidden=()), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    critic = SafetyCritic(1, 1, AccidentAhead(10), SafetyCriticConfig(hidden=()), generator)
     with torch.no_grad():
         critic.net.output.weight.zero_()
         critic.net.output.weight[:, 1] = time
@@ -206,7 +208,9 @@ def discrete_policy(*probabilities: float) -> NumpyActor:
 def discrete_critic(*logits: float) -> SafetyCritic:
     """Q_C of action k = sigmoid(logits[k])."""
     config = SafetyCriticConfig(hidden=())
-    critic = SafetyCritic(1, len(logits), 10, config, torch.Generator().manual_seed(0))
+    critic = SafetyCritic(
+        1, len(logits), AccidentAhead(10), config, torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         critic.net.output.weight.zero_()
         critic.net.output.weight[:, 2:, 0] = torch.tensor(logits)

@@ -21,7 +21,8 @@ from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune import Finetuning
-from safe_offrl.train.pretrain import PretrainConfig, Pretraining, discount_of
+from safe_offrl.train.pretrain import Pretraining
+from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 
 
 @pytest.fixture(scope="module")

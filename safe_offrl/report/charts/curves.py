@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.limits import COST, QUANTITIES
 from safe_offrl.report.charts.style import (
     DOTTED,
     POINTS,
@@ -26,7 +27,6 @@ from safe_offrl.report.charts.style import (
 )
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import final_return
-from safe_offrl.spec import COST, QUANTITIES
 from safe_offrl.stats.anytime import run_level_interval
 from safe_offrl.stats.resampling import iqm, iqm_of_curves
 from safe_offrl.types import Episode

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safe_offrl.limits import COST, Quantity
 from safe_offrl.report.charts.style import DASHED, Group, Panel, finish, in_words, quantity_of
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import learned_online, outcome
-from safe_offrl.spec import COST, Quantity
 from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.limits import ACCIDENT, COST, Quantity
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import BOOTSTRAP_SEED
-from safe_offrl.spec import ACCIDENT, COST, Quantity
 from safe_offrl.stats.resampling import Statistic, bootstrap_band
 
 if TYPE_CHECKING:
