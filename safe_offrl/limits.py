@@ -1,11 +1,11 @@
 """What can be limited of an episode, and a limit of it: words and numbers, in one place.
 
 A class a quantity: how it is called, counted, steered and watched. ``constraint`` is its name in
-settings, ``measure`` in curves and files, ``symbol`` in formulas; ``limit`` is what its limit is
-called there; ``form`` is how a value of it is written, ``estimate_form`` what the safety critic
-makes of it. Of the policy that acts, ``recent_episodes`` are those that say what it really does
-now. ``pretraining`` and ``finetuning`` are settings that the phases begin with where others are not
-given. Of costs an ``[M]`` is the sum of each episode.
+settings, ``measure`` in curves and files, ``symbol`` in formulas, ``limit`` what a limit is called
+there; ``form`` is how a value of it is written, ``estimate_form`` what the safety critic makes of
+it; other words stand in sentences and on charts. Of the policy that acts, ``recent_episodes`` are
+those that say what it really does now. ``pretraining`` and ``finetuning`` are settings that the
+phases begin with where others are not given.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+T = TypeVar("T")
 
 ALARM_RANGE = 4.0  # limits: an episode that costs more than this counts as this in the alarm
 
@@ -35,6 +34,14 @@ class AccidentProbability:
     per_episode = "accident probability per episode"
     rate = "accidents per 1000 steps"
     short_name = "V_accident"
+    claimed = "P(accident in an episode)"
+    happened = "have an accident"
+    evidence = "an accident"
+    risk = "accidents"
+    interval = "95 % interval"
+    evaluated = "evaluated accident rate, with interval"
+    bound = "epsilon"
+    until_accident = True  # behind an accident nothing can change whether there was one
     form = ".1%"
     estimate_form = ".3f"
     recent_episodes = 100  # one accident says little
@@ -65,13 +72,9 @@ class AccidentProbability:
         """What so many episodes did: accidents per 1000 steps."""
         return 1000.0 * accidents / steps
 
-    def of_episode(self, accident: bool, cost: float) -> float:
-        """What an episode contributes to the mean that is constrained: 1 for an accident."""
-        return float(accident)
-
-    def of_episodes(self, accidents: NDArray[np.bool_], costs: NDArray[Any]) -> NDArray[Any]:
-        """The same of many, [M], [M] -> [M]."""
-        return accidents.astype(np.float64)
+    def select(self, accident: T, cost: T) -> T:
+        """What is constrained, of an episode, of a step, or of many: the accident."""
+        return accident
 
     def seen(self, recent: Sequence[float]) -> float:
         """What recent outcomes show, [m >= 1] in [0, 1]; no estimate is lower."""
@@ -100,6 +103,14 @@ class ExpectedCost:
     per_episode = "cost per episode"
     rate = "cost per episode"
     short_name = "cost"
+    claimed = "expected cost of an episode"
+    happened = "cost more than {limit:g}"
+    evidence = "an accident or a cost"
+    risk = "cost rate (share of the largest)"
+    interval = "2 standard errors"
+    evaluated = "evaluated cost, 2 standard errors"
+    bound = "limit"
+    until_accident = False
     form = ".3g"
     estimate_form = ".1f"
     recent_episodes = 10  # one cost says more than one accident
@@ -144,13 +155,9 @@ class ExpectedCost:
         """What so many episodes did: cost per episode."""
         return cost / episodes
 
-    def of_episode(self, accident: bool, cost: float) -> float:
-        """What an episode contributes to the mean that is constrained: its cost."""
+    def select(self, accident: T, cost: T) -> T:
+        """What is constrained, of an episode, of a step, or of many: the cost."""
         return cost
-
-    def of_episodes(self, accidents: NDArray[np.bool_], costs: NDArray[Any]) -> NDArray[Any]:
-        """The same of many, [M], [M] -> [M]."""
-        return costs
 
     def seen(self, recent: Sequence[float]) -> float:
         """What recent outcomes show: the mean less a standard error; 0 of one alone.
@@ -206,7 +213,7 @@ class Limit(NamedTuple):
 
     def outcome(self, accident: bool, cost: float) -> float:
         """What an episode contributes, in [0, 1]; its mean is what is constrained."""
-        return min(self.quantity.of_episode(accident, cost) / self.scale, 1.0)
+        return min(self.quantity.select(float(accident), cost) / self.scale, 1.0)
 
     def alarm(self, accident: bool, cost: float) -> tuple[float, float]:
         """(outcome in [0, 1], limit of its mean) of an episode for the alarm."""

@@ -66,6 +66,7 @@ MOST_ROOMS = 20
 MOST_OF_RING_1 = 9_750  # lines; 8,500: one builder for both loops, constraints as objects
 MOST_OF_A_FILE = 430  # lines; 350: the online loop, what a run writes, the safety critic
 MOST_OF_ALL = 27_150  # lines; 21,585: each fact and each option once, experiments as suites
+MOST_DECISIONS = 25  # by the kind of what is constrained, outside of its files
 MOST_TWICE = 80  # top-level names; an allow-list: the words, where one name means one thing
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -150,6 +151,22 @@ def twice() -> dict[str, list[str]]:
     return {name: modules for name, modules in sorted(where.items()) if len(modules) > 1}
 
 
+DECISION = re.compile(
+    r"""(constraint|quantity) [!=]= "(accident|cost)"|is (not )?(COST|ACCIDENT)\b|\bif by_cost"""
+    r"""|cost_max is (not )?None"""
+)
+
+
+def decisions() -> dict[str, int]:
+    """How often a module asks which quantity is constrained, other than by what it is asked for."""
+    found = {
+        module: len(DECISION.findall(path.read_text()))
+        for module, path in MODULES.items()
+        if module not in ("limits", "spec")
+    }
+    return {module: count for module, count in found.items() if count}
+
+
 def arrows() -> set[tuple[str, str]]:
     """(room, room that it imports from)."""
     return {
@@ -170,6 +187,7 @@ def figures() -> dict[str, int]:
         "lines of the largest file": max(map(lines_of, SOURCES)),
         "files over 350 lines": sum(lines_of(path) > 350 for path in SOURCES),
         "top-level names defined twice": len(twice()),
+        "decisions by kind of constraint": sum(decisions().values()),
     }
 
 
@@ -223,6 +241,7 @@ def test_sizes() -> None:
     assert found["lines of ring 1"] <= MOST_OF_RING_1
     assert found["lines of the whole"] <= MOST_OF_ALL
     assert found["lines of the largest file"] <= MOST_OF_A_FILE
+    assert found["decisions by kind of constraint"] <= MOST_DECISIONS, decisions()
     assert found["top-level names defined twice"] <= MOST_TWICE, twice()
 
 

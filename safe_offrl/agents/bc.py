@@ -37,7 +37,7 @@ def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
 
     DataError if there is none to imitate.
     """
-    outcomes = limit.quantity.of_episodes(dataset.episode_accidents, dataset.episode_costs)
+    outcomes = limit.quantity.select(dataset.episode_accidents, dataset.episode_costs)
     safe = outcomes <= limit.value
     if not safe.any():
         raise DataError(

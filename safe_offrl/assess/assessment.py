@@ -116,9 +116,9 @@ def _reweighed(
         before[first:end] = np.cumsum(accidents[first:end]) > accidents[first:end]
     weights = bootstrap_weights(replicates, dataset.episodes, np.random.default_rng(seed)).numpy()
     q, v = (x.numpy() for x in evaluation.q_values)
-    risk = accidents if limit.constraint == "accident" else batch.costs.double().numpy()
+    risk = limit.quantity.select(accidents, batch.costs.double().numpy())
     # Once it has happened, an accident is over and done with: nothing that follows matters to it.
-    counts = ~before if limit.constraint == "accident" else np.ones_like(before)
+    counts = ~before if limit.quantity.until_accident else np.ones_like(before)
     starts = dataset.episode_starts
     return (
         weighted(

@@ -306,9 +306,8 @@ def logged_means(dataset: Dataset, limit: Limit) -> tuple[tuple[float, float], t
     """
     risk, returns = episode_totals(dataset, limit)
     cut = ~whole_episodes(dataset)
-    most = np.ones_like(risk)
-    if limit.constraint == "cost":
-        most = risk + 1.0 - dataset.episode_lengths / dataset.horizon
+    ahead = 1.0 - dataset.episode_lengths / dataset.horizon
+    most = limit.quantity.select(np.ones_like(risk), risk + ahead)
     unknown = math.inf if cut.any() else 0.0
     mean = float(returns.mean())
     return (

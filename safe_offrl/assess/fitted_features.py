@@ -64,7 +64,7 @@ class Steps(NamedTuple):
         shape = risk.shape
         outcomes = [x.expand(shape) for x in self.outcomes]
         ended, left = self.batch.terminated.expand(shape), self.next_time_to_go.expand(shape)
-        if limit.constraint == "accident":
+        if limit.quantity.until_accident:
             risk = first_accident_target(outcomes[RISK], ended, left, risk)
         else:
             risk = td_target(outcomes[RISK], ended, risk * (left > 1e-6), 1.0)
@@ -82,8 +82,7 @@ def take(dataset: Dataset, limit: Limit, index: Tensor) -> Steps:
     """The steps of these rows [B]. The risk's outcome is in units of ``limit.scale``."""
     batch = dataset.layout.unpack(dataset.rows[index])
     following = dataset.rows[(index + 1).clamp_max(len(dataset.rows) - 1)]
-    accident = limit.constraint == "accident"
-    risk = batch.accidents if accident else batch.costs / limit.scale
+    risk = limit.quantity.select(batch.accidents, batch.costs) / limit.scale
     return Steps(
         batch,
         torch.stack([risk, batch.rewards]),
@@ -195,9 +194,9 @@ def _inputs(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor
 
 def episode_totals(dataset: Dataset, limit: Limit) -> tuple[np.ndarray, np.ndarray]:
     """Risk, in units of ``limit.scale``, and return of each logged episode, [M] each."""
-    if limit.constraint == "accident":
-        return dataset.episode_accidents.astype(np.float64), dataset.episode_returns
-    return dataset.episode_costs / limit.scale, dataset.episode_returns
+    accidents = dataset.episode_accidents.astype(np.float64)
+    risk = limit.quantity.select(accidents, dataset.episode_costs) / limit.scale
+    return risk, dataset.episode_returns
 
 
 def _spread(values: np.ndarray) -> float:

@@ -24,6 +24,7 @@ from safe_offrl.deploy.episodes import Reservation, distinct, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
+from safe_offrl.limits import QUANTITIES
 from safe_offrl.record.ledger import parse_ledger
 from safe_offrl.stats.anytime import betabinomial_sequence
 from safe_offrl.stats.fixed import (
@@ -141,14 +142,13 @@ def outcome(claim: Claim, episode: Episode) -> float:
 
     ConfigError if it cost more than an episode can: nothing could be certified then.
     """
-    if claim.quantity == "accident":
-        return float(episode.accident)
-    if episode.cost > claim.scale:
+    value = QUANTITIES[claim.quantity].select(float(episode.accident), episode.cost)
+    if value > claim.scale:  # of accidents the scale is 1
         raise ConfigError(
             f"Episode {episode.index} cost {episode.cost:g}, but the log says that none costs more "
             f"than {claim.scale:g}, so its mean cannot be certified. Log such episodes first."
         )
-    return episode.cost / claim.scale
+    return value / claim.scale
 
 
 def finished(claim: Claim, total: float, episodes: int) -> bool:

@@ -6,6 +6,7 @@ import html
 from typing import Any
 
 from safe_offrl.certify.certificate import CERTIFICATE, RECORD, Claim, Finding, bounds_in_words
+from safe_offrl.limits import QUANTITIES
 
 
 def seen(claim: Claim, total: float, episodes: int) -> str:
@@ -17,12 +18,7 @@ def seen(claim: Claim, total: float, episodes: int) -> str:
 
 def quantity(claim: Claim) -> str:
     """The claim, in words."""
-    what = (
-        "P(accident in an episode)"
-        if claim.quantity == "accident"
-        else "expected cost of an episode"
-    )
-    return f"{what} < {claim.limit:g}"
+    return f"{QUANTITIES[claim.quantity].claimed} < {claim.limit:g}"
 
 
 def summary(certificate: dict[str, Any]) -> str:

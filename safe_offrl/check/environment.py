@@ -30,6 +30,13 @@ from safe_offrl.record.env_report import EnvReport
 from safe_offrl.spec import SafetySpec
 
 MANY = 1000  # numbers; more look like an image
+NO_COST = 'No cost was seen: look at info["cost"], or play more --episodes.'
+ADVICE_ON_SHARE = {  # of the random episodes with an accident
+    0.0: "Is that right? Risk is learnt from a log with accidents: look at safety.accident and "
+    "safety.cost_threshold, or play more --episodes.",
+    1.0: "Is that right? Risk is learnt from a log with both kinds: look at safety.accident and "
+    "safety.cost_threshold, and log behaviour that is better than random.",
+}
 SLOW = 600.0  # seconds for the default online budget of 50,000 steps
 # What Gymnasium's checker recommends and this package takes care of.
 _HARMLESS = ("space minimum value is -inf", "space maximum value is inf", "symmetric and normal")
@@ -270,24 +277,13 @@ def _check_accidents(
     for words, steps in listener.no_costs.most_common(1):
         often = "" if steps == listener.steps else f" in {steps / listener.steps:.0%} of the steps"
         text += f", an accident being 1, since {words}{often}"
+    advice = spec.quantity.select(ADVICE_ON_SHARE.get(share), None if mean_cost else NO_COST)
     if min(r.outcomes[:, 1].min() for r in recordings) < 0.0:
         advice = "A cost below 0 was seen: what is limited is a sum, so make costs 0 or more."
-    elif spec.constraint == "cost" and mean_cost == 0.0:
-        advice = 'No cost was seen: look at info["cost"], or play more --episodes.'
-    elif share == 0.0 and spec.constraint == "accident":
-        advice = (
-            "Is that right? Risk is learnt from a log with accidents: look at safety.accident and "
-            "safety.cost_threshold, or play more --episodes."
-        )
-    elif share == 1.0 and spec.constraint == "accident":
-        advice = (
-            "Is that right? Risk is learnt from a log with both kinds: look at safety.accident and "
-            "safety.cost_threshold, and log behaviour that is better than random."
-        )
-    else:
+    if advice is None:
         report.add("ok", "accidents", text)
-        return
-    report.add("warn", "accidents", f"{text}. {advice}")
+    else:
+        report.add("warn", "accidents", f"{text}. {advice}")
 
 
 def _check_speed(report: EnvReport, listener: Listener) -> None:

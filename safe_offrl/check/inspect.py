@@ -90,7 +90,7 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
     truncated = int(dataset.truncated[last_steps].sum())
     groups = groups_of(dataset)
     limit = safety.limit(dataset.horizon, dataset.cost_max)
-    outcomes = dataset.episode_costs if limit.constraint == "cost" else dataset.episode_accidents
+    outcomes = limit.quantity.select(dataset.episode_accidents, dataset.episode_costs)
     components = principal_components(observations)
     return DatasetSummary(
         env_id=dataset.metadata.get("env_id"),
@@ -128,7 +128,7 @@ def format_summary(summary: DatasetSummary) -> str:
     """The summary as a readable text of a few lines."""
     s = summary
     low, high = s.accident_interval
-    by_cost = s.constraint == "cost"
+    within = f"; {s.within_limit:.0%} of the episodes below {s.limit:g}"
     kept = f"{QUANTITIES[s.constraint].symbol} < {s.limit:g}"
     lines = [
         f"dataset       {s.env_id or 'unknown environment'}, sha256 {s.sha256[:12]}",
@@ -136,7 +136,7 @@ def format_summary(summary: DatasetSummary) -> str:
         f"length        {_quantile_text(s.lengths, '.0f')} steps",
         f"return        {_quantile_text(s.returns, '.4g')}",
         f"cost          {_quantile_text(s.costs, '.4g')}"
-        + (f"; {s.within_limit:.0%} of the episodes below {s.limit:g}" if by_cost else ""),
+        + QUANTITIES[s.constraint].select("", within),
         f"accidents     {s.accident_episodes:,} episodes = {s.accident_episodes / s.episodes:.1%} "
         f"(95 % interval {low:.1%} to {high:.1%}), {s.accident_steps:,} steps",
         f"first at      {_bars(s.accident_times)} of the horizon, in tenths: "

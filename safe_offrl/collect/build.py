@@ -249,17 +249,14 @@ def _starts(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
 
 def _unsafe_episodes(arrays: Mapping[str, NDArray[Any]], spec: SafetySpec) -> NDArray[np.bool_]:
     """Whether each episode had an accident or, if that is constrained, cost above the limit [M]."""
-    if spec.constraint == "cost":
-        costs = np.add.reduceat(arrays["costs"], _starts(arrays), dtype=np.float64)
-        return np.asarray(costs > spec.cost_limit)
-    result: NDArray[np.bool_] = np.logical_or.reduceat(arrays["accidents"], _starts(arrays))
-    return result
+    starts = _starts(arrays)
+    accidents = np.logical_or.reduceat(arrays["accidents"], starts)
+    costs = np.add.reduceat(arrays["costs"], starts, dtype=np.float64)
+    return np.asarray(spec.quantity.select(accidents, costs) > spec.limit_value)
 
 
 def _unsafe_phrase(spec: SafetySpec) -> str:
-    if spec.constraint == "cost":
-        return f"cost more than {spec.cost_limit:g}"
-    return "have an accident"
+    return spec.quantity.happened.format(limit=spec.limit_value)
 
 
 def _metadata(

@@ -181,8 +181,7 @@ def resolved(
         config = replace(config, ppo=replace(config.ppo, epochs=epochs))
     if config.cost_limits is None:
         # An accident costs 1 where the environment does not say otherwise.
-        allowed = spec.cost_limit if spec.constraint == "cost" else spec.epsilon
-        config = replace(config, cost_limits=() if scripted else (SAFER * allowed,))
+        config = replace(config, cost_limits=() if scripted else (SAFER * spec.limit_value,))
     return config
 
 

@@ -17,6 +17,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, RunError
 from safe_offrl.files import unwritable
+from safe_offrl.limits import QUANTITIES
 from safe_offrl.record.run import RunDir
 from safe_offrl.spec import SafetySpec
 
@@ -84,12 +85,13 @@ class Limits(TypedDict, total=False):
 
 def require_own_limit(safety: SafetySpec, limits: Limits) -> None:
     """ConfigError if a limit is given of what the run does not constrain."""
-    other = "cost_limit" if safety.constraint == "accident" else "epsilon"
-    if limits.get(other) is not None:
-        raise ConfigError(
-            f'The run was pretrained under the constraint "{safety.constraint}", so {other} means '
-            "nothing to it. Leave it out, or pretrain under the other constraint."
-        )
+    for other in QUANTITIES.values():
+        if other is not safety.quantity and limits.get(other.limit) is not None:
+            raise ConfigError(
+                f'The run was pretrained under the constraint "{safety.constraint}", so '
+                f"{other.limit} means nothing to it. Leave it out, or pretrain under the other "
+                "constraint."
+            )
 
 
 def require_both_outcomes(dataset: Dataset, path: Path, safety: SafetySpec) -> None:
@@ -134,13 +136,9 @@ def warning_lines(dataset: Dataset, safety: SafetySpec, held_out: float) -> list
 
 def constraint_line(safety: SafetySpec, horizon: int) -> str:
     """Header line: what is promised."""
-    limited = (
-        f"P(accident in {horizon} steps) < {safety.epsilon:g} (epsilon)"
-        if safety.constraint == "accident"
-        else f"expected cost of {horizon} steps < {safety.cost_limit:g} (cost_limit)"
-    )
+    promised = safety.quantity.promise(safety.limit_value, horizon)
     return (
-        f"constraints {limited}, KL < {safety.delta:g} nats (delta), "
+        f"constraints {promised}, KL < {safety.delta:g} nats (delta), "
         f'confidence {safety.confidence:.0%}, accident = "{safety.accident}"'
     )
 

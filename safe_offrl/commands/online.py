@@ -215,11 +215,7 @@ def _answers_alarms(loop: Finetuning) -> bool:
 def _alarm_line(loop: Finetuning, episode: Episode) -> str:
     """What has happened when the monitor's alarm sounds, and what the run does now."""
     safety = loop.config.safety
-    limit = (
-        f"epsilon {safety.epsilon:g}"
-        if safety.constraint == "accident"
-        else f"the cost limit of {safety.cost_limit:g}"
-    )
+    limit = safety.quantity.limit_text(safety.limit_value)
     then = (
         f"its policy acts on until the next decision, from step {loop.next_proposal:,} on, which "
         "is on going back to an earlier one"

@@ -70,9 +70,7 @@ class FinetunePlan:
         shield = "shield" if not self.shield_refusals else "shield (abstains)"
         parts = {
             "KL": config.kl,
-            "accident constraint"
-            if safety.constraint == "accident"
-            else "cost constraint": config.safety_constraint,
+            f"{safety.quantity.event} constraint": config.safety_constraint,
             shield: config.shield,
         }
         on = [name for name, active in parts.items() if active]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from safe_offrl.limits import COST, QUANTITIES
+from safe_offrl.limits import QUANTITIES
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.safety.calibration import CalibrationReport
 from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
@@ -84,7 +84,7 @@ def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
     _risk_axis(axis, floor)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(loc="upper left", fontsize=8.5, framealpha=0.85)
-    what = "accidents" if report.constraint == "accident" else "cost rate (share of the largest)"
+    what = QUANTITIES[report.constraint].risk
     finish(axis, f"Reliability: {what}", "what followed", "what the critic said")
 
 
@@ -152,8 +152,7 @@ def _draw_ranking(axis: Axes, report: CalibrationReport) -> None:
 
 def _draw_estimates(axis: Axes, report: CalibrationReport) -> None:
     quantity = QUANTITIES[report.constraint]
-    cost_logged = quantity is COST
-    logged = report.behaviour_cost if cost_logged else report.behaviour_accident_rate
+    logged = quantity.select(report.behaviour_accident_rate, report.behaviour_cost)
     rows = {
         "upper estimate": (report.estimate_upper, _BLUE),
         "estimate": (report.estimate, _BLUE),
@@ -256,7 +255,6 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
     import matplotlib as mpl
 
     quantity = QUANTITIES[constraint]
-    spread = "2 standard errors" if quantity is COST else "95 % interval"
     with mpl.rc_context(LIGHT):
         figure = _figure(9.0, 4.8)
         axis = figure.subplots()
@@ -272,7 +270,7 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
             elinewidth=1.1,
             capsize=3,
             markersize=6,
-            label=f"realised, {spread}",
+            label=f"realised, {quantity.interval}",
         )
         estimates = [b.estimate for b in blocks]
         axis.plot(middle, estimates, "o-", color=_BLUE, linewidth=1.6, label="estimated before")

@@ -8,7 +8,6 @@ over its states.
 
 Transitions span ``steps`` steps, their costs discounted by ``discount``. ``over_visits``: an
 estimate is over states of the policy's own episodes as well as over start states.
-``until_accident``: behind an accident nothing can change what is constrained.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ class AccidentAhead:
     steps: ClassVar[int] = 1
     discount: ClassVar[float] = 1.0
     over_visits: ClassVar[bool] = False
-    until_accident: ClassVar[bool] = True
 
     def targets(self, batch: Batch, left: Tensor, next_values: Tensor, spans: Tensor) -> Tensor:
         """Bellman targets [E, B] of ``next_values`` [E, B], with ``left`` [B] of the horizon ahead.
@@ -91,7 +89,6 @@ class CostAhead:
     steps: int
 
     over_visits: ClassVar[bool] = True
-    until_accident: ClassVar[bool] = False
 
     def targets(self, batch: Batch, left: Tensor, next_values: Tensor, spans: Tensor) -> Tensor:
         """Bellman targets [E, B] of ``next_values`` [E, B] that lie ``spans`` [B] steps ahead.

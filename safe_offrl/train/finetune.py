@@ -303,7 +303,7 @@ class Finetuning:
         decision, rolled_back = self.deployment.propose(
             self.networks.actor,
             self.experience.lived(
-                config.visited_steps, until_accident=self.critic.outlook.until_accident
+                config.visited_steps, until_accident=self.limit.quantity.until_accident
             ),
             self._reference(ESTIMATE_STATES),
             self.monitor,

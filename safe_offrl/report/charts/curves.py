@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.limits import COST, QUANTITIES
+from safe_offrl.limits import QUANTITIES
 from safe_offrl.report.charts.style import (
     DOTTED,
     POINTS,
@@ -46,8 +46,7 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
     Of runs with at least one episode each. Where the expected cost is constrained, cost per episode
     takes the place of the accident rate.
     """
-    by_cost = quantity_of(groups) is COST
-    window, short = (_COST_WINDOW,) * 2 if by_cost else (_LONG_WINDOW, _WINDOW)
+    window, short = quantity_of(groups).select((_LONG_WINDOW, _WINDOW), (_COST_WINDOW,) * 2)
     ends = {g.label: f"{iqm([final_return(r) for r in g.runs]):.4g}" for g in groups}
     totals = {g.label: f"{np.mean([_accidents(r) for r in g.runs]):.3g}" for g in groups}
     rates = {g.label: f"{_pooled_end(g.runs):.2%}" for g in groups}
@@ -60,21 +59,20 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
         if (known := [r.estimate for r in g.runs if not math.isnan(r.estimate)])
     }
     confidence = f"{100 * min(run.confidence for g in groups for run in g.runs):g} %"
-    rate = (
+    rate = quantity_of(groups).select(
         Panel(
-            "cost",
-            f"Cost, mean of {window} episodes",
-            lambda axis: _draw_cost(axis, groups),
-            f"Cost per episode over environment steps. Mean of all episodes: {in_words(costs)}.",
-        )
-        if by_cost
-        else Panel(
             "rate",
             f"Accident rate so far, anytime {confidence} band",
             lambda axis: _draw_rates(axis, groups),
             f"Accidents per episode so far, all runs of a method together, with anytime-valid "
             f"{confidence} bands, over environment steps. At the end: {in_words(rates)}.",
-        )
+        ),
+        Panel(
+            "cost",
+            f"Cost, mean of {window} episodes",
+            lambda axis: _draw_cost(axis, groups),
+            f"Cost per episode over environment steps. Mean of all episodes: {in_words(costs)}.",
+        ),
     )
     return [
         Panel(
@@ -227,7 +225,7 @@ def _draw_estimates(axis: Axes, groups: Sequence[Group], window: int) -> None:
             draw_group(axis, group, *together(estimates, 60), mean_of_curves, linewidth=1.6)
         if estimates or not group.look.crowded:
             realised = [
-                smoothed(run, window, lambda e: quantity.of_episode(e.accident, e.cost))
+                smoothed(run, window, lambda e: quantity.select(float(e.accident), e.cost))
                 for run in group.runs
             ]
             grid, values = together(realised)
@@ -254,7 +252,7 @@ def _estimates(run: RunData) -> Curve:
 
 def _draw_limits(axis: Axes, groups: Sequence[Group]) -> None:
     limits = {
-        (QUANTITIES[run.constraint].limit_in_words.split()[-1], run.limit)
+        (QUANTITIES[run.constraint].bound, run.limit)
         for group in groups
         for run in group.runs
         if not math.isnan(run.limit)

@@ -166,9 +166,7 @@ def _draw_judgement(axis: Axes, groups: Sequence[Group], quantity: Quantity) -> 
     finish(
         axis,
         "Estimate of the final policy against its evaluation",
-        "evaluated cost, 2 standard errors"
-        if quantity is COST
-        else "evaluated accident rate, with interval",
+        quantity.evaluated,
         "estimate (mean over runs)",
     )
     axis.set_xlim(0, 1.1 * top or 1.0)
