@@ -14,7 +14,7 @@ from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.steering import Steering
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
-from safe_offrl.commands.offline import pretrain_config
+from safe_offrl.commands.offline_plan import pretrain_config
 from safe_offrl.commands.online_plan import finetune_config
 from safe_offrl.config import RunInputs, run_yaml
 from safe_offrl.data.dataset import Dataset

@@ -13,13 +13,8 @@ from safe_offrl.commands.convert import convert_dataset
 from safe_offrl.commands.demo import demo
 from safe_offrl.commands.export import export_run
 from safe_offrl.commands.ledger import show_ledger
-from safe_offrl.commands.offline import (
-    PretrainPlan,
-    plan_pretrain,
-    pretrain_config,
-    pretrain_run,
-    resume_pretrain,
-)
+from safe_offrl.commands.offline import pretrain_run, resume_pretrain
+from safe_offrl.commands.offline_plan import PretrainPlan, plan_pretrain, pretrain_config
 from safe_offrl.commands.online import finetune_run, resume_finetune
 from safe_offrl.commands.online_plan import FinetunePlan, finetune_config, plan_finetune
 from safe_offrl.commands.tools import (

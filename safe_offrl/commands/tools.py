@@ -16,13 +16,14 @@ from safe_offrl.check.situations import find_situations
 from safe_offrl.collect.build import build_dataset, default_dataset
 from safe_offrl.collect.log_plan import CollectConfig, add_log_time
 from safe_offrl.commands.common import (
+    DEFAULT_ENV,
     require_output,
     require_safety_keys,
     say_plain,
+    with_logged_rule,
 )
 from safe_offrl.commands.environment import changed_line, since_run
 from safe_offrl.commands.filming import filming_evaluation
-from safe_offrl.commands.offline import DEFAULT_ENV, with_logged_rule
 from safe_offrl.config import load_config
 from safe_offrl.data_formats.loading import load_dataset, stated_metadata
 from safe_offrl.deploy.episodes import distinct
