@@ -15,9 +15,9 @@ from safe_offrl.bench.methods import METHODS
 from safe_offrl.bench.suite import Job, Suite, flat, folder_name, jobs_of, settings_of
 from safe_offrl.collect.processes import own_command
 from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.compare import compare_runs
 from safe_offrl.commands.offline_plan import pretrain_config
 from safe_offrl.commands.online_plan import inherited
-from safe_offrl.commands.tools import compare_runs
 from safe_offrl.config import load_config, parse_run_yaml, to_dict
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic

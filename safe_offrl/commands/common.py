@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,7 +12,7 @@ import torch
 from safe_offrl.agents import AgentConfigs, find_agent
 from safe_offrl.check.inspect import INSPECTED, dataset_warnings
 from safe_offrl.compute.descent import Precision
-from safe_offrl.config import RunInputs, from_dict
+from safe_offrl.config import RunInputs, from_dict, load_config
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, RunError
@@ -63,6 +63,17 @@ def with_logged_rule(
     if imports and config.safety.accident != rule["accident"]:
         require_trusted_log(metadata)
     return worded
+
+
+def stated_safety(
+    env_id: str, overrides: Sequence[str], preset: str | Path | None = None
+) -> SafetySpec:
+    """The accident rule for an environment: its preset or this one, and "safety.key=value"."""
+    require_safety_keys(overrides)
+    config = load_config(
+        PretrainConfig, section="pretrain", env_id=env_id, preset=preset, overrides=overrides
+    )
+    return config.safety
 
 
 def stored_dataset(inputs: RunInputs, spec: SafetySpec, discount: float) -> Dataset:
