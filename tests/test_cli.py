@@ -344,15 +344,16 @@ def test_help_takes_half_a_second(figure: Record) -> None:
 
 
 def test_print_config(call: Call, pretrained: Path) -> None:
-    from safe_offrl.config import from_yaml
+    from safe_offrl.config import from_dict, read_yaml
     from safe_offrl.train.finetune_config import FinetuneConfig
     from safe_offrl.train.pretrain import PretrainConfig
 
     outcome = call("pretrain", "--agent", "calql", "--steps", "50k", "--print-config")
-    config = from_yaml(PretrainConfig, outcome.out)
+    config = from_dict(PretrainConfig, read_yaml(outcome.out, "stdout"))
     assert (config.agent, config.steps) == ("calql", 50_000)
     arguments = ["--budget", "1.5M", "--epsilon", ".2", "--no-shield", "--print-config"]
-    online = from_yaml(FinetuneConfig, call("finetune", str(pretrained), *arguments).out)
+    outcome = call("finetune", str(pretrained), *arguments)
+    online = from_dict(FinetuneConfig, read_yaml(outcome.out, "stdout"))
     assert (online.budget, online.safety.epsilon, online.shield) == (1_500_000, 0.2, False)
     assert online.kl
     assert online.safety_constraint

@@ -16,7 +16,6 @@ from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.commands.offline_plan import pretrain_config
 from safe_offrl.commands.online_plan import finetune_config
-from safe_offrl.config import RunInputs, run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
@@ -25,6 +24,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.nn.losses import cost_rate_target
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs, run_yaml
 from safe_offrl.safety.acceptance import AcceptanceConfig, decide, risk_change
 from safe_offrl.safety.calibration import window_cost
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig

@@ -19,7 +19,6 @@ from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
 from safe_offrl.commands.online import start_loop
 from safe_offrl.compute.state import collect_state
-from safe_offrl.config import parse_run_yaml
 from safe_offrl.data.content import dataset_sha256
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.offsets import OFFSET, centred, find_offset, in_own_units
@@ -35,6 +34,7 @@ from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.policy import load_policy
 from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run_config import parse_run_yaml
 from safe_offrl.report.videos import AccidentCamera
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.safety.shield import Shield

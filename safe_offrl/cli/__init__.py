@@ -177,9 +177,10 @@ def _phase(
 
 def _settings(config: Any) -> Answer:
     """What --print-config prints."""
-    from safe_offrl.config import to_dict, to_yaml
+    from safe_offrl.config import to_dict, yaml_text
 
-    return Answer(to_dict(config), to_yaml(config))
+    settings = to_dict(config)
+    return Answer(settings, yaml_text(settings))
 
 
 def _dry_run(text: str, say: Say) -> Answer:

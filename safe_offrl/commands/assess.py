@@ -23,7 +23,6 @@ from safe_offrl.commands.common import (
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
 from safe_offrl.compute.device import configure
-from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
@@ -31,6 +30,7 @@ from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.final_policy import stored_policy
 from safe_offrl.record.progress import ProgressLine, Say
 from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run_config import RunInputs, parse_run_yaml
 from safe_offrl.record.versions import versions
 from safe_offrl.spec import QUANTITIES, SafetySpec
 from safe_offrl.train.pretrain import PretrainConfig, discount_of

@@ -18,11 +18,12 @@ from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.compare import compare_runs
 from safe_offrl.commands.offline_plan import pretrain_config
 from safe_offrl.commands.online_plan import inherited
-from safe_offrl.config import load_config, parse_run_yaml, to_dict
+from safe_offrl.config import load_config, to_dict
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.record.progress import TELL_SECONDS, Interrupted, Say, StopSignal
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import parse_run_yaml
 from safe_offrl.record.run_names import require_runs_folder
 from safe_offrl.report.run_data import Source
 from safe_offrl.train.finetune_config import FinetuneConfig

@@ -12,12 +12,13 @@ import torch
 from safe_offrl.agents import AgentConfigs, find_agent
 from safe_offrl.check.inspect import INSPECTED, dataset_warnings
 from safe_offrl.compute.descent import Precision
-from safe_offrl.config import RunInputs, from_dict, load_config
+from safe_offrl.config import from_dict, load_config
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, RunError
 from safe_offrl.files import unwritable
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs
 from safe_offrl.record.trust import require_trusted_log
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.pretrain import PretrainConfig

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safe_offrl.certify.certificate import Check
-from safe_offrl.config import RunInputs, parse_run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.identity import KEY, differences, log_differences
@@ -15,6 +14,7 @@ from safe_offrl.env.make import make_env
 from safe_offrl.errors import EnvError, RunError
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RESUMED, RunDir
+from safe_offrl.record.run_config import RunInputs, parse_run_yaml
 from safe_offrl.record.subject import rule_source
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.train.finetune_config import FinetuneConfig

@@ -21,11 +21,11 @@ from safe_offrl.commands.phase import (
 )
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure, find_device
-from safe_offrl.config import RunInputs
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.files import plain
 from safe_offrl.record.progress import ProgressLine, Say
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import report_png

@@ -27,7 +27,7 @@ from safe_offrl.commands.common import (
 from safe_offrl.commands.environment import learnt_lines, since_log
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure, find_device
-from safe_offrl.config import RunInputs, load_config
+from safe_offrl.config import load_config
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import find_dataset, load_dataset, stated_metadata
 from safe_offrl.data_formats.validation import check_learnable, check_matches_env, check_same_env
@@ -35,6 +35,7 @@ from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env, time_limit
 from safe_offrl.errors import DataError
 from safe_offrl.record.progress import Heartbeat, Say
+from safe_offrl.record.run_config import RunInputs
 from safe_offrl.record.trust import is_trusted_log
 from safe_offrl.train.pretrain import COST_DEFAULTS, PretrainConfig, discount_of
 

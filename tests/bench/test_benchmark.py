@@ -17,9 +17,9 @@ from safe_offrl.bench.methods import METHODS
 from safe_offrl.bench.suite import Job, Suite, jobs_of, load_suite, narrowed, parse_suite
 from safe_offrl.commands import benchmark_run, benchmark_text, finetune_config, pretrain_config
 from safe_offrl.commands.benchmark import _next_command, _settings_now
-from safe_offrl.config import RunInputs, run_yaml
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs, run_yaml
 
 SMALL = """
 environments: [HazardLine-v0]
