@@ -30,7 +30,7 @@ from safe_offrl.data_formats.replay_buffer import from_replay_buffer
 from safe_offrl.data_formats.validation import check_matches_env
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import UserError
-from safe_offrl.record.run import find_run
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.run_config import RunInputs, parse_run_yaml, run_yaml
 from safe_offrl.record.run_names import check_name
 from safe_offrl.spec import SafetySpec

@@ -33,7 +33,8 @@ from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.policy import load_policy
 from safe_offrl.record.final_policy import final_policy
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.find_run import find_run
+from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import parse_run_yaml
 from safe_offrl.report.videos import AccidentCamera
 from safe_offrl.safety.critic import SafetyCriticConfig

@@ -104,7 +104,7 @@ def finetune(*, arguments: list[str] | None, accept_risk: bool, **given: Any) ->
     RUN is a finished pretrain run; the newest one if left out. Refuses to start unless the log
     shows that its policy keeps the limit, see `safe-offrl assess`.
     """
-    from safe_offrl.record.run import find_run
+    from safe_offrl.record.find_run import find_run
 
     # Both are optional and positional: what holds no "=" is the run.
     references = [text for text in arguments or [] if "=" not in text]

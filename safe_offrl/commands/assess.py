@@ -28,8 +28,9 @@ from safe_offrl.errors import RunError
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.final_policy import stored_policy
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.progress import ProgressLine, Say
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import RunInputs, parse_run_yaml
 from safe_offrl.record.versions import versions
 from safe_offrl.spec import QUANTITIES, SafetySpec

@@ -38,6 +38,7 @@ from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.record.final_policy import FinalPolicy, final_policy
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.progress import (
     STOP_SECONDS,
@@ -47,7 +48,7 @@ from safe_offrl.record.progress import (
     StopNow,
     StopSignal,
 )
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run import RunDir
 from safe_offrl.record.subject import subject_of
 from safe_offrl.types import Episode
 

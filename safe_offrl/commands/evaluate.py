@@ -18,8 +18,8 @@ from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError
 from safe_offrl.files import json_bytes, plain, write_atomic
 from safe_offrl.record.final_policy import final_policy
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.progress import Heartbeat, Say
-from safe_offrl.record.run import find_run
 from safe_offrl.stats.fixed import clopper_pearson
 from safe_offrl.types import Episode
 

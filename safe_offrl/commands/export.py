@@ -17,8 +17,8 @@ from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
 from safe_offrl.record.final_policy import final_policy
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.progress import Say
-from safe_offrl.record.run import find_run
 from safe_offrl.record.subject import subject_of
 
 FOLDER = "exports"

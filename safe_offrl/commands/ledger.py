@@ -8,9 +8,10 @@ from typing import Any
 
 from safe_offrl.commands.common import say_plain
 from safe_offrl.errors import RunError
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.ledger import Ledger
 from safe_offrl.record.progress import Say
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run import RunDir
 from safe_offrl.types import Episode
 
 SHOWN_VERSIONS = 10  # the last ones; --json has all
