@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.errors import RunError
-from safe_offrl.files import fsync_folder, json_bytes, write_file
+from safe_offrl.files import fsync_folder, json_bytes, replacing, write_file
 
 KEPT_CHECKPOINTS = 3  # one may be damaged and one half written, and a third is still there
 
@@ -72,25 +71,19 @@ def save_checkpoint(
     manifest["crc32"] = zlib.crc32(json_bytes(manifest))
 
     target = folder / f"step-{step:09d}"
-    temporary = folder / f".tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    files = {
+        "state.safetensors": state,
+        "info.json": info_bytes,
+        "manifest.json": json_bytes(manifest),
+    }
+    with replacing(target) as temporary:
         temporary.mkdir()
-        files = {
-            "state.safetensors": state,
-            "info.json": info_bytes,
-            "manifest.json": json_bytes(manifest),
-        }
         # At once: three fsyncs together take less time than one after the other.
         with ThreadPoolExecutor(len(files)) as pool:
             list(pool.map(write_file, map(temporary.joinpath, files), files.values()))
         fsync_folder(temporary)
         if target.exists():
             shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    fsync_folder(folder)
     older = [p for p in _complete(folder) if p.name < target.name]
     for path in _complete(folder):
         if path.name > target.name or path in older[: -(KEPT_CHECKPOINTS - 1)]:
@@ -142,8 +135,8 @@ def fitting(path: str | Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a writer that was killed left behind."""
-    for leftover in folder.glob(".tmp-*"):
+    """Delete what a writer that was killed left behind, this version's or an earlier one's."""
+    for leftover in folder.glob(".*tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
