@@ -304,7 +304,10 @@ FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
     "demo": [commands.demo],
 }
 # What a function takes as one group.
-SETTINGS = {"assess": Limits.__annotations__, "finetune": FinetuneSettings.__annotations__}
+SETTINGS = {
+    **dict.fromkeys(("assess", "certify"), Limits.__annotations__),
+    "finetune": FinetuneSettings.__annotations__,
+}
 # What the command itself looks at.
 OWN = {
     "pretrain": {"resume", "dry_run", "print_config"},

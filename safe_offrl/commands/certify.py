@@ -10,7 +10,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from safe_offrl.certify.certificate import (
     CERTIFICATE,
@@ -31,7 +31,7 @@ from safe_offrl.certify.certificate import (
 )
 from safe_offrl.certify.page import page, quantity, seen, summary
 from safe_offrl.check.situations import Situations, find_situations, require_situations
-from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.common import Limits, say_plain
 from safe_offrl.commands.environment import changed_line, since_run
 from safe_offrl.deploy.episodes import distinct, faults_in_a_row
 from safe_offrl.env.identity import KEY
@@ -58,13 +58,12 @@ MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
 def certify_run(
     reference: str | Path,
     *,
-    epsilon: float | None = None,
-    cost_limit: float | None = None,
     confidence: float | None = None,
     episodes: int | None = None,
     seed: int = 0,
     runs: str | Path = "runs",
     say: Say = say_plain,
+    **limits: Unpack[Limits],
 ) -> dict[str, Any]:
     """Play a run's final policy behind its shield until the claim is settled; the certificate.
 
@@ -87,7 +86,7 @@ def certify_run(
     with run:
         final = final_policy(run)
         with contextlib.closing(final.env):
-            claim = _claim(final, epsilon, cost_limit, confidence, episodes, seed)
+            claim = _claim(final, limits, confidence, episodes, seed)
             subject = subject_of(final)
             situations = None  # on a real machine nothing is played that is not on record
             if final.environment.kind != "real":
@@ -113,15 +112,10 @@ def certify_run(
 
 
 def _claim(
-    final: FinalPolicy,
-    epsilon: float | None,
-    cost_limit: float | None,
-    confidence: float | None,
-    episodes: int | None,
-    seed: int,
+    final: FinalPolicy, limits: Limits, confidence: float | None, episodes: int | None, seed: int
 ) -> Claim:
     """What was asked for; the run's own constraint if nothing was."""
-    safety = final.safety
+    safety, epsilon, cost_limit = final.safety, limits.get("epsilon"), limits.get("cost_limit")
     if epsilon is not None and cost_limit is not None:
         raise ConfigError("Give --epsilon or --cost-limit: a certificate is about one of them.")
     by_cost = cost_limit is not None or (epsilon is None and safety.constraint == "cost")
