@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from safe_offrl import commands
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.find_run import find_run
+from safe_offrl.record.run import RunDir
 from safe_offrl.train.finetune import Finetuning
 
 # What is timed, by the row of the table that it belongs to.

@@ -10,43 +10,22 @@ import dataclasses
 import difflib
 import importlib.resources
 import math
-import os
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from safe_offrl.errors import ConfigError
-from safe_offrl.files import cache_folder
 
 T = TypeVar("T")
 _COUNT = re.compile(r"([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)([kKmM]?)")
 _FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
-
-
-@dataclasses.dataclass(frozen=True)
-class RunInputs:
-    """What a run was made from, by identity; with it `evaluate RUN` needs no flags."""
-
-    env_id: str
-    dataset: str  # absolute path; config.yaml has it as :func:`run_yaml` says
-    dataset_sha256: str
-    threads: int = 1
-    compiled: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
-    horizon: int | None = None  # of the environment, for a dataset that does not name one
-    pretrained: str | None = None  # absolute path of the pretrain run, likewise
-    pretrained_sha256: str | None = None  # of the checkpoint that fine-tuning started from
-    risk: str | None = None  # what was known of it before the first step, or that it was accepted
-
-
-_PATHS = ("dataset", "pretrained")
 
 
 def parse_count(text: str) -> int:
@@ -236,6 +215,11 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], value)
 
 
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML; :func:`read_yaml` reads it back equal."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+
+
 def load_preset(env_id: str) -> dict[str, Any]:
     """The preset whose ``env_id`` is this environment, {} if there is none."""
     for entry in sorted(importlib.resources.files("safe_offrl.configs").iterdir(), key=str):
@@ -327,11 +311,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], plain(dataclasses.asdict(config)))
 
 
-def to_yaml(config: Any) -> str:
-    """Write a dataclass as YAML; :func:`from_yaml` reads it back equal."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
-
-
 def from_dict(schema: type[T], values: Mapping[str, Any]) -> T:
     """Fill a dataclass from plain values under the same checks as the command line's."""
     known = schema_keys(schema)
@@ -342,58 +321,3 @@ def from_dict(schema: type[T], values: Mapping[str, Any]) -> T:
         return _build(schema, flat)
     except TypeError as error:
         raise ConfigError(f"A setting is missing ({error}). Add it.") from error
-
-
-def from_yaml(schema: type[T], text: str) -> T:
-    """Read what :func:`to_yaml` wrote."""
-    return from_dict(schema, read_yaml(text, "The configuration"))
-
-
-def run_yaml(inputs: RunInputs, section: str, config: Any, runs: Path) -> str:
-    """The text of a run's config.yaml: what it was made from, and its resolved settings.
-
-    ``runs`` is the folder that the run's own will be in. Paths below the folder around ``runs`` are
-    written relative to the run, those in the home folder with ``~``: what is moved or copied
-    together finds itself again, and a record that is passed on names no machine.
-    """
-    stored = to_dict(inputs)
-    for key in _PATHS:
-        if stored[key] is not None:
-            stored[key] = _portable(Path(stored[key]), runs.resolve())
-    return OmegaConf.to_yaml(OmegaConf.create({"inputs": stored, section: to_dict(config)}))
-
-
-def parse_run_yaml(text: str, section: str, schema: type[T], folder: Path) -> tuple[RunInputs, T]:
-    """Read the config.yaml of the run in ``folder``; the inverse of :func:`run_yaml`."""
-    values = read_yaml(text, "config.yaml")
-    inputs = run_inputs(values, folder)
-    if not isinstance(values.get(section), dict):
-        raise ConfigError(f'config.yaml lacks "{section}". Start a new run.')
-    return inputs, from_dict(schema, values[section])
-
-
-def run_inputs(values: Mapping[str, Any], folder: Path) -> RunInputs:
-    """What the run in ``folder`` was made from, by what its config.yaml holds."""
-    if not isinstance(values.get("inputs"), dict):
-        raise ConfigError('config.yaml lacks "inputs". Start a new run.')
-    inputs = from_dict(RunInputs, values["inputs"])
-    absolute: dict[str, Any] = {
-        key: str(_found(path, folder.resolve()))
-        for key in _PATHS
-        if (path := getattr(inputs, key)) is not None
-    }
-    return dataclasses.replace(inputs, **absolute)
-
-
-def _portable(path: Path, runs: Path) -> str:
-    around, home = runs.parent, Path.home().resolve()
-    cached = path.is_relative_to(cache_folder().resolve())
-    if path.is_relative_to(around) and around != around.parent and not cached:
-        return Path(os.path.relpath(path, runs / "run")).as_posix()
-    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
-
-
-def _found(path: str, folder: Path) -> Path:
-    if path.startswith("~/"):
-        return Path.home() / path.removeprefix("~/")
-    return Path(os.path.normpath(folder / path))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.record.final_policy import final_policy
-from safe_offrl.record.run import find_run
+from safe_offrl.record.find_run import find_run
 
 
 class Policy:

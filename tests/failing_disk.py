@@ -18,11 +18,11 @@ Chosen = Callable[[Path, bytes], bool]  # which call fails: the path, and what w
 
 
 def fail(patch: pytest.MonkeyPatch, call: str, fault: str, chosen: Chosen) -> list[Path]:
-    """Let os.``call`` (write, fsync or rename) raise as a ``fault`` of the disk does.
+    """Let os.``call`` (write, fsync or replace, the rename) raise as a ``fault`` of the disk does.
 
     Returns the list of paths where it did, which grows. Half of a write gets through.
     """
-    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "rename")}
+    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "replace")}
     opened: dict[int, Path] = {}
     written: dict[Path, bytes] = {}
     failed: list[Path] = []
@@ -52,14 +52,14 @@ def fail(patch: pytest.MonkeyPatch, call: str, fault: str, chosen: Chosen) -> li
         real["fsync"](fd)
 
     def renaming(source: Any, target: Any, **named: Any) -> None:
-        if call == "rename":
+        if call == "replace":
             check(Path(target))
-        real["rename"](source, target, **named)
+        real["replace"](source, target, **named)
 
     patch.setattr(os, "open", opening)
     patch.setattr(os, "write", writing)
     patch.setattr(os, "fsync", syncing)
-    patch.setattr(os, "rename", renaming)
+    patch.setattr(os, "replace", renaming)
     return failed
 
 

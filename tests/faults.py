@@ -108,7 +108,7 @@ def in_an_episode(log: Path) -> bool:
 
 def where_it_fell(run: Path, log: Path | None) -> str:
     """Where a kill found the process: "checkpoint" (half written), "episode" or "between"."""
-    if list((run / "checkpoints").glob(".tmp-*")):
+    if list((run / "checkpoints").glob(".*.tmp")):
         return "checkpoint"
     episodes = played(log) if log else []
     return "episode" if episodes and not episodes[-1].ended else "between"
@@ -137,7 +137,7 @@ def run_and_kill(
         given = ["--resume", name] if known else ["--name", name, *arguments]
         wanted = lines_of(growing) + rng.randint(1, 4)
         waits_for = {
-            "checkpoint": lambda: any((run / "checkpoints").glob(".tmp-*")),
+            "checkpoint": lambda: any((run / "checkpoints").glob(".*.tmp")),
             "episode": lambda: log is None or in_an_episode(log),
             "anything": lambda: True,
         }

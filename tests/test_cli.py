@@ -301,10 +301,13 @@ FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
     "inspect": [commands.inspect_dataset],
     "convert": [commands.convert_dataset],
     "check_env": [commands.check_env_run],
-    "demo": [commands.demo],
+    "demo": [commands.demo_run],
 }
 # What a function takes as one group.
-SETTINGS = {"assess": Limits.__annotations__, "finetune": FinetuneSettings.__annotations__}
+SETTINGS = {
+    **dict.fromkeys(("assess", "certify"), Limits.__annotations__),
+    "finetune": FinetuneSettings.__annotations__,
+}
 # What the command itself looks at.
 OWN = {
     "pretrain": {"resume", "dry_run", "print_config"},
@@ -344,15 +347,16 @@ def test_help_takes_half_a_second(figure: Record) -> None:
 
 
 def test_print_config(call: Call, pretrained: Path) -> None:
-    from safe_offrl.config import from_yaml
+    from safe_offrl.config import from_dict, read_yaml
     from safe_offrl.train.finetune_config import FinetuneConfig
     from safe_offrl.train.pretrain_config import PretrainConfig
 
     outcome = call("pretrain", "--agent", "calql", "--steps", "50k", "--print-config")
-    config = from_yaml(PretrainConfig, outcome.out)
+    config = from_dict(PretrainConfig, read_yaml(outcome.out, "stdout"))
     assert (config.agent, config.steps) == ("calql", 50_000)
     arguments = ["--budget", "1.5M", "--epsilon", ".2", "--no-shield", "--print-config"]
-    online = from_yaml(FinetuneConfig, call("finetune", str(pretrained), *arguments).out)
+    outcome = call("finetune", str(pretrained), *arguments)
+    online = from_dict(FinetuneConfig, read_yaml(outcome.out, "stdout"))
     assert (online.budget, online.safety.epsilon, online.shield) == (1_500_000, 0.2, False)
     assert online.kl
     assert online.safety_constraint

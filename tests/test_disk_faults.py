@@ -37,7 +37,7 @@ CHECKPOINT = (
     "write info.json",
     "write manifest.json",
     "fsync checkpoints",  # the folder
-    "rename step-000000020",
+    "replace step-000000020",
 )
 
 
@@ -63,11 +63,11 @@ def test_what_was_there_before_a_failed_write_is_there_after_it(
             with pytest.raises(OSError, match=os.strerror(FAULTS[fault])) as caught:
                 write()
         assert len(failed) == 1
-        assert call == "rename" or Path(caught.value.filename) == failed[0]
+        assert call == "replace" or Path(caught.value.filename) == failed[0]
         if place in LEDGER:
             with pytest.raises(RuntimeError, match="a write to this ledger failed"):
                 write()  # not even with the disk repaired
-        assert not list((run.path / "checkpoints").glob(".tmp-*"))
+        assert not list((run.path / "checkpoints").glob(".*.tmp"))
     again = RunDir(tmp_path / "run")
     # Only the folder's own fsync comes when the new checkpoint is whole already.
     kept = again.load_checkpoint()
@@ -103,7 +103,7 @@ def stopped_at(patch: pytest.MonkeyPatch, plan: Any) -> list[int]:
         ("write", "complete", "denied"),
         ("fsync", "reserved", "broken"),
         ("fsync", "complete", "full"),
-        ("rename", "checkpoint", "broken"),
+        ("replace", "checkpoint", "broken"),
     ],
 )
 def test_no_step_is_taken_after_a_failed_write(
@@ -120,7 +120,7 @@ def test_no_step_is_taken_after_a_failed_write(
 
     def chosen(path: Path, data: bytes) -> bool:
         found = f'"outcome":"{outcome}"'.encode() in data
-        if call == "rename":
+        if call == "replace":
             found = path.parent.name == "checkpoints" and not path.name.endswith("-000000000")
         if found:
             at_failure.append(len(taken))

@@ -201,7 +201,7 @@ def test_an_evaluated_return_is_of_complete_episodes(
             Episode(i, i, 10, 10 * i + 10, float(i), 1.0, True, 1, 0, "evaluate", 0, outcome)
             for i, outcome in enumerate(outcomes)
         ]
-        monkeypatch.setattr("safe_offrl.commands.tools.evaluate", lambda *_, **__: episodes)
+        monkeypatch.setattr("safe_offrl.commands.evaluate.evaluate", lambda *_, **__: episodes)
         return commands.evaluate_run(
             "offline", episodes=len(episodes), runs=folder, say=said.append
         )

@@ -13,10 +13,9 @@ from torch import Tensor
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.steering import Steering
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
-from safe_offrl.commands.offline import pretrain_config
+from safe_offrl.collect.mixture import log_episodes
+from safe_offrl.commands.offline_plan import pretrain_config
 from safe_offrl.commands.online_plan import finetune_config
-from safe_offrl.config import RunInputs, run_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
@@ -26,6 +25,7 @@ from safe_offrl.limits import COST, Limit
 from safe_offrl.nn.losses import cost_rate_target
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs, run_yaml
 from safe_offrl.safety.acceptance import AcceptanceConfig, decide, risk_change
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.monitor import SafetyMonitor, certifiable
@@ -233,7 +233,9 @@ def test_what_fifty_episodes_can_certify_of_a_cost() -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     env = make_env("HazardLine-v0", SPEC)
-    arrays = collect(env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0)
+    arrays = log_episodes(
+        env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0
+    )
     path: Path = tmp_path_factory.mktemp("line") / "line.hdf5"
     write_dataset(
         path,

@@ -21,7 +21,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 
 from safe_offrl.bench.suite import jobs_of, load_suite, parse_suite
 from safe_offrl.check.inspect import format_summary, summarise
-from safe_offrl.config import RunInputs, load_config, parse_run_yaml, run_yaml, schema_keys
+from safe_offrl.config import load_config, schema_keys
 from safe_offrl.data_formats.conversion import convert
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
@@ -30,7 +30,8 @@ from safe_offrl.data_formats.replay_buffer import from_replay_buffer
 from safe_offrl.data_formats.validation import check_matches_env
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import UserError
-from safe_offrl.record.run import find_run
+from safe_offrl.record.find_run import find_run
+from safe_offrl.record.run_config import RunInputs, parse_run_yaml, run_yaml
 from safe_offrl.record.run_names import check_name
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune_config import FinetuneConfig

@@ -25,12 +25,13 @@ import pytest
 
 from safe_offrl import cli, commands
 from safe_offrl.bench.suite import load_suite
-from safe_offrl.config import RunInputs, parse_run_yaml, run_yaml
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import EnvError, RunError, UserError
 from safe_offrl.files import json_bytes
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.find_run import find_run
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs, parse_run_yaml, run_yaml
 from safe_offrl.record.trust import require_trusted, trust_own
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.pretrain_config import PretrainConfig

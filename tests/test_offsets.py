@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from safe_offrl import commands
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.commands.online import start_loop
 from safe_offrl.compute.state import collect_state
-from safe_offrl.config import parse_run_yaml
 from safe_offrl.data.content import dataset_sha256
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.offsets import OFFSET, centred, find_offset, in_own_units
@@ -34,7 +33,9 @@ from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.policy import load_policy
 from safe_offrl.record.final_policy import final_policy
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.find_run import find_run
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import parse_run_yaml
 from safe_offrl.report.videos import AccidentCamera
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.safety.shield import Shield
@@ -53,7 +54,7 @@ RULES = {"accident": "cost", "cost_threshold": 0.305, "horizon": HORIZON}
 def log_of(env_id: str, transitions: int = 1500) -> dict[str, NDArray[Any]]:
     env = make_env(env_id, SPEC)
     behaviours = [random_behaviour(1)]
-    return collect(env, behaviours=behaviours, shares=[1.0], transitions=transitions, seed=0)
+    return log_episodes(env, behaviours=behaviours, shares=[1.0], transitions=transitions, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def no_work(*_: Any, **__: Any) -> Any:
 
 
 WORK = {
-    "evaluate": (commands.tools, "final_policy"),
+    "evaluate": (commands.evaluate, "final_policy"),
     "assess": (commands.assess, "assess"),
     "export": (commands.export, "final_policy"),
     "certify": (commands.certify, "final_policy"),
@@ -179,7 +179,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
         out = tmp_path / "file" / "out.hdf5"
     else:
         close_folder(tmp_path, kind, monkeypatch)
-    module, name = WORK.get(command, (commands.tools, "build_dataset"))
+    module, name = WORK.get(command, (commands.collect, "build_dataset"))
     monkeypatch.setattr(module, name, no_work)
     subject = [] if command == "collect" else [str(pretrained.path)]
     assert call(monkeypatch, command, *subject, "--out", str(out)) == 2

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from safe_offrl import commands
-from safe_offrl.config import parse_run_yaml
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record import checkpoints
 from safe_offrl.record.progress import StopSignal
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import parse_run_yaml
 from safe_offrl.train.finetune_config import FinetuneConfig
 from tests.compute.test_descent import compiles
 from tests.failing_disk import cut_power, watch

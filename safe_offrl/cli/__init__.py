@@ -104,7 +104,7 @@ def finetune(*, arguments: list[str] | None, accept_risk: bool, **given: Any) ->
     RUN is a finished pretrain run; the newest one if left out. Refuses to start unless the log
     shows that its policy keeps the limit, see `safe-offrl assess`.
     """
-    from safe_offrl.record.run import find_run
+    from safe_offrl.record.find_run import find_run
 
     # Both are optional and positional: what holds no "=" is the run.
     references = [text for text in arguments or [] if "=" not in text]
@@ -177,9 +177,10 @@ def _phase(
 
 def _settings(config: Any) -> Answer:
     """What --print-config prints."""
-    from safe_offrl.config import to_dict, to_yaml
+    from safe_offrl.config import to_dict, yaml_text
 
-    return Answer(to_dict(config), to_yaml(config))
+    settings = to_dict(config)
+    return Answer(settings, yaml_text(settings))
 
 
 def _dry_run(text: str, say: Say) -> Answer:
@@ -305,7 +306,7 @@ def check_env(**given: Any) -> Answer:
 @command
 def demo(**given: Any) -> Answer:
     """Show the whole thing: pretrain, then fine-tune with and without constraints, and compare."""
-    commands.demo(**given)
+    commands.demo_run(**given)
     return Answer()
 
 

@@ -8,28 +8,20 @@ checkpoints, TensorBoard and the progress line all happen here.
 from safe_offrl.commands.assess import assess_runs
 from safe_offrl.commands.benchmark import benchmark_run, benchmark_text
 from safe_offrl.commands.certify import certify_run
+from safe_offrl.commands.check_env import check_env_run
+from safe_offrl.commands.collect import collect_config, collect_run
 from safe_offrl.commands.common import parse_overrides, say_plain
+from safe_offrl.commands.compare import compare_runs
 from safe_offrl.commands.convert import convert_dataset
-from safe_offrl.commands.demo import demo
+from safe_offrl.commands.demo import demo_run
+from safe_offrl.commands.evaluate import evaluate_run
 from safe_offrl.commands.export import export_run
+from safe_offrl.commands.inspect import inspect_dataset
 from safe_offrl.commands.ledger import show_ledger
-from safe_offrl.commands.offline import (
-    PretrainPlan,
-    plan_pretrain,
-    pretrain_config,
-    pretrain_run,
-    resume_pretrain,
-)
+from safe_offrl.commands.offline import pretrain_run, resume_pretrain
+from safe_offrl.commands.offline_plan import PretrainPlan, plan_pretrain, pretrain_config
 from safe_offrl.commands.online import finetune_run, resume_finetune
 from safe_offrl.commands.online_plan import FinetunePlan, finetune_config, plan_finetune
-from safe_offrl.commands.tools import (
-    check_env_run,
-    collect_config,
-    collect_run,
-    compare_runs,
-    evaluate_run,
-    inspect_dataset,
-)
 from safe_offrl.commands.trust import trust_run
 from safe_offrl.commands.verify import verify_certificate
 
@@ -45,7 +37,7 @@ __all__ = [
     "collect_run",
     "compare_runs",
     "convert_dataset",
-    "demo",
+    "demo_run",
     "evaluate_run",
     "export_run",
     "finetune_config",

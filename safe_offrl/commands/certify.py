@@ -10,34 +10,36 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from safe_offrl.certify.certificate import (
     CERTIFICATE,
     CERTIFICATES,
     CLAIM,
-    METHODS,
+    CLAIM_METHODS,
     PAGE,
     RECORD,
     Claim,
+    contribution,
     episodes_without_accident,
     finished,
     judge,
     make_certificate,
-    outcome,
     play,
     reserve,
     sealed,
 )
 from safe_offrl.certify.page import page, quantity, seen, summary
 from safe_offrl.check.situations import Situations, find_situations, require_situations
-from safe_offrl.commands.common import say_plain
+from safe_offrl.commands.common import Limits, say_plain
 from safe_offrl.commands.environment import changed_line, since_run
 from safe_offrl.deploy.episodes import distinct, faults_in_a_row
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
+from safe_offrl.limits import COST, QUANTITIES
 from safe_offrl.record.final_policy import FinalPolicy, final_policy
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.ledger import LedgerWriter
 from safe_offrl.record.progress import (
     STOP_SECONDS,
@@ -47,7 +49,7 @@ from safe_offrl.record.progress import (
     StopNow,
     StopSignal,
 )
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run import RunDir
 from safe_offrl.record.subject import subject_of
 from safe_offrl.types import Episode
 
@@ -57,13 +59,12 @@ MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
 def certify_run(
     reference: str | Path,
     *,
-    epsilon: float | None = None,
-    cost_limit: float | None = None,
     confidence: float | None = None,
     episodes: int | None = None,
     seed: int = 0,
     runs: str | Path = "runs",
     say: Say = say_plain,
+    **limits: Unpack[Limits],
 ) -> dict[str, Any]:
     """Play a run's final policy behind its shield until the claim is settled; the certificate.
 
@@ -86,14 +87,14 @@ def certify_run(
     with run:
         final = final_policy(run)
         with contextlib.closing(final.env):
-            claim = _claim(final, epsilon, cost_limit, confidence, episodes, seed)
+            claim = _claim(final, limits, confidence, episodes, seed)
             subject = subject_of(final)
             situations = None  # on a real machine nothing is played that is not on record
             if final.environment.kind != "real":
                 with _stopped_before_it_began():
                     situations = find_situations(final.env)
                 require_situations(final.env.env_id, situations)
-            claim, folder = _attempt(run, claim, _identity(subject), say)
+            claim, folder = _attempt(run, claim, _attempt_facts(subject), say)
             say(_header(final, claim, situations))
             for line in changed_line(
                 f"that of {run.name}", since_run(run, subject["environment"][KEY])
@@ -112,28 +113,25 @@ def certify_run(
 
 
 def _claim(
-    final: FinalPolicy,
-    epsilon: float | None,
-    cost_limit: float | None,
-    confidence: float | None,
-    episodes: int | None,
-    seed: int,
+    final: FinalPolicy, limits: Limits, confidence: float | None, episodes: int | None, seed: int
 ) -> Claim:
     """What was asked for; the run's own constraint if nothing was."""
     safety = final.safety
-    if epsilon is not None and cost_limit is not None:
+    given = {"epsilon": limits.get("epsilon"), "cost_limit": limits.get("cost_limit")}
+    asked = {key: value for key, value in given.items() if value is not None}
+    if len(asked) > 1:
         raise ConfigError("Give --epsilon or --cost-limit: a certificate is about one of them.")
-    by_cost = cost_limit is not None or (epsilon is None and safety.constraint == "cost")
-    if by_cost and final.limit.constraint != "cost":
+    quantity = next((q for q in QUANTITIES.values() if q.limit in asked), safety.quantity)
+    own = quantity is final.limit.quantity
+    if not own and quantity is COST:
         raise ConfigError(
             "The run constrains accidents, and how much an episode can cost is not known. "
             "Give --epsilon."
         )
-    asked, stored = (cost_limit, safety.cost_limit) if by_cost else (epsilon, safety.epsilon)
     return Claim(
-        quantity="cost" if by_cost else "accident",
-        limit=stored if asked is None else asked,
-        scale=final.limit.scale if by_cost else 1.0,
+        quantity=quantity.constraint,
+        limit=asked.get(quantity.limit, safety.limit_value),
+        scale=final.limit.scale if own else 1.0,
         confidence=safety.confidence if confidence is None else confidence,
         method="anytime" if episodes is None else "one look",
         episodes=MOST_EPISODES if episodes is None else episodes,
@@ -141,7 +139,7 @@ def _claim(
     )
 
 
-def _identity(subject: dict[str, Any]) -> dict[str, Any]:
+def _attempt_facts(subject: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for an attempt to go on, besides the claim: all that p depends on."""
     return {
         "policy_sha256": subject["policy"]["sha256"],
@@ -204,7 +202,7 @@ def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episod
     record = LedgerWriter(path)
     record.close_lost()
     played, faults, real = record.episodes, 0, final.environment.kind == "real"
-    total = math.fsum(outcome(claim, episode) for episode in played)
+    total = math.fsum(contribution(claim, episode) for episode in played)
     show = None if say is say_plain else say
     stopped = "stopped after {:,} episodes; all are recorded. The same command goes on from there."
     # In reality an episode that is cut off counts as an accident.
@@ -221,7 +219,7 @@ def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episod
                 episode, fault = play(*about)
                 record.append(episode)
                 faults = faults_in_a_row(faults, fault)
-                total += outcome(claim, episode)
+                total += contribution(claim, episode)
                 progress.update(len(played), _line(claim, total, len(played)))
                 if stop.number:
                     raise Interrupted(stop.number, stopped.format(len(played)))
@@ -242,7 +240,7 @@ def _require_distinct(
     different, needed = len(distinct(episodes)), episodes_without_accident(claim)
     if situations is None or not situations.few or different >= needed:
         return
-    total = math.fsum(outcome(claim, episode) for episode in episodes)
+    total = math.fsum(contribution(claim, episode) for episode in episodes)
     if judge(claim, total, len(episodes)).verdict == "certified":
         raise RunError(
             f"{len(episodes):,} episodes were played and only {different:,} of them differ, as "
@@ -269,11 +267,11 @@ def _header(final: FinalPolicy, claim: Claim, situations: Situations | None) -> 
         [
             f"certify     {quantity(claim)} of {final.run.name} (version {final.policy.version}), "
             f"confidence {claim.confidence:g}",
-            f"method      {METHODS[claim.method]}",
+            f"method      {CLAIM_METHODS[claim.method]}",
             f"episodes    {many}, in {final.env.env_id}",
             f"error       {attempt}",
-            f"provable    after {episodes_without_accident(claim):,} episodes, if none has an "
-            "accident" + (" or a cost" if claim.quantity == "cost" else ""),
+            f"provable    after {episodes_without_accident(claim):,} episodes, if none has "
+            f"{QUANTITIES[claim.quantity].evidence}",
             *([f"warning     {situations}"] if situations and situations.few else []),
         ]
     )

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from safe_offrl.agents import AgentConfigs, find_agent
 from safe_offrl.check.inspect import INSPECTED, dataset_warnings
 from safe_offrl.compute.descent import Precision
-from safe_offrl.config import RunInputs, from_dict
+from safe_offrl.config import from_dict, load_config
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, RunError
 from safe_offrl.files import unwritable
 from safe_offrl.limits import QUANTITIES
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs
+from safe_offrl.record.trust import require_trusted_log
 from safe_offrl.spec import SafetySpec
+from safe_offrl.train.pretrain_config import PretrainConfig
+
+DEFAULT_ENV = "PointHazard-v0"
 
 
 def say_plain(text: str) -> None:
@@ -36,6 +41,41 @@ def with_own_settings(name: str, configs: AgentConfigs) -> AgentConfigs:
     if configs.key(agent) != "own":
         return configs
     return replace(configs, own=dict(vars(from_dict(agent.Config, configs.own))))
+
+
+def with_logged_rule(
+    config: PretrainConfig,
+    metadata: Mapping[str, Any],
+    resolve: Callable[..., PretrainConfig],
+    *,
+    imports: bool = True,
+) -> PretrainConfig:
+    """Settings under the accident rule that a log was made under, unless another one was asked for.
+
+    ``resolve`` makes the settings anew, with what a log says among their sources. ConfigError if
+    the rule is a function of a module (which a run ``imports``) and the log was not made here.
+    """
+    rule = {key: metadata.get(key) for key in ("accident", "cost_threshold")}
+    if not isinstance(rule["accident"], str):
+        return config
+    words = {f"safety.{key}": value for key, value in rule.items() if value is not None}
+    worded = resolve(logged=words)
+    if worded.safety.accident != rule["accident"]:
+        return config
+    if imports and config.safety.accident != rule["accident"]:
+        require_trusted_log(metadata)
+    return worded
+
+
+def stated_safety(
+    env_id: str, overrides: Sequence[str], preset: str | Path | None = None
+) -> SafetySpec:
+    """The accident rule for an environment: its preset or this one, and "safety.key=value"."""
+    require_safety_keys(overrides)
+    config = load_config(
+        PretrainConfig, section="pretrain", env_id=env_id, preset=preset, overrides=overrides
+    )
+    return config.safety
 
 
 def stored_dataset(inputs: RunInputs, spec: SafetySpec, discount: float) -> Dataset:

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from safe_offrl.collect.processes import own_command
 from safe_offrl.commands.common import say_plain
-from safe_offrl.commands.offline import plan_pretrain, pretrain_config, pretrain_run
-from safe_offrl.commands.tools import compare_runs
+from safe_offrl.commands.compare import compare_runs
+from safe_offrl.commands.offline import pretrain_run
+from safe_offrl.commands.offline_plan import plan_pretrain, pretrain_config
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_names import require_runs_folder
 
 
-def demo(
+def demo_run(
     *,
     steps: int | None = None,
     budget: int = 20_000,

@@ -8,9 +8,10 @@ from typing import Any
 
 from safe_offrl.commands.common import say_plain
 from safe_offrl.errors import RunError
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.ledger import Ledger
 from safe_offrl.record.progress import Say
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run import RunDir
 from safe_offrl.types import Episode
 
 SHOWN_VERSIONS = 10  # the last ones; --json has all
@@ -44,8 +45,8 @@ def show_ledger(
         "head": ledger.head,
         "open": ledger.reserved is not None,
         "total": _totals(counted),
-        "phases": _groups(counted, "phase"),
-        "versions": _groups(counted, "version"),
+        "phases": _totals_by(counted, "phase"),
+        "versions": _totals_by(counted, "version"),
         "last": [episode._asdict() for episode in counted[-SHOWN_EPISODES:]],
     }
     say("\n".join(_lines(run, ledger, result)))
@@ -87,7 +88,7 @@ def _totals(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def _groups(episodes: Sequence[Episode], key: str) -> list[dict[str, Any]]:
+def _totals_by(episodes: Sequence[Episode], key: str) -> list[dict[str, Any]]:
     """:func:`_totals` by phase or by version, in order of appearance."""
     groups: dict[Any, list[Episode]] = {}
     for episode in episodes:

@@ -1,29 +1,14 @@
-"""The offline phase as a command: plan, run, resume."""
+"""The offline phase as a command: run, resume."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from safe_offrl.collect.build import default_dataset
-from safe_offrl.collect.log_plan import CollectConfig
-from safe_offrl.commands.common import (
-    constraint_line,
-    data_line,
-    device_line,
-    require_both_outcomes,
-    say_plain,
-    stored_dataset,
-    warning_lines,
-    with_own_settings,
-)
-from safe_offrl.commands.environment import identities, learnt_lines, since_log
+from safe_offrl.commands.common import say_plain, stored_dataset, with_own_settings
+from safe_offrl.commands.environment import identities
+from safe_offrl.commands.offline_plan import PretrainPlan
 from safe_offrl.commands.phase import (
     CHECKPOINT_SECONDS,
     Saver,
@@ -36,215 +21,17 @@ from safe_offrl.commands.phase import (
 )
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure, find_device
-from safe_offrl.config import RunInputs, load_config
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data_formats.loading import find_dataset, load_dataset, stated_metadata
-from safe_offrl.data_formats.validation import check_learnable, check_matches_env, check_same_env
-from safe_offrl.env.adapter import AccidentEnv
-from safe_offrl.env.make import make_env, time_limit
-from safe_offrl.errors import DataError
 from safe_offrl.files import plain
-from safe_offrl.limits import COST
-from safe_offrl.record.progress import Heartbeat, ProgressLine, Say
+from safe_offrl.record.progress import ProgressLine, Say
 from safe_offrl.record.run import RunDir
-from safe_offrl.record.trust import is_trusted_log, require_trusted, require_trusted_log
+from safe_offrl.record.run_config import RunInputs
+from safe_offrl.record.trust import require_trusted
 from safe_offrl.record.versions import versions
 from safe_offrl.report.calibration_chart import report_png
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 from safe_offrl.types import Record
-
-DEFAULT_ENV = "PointHazard-v0"
-
-
-@dataclass(frozen=True)
-class PretrainPlan:
-    """Everything that is decided before the first gradient step."""
-
-    config: PretrainConfig
-    inputs: RunInputs
-    dataset: Dataset
-    env_versions: dict[str, str]
-    env_identity: dict[str, Any]
-    compiling: str  # whether, and why, in words
-    units: str | None  # of the log's actions, where it does not say
-
-    @property
-    def header(self) -> str:
-        """What a person should know before it starts."""
-        config = self.config
-        return "\n".join(
-            [
-                f"pretrain    {config.agent} on {self.inputs.env_id}, {config.steps:,} gradient "
-                f"steps and {config.alignment_steps:,} of value alignment, seed {config.seed}",
-                data_line(self.dataset, self.inputs),
-                *learnt_lines(since_log(self.dataset, self.env_identity)),
-                *([f"actions     {self.units}"] if self.units else []),
-                *warning_lines(self.dataset, config.safety, config.held_out),
-                constraint_line(config.safety, self.dataset.horizon),
-                device_line(self.inputs, config.precision, self.compiling),
-            ]
-        )
-
-
-def pretrain_config(
-    *,
-    env: str | None = None,
-    dataset: str | None = None,
-    agent: str | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    preset: str | Path | None = None,
-    overrides: Sequence[str] = (),
-) -> PretrainConfig:
-    """Resolve the settings of an offline phase; None means not given.
-
-    ``preset`` is a YAML file that takes the place of the environment's, see :func:`load_config`.
-    Environment and accident rule are the dataset's own where nothing else is said.
-    """
-    env = env or _logged_env(dataset, overrides)
-    named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
-    flags = {"env": env, "dataset": dataset, "agent": agent, "steps": steps, "seed": seed}
-    resolve = functools.partial(
-        load_config,
-        PretrainConfig,
-        section="pretrain",
-        env_id=(named[-1:] or [env or DEFAULT_ENV])[0],
-        preset=preset,
-        flags=flags,
-        overrides=overrides,
-    )
-    # What settings begin with depends on what is constrained, which they say themselves.
-    with_costs = functools.partial(resolve, inherited=COST.pretraining)
-    config = with_costs()
-    if config.safety.quantity is COST:
-        resolve = with_costs
-    else:
-        config = resolve()
-    if config.dataset is not None:
-        try:
-            stated = stated_metadata(config.dataset)
-        except DataError:  # what is not there or damaged is refused by whoever loads it
-            stated = {}
-        config = with_logged_rule(config, stated, resolve)
-    return replace(config, agents=with_own_settings(config.agent, config.agents))
-
-
-def _logged_env(dataset: str | None, overrides: Sequence[str]) -> str | None:
-    """The environment that a dataset names; None where another is, or it would import a module."""
-    if dataset is None or any(text.partition("=")[0] == "env" for text in overrides):
-        return None
-    try:
-        stated = stated_metadata(dataset)
-    except DataError:
-        return None
-    env_id = stated.get("env_id")
-    if not isinstance(env_id, str) or (":" in env_id and not is_trusted_log(stated)):
-        return None
-    return env_id
-
-
-def with_logged_rule(
-    config: PretrainConfig,
-    metadata: Mapping[str, Any],
-    resolve: Callable[..., PretrainConfig],
-    *,
-    imports: bool = True,
-) -> PretrainConfig:
-    """Settings under the accident rule that a log was made under, unless another one was asked for.
-
-    ``resolve`` makes the settings anew, with what a log says among their sources. ConfigError if
-    the rule is a function of a module (which a run ``imports``) and the log was not made here.
-    """
-    rule = {key: metadata.get(key) for key in ("accident", "cost_threshold")}
-    if not isinstance(rule["accident"], str):
-        return config
-    words = {f"safety.{key}": value for key, value in rule.items() if value is not None}
-    worded = resolve(logged=words)
-    if worded.safety.accident != rule["accident"]:
-        return config
-    if imports and config.safety.accident != rule["accident"]:
-        require_trusted_log(metadata)
-    return worded
-
-
-def plan_pretrain(
-    config: PretrainConfig,
-    *,
-    threads: int = 1,
-    preset: str | Path | None = None,
-    say: Say = say_plain,
-) -> PretrainPlan:
-    """Check environment and dataset against each other; builds the default dataset if needed.
-
-    ``preset`` is the file that ``config`` was read from, if it was: its section "collect" says how
-    the default dataset is logged.
-    """
-    configure(threads)
-    updates = config.steps + config.alignment_steps
-    device = find_device(config.device)
-    compute, compiling = choose(config.compile, config.precision, updates, device)
-    config = _with_logged_horizon(config)
-    env = make_env(config.env, config.safety)
-    try:
-        path = config.dataset or _default_dataset(config, preset, say)
-        path = find_dataset(path)
-        check_same_env(stated_metadata(path), config.env)
-        dataset = load_dataset(
-            path, discount=discount_of(config), spec=config.safety, horizon=env.horizon
-        )
-        sizes = env.observation_size, env.action_size
-        check_matches_env(dataset, config.env, *sizes, discrete=env.discrete)
-        check_learnable(dataset, config.safety)
-        require_both_outcomes(dataset, path, config.safety)
-        config.safety.limit(dataset.horizon, dataset.cost_max)  # refuses one that cannot bind
-        env_versions, env_identity = env.versions(), env.identity()
-        units = _assumed_units(dataset, env)
-    finally:
-        env.close()
-    inputs = RunInputs(
-        env_id=config.env,
-        dataset=str(path),
-        dataset_sha256=dataset.sha256,
-        threads=threads,
-        compiled=compute.compiled,
-        device=device,
-        horizon=env.horizon,
-    )
-    return PretrainPlan(config, inputs, dataset, env_versions, env_identity, compiling, units)
-
-
-def _with_logged_horizon(config: PretrainConfig) -> PretrainConfig:
-    """Settings with the log's horizon where neither they nor the environment have one."""
-    if config.dataset is None or config.safety.horizon or time_limit(config.env):
-        return config
-    horizon = stated_metadata(config.dataset).get("horizon")
-    if not isinstance(horizon, int | float) or horizon < 1 or horizon % 1:
-        return config
-    return replace(config, safety=replace(config.safety, horizon=int(horizon)))
-
-
-def _assumed_units(dataset: Dataset, env: AccidentEnv) -> str | None:
-    """How actions are read that could be in the environment's own units; None if it is known."""
-    if env.discrete or {"action_low", "action_high"} <= dataset.metadata.keys():
-        return None
-    unit = np.ones(env.action_size, np.float32)
-    low, high = np.unique(env.own_action(-unit)), np.unique(env.own_action(unit))
-    if low.tolist() == [-1.0] and high.tolist() == [1.0]:
-        return None
-    one = len(low) == len(high) == 1
-    bounds = f"[{low[0]:g}, {high[0]:g}]" if one else "bounds of each number"
-    return (
-        f"the log's [-1, 1] is taken as the environment's {bounds}; if it is in the environment's "
-        "own units, store these bounds as action_low and action_high in its metadata"
-    )
-
-
-def _default_dataset(config: PretrainConfig, preset: str | Path | None, say: Say) -> Path:
-    """The cached log of the environment, as its preset or this one says how to make it."""
-    settings = load_config(CollectConfig, section="collect", env_id=config.env, preset=preset)
-    with contextlib.closing(Heartbeat(say, "collect     at work, {} so far".format)) as heart:
-        return default_dataset(config.env, config.safety, config=settings, progress=heart.say)
 
 
 def pretrain_run(

@@ -23,7 +23,7 @@ from safe_offrl.commands.common import (
 from safe_offrl.commands.environment import learnt_lines, since_log, since_run
 from safe_offrl.compute.descent import CompileMode, choose
 from safe_offrl.compute.device import Device, configure, find_device
-from safe_offrl.config import RunInputs, load_config, parse_run_yaml, to_dict
+from safe_offrl.config import load_config, to_dict
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.validation import check_matches_env
 from safe_offrl.env.adapter import AccidentEnv
@@ -33,6 +33,7 @@ from safe_offrl.limits import Limit
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs, parse_run_yaml
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.report.videos import require_pictures
 from safe_offrl.safety.monitor import Certifiable, certifiable

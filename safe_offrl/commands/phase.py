@@ -12,12 +12,13 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from safe_offrl.compute.descent import CompileMode
-from safe_offrl.config import RunInputs, parse_run_yaml, run_yaml
 from safe_offrl.errors import ConfigError, EnvError, RunError, UserError
 from safe_offrl.files import write_atomic
 from safe_offrl.record.checkpoints import Checkpoint, fitting
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.progress import STOP_SECONDS, Interrupted, Say, StopNow, StopSignal
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs, parse_run_yaml, run_yaml
 from safe_offrl.record.trust import trust_own
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain_config import PretrainConfig

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from safe_offrl.commands.common import say_plain, stored_pretrain_run
-from safe_offrl.config import parse_run_yaml
 from safe_offrl.record.final_policy import stored_facts
+from safe_offrl.record.find_run import find_run
 from safe_offrl.record.progress import Say
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import parse_run_yaml
 from safe_offrl.record.trust import named_modules, remember
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain_config import PretrainConfig

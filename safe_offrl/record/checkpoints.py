@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.errors import RunError
-from safe_offrl.files import fsync_folder, json_bytes, write_file
+from safe_offrl.files import fsync_folder, json_bytes, replacing, write_file
 
 KEPT_CHECKPOINTS = 3  # one may be damaged and one half written, and a third is still there
 
@@ -67,35 +66,29 @@ def save_checkpoint(
     }
     state = safetensors.torch.save(copies)
     info_bytes = json_bytes(dict(info))
-    hashes = {"state.safetensors": _sha256(state), "info.json": _sha256(info_bytes)}
+    hashes = {"state.safetensors": _digest(state), "info.json": _digest(info_bytes)}
     manifest: dict[str, Any] = {"step": step, "sha256": hashes, "counts": dict(counts)}
     manifest["crc32"] = zlib.crc32(json_bytes(manifest))
 
     target = folder / f"step-{step:09d}"
-    temporary = folder / f".tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    files = {
+        "state.safetensors": state,
+        "info.json": info_bytes,
+        "manifest.json": json_bytes(manifest),
+    }
+    with replacing(target) as temporary:
         temporary.mkdir()
-        files = {
-            "state.safetensors": state,
-            "info.json": info_bytes,
-            "manifest.json": json_bytes(manifest),
-        }
         # At once: three fsyncs together take less time than one after the other.
         with ThreadPoolExecutor(len(files)) as pool:
             list(pool.map(write_file, map(temporary.joinpath, files), files.values()))
         fsync_folder(temporary)
         if target.exists():
             shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    fsync_folder(folder)
     older = [p for p in _complete(folder) if p.name < target.name]
     for path in _complete(folder):
         if path.name > target.name or path in older[: -(KEPT_CHECKPOINTS - 1)]:
             shutil.rmtree(path, ignore_errors=True)
-    return Checkpoint(step, dict(tensors), dict(info), _identity(hashes), dict(counts))
+    return Checkpoint(step, dict(tensors), dict(info), _checkpoint_sha256(hashes), dict(counts))
 
 
 def load_checkpoint(folder: Path, run: str) -> Checkpoint:
@@ -107,7 +100,7 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint:
     problems = []
     for path in reversed(_complete(folder)):
         try:
-            return _read(path)
+            return _verified(path)
         except (
             OSError,
             ValueError,
@@ -142,8 +135,8 @@ def fitting(path: str | Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a writer that was killed left behind."""
-    for leftover in folder.glob(".tmp-*"):
+    """Delete what a writer that was killed left behind, this version's or an earlier one's."""
+    for leftover in folder.glob(".*tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -152,27 +145,27 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def _read(path: Path) -> Checkpoint:
+def _verified(path: Path) -> Checkpoint:
     """Read and verify one checkpoint; the bytes that are hashed are the bytes that are parsed."""
     manifest = json.loads((path / "manifest.json").read_bytes())
     if manifest.pop("crc32") != zlib.crc32(json_bytes(manifest)):
         raise ValueError("manifest.json does not match its checksum")
     files = {name: (path / name).read_bytes() for name in ("state.safetensors", "info.json")}
     for name, data in files.items():
-        if _sha256(data) != manifest["sha256"][name]:
+        if _digest(data) != manifest["sha256"][name]:
             raise ValueError(f"{name} does not match its sha256")
     return Checkpoint(
         step=int(manifest["step"]),
         tensors=safetensors.torch.load(files["state.safetensors"]),
         info=json.loads(files["info.json"]),
-        sha256=_identity({name: manifest["sha256"][name] for name in files}),
+        sha256=_checkpoint_sha256({name: manifest["sha256"][name] for name in files}),
         counts={k: int(manifest["counts"][k]) for k in ("metrics", "iterations", "ledger")},
     )
 
 
-def _identity(hashes: Mapping[str, str]) -> str:
-    return _sha256("".join(f"{k}={hashes[k]}\n" for k in sorted(hashes)).encode())
+def _checkpoint_sha256(hashes: Mapping[str, str]) -> str:
+    return _digest("".join(f"{k}={hashes[k]}\n" for k in sorted(hashes)).encode())
 
 
-def _sha256(data: bytes) -> str:
+def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from safe_offrl.compute.device import configure
-from safe_offrl.config import RunInputs, from_dict, read_yaml, run_inputs
+from safe_offrl.config import from_dict, read_yaml
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
@@ -13,6 +13,7 @@ from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.limits import Limit
 from safe_offrl.record.checkpoints import Checkpoint, fitting
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs, run_inputs
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.spec import EnvironmentConfig, SafetySpec
 

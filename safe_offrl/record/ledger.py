@@ -173,6 +173,16 @@ class LedgerWriter:
         if self.reserved is not None:
             self.append(lost(self.reserved))
 
+    def require_same(self, episode: Episode) -> None:
+        """Raise RunError if an episode that is on record came out otherwise when replayed."""
+        index = episode.index
+        if self.episodes[index] != episode:
+            raise RunError(
+                f"Episode {index} came out differently when replayed: the ledger has "
+                f"{self.episodes[index]}, now it is {episode}. Resume with the versions and "
+                "threads in versions.json and a deterministic environment."
+            )
+
     def sync(self) -> None:
         """Make every line durable: before a checkpoint or a status counts it."""
         self._require_sound()

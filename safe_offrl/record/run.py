@@ -19,25 +19,24 @@ and resumed run is compared with an uninterrupted one byte by byte.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 from torch import Tensor
 
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import RunError
-from safe_offrl.files import json_bytes, json_line, unwritable, write_atomic, write_file
+from safe_offrl.files import json_bytes, unwritable, write_atomic
 from safe_offrl.record import checkpoints
 from safe_offrl.record.checkpoints import Checkpoint
+from safe_offrl.record.json_lines import JsonLines
 from safe_offrl.record.ledger import Ledger, LedgerWriter, chain_start, read_ledger
-from safe_offrl.record.run_names import first_free, require_runs_folder, taken
+from safe_offrl.record.run_names import new_folder
 from safe_offrl.record.tensorboard import Board
+from safe_offrl.record.writer_lock import WriterLock
 from safe_offrl.types import Episode
 
 RESUMED = f"resumed_{KEY}"  # in versions.json: of the environments that a run went on in since
@@ -54,10 +53,12 @@ class RunDir:
                 f'"{self.path}" is not a run folder. Give the name or the path of a run that '
                 "`safe-offrl pretrain` or `safe-offrl finetune` wrote."
             )
-        self._lock: filelock.BaseFileLock | None = None
+        self._lock: WriterLock | None = None
         self._board: Board | None = None
         self._purge_step = 0
-        self._counts = {"metrics": 0, "iterations": 0, "ledger": 0}
+        self._metrics = JsonLines(self.path / "metrics.jsonl")
+        self._iterations = JsonLines(self.path / "iterations.jsonl")
+        self._appended = 0  # episodes, the replayed ones too
         self.recorded: list[Episode] = []  # what the ledger held when the run was resumed
         self._writer: LedgerWriter | None = None
 
@@ -76,17 +77,7 @@ class RunDir:
 
         Without a name it is the first free ``<stem>-<k>`` (stem: the kind, say "pretrain-X-iql").
         """
-        root = Path(root)
-        require_runs_folder(root, name)
-        root.mkdir(parents=True, exist_ok=True)
-        if name is not None:
-            path = root / name
-            try:
-                path.mkdir()
-            except FileExistsError as error:  # just now
-                raise taken(root, name) from error
-        else:
-            path = first_free(root, re.sub(r"[^A-Za-z0-9._-]+", "-", stem or kind)[:56])
+        path = new_folder(Path(root), name, stem or kind)
         (path / "checkpoints").mkdir()
         write_atomic(path / "config.yaml", config_text.encode())
         write_atomic(path / "versions.json", json_bytes(dict(versions or {})))
@@ -143,7 +134,7 @@ class RunDir:
         self._require_lock()
         if count:
             self._sync_lines()
-            details = {"episodes": self._counts["ledger"], **details}
+            details = {"episodes": self._appended, **details}
         try:
             self.write_json("run.json", {**self.state, "status": status, **details})
         except (OSError, RunError):
@@ -199,18 +190,7 @@ class RunDir:
 
     def lock(self) -> None:
         """Become the only writer; fails at once, naming the holder, if another process is."""
-        lock = filelock.FileLock(self.path / ".lock")
-        holder = self.path / "writer.pid"
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            pid = holder.read_text().strip() if holder.is_file() else "unknown"
-            raise RunError(
-                f'The run "{self.name}" is being written by another process (pid {pid}). '
-                "Wait until it ends, or end it, then try again."
-            ) from error
-        self._lock = lock
-        holder.write_text(f"{os.getpid()}\n")
+        self._lock = WriterLock(self.path, self.name)
 
     def _require_lock(self) -> None:
         if self._lock is None:
@@ -222,7 +202,6 @@ class RunDir:
             self._board.close()
             self._board = None
         if self._lock is not None:
-            (self.path / "writer.pid").unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
 
@@ -273,19 +252,14 @@ class RunDir:
         After a resume the loop replays the episodes since the checkpoint; those must equal what
         the ledger already holds, else RunError: the run is then not the run it continues.
         """
-        writer, index = self._ledger_writer(), self._counts["ledger"]
+        writer, index = self._ledger_writer(), self._appended
         if episode.index != index:
             raise RuntimeError(f"episode {episode.index} cannot follow {index - 1} in the ledger")
         if index < len(self.recorded):
-            if self.recorded[index] != episode:
-                raise RunError(
-                    f"Episode {index} came out differently when replayed: the ledger has "
-                    f"{self.recorded[index]}, now it is {episode}. Resume with the versions and "
-                    "threads in versions.json and a deterministic environment."
-                )
+            writer.require_same(episode)
         else:
             writer.append(episode, sync=sync)
-        self._counts["ledger"] = index + 1
+        self._appended = index + 1
 
     def reserve_episode(self, worst: Episode) -> None:
         """Write and fsync, BEFORE the next episode's first step, the most it can take and cost.
@@ -297,43 +271,28 @@ class RunDir:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and the same numbers to TensorBoard at x = step."""
         self._require_lock()
-        line = json_line({"step": step, **{k: float(v) for k, v in values.items()}})
-        write_file(self.path / "metrics.jsonl", line, append=True, sync=False)
-        self._counts["metrics"] += 1
+        self._metrics.append({"step": step, **{k: float(v) for k, v in values.items()}})
         self.board.add_scalars(step, values)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, ``{"step": ..., tag: value or None}``."""
-        return self._read_lines("metrics")
+        return self._metrics.read()
 
     def log_iteration(self, values: Mapping[str, Any]) -> None:
         """Append one decision of the acceptance step, with its reason, to iterations.jsonl."""
         self._require_lock()
-        write_file(self.path / "iterations.jsonl", json_line(values), append=True, sync=False)
-        self._counts["iterations"] += 1
+        self._iterations.append(values)
 
     def iterations(self) -> list[dict[str, Any]]:
         """The decisions of a fine-tuning run, in order."""
-        return self._read_lines("iterations")
-
-    def _read_lines(self, stem: str) -> list[dict[str, Any]]:
-        path = self.path / f"{stem}.jsonl"
-        if not path.is_file():
-            return []
-        lines = path.read_bytes().splitlines(keepends=True)
-        try:
-            return [json.loads(line) for line in lines if line.endswith(b"\n")]
-        except ValueError as error:
-            raise RunError(f'"{path}" is damaged ({error}). Restore it from a backup.') from error
+        return self._iterations.read()
 
     def _sync_lines(self) -> None:
         """Fsync what is about to be counted."""
         if self._writer is not None:
             self._writer.sync()
-        for stem in ("metrics", "iterations"):
-            path = self.path / f"{stem}.jsonl"
-            if path.is_file():
-                write_file(path, b"", append=True)
+        self._metrics.sync()
+        self._iterations.sync()
 
     @property
     def board(self) -> Board:
@@ -351,9 +310,12 @@ class RunDir:
         """Write a checkpoint whole or not at all; see :mod:`safe_offrl.record.checkpoints`."""
         self._require_lock()
         self._sync_lines()  # before a checkpoint counts them
-        return checkpoints.save_checkpoint(
-            self.path / "checkpoints", step, tensors, info, self._counts
-        )
+        counts = {
+            "metrics": self._metrics.count,
+            "iterations": self._iterations.count,
+            "ledger": self._appended,
+        }
+        return checkpoints.save_checkpoint(self.path / "checkpoints", step, tensors, info, counts)
 
     @property
     def has_begun(self) -> bool:
@@ -373,41 +335,13 @@ class RunDir:
         """
         self._require_lock()
         checkpoints.remove_unfinished(self.path / "checkpoints")
-        for stem in ("metrics", "iterations"):
-            path = self.path / f"{stem}.jsonl"
-            lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-            kept = checkpoint.counts[stem]
-            if len(lines) < kept:
-                raise RunError(
-                    f'"{path}" has {len(lines)} lines, its checkpoint counted {kept}. '
-                    "Restore it from a backup."
-                )
-            if len(lines) > kept:
-                write_atomic(path, b"".join(lines[:kept]))
+        self._metrics.cut(checkpoint.counts["metrics"])
+        self._iterations.cut(checkpoint.counts["iterations"])
         self._writer = LedgerWriter(
             self.path / "ledger.jsonl", self._chain_start, checkpoint.counts["ledger"]
         )
         self._writer.close_lost()
         self.recorded = list(self._writer.episodes)
-        self._counts = dict(checkpoint.counts)
+        self._appended = checkpoint.counts["ledger"]
         self._purge_step = checkpoint.step + 1
         self.set_status("running")
-
-
-def find_run(reference: str | Path | None, root: Path, kind: str | None = None) -> RunDir:
-    """Find a run by path, by name under ``root``, or (None) the newest finished one of ``kind``."""
-    if reference is not None:
-        path = Path(reference)
-        run = RunDir(path if (path / "run.json").is_file() else Path(root) / path)
-        if kind is not None and run.kind != kind:
-            raise RunError(f'The run "{run.name}" is a {run.kind} run, but a {kind} run is needed.')
-        return run
-    runs = [RunDir(p.parent) for p in Path(root).glob("*/run.json")]
-    runs = [r for r in runs if kind in (None, r.kind) and r.state["status"] == "finished"]
-    if not runs:
-        what = f"{kind} run" if kind else "run"
-        raise RunError(
-            f'There is no finished {what} in "{root}". Run `safe-offrl {kind or "pretrain"}` '
-            "first, or name a run."
-        )
-    return max(runs, key=lambda r: int(r.state["created_ns"]))

@@ -30,7 +30,7 @@ def require_runs_folder(root: Path, name: str | None = None) -> None:
     For the time before anything that takes long. Nothing is left behind.
     """
     if name is not None and (root / check_name(name)).exists():
-        raise taken(root, name)
+        raise _taken(root, name)
     if why := unwritable(root):
         raise RunError(
             f'Nothing can be written into the runs folder "{root}" ({why}). '
@@ -38,22 +38,35 @@ def require_runs_folder(root: Path, name: str | None = None) -> None:
         )
 
 
-def taken(root: Path, name: str) -> RunError:
+def new_folder(root: Path, name: str | None, stem: str) -> Path:
+    """Make the folder ``name`` in ``root``, without a name the first free ``<stem>-<k>``.
+
+    It is made by one atomic call, so that two processes never share a folder.
+    """
+    require_runs_folder(root, name)
+    root.mkdir(parents=True, exist_ok=True)
+    if name is not None:
+        path = root / name
+        try:
+            path.mkdir()
+        except FileExistsError as error:  # just now
+            raise _taken(root, name) from error
+        return path
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem)[:56]
+    k = 1
+    while True:
+        path = root / f"{stem}-{k}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            k += 1
+        else:
+            return path
+
+
+def _taken(root: Path, name: str) -> RunError:
     """The error for a name that a run has already."""
     return RunError(
         f'The run "{name}" already exists in "{root}". Choose another --name, or '
         f"continue it with --resume {name}."
     )
-
-
-def first_free(root: Path, stem: str) -> Path:
-    """Make the folder of the first number after ``stem`` that no run has."""
-    k = 1
-    while True:
-        path = root / f"{stem}-{k}"
-        try:
-            path.mkdir()  # atomic, so that two processes never share a folder
-        except FileExistsError:
-            k += 1
-        else:
-            return path

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.config import RunInputs
 from safe_offrl.data.content import metadata_text
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import cache_folder, unwritable
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.run_config import RunInputs
 from safe_offrl.spec import SafetySpec
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from safe_offrl.commands.common import stored_dataset
-from safe_offrl.config import RunInputs
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.complete import complete
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import DataError
+from safe_offrl.record.run_config import RunInputs
 from safe_offrl.spec import SafetySpec
 
 TERMINATED = SafetySpec(accident="terminated")

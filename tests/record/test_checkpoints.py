@@ -107,8 +107,9 @@ def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 10, TENSORS, {}, COUNTS)
-    (tmp_path / ".tmp-123").mkdir()
-    (tmp_path / ".tmp-123" / "state.safetensors").write_bytes(b"half")
+    for name in (".step-000000020.123.tmp", ".tmp-123"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_bytes(b"half")
     remove_unfinished(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000010"]
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from safe_offrl.errors import RunError
-from safe_offrl.record.run import RunDir, find_run
+from safe_offrl.record.find_run import find_run
+from safe_offrl.record.run import RunDir
 from safe_offrl.record.versions import versions
 from safe_offrl.types import Episode
 from tests.conftest import ledger_lines

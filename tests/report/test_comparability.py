@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from safe_offrl.commands.tools import compare_runs
+from safe_offrl.commands.compare import compare_runs
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import RunError
 from safe_offrl.record.run import RESUMED

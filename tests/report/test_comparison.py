@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from safe_offrl.commands.tools import compare_runs
+from safe_offrl.commands.compare import compare_runs
 from safe_offrl.errors import RunError
 from safe_offrl.record.ledger import chain_start, read_ledger
 from safe_offrl.report.comparison import compare
