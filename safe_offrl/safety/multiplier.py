@@ -52,6 +52,10 @@ class Multiplier:
         """What a checkpoint keeps, besides ``value``: nothing."""
         return {}
 
+    def begin_at(self, value: float) -> None:
+        """Set lambda."""
+        self.value.fill_(value)
+
     def update(self, estimate: Tensor) -> None:
         """One step of dual ascent on an estimate of what is limited, a scalar tensor."""
         excess = (estimate / self.target - 1.0).clamp(-1.0, 1.0)
@@ -130,6 +134,11 @@ class PIDMultiplier:
             "pid_history": self.history,
             "pid_gains": self.gains,
         }
+
+    def begin_at(self, value: float) -> None:
+        """Set lambda, and what it is made of while nothing has been seen."""
+        self.value.fill_(value)
+        self.integral.fill_(value)
 
     def update(self, estimate: Tensor) -> None:
         """One step of control on what is limited, a scalar tensor."""

@@ -34,6 +34,11 @@ class BaselineConfig:
     pid: PIDConfig = field(default_factory=PIDConfig)
     agents: AgentConfigs = field(default_factory=AgentConfigs)
 
+    @property
+    def gains(self) -> PIDConfig | None:
+        """Of PID control of lambda, if that is asked for."""
+        return self.pid if self.multiplier == "pid" else None
+
     def __post_init__(self) -> None:
         """Refuse an unknown learner, and a start of lambda that nothing would use or is below 0."""
         if self.learner != "rlpd" and ":" not in self.learner:

@@ -29,7 +29,6 @@ from safe_offrl.policies.acting import UniformActor
 from safe_offrl.safety.acceptance import Decision
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
-from safe_offrl.safety.multiplier import Multiplier, PIDMultiplier
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.foundation import Foundation
 from safe_offrl.train.iteration import UNTESTED, Iteration
@@ -71,10 +70,15 @@ class Finetuning:
         setup = Setup(*built_from, learner=config.cautious_learner)
         self.learner = online_agent(config.baseline.learner, setup, config.baseline.agents)
         self.critic = base.critic()
-        self.multiplier = self._multiplier()
+        self.multiplier = base.multiplier(config.baseline.gains)
         if not config.baseline.from_scratch:
             self._go_on_from(pretrained)
-        self._start_multiplier()
+        if not config.safety_constraint:
+            self.multiplier.begin_at(0.0)
+        elif config.baseline.multiplier_init is not None:
+            self.multiplier.begin_at(config.baseline.multiplier_init)
+        else:
+            self.multiplier.begin_at(float(self.multiplier.value))
         # What it learns from, and what judges it.
         self.experience = Experience(
             logged,
@@ -104,15 +108,6 @@ class Finetuning:
         self.fault = ""  # how the environment failed in the last episode, in words
         self._faults = 0  # episodes in a row that it has failed in
 
-    def _multiplier(self) -> Multiplier | PIDMultiplier:
-        lagrangian, baseline = self.config.lagrangian, self.config.baseline
-        if baseline.multiplier != "pid":
-            return self.foundation.multiplier()
-        limit = lagrangian.aim * self.limit.share
-        return PIDMultiplier(
-            baseline.pid, lagrangian.init, limit, lagrangian.maximum, self.generator.device
-        )
-
     def _go_on_from(self, pretrained: Mapping[str, Tensor]) -> None:
         """Take over values, safety critic and lambda of the offline phase."""
         owner = "agent" if self.learner.own_values else "learner"
@@ -122,15 +117,6 @@ class Finetuning:
             "multiplier": self.multiplier.value,
         }
         restore_state(parts, pretrained)
-
-    def _start_multiplier(self) -> None:
-        """Lambda as the settings ask for it, where they do."""
-        if not self.config.safety_constraint:
-            self.multiplier.value.zero_()
-        elif self.config.baseline.multiplier_init is not None:
-            self.multiplier.value.fill_(self.config.baseline.multiplier_init)
-        if isinstance(self.multiplier, PIDMultiplier):
-            self.multiplier.integral.copy_(self.multiplier.value)
 
     @property
     def policy(self) -> DeployedPolicy:
@@ -280,17 +266,7 @@ class Finetuning:
         return metrics
 
     def _reason_to_stop(self) -> str:
-        allowed = self.config.accident_budget
-        if allowed is not None and self.monitor.accidents >= allowed:
-            return f"the accident budget of {allowed} is spent"
-        budget, horizon = self.config.budget, self.env.horizon
-        left = budget - self.steps
-        if left >= horizon:
-            return ""
-        if left:
-            words = f"steps are left, fewer than an episode of {horizon:,} may take"
-            return f"{left:,} of {budget:,} {words}"
-        return "the budget is spent"
+        return self.config.reason_to_stop(self.steps, self.monitor.accidents, self.env.horizon)
 
     def _iterate(self, metrics: dict[str, float]) -> Iteration:
         """Propose the learner to the deployment, or deploy it where nothing is to be tested."""

@@ -116,6 +116,18 @@ class FinetuneConfig:
                 "pid: there is no safe policy to begin with. Set kl, safety_constraint and shield."
             )
 
+    def reason_to_stop(self, steps: int, accidents: int, horizon: int) -> str:
+        """Why no further episode may begin after so many steps and accidents; "" if one may."""
+        if self.accident_budget is not None and accidents >= self.accident_budget:
+            return f"the accident budget of {self.accident_budget} is spent"
+        left = self.budget - steps
+        if left >= horizon:
+            return ""
+        if left:
+            words = f"steps are left, fewer than an episode of {horizon:,} may take"
+            return f"{left:,} of {self.budget:,} {words}"
+        return "the budget is spent"
+
     @property
     def cautious_learner(self) -> RLPDConfig:
         """The learner's settings, with less noise while the safety constraint is on."""

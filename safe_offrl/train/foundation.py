@@ -17,7 +17,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Networks
 from safe_offrl.safety.critic import SafetyCritic, outlook_on
-from safe_offrl.safety.multiplier import Multiplier
+from safe_offrl.safety.multiplier import Multiplier, PIDConfig, PIDMultiplier
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Layout
@@ -65,6 +65,10 @@ class Foundation(NamedTuple):
         outlook = outlook_on(self.limit, self.horizon, self.cost_max, self.config.critic)
         return SafetyCritic(*self.layout, outlook, self.config.critic, self.generator, self.compute)
 
-    def multiplier(self) -> Multiplier:
-        """The multiplier of dual ascent, at its start."""
-        return Multiplier(self.config.lagrangian, self.limit.share, self.generator.device)
+    def multiplier(self, gains: PIDConfig | None = None) -> Multiplier | PIDMultiplier:
+        """Lambda at its start, to move by dual ascent or, with ``gains``, by PID control."""
+        lagrangian, device = self.config.lagrangian, self.generator.device
+        if gains is None:
+            return Multiplier(lagrangian, self.limit.share, device)
+        limit = lagrangian.aim * self.limit.share
+        return PIDMultiplier(gains, lagrangian.init, limit, lagrangian.maximum, device)
