@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from safe_offrl.assess.assessment import assess
+from safe_offrl.assess.assessment import assess_policy
 from safe_offrl.assess.estimates import Estimates
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.compute.device import configure
@@ -150,7 +150,9 @@ def one(job: tuple[str, int, int]) -> tuple[Estimates, float]:
     configure(1)
     case = CASES[name]
     begin = time.monotonic()
-    found = assess(log(case, seed), policy_of(case.target), LIMIT, FittedConfig(steps=steps), seed)
+    found = assess_policy(
+        log(case, seed), policy_of(case.target), LIMIT, FittedConfig(steps=steps), seed
+    )
     return found, time.monotonic() - begin
 
 

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import settings
 
 from safe_offrl.collect.behaviours import random_behaviour, scripted_behaviours
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.env.make import make_env
 from safe_offrl.record.ledger import chain_start, ledger_line
@@ -42,7 +42,7 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env = make_env("PointHazard-v0", SafetySpec())
     behaviours = [*scripted_behaviours(env), random_behaviour(env.action_size)]
     shares = [1.0 / len(behaviours)] * len(behaviours)
-    arrays = collect(env, behaviours=behaviours, shares=shares, transitions=3000, seed=0)
+    arrays = log_episodes(env, behaviours=behaviours, shares=shares, transitions=3000, seed=0)
     path = tmp_path_factory.mktemp("data") / "tiny.hdf5"
     metadata = {
         "env_id": "PointHazard-v0",

@@ -301,7 +301,7 @@ FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
     "inspect": [commands.inspect_dataset],
     "convert": [commands.convert_dataset],
     "check_env": [commands.check_env_run],
-    "demo": [commands.demo],
+    "demo": [commands.demo_run],
 }
 # What a function takes as one group.
 SETTINGS = {

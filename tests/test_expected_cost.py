@@ -13,7 +13,7 @@ from torch import Tensor
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.steering import Steering
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.commands.offline_plan import pretrain_config
 from safe_offrl.commands.online_plan import finetune_config
 from safe_offrl.data.dataset import Dataset
@@ -229,7 +229,9 @@ def test_what_fifty_episodes_can_certify_of_a_cost() -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     env = make_env("HazardLine-v0", SPEC)
-    arrays = collect(env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0)
+    arrays = log_episodes(
+        env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0
+    )
     path: Path = tmp_path_factory.mktemp("line") / "line.hdf5"
     write_dataset(
         path,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.env.make import make_env
 from safe_offrl.record.run import RunDir
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset_of(folder: Path, accident_cost: float = 1.0) -> Path:
     """A log of random behaviour in the environment of these tests."""
     with make_env(ENV, SafetySpec()) as env:
-        arrays = collect(
+        arrays = log_episodes(
             env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0
         )
     arrays["costs"] = accident_cost * arrays["costs"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from safe_offrl import commands
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.commands.online import start_loop
 from safe_offrl.compute.state import collect_state
 from safe_offrl.data.content import dataset_sha256
@@ -53,7 +53,7 @@ RULES = {"accident": "cost", "cost_threshold": 0.305, "horizon": HORIZON}
 def log_of(env_id: str, transitions: int = 1500) -> dict[str, NDArray[Any]]:
     env = make_env(env_id, SPEC)
     behaviours = [random_behaviour(1)]
-    return collect(env, behaviours=behaviours, shares=[1.0], transitions=transitions, seed=0)
+    return log_episodes(env, behaviours=behaviours, shares=[1.0], transitions=transitions, seed=0)
 
 
 @pytest.fixture(scope="module")

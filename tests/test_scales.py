@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.agents import AGENTS
-from safe_offrl.assess.assessment import assess
+from safe_offrl.assess.assessment import assess_policy
 from safe_offrl.assess.fitted_features import FittedConfig, _spread
 from safe_offrl.check.inspect import principal_components, summarise
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.build import default_dataset
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.collect.penalty import EPISODES_PER_STEP, Account
 from safe_offrl.data.dataset import REWARD_REFERENCE, Dataset
 from safe_offrl.data_formats.complete import complete
@@ -74,7 +74,7 @@ def arrays() -> dict[str, NDArray[Any]]:
     """A log of Slope in units of 1."""
     behaviours = [random_behaviour(1)]
     env = slope("accident")
-    return collect(env, behaviours=behaviours, shares=[1.0], transitions=1200, seed=0)
+    return log_episodes(env, behaviours=behaviours, shares=[1.0], transitions=1200, seed=0)
 
 
 def scaled(arrays: Mapping[str, NDArray[Any]], **units: float) -> dict[str, NDArray[Any]]:
@@ -365,7 +365,7 @@ def test_an_assessment_is_in_the_units_of_the_log(
         data = dataset_of(arrays, "cost", **given)
         loop = pretrained(data, "cost", costs)
         normalised = data.normalised(loop.normalizer._replace(reward_scale=1.0))
-        estimates = assess(normalised, loop.networks.actor, loop.limit, small)
+        estimates = assess_policy(normalised, loop.networks.actor, loop.limit, small)
         found.append(
             [
                 estimates.risk.value * estimates.scale / costs,

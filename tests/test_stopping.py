@@ -22,7 +22,7 @@ import pytest
 
 from safe_offrl import commands
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.commands.phase import writing
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.env.make import make_env
@@ -96,7 +96,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SAFE_OFFRL_CACHE", str(here / "cache"))
         with contextlib.closing(make_env("slow_env:Dawdling-v0", SafetySpec())) as env:
             behaviours = [random_behaviour(env.action_size)]
-            arrays = collect(env, behaviours=behaviours, shares=[1.0], transitions=2000, seed=0)
+            arrays = log_episodes(
+                env, behaviours=behaviours, shares=[1.0], transitions=2000, seed=0
+            )
         metadata = {"env_id": "Dawdling-v0", "horizon": 20, "behaviours": [{"name": "random"}]}
         write_dataset(here / "log.hdf5", arrays, metadata)
         config = commands.pretrain_config(

@@ -29,7 +29,7 @@ from stable_baselines3 import SAC
 from worker import Shape
 
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
@@ -51,7 +51,7 @@ RULES = {"Pendulum-v1": "terminated", "PointHazard-v0": "cost"}  # a pendulum ha
 def logged(env: AccidentEnv, env_id: str, spec: SafetySpec, folder: Path) -> Dataset:
     """A log of 20,000 random steps."""
     random = random_behaviour(env.action_size)
-    arrays = collect(env, behaviours=[random], shares=[1.0], transitions=20_000, seed=0)
+    arrays = log_episodes(env, behaviours=[random], shares=[1.0], transitions=20_000, seed=0)
     path = folder / f"{env_id}.hdf5"
     metadata = {"env_id": env_id, "horizon": env.horizon, "behaviours": [{"name": "random"}]}
     write_dataset(path, arrays, metadata)

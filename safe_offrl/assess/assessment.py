@@ -19,7 +19,7 @@ from safe_offrl.assess.fitted_evaluation import (
     evaluate_fitted,
     whole_episodes,
 )
-from safe_offrl.assess.fitted_features import RETURN, RISK, FittedConfig, Progress
+from safe_offrl.assess.fitted_features import RETURN, RISK, FittedConfig, TellShare
 from safe_offrl.assess.importance_sampling import Weighted, weighted
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import DataError
@@ -33,13 +33,13 @@ LIKELY = 0.95  # of the policy's actions: the region whose logged actions are co
 UNLIKELY = 0.05  # probability below which a discrete action is not one of the policy's
 
 
-def assess(
+def assess_policy(
     dataset: Dataset,
     actor: Actor,
     limit: Limit,
     config: FittedConfig,
     seed: int = 0,
-    progress: Progress = lambda _: None,
+    progress: TellShare = lambda _: None,
 ) -> Estimates:
     """Everything that the log says of a policy; minutes at most, ``progress`` is kept informed.
 
@@ -97,12 +97,7 @@ def support(dataset: Dataset, actor: Actor, seed: int, rows: int = 20_000) -> fl
 
 @torch.no_grad()
 def _reweighed(
-    dataset: Dataset,
-    actor: Actor,
-    limit: Limit,
-    evaluation: Evaluation,
-    replicates: int,
-    seed: int,
+    dataset: Dataset, actor: Actor, limit: Limit, evaluation: Evaluation, replicates: int, seed: int
 ) -> tuple[Weighted, Weighted]:
     """Weighted importance sampling and doubly robust estimates of risk and return."""
     assert dataset.behaviour_log_probs is not None
@@ -133,7 +128,7 @@ def _reweighed(
     )
 
 
-def choose(
+def choose_policy(
     candidates: Mapping[str, Estimates], limits: Mapping[str, tuple[float, float]]
 ) -> tuple[str, bool]:
     """(name, whether it qualifies) of the policy to go on with; costs no accident.

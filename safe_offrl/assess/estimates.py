@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from safe_offrl.assess.fitted_evaluation import (
-    Fitted,
-)
+from safe_offrl.assess.fitted_evaluation import Fitted
 from safe_offrl.assess.importance_sampling import Weighted
 from safe_offrl.spec import QUANTITIES
 

@@ -25,7 +25,7 @@ from safe_offrl.types import Batch
 RISK, RETURN = 0, 1  # the two quantities, in this order wherever there is an axis of them
 HALVES = 2
 ROWS_PER_FEATURE = 20  # a system of more unknowns would fit the noise of its half of the log
-Progress = Callable[[float], None]  # is told the share of the work that is done
+TellShare = Callable[[float], None]  # is told the share of the work that is done
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def learn_features(
     half_of_row: Tensor,
     config: FittedConfig,
     generator: torch.Generator,
-    progress: Progress,
+    progress: TellShare,
 ) -> StackedMLP:
     """Learn both quantities by temporal differences; the networks.
 

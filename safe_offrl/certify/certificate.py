@@ -34,12 +34,12 @@ from safe_offrl.stats.fixed import (
 )
 from safe_offrl.types import Episode
 
-Method = Literal["one look", "anytime"]
-METHODS: dict[str, str] = {
+ClaimMethod = Literal["one look", "anytime"]
+CLAIM_METHODS: dict[str, str] = {
     "one look": "Clopper-Pearson, one look at a number of episodes fixed beforehand",
     "anytime": "anytime-valid beta-binomial sequence, a look after every episode",
 }
-FORMAT = 1
+CERTIFICATE_FORMAT = 1
 CERTIFICATES = "certificates"  # the folder in a run's; each attempt has one in it, with these files
 CLAIM, CERTIFICATE, PAGE = "claim.json", "certificate.json", "certificate.html"
 RECORD = "episodes.jsonl"
@@ -58,7 +58,7 @@ class Claim:
     limit: float
     scale: float
     confidence: float
-    method: Method
+    method: ClaimMethod
     episodes: int
     seed: int
     attempt: int = 1
@@ -136,7 +136,7 @@ def bounds_in_words(claim: Claim, finding: Finding) -> str:
     return f"at least {lower}, at most {upper} (one-sided bounds, each by itself)"
 
 
-def outcome(claim: Claim, episode: Episode) -> float:
+def contribution(claim: Claim, episode: Episode) -> float:
     """What an episode contributes, in [0, 1].
 
     ConfigError if it cost more than an episode can: nothing could be certified then.
@@ -222,13 +222,13 @@ def make_certificate(
     known of the environment's seeds, None where none can be tried.
     """
     episodes = list(episodes)
-    total = math.fsum(outcome(claim, episode) for episode in episodes)
+    total = math.fsum(contribution(claim, episode) for episode in episodes)
     finding = judge(claim, total, len(episodes))
     return {
-        "format": FORMAT,
+        "format": CERTIFICATE_FORMAT,
         "verdict": finding.verdict,
         "claim": asdict(claim),
-        "method": METHODS[claim.method],
+        "method": CLAIM_METHODS[claim.method],
         "attempt_confidence": claim.attempt_confidence,
         "episodes": len(episodes),
         "distinct_episodes": len(distinct(episodes)),
@@ -262,7 +262,7 @@ def _content_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-class Check(NamedTuple):
+class Recheck(NamedTuple):
     """One thing that was checked again."""
 
     name: str
@@ -270,9 +270,9 @@ class Check(NamedTuple):
     detail: str
 
 
-def verify(
+def recheck(
     certificate: Mapping[str, Any], record: bytes | None, where: str, page: bytes | None = None
-) -> list[Check]:
+) -> list[Recheck]:
     """Check a certificate's own hash, its arithmetic and, if they are there, page and record.
 
     A certificate of an earlier version holds no hash of its page, which is not checked then. Raises
@@ -291,8 +291,8 @@ def verify(
         math.isclose(a, b, rel_tol=1e-9) for a, b in zip(stated[1:], finding[1:], strict=True)
     )
     checks = [
-        Check("content", sound, "the file is as it was written" if sound else "it was changed"),
-        Check(
+        Recheck("content", sound, "the file is as it was written" if sound else "it was changed"),
+        Recheck(
             "arithmetic",
             same and stated.verdict == finding.verdict,
             f"{finding.verdict}, {bounds_in_words(claim, finding)}",
@@ -301,12 +301,12 @@ def verify(
     if page is not None and "page_sha256" in certificate:
         shown = hashlib.sha256(page).hexdigest() == certificate["page_sha256"]
         detail = "is as it was written" if shown else "was changed, or belongs to another one"
-        checks.append(Check("page", shown, f"the page beside it {detail}"))
+        checks.append(Recheck("page", shown, f"the page beside it {detail}"))
     if record is None:
         return checks
     intact = hashlib.sha256(record).hexdigest() == record_sha256
     played = parse_ledger(record, where).counted
-    total = math.fsum(outcome(claim, episode) for episode in played)
+    total = math.fsum(contribution(claim, episode) for episode in played)
     seen = len(played), sum(episode.accident for episode in played)
     different = len(distinct(played))
     counted = seen == counts and different == certificate.get("distinct_episodes", different)
@@ -314,7 +314,7 @@ def verify(
     seeds = all(e.seed == episode_seed(claim.seed, e.index, claim.stream) for e in played)
     return [
         *checks,
-        Check("record", intact, f"{len(played)} episodes"),
-        Check("counts", counted, f"{seen[1]} with an accident, outcomes sum to {total:g}"),
-        Check("seeds", seeds, f'stream "{claim.stream}" of seed {claim.seed}'),
+        Recheck("record", intact, f"{len(played)} episodes"),
+        Recheck("counts", counted, f"{seen[1]} with an accident, outcomes sum to {total:g}"),
+        Recheck("seeds", seeds, f'stream "{claim.stream}" of seed {claim.seed}'),
     ]

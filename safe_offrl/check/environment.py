@@ -229,9 +229,7 @@ def _check_seeds(report: EnvReport, env: AccidentEnv) -> None:
         )
     elif found.few:
         report.add(
-            "warn",
-            "seeds",
-            f"{text}: whatever is counted is about those. Is that all there is?",
+            "warn", "seeds", f"{text}: whatever is counted is about those. Is that all there is?"
         )
     else:
         report.add("ok", "seeds", text)

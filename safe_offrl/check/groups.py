@@ -13,11 +13,11 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.spec import Limit
 from safe_offrl.stats.fixed import clopper_pearson_upper, episodes_needed, mean_and_error
 
-CONFIDENCE = 0.95
+SHOWN_AT = 0.95
 MIN_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything
 
 
-class Group(NamedTuple):
+class EpisodeGroup(NamedTuple):
     """Episodes of one behaviour, or of one quarter of the returns."""
 
     name: str
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
     sentence: str
 
 
-def groups_of(dataset: Dataset) -> tuple[Group, ...]:
+def episode_groups(dataset: Dataset) -> tuple[EpisodeGroup, ...]:
     """By behaviour where the file says who logged each episode, else by quarters of the return."""
     index = dataset.episode_behaviours
     if index is not None:
@@ -51,10 +51,10 @@ def groups_of(dataset: Dataset) -> tuple[Group, ...]:
     )
 
 
-def _group(name: str, dataset: Dataset, members: NDArray[np.bool_]) -> Group:
+def _group(name: str, dataset: Dataset, members: NDArray[np.bool_]) -> EpisodeGroup:
     costs = dataset.episode_costs[members]
     mean, error = mean_and_error(costs)
-    return Group(
+    return EpisodeGroup(
         name=name,
         episodes=len(costs),
         mean_return=float(dataset.episode_returns[members].mean()),
@@ -64,7 +64,7 @@ def _group(name: str, dataset: Dataset, members: NDArray[np.bool_]) -> Group:
     )
 
 
-def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdict:
+def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -> Verdict:
     """Whether some behaviour is within the limit with 95 % confidence (Bonferroni over groups).
 
     An estimate for a policy that keeps to such a behaviour is interpolation; where nobody in the
@@ -73,7 +73,7 @@ def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdi
     """
     if dataset.episode_behaviours is None:
         groups = (_group("the whole log", dataset, np.ones(dataset.episodes, dtype=bool)),)
-    confidence = 1.0 - (1.0 - CONFIDENCE) / len(groups)
+    confidence = 1.0 - (1.0 - SHOWN_AT) / len(groups)
     bounds = {g.name: _upper(g, limit, confidence) for g in groups}
     name = min(bounds, key=lambda k: bounds[k])
     quantity = limit.quantity
@@ -81,7 +81,7 @@ def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdi
     if bounds[name] < limit.value:
         return Verdict(
             True,
-            f"yes: the {quantity.in_words} of {name!r} is below {below} at {CONFIDENCE:.0%}, and "
+            f"yes: the {quantity.in_words} of {name!r} is below {below} at {SHOWN_AT:.0%}, and "
             f"{asked} is asked for.",
         )
     advice = "Log more episodes of a more careful behaviour"
@@ -92,12 +92,12 @@ def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdi
         advice += f", or about {more:,} more of {name!r} if they cost the same"
     return Verdict(
         False,
-        f"no: at {CONFIDENCE:.0%} nobody in the log is shown to keep {asked} (closest "
+        f"no: at {SHOWN_AT:.0%} nobody in the log is shown to keep {asked} (closest "
         f"is {name!r}, below {below}), so an estimate there extrapolates. {advice}.",
     )
 
 
-def _more_to_show(group: Group, limit: Limit, confidence: float) -> int:
+def _more_to_show(group: EpisodeGroup, limit: Limit, confidence: float) -> int:
     """Further episodes after which a mean cost like this would be below the limit; 0: none would.
 
     Its upper bound m + z s / sqrt(n) falls with the root of n, and MIN_EPISODES are needed anyway.
@@ -110,7 +110,7 @@ def _more_to_show(group: Group, limit: Limit, confidence: float) -> int:
     return max(needed, MIN_EPISODES) - group.episodes
 
 
-def _upper(group: Group, limit: Limit, confidence: float) -> float:
+def _upper(group: EpisodeGroup, limit: Limit, confidence: float) -> float:
     """Upper bound of what is limited: exact for accidents, by the normal law for a mean cost."""
     if limit.constraint == "accident":
         return clopper_pearson_upper(group.accident_episodes, group.episodes, confidence)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.check.groups import Group, Verdict, groups_of, identify
+from safe_offrl.check.groups import EpisodeGroup, Verdict, episode_groups, identify
 from safe_offrl.data.dataset import ROUNDING, Dataset
 from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
 from safe_offrl.spec import QUANTITIES, Limit, SafetySpec
@@ -62,7 +62,7 @@ class DatasetSummary:
     action_coverage: float
     observation_coverage: float
     state_action_coverage: float
-    groups: tuple[Group, ...]
+    groups: tuple[EpisodeGroup, ...]
     constraint: str
     limit: float
     within_limit: float  # share of the episodes
@@ -87,7 +87,7 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
     accidents = int(dataset.episode_accidents.sum())
     last_steps = dataset.episode_starts[1:] - 1
     truncated = int(dataset.truncated[last_steps].sum())
-    groups = groups_of(dataset)
+    groups = episode_groups(dataset)
     limit = safety.limit(dataset.horizon, dataset.cost_max)
     outcomes = dataset.episode_costs if limit.constraint == "cost" else dataset.episode_accidents
     components = principal_components(observations)
@@ -165,7 +165,7 @@ def format_summary(summary: DatasetSummary) -> str:
     return "\n".join(lines)
 
 
-def _error_text(group: Group) -> str:
+def _error_text(group: EpisodeGroup) -> str:
     """The standard error of a mean cost; blank for a single episode, which has none."""
     return f"+- {group.cost_error:<5.2g}" if group.episodes > 1 else " " * 8
 
@@ -281,7 +281,7 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
             f"the actions cover {action_coverage:.0%} of their space: elsewhere estimates "
             "extrapolate."
         )
-    if dataset.episode_behaviours is not None and len(groups_of(dataset)) == 1:
+    if dataset.episode_behaviours is not None and len(episode_groups(dataset)) == 1:
         found.append(
             "a single behaviour logged everything: there is nothing to tell better from worse "
             "except its own noise."

@@ -306,7 +306,7 @@ def check_env(**given: Any) -> Answer:
 @command
 def demo(**given: Any) -> Answer:
     """Show the whole thing: pretrain, then fine-tune with and without constraints, and compare."""
-    commands.demo(**given)
+    commands.demo_run(**given)
     return Answer()
 
 

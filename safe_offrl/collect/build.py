@@ -24,9 +24,9 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from safe_offrl.collect.behaviours import Behaviour, Progress, random_behaviour, scripted_behaviours
+from safe_offrl.collect.behaviours import Behaviour, random_behaviour, scripted_behaviours
 from safe_offrl.collect.log_plan import PILOT_EPISODES, CollectConfig, fitted
-from safe_offrl.collect.mixture import Log, collect, tell, unsafe_mixture
+from safe_offrl.collect.mixture import Log, log_episodes, tell, unsafe_mixture
 from safe_offrl.collect.sb3 import learnt_behaviours
 from safe_offrl.data_formats.conversion import target_format
 from safe_offrl.data_formats.loading import FORMATS
@@ -35,6 +35,7 @@ from safe_offrl.env.identity import KEY
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import EnvError, UserError
 from safe_offrl.files import cache_folder
+from safe_offrl.record.progress import Say
 from safe_offrl.spec import SafetySpec
 
 SOURCES = (
@@ -55,7 +56,7 @@ def build_dataset(
     config: CollectConfig | None = None,
     steps: int | None = None,
     minutes: float | None = None,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> Path:
     """Log a dataset of ``env_id`` into ``path``, in the format that its name says; returns it.
 
@@ -90,7 +91,7 @@ def build_dataset(
         pilot = [_pilot(env, behaviour, spec, each, config.seed) for behaviour in behaviours]
         log = Log()
         with _kept_if_broken_off(log, env, spec, config, behaviours, Path(path), progress):
-            collect(
+            log_episodes(
                 env,
                 behaviours=behaviours,
                 shares=unsafe_mixture(pilot, config.unsafe_share),
@@ -139,7 +140,7 @@ def _kept_if_broken_off(
     config: CollectConfig,
     behaviours: Sequence[Behaviour],
     path: Path,
-    progress: Progress | None,
+    progress: Say | None,
 ) -> Iterator[None]:
     """Write what is logged to a file beside ``path`` if the environment or a signal ends it."""
     try:
@@ -179,7 +180,7 @@ def default_dataset(
     spec: SafetySpec | None = None,
     *,
     config: CollectConfig | None = None,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> Path:
     """Path of the cached default dataset of an environment; built on first use.
 
@@ -228,7 +229,7 @@ def _pilot(
     env: AccidentEnv, behaviour: Behaviour, spec: SafetySpec, steps: int, seed: int
 ) -> float:
     """Estimated probability that an episode is unsafe, (k + 1/2) / (n + 1), from unlogged ones."""
-    arrays = collect(
+    arrays = log_episodes(
         env,
         behaviours=[behaviour],
         shares=[1.0],

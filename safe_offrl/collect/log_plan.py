@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from safe_offrl.collect.behaviours import Progress, random_behaviour, scripted_behaviours
+from safe_offrl.collect.behaviours import random_behaviour, scripted_behaviours
 from safe_offrl.collect.dropped import Dropped
 from safe_offrl.collect.mixture import tell
 from safe_offrl.collect.sb3 import (
@@ -27,6 +27,7 @@ from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, EnvFault
 from safe_offrl.record.env_report import EnvReport
+from safe_offrl.record.progress import Say
 from safe_offrl.spec import SafetySpec
 
 PILOT_EPISODES = 250  # per behaviour, at most
@@ -34,7 +35,7 @@ SHORTEST_ROLLOUT = 16  # of each parallel environment, that PPO is given where s
 LONG = 600.0  # seconds of a log that need a word
 TRIAL_STEPS, TRIAL_SECONDS = 100, 2.0  # behind a figure for the speed, whichever is reached first
 
-Settings = TypeVar("Settings", PPOConfig, SACConfig)
+AlgorithmConfig = TypeVar("AlgorithmConfig", PPOConfig, SACConfig)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def fitted(
     scripted: int,
     steps: int | None,
     minutes: float | None,
-    progress: Progress | None,
+    progress: Say | None,
 ) -> CollectConfig:
     """The settings spelt out and within the bound; says what they take before anything begins."""
     whole = config = spelt_out(config, env, spec, scripted)
@@ -213,7 +214,7 @@ def _scaled(config: CollectConfig, factor: float) -> CollectConfig:
     return replace(config, learners=learners, transitions=transitions)
 
 
-def _shortened(settings: Settings, factor: float) -> Settings:
+def _shortened(settings: AlgorithmConfig, factor: float) -> AlgorithmConfig:
     """A learner's settings with this share of its steps; a training that is too short has none."""
     steps, penalised = (math.floor(factor * n) for n in (settings.steps, settings.penalised_steps))
     if isinstance(settings, SACConfig):

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.collect.behaviours import Behaviour, Progress, Vector
+from safe_offrl.collect.behaviours import Behaviour, Vector
 from safe_offrl.collect.dropped import Dropped
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import EnvError, EnvFault
+from safe_offrl.record.progress import Say
 
 MIN_SHARE = 0.1  # of an equal share: what each behaviour gets at least
 
@@ -37,7 +38,7 @@ def unsafe_mixture(probabilities: Sequence[float], target: float) -> NDArray[np.
     return mixture(0.5 * (low + high))
 
 
-def collect(
+def log_episodes(
     env: AccidentEnv,
     *,
     behaviours: Sequence[Behaviour],
@@ -46,7 +47,7 @@ def collect(
     seed: int,
     episodes: int | None = None,
     stream: str = "collect",
-    progress: Progress | None = None,
+    progress: Say | None = None,
     log: Log | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Log whole episodes until ``transitions`` steps (or ``episodes`` episodes) are reached.
@@ -81,7 +82,7 @@ def collect(
     return log.arrays(env)
 
 
-def tell(progress: Progress | None, message: str) -> None:
+def tell(progress: Say | None, message: str) -> None:
     """Pass a line of progress on to whoever wants it."""
     if progress is not None:
         progress(message)

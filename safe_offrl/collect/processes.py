@@ -13,9 +13,10 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-Job = TypeVar("Job")
+from safe_offrl.record.progress import Say
+
+Work = TypeVar("Work")
 Result = TypeVar("Result")
-Progress = Callable[[str], None]
 
 POLL_SECONDS = 0.2  # how late a line of progress may be
 
@@ -31,11 +32,11 @@ def own_command(module: str) -> list[str]:
 
 
 def run_jobs(
-    work: Callable[[Job, Progress], Result],
-    jobs: Sequence[Job],
+    work: Callable[[Work, Say], Result],
+    jobs: Sequence[Work],
     *,
     workers: int,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> list[Result]:
     """``work(job, progress)`` for every job, in up to ``workers`` processes; results in order.
 
@@ -50,10 +51,7 @@ def run_jobs(
     messages = context.Queue()
     theirs, ours = context.Pipe(duplex=False)  # ends with this process, however that comes about
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=context,
-        initializer=_begin,
-        initargs=(messages, theirs),
+        min(workers, len(jobs)), mp_context=context, initializer=_begin, initargs=(messages, theirs)
     )
     try:
         futures = [pool.submit(_work, work, job) for job in jobs]
@@ -90,11 +88,11 @@ def _end_with(parent: Connection) -> None:
     os._exit(1)
 
 
-def _work(work: Callable[[Job, Progress], Result], job: Job) -> Result:
+def _work(work: Callable[[Work, Say], Result], job: Work) -> Result:
     return work(job, _messages.put)
 
 
-def _drain(messages: Any, tell: Progress) -> None:
+def _drain(messages: Any, tell: Say) -> None:
     while True:
         try:
             tell(messages.get_nowait())

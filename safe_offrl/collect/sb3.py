@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from safe_offrl.collect.behaviours import Behaviour, Progress
+from safe_offrl.collect.behaviours import Behaviour
 from safe_offrl.collect.frozen import freeze
 from safe_offrl.collect.penalty import Account, Penalised
 from safe_offrl.collect.processes import run_jobs
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError
+from safe_offrl.record.progress import Say
 from safe_offrl.spec import SafetySpec
 
 TRAINING_STAGES = (0.2, 0.5, 1.0)  # shares of a training after which its policy is frozen
@@ -141,7 +142,7 @@ def learnt_behaviours(
     *,
     seed: int,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> list[Behaviour]:
     """Train what ``config`` names, and freeze each at :data:`TRAINING_STAGES` of its steps.
 
@@ -203,16 +204,16 @@ def training_steps(settings: PPOConfig | SACConfig, steps: int) -> int:
     rollout = PARALLEL_ENVS * (settings.rollout if isinstance(settings, PPOConfig) else 1)
     taken = 0
     for stage in TRAINING_STAGES:
-        taken += rollout * math.ceil(_missing(stage, steps, taken) / rollout)
+        taken += rollout * math.ceil(_steps_until(stage, steps, taken) / rollout)
     return taken
 
 
-def _missing(stage: float, steps: int, done: int) -> int:
+def _steps_until(stage: float, steps: int, done: int) -> int:
     """Steps that a training of ``steps`` asks for until ``stage``."""
     return max(1, round(stage * steps) - done)
 
 
-def _unable(job: _Job, progress: Progress | None) -> bool:
+def _unable(job: _Job, progress: Say | None) -> bool:
     if job.algorithm != "SAC":
         return False
     with contextlib.closing(make_env(job.env_id, job.spec)) as env:
@@ -221,7 +222,7 @@ def _unable(job: _Job, progress: Progress | None) -> bool:
         return env.discrete
 
 
-def _train(job: _Job, progress: Progress) -> _Trained:
+def _train(job: _Job, progress: Say) -> _Trained:
     """One training; its policies are named after the steps that led to them."""
     account = Account(penalty=job.penalty or 0.0, limit=job.cost_limit, unit=job.unit)
     steps = job.settings.steps if job.start is None else job.settings.penalised_steps
@@ -243,7 +244,7 @@ def _train(job: _Job, progress: Progress) -> _Trained:
         model = _model(job, envs)
         begun = model.num_timesteps
         for stage in TRAINING_STAGES:
-            missing = _missing(stage, steps, model.num_timesteps - begun)
+            missing = _steps_until(stage, steps, model.num_timesteps - begun)
             model.learn(missing, reset_num_timesteps=False, callback=each_step)
             done = model.num_timesteps - begun
             origin = {

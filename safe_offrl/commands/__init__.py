@@ -13,7 +13,7 @@ from safe_offrl.commands.collect import collect_config, collect_run
 from safe_offrl.commands.common import parse_overrides, say_plain
 from safe_offrl.commands.compare import compare_runs
 from safe_offrl.commands.convert import convert_dataset
-from safe_offrl.commands.demo import demo
+from safe_offrl.commands.demo import demo_run
 from safe_offrl.commands.evaluate import evaluate_run
 from safe_offrl.commands.export import export_run
 from safe_offrl.commands.inspect import inspect_dataset
@@ -37,7 +37,7 @@ __all__ = [
     "collect_run",
     "compare_runs",
     "convert_dataset",
-    "demo",
+    "demo_run",
     "evaluate_run",
     "export_run",
     "finetune_config",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from safe_offrl.assess.assessment import assess, choose
+from safe_offrl.assess.assessment import assess_policy, choose_policy
 from safe_offrl.assess.estimates import Estimates, risk_text
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.assess.importance_sampling import USABLE
@@ -36,8 +36,8 @@ from safe_offrl.record.versions import versions
 from safe_offrl.spec import QUANTITIES, SafetySpec
 from safe_offrl.train.pretrain import PretrainConfig, discount_of
 
-FILE = "assessment.json"
-FORMAT = 1
+ASSESSMENT = "assessment.json"
+ASSESSMENT_FORMAT = 1
 GO_BY = (
     "go by       these: made of the log's episodes, with intervals. What pretrain printed is the "
     "safety critic's own view, which learning steers by"
@@ -97,16 +97,16 @@ def assess_runs(
         estimates[key] = assessed(subject, say, store=out is None)
         bounds[key] = (limit, safety.confidence)
         results[key] = {
-            **verdict(estimates[key], limit, safety.confidence),
+            **limit_verdict(estimates[key], limit, safety.confidence),
             "estimates": estimates[key].as_dict(),
         }
         say(describe(run.name, estimates[key], limit, safety.confidence))
     say(GO_BY)
     answer: dict[str, Any] = {"runs": plain(results)}
     if len(found) > 1:
-        name, qualifies = choose(estimates, bounds)
+        name, qualifies = choose_policy(estimates, bounds)
         answer |= {"chosen": name, "qualifies": qualifies}
-        say(_table(estimates, bounds))
+        say(_choice_table(estimates, bounds))
         say(
             f"choice      {name}: the highest lower bound of return among those below their limit"
             if qualifies
@@ -120,10 +120,10 @@ def assess_runs(
     return answer
 
 
-def _identity(subject: Subject) -> dict[str, Any]:
+def _assessed_facts(subject: Subject) -> dict[str, Any]:
     """What estimates depend on. Limits and confidence only come in when they are read."""
     return {
-        "format": FORMAT,
+        "format": ASSESSMENT_FORMAT,
         "policy_sha256": stored_policy(subject.run, subject.checkpoint).sha256,
         "dataset_sha256": subject.dataset.sha256,
         "constraint": subject.safety.constraint,
@@ -136,10 +136,10 @@ def _identity(subject: Subject) -> dict[str, Any]:
 
 def stored_estimates(subject: Subject) -> Estimates | None:
     """Those in the run's assessment.json, if they are of this policy and this log."""
-    if not (subject.run.path / FILE).is_file():
+    if not (subject.run.path / ASSESSMENT).is_file():
         return None
     try:
-        stored, identity = subject.run.read_json(FILE), _identity(subject)
+        stored, identity = subject.run.read_json(ASSESSMENT), _assessed_facts(subject)
         if {key: stored.get(key) for key in identity} == identity:
             found = Estimates.from_dict(stored["estimates"])
             # An earlier version did not keep it.
@@ -165,7 +165,7 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
         say(f"assess      {run.path}: the policy, without its shield, from the log alone")
         line = ProgressLine(100, 0, None if say is say_plain else say, "%")
         with contextlib.closing(line):
-            estimates = assess(
+            estimates = assess_policy(
                 dataset.normalised(normalizer),
                 policy.actor,
                 limit,
@@ -173,17 +173,17 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
                 progress=lambda done: line.update(round(100 * done), "fitted Q evaluation"),
             )
         content = {
-            **_identity(subject),
+            **_assessed_facts(subject),
             "estimates": estimates.as_dict(),
-            **verdict(estimates, limit.value, subject.safety.confidence),
+            **limit_verdict(estimates, limit.value, subject.safety.confidence),
             "versions": versions(),
         }
         if store:
-            write_atomic(run.path / FILE, json_bytes(json.loads(json.dumps(plain(content)))))
+            write_atomic(run.path / ASSESSMENT, json_bytes(json.loads(json.dumps(plain(content)))))
     return estimates
 
 
-def verdict(estimates: Estimates, limit: float, confidence: float) -> dict[str, Any]:
+def limit_verdict(estimates: Estimates, limit: float, confidence: float) -> dict[str, Any]:
     """What the estimates mean for one limit at one confidence, JSON-able."""
     low, high = estimates.risk_interval(confidence)
     return_low, return_high = estimates.return_interval(confidence)
@@ -241,7 +241,7 @@ def numbers(estimates: Estimates, limit: float, confidence: float) -> str:
     )
 
 
-def _table(estimates: dict[str, Estimates], limits: dict[str, tuple[float, float]]) -> str:
+def _choice_table(estimates: dict[str, Estimates], limits: dict[str, tuple[float, float]]) -> str:
     width = max(len(name) for name in estimates)
     lines = [f"{'run':<{width}}  return at least  risk at most  limit    below"]
     for name, found in estimates.items():

@@ -21,16 +21,16 @@ from safe_offrl.commands.online_plan import inherited
 from safe_offrl.config import load_config, to_dict
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
+from safe_offrl.record.find_run import Source
 from safe_offrl.record.progress import TELL_SECONDS, Interrupted, Say, StopSignal
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import parse_run_yaml
 from safe_offrl.record.run_names import require_runs_folder
-from safe_offrl.report.run_data import Source
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import PretrainConfig
 
-POLL_SECONDS = 0.5
-STOP_SECONDS = 60.0  # that a run has for saving itself
+LOOK_SECONDS = 0.5
+SAVE_SECONDS = 60.0  # that a run has for saving itself
 # Settings that say how a run is made and not which run it is.
 _HOW = {"device", "compile", "videos", "log_every", "env.timeout"}
 
@@ -159,9 +159,9 @@ def benchmark_run(
     state.done = {j.folder for j in jobs} - {j.folder for j in state.waiting}
     with StopSignal() as stop:
         try:
-            _work(state, stop, say)
+            _run_jobs(state, stop, say)
         finally:
-            _end(state)
+            _end_all(state)
     if stop.number:
         raise Interrupted(
             stop.number,
@@ -178,15 +178,15 @@ def benchmark_run(
     return results
 
 
-def _work(state: _Progress, stop: StopSignal, say: Say) -> None:
+def _run_jobs(state: _Progress, stop: StopSignal, say: Say) -> None:
     told = -TELL_SECONDS
     while (state.waiting or state.running) and not stop.number:
         ended = _reap(state, say)
         _launch(state)
         if ended or time.monotonic() - told > TELL_SECONDS:
-            say(_line(state))
+            say(_state_line(state))
             told = time.monotonic()
-        time.sleep(POLL_SECONDS)
+        time.sleep(LOOK_SECONDS)
 
 
 def _launch(state: _Progress) -> None:
@@ -274,18 +274,18 @@ def _reap(state: _Progress, say: Say) -> bool:
     return len(state.done) + len(state.failed) > before
 
 
-def _end(state: _Progress) -> None:
+def _end_all(state: _Progress) -> None:
     """End what still runs; each run saves itself first."""
     for running in state.running:
         running.process.terminate()
     for running in state.running:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            running.process.wait(timeout=STOP_SECONDS)
+            running.process.wait(timeout=SAVE_SECONDS)
         if running.process.poll() is None:
             running.process.kill()
 
 
-def _line(state: _Progress) -> str:
+def _state_line(state: _Progress) -> str:
     count = len(state.waiting) + len(state.running) + len(state.done) + len(state.failed)
     failed = f", {len(state.failed)} failed" if state.failed else ""
     elapsed = (time.monotonic() - state.begun) / 60

@@ -16,15 +16,15 @@ from safe_offrl.certify.certificate import (
     CERTIFICATE,
     CERTIFICATES,
     CLAIM,
-    METHODS,
+    CLAIM_METHODS,
     PAGE,
     RECORD,
     Claim,
+    contribution,
     episodes_without_accident,
     finished,
     judge,
     make_certificate,
-    outcome,
     play,
     reserve,
     sealed,
@@ -93,7 +93,7 @@ def certify_run(
                 with _stopped_before_it_began():
                     situations = find_situations(final.env)
                 require_situations(final.env.env_id, situations)
-            claim, folder = _attempt(run, claim, _identity(subject), say)
+            claim, folder = _attempt(run, claim, _attempt_facts(subject), say)
             say(_header(final, claim, situations))
             for line in changed_line(
                 f"that of {run.name}", since_run(run, subject["environment"][KEY])
@@ -136,7 +136,7 @@ def _claim(
     )
 
 
-def _identity(subject: dict[str, Any]) -> dict[str, Any]:
+def _attempt_facts(subject: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for an attempt to go on, besides the claim: all that p depends on."""
     return {
         "policy_sha256": subject["policy"]["sha256"],
@@ -199,7 +199,7 @@ def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episod
     record = LedgerWriter(path)
     record.close_lost()
     played, faults, real = record.episodes, 0, final.environment.kind == "real"
-    total = math.fsum(outcome(claim, episode) for episode in played)
+    total = math.fsum(contribution(claim, episode) for episode in played)
     show = None if say is say_plain else say
     stopped = "stopped after {:,} episodes; all are recorded. The same command goes on from there."
     # In reality an episode that is cut off counts as an accident.
@@ -216,7 +216,7 @@ def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episod
                 episode, fault = play(*about)
                 record.append(episode)
                 faults = faults_in_a_row(faults, fault)
-                total += outcome(claim, episode)
+                total += contribution(claim, episode)
                 progress.update(len(played), _line(claim, total, len(played)))
                 if stop.number:
                     raise Interrupted(stop.number, stopped.format(len(played)))
@@ -237,7 +237,7 @@ def _require_distinct(
     different, needed = len(distinct(episodes)), episodes_without_accident(claim)
     if situations is None or not situations.few or different >= needed:
         return
-    total = math.fsum(outcome(claim, episode) for episode in episodes)
+    total = math.fsum(contribution(claim, episode) for episode in episodes)
     if judge(claim, total, len(episodes)).verdict == "certified":
         raise RunError(
             f"{len(episodes):,} episodes were played and only {different:,} of them differ, as "
@@ -264,7 +264,7 @@ def _header(final: FinalPolicy, claim: Claim, situations: Situations | None) -> 
         [
             f"certify     {quantity(claim)} of {final.run.name} (version {final.policy.version}), "
             f"confidence {claim.confidence:g}",
-            f"method      {METHODS[claim.method]}",
+            f"method      {CLAIM_METHODS[claim.method]}",
             f"episodes    {many}, in {final.env.env_id}",
             f"error       {attempt}",
             f"provable    after {episodes_without_accident(claim):,} episodes, if none has an "

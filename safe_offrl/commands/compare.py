@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safe_offrl.commands.common import say_plain
+from safe_offrl.record.find_run import Source
 from safe_offrl.record.progress import Say
 from safe_offrl.report import charts, page, tables
 from safe_offrl.report import comparison as report
 from safe_offrl.report.markdown import write_markdown
-from safe_offrl.report.run_data import Source
 
 
 def compare_runs(

@@ -12,15 +12,11 @@ from safe_offrl.data_formats.conversion import convert
 from safe_offrl.record.progress import ProgressLine, Say
 from safe_offrl.train.pretrain import PretrainConfig
 
-LONG = 500_000  # transitions from which on progress is worth a line
+LONG_TRANSITIONS = 500_000  # transitions from which on progress is worth a line
 
 
 def convert_dataset(
-    source: str | Path,
-    target: str | Path,
-    *,
-    overrides: Sequence[str] = (),
-    say: Say = say_plain,
+    source: str | Path, target: str | Path, *, overrides: Sequence[str] = (), say: Say = say_plain
 ) -> dict[str, Any]:
     """Write the dataset ``source`` as ``target`` and say what that loses; returns plain values.
 
@@ -33,7 +29,7 @@ def convert_dataset(
 
     def progress(done: int, total: int) -> None:
         nonlocal line
-        if total >= LONG:
+        if total >= LONG_TRANSITIONS:
             line = line or ProgressLine(total, 0, None if say is say_plain else say)
             line.update(done, f"writing {target}")
 

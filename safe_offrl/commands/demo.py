@@ -17,7 +17,7 @@ from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_names import require_runs_folder
 
 
-def demo(
+def demo_run(
     *,
     steps: int | None = None,
     budget: int = 20_000,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safe_offrl.certify.certificate import Check
+from safe_offrl.certify.certificate import Recheck
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.identity import KEY, differences, log_differences
@@ -80,7 +80,7 @@ def require_same_environment(run: RunDir, env: AccidentEnv, accept_risk: bool, s
     run.write_json("versions.json", {**run.versions, RESUMED: resumed})
 
 
-def environment_check(certificate: Mapping[str, Any], run: RunDir) -> Check:
+def environment_check(certificate: Mapping[str, Any], run: RunDir) -> Recheck:
     """Whether the environment of a certificate's run still is the one that was certified."""
     stated = certificate.get("environment", {})
     settings: tuple[RunInputs, PretrainConfig | FinetuneConfig] = (
@@ -94,7 +94,7 @@ def environment_check(certificate: Mapping[str, Any], run: RunDir) -> Check:
     try:
         env = make_env(inputs.env_id, config.safety, timeout=timeout)
     except EnvError as error:
-        return Check("environment", False, f"it cannot be made any more: {error}")
+        return Recheck("environment", False, f"it cannot be made any more: {error}")
     with contextlib.closing(env):
         if KEY in stated:
             changes = differences(stated[KEY], env.identity())
@@ -105,4 +105,4 @@ def environment_check(certificate: Mapping[str, Any], run: RunDir) -> Check:
             keys = ("horizon", "accident_source", "environment_source")
             changes = [key for key in keys if before.get(key, now.get(key)) != now.get(key)]
     detail = f"changed since then: {'; '.join(changes)}" if changes else "as it was certified in"
-    return Check("environment", not changes, detail)
+    return Recheck("environment", not changes, detail)

@@ -84,8 +84,7 @@ def evaluate_run(
     accidents = sum(episode.accident for episode in played)
     returns = [e.episode_return for e in played if e.outcome == "complete"]
     mean, error = _mean_and_error(returns)
-    costs = [episode.cost for episode in played]
-    cost, cost_error = _mean_and_error(costs)
+    cost, cost_error = _mean_and_error([episode.cost for episode in played])
     different = distinct(played)
     # Of a few situations that are played again and again, a repeated episode says nothing new.
     counted = different if situations.few else played

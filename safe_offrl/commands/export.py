@@ -21,8 +21,8 @@ from safe_offrl.record.find_run import find_run
 from safe_offrl.record.progress import Say
 from safe_offrl.record.subject import subject_of
 
-FOLDER = "exports"
-FORMAT = 1  # of the manifest
+EXPORTS = "exports"
+MANIFEST_FORMAT = 1  # of the manifest
 
 
 def export_run(
@@ -40,7 +40,7 @@ def export_run(
     """
     chosen = require_format(file_format)
     run = find_run(reference, Path(runs))
-    path = Path(out) if out is not None else run.path / FOLDER / f"policy{chosen.suffix}"
+    path = Path(out) if out is not None else run.path / EXPORTS / f"policy{chosen.suffix}"
     if out is None:
         run.require_writable("Give --out FILE to write elsewhere.")
     require_output(path)
@@ -69,7 +69,7 @@ def export_run(
                     "written; try another --format, or the versions of constraints.txt."
                 )
             content = {
-                "format": FORMAT,
+                "format": MANIFEST_FORMAT,
                 "file": {
                     "name": path.name,
                     "format": file_format,

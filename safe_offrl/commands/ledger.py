@@ -45,8 +45,8 @@ def show_ledger(
         "head": ledger.head,
         "open": ledger.reserved is not None,
         "total": _totals(counted),
-        "phases": _groups(counted, "phase"),
-        "versions": _groups(counted, "version"),
+        "phases": _totals_by(counted, "phase"),
+        "versions": _totals_by(counted, "version"),
         "last": [episode._asdict() for episode in counted[-SHOWN_EPISODES:]],
     }
     say("\n".join(_lines(run, ledger, result)))
@@ -88,7 +88,7 @@ def _totals(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def _groups(episodes: Sequence[Episode], key: str) -> list[dict[str, Any]]:
+def _totals_by(episodes: Sequence[Episode], key: str) -> list[dict[str, Any]]:
     """:func:`_totals` by phase or by version, in order of appearance."""
     groups: dict[Any, list[Episode]] = {}
     for episode in episodes:

@@ -133,12 +133,7 @@ def start_loop(plan: FinetunePlan) -> Finetuning:
 
 
 def _drive(
-    run: RunDir,
-    plan: FinetunePlan,
-    loop: Finetuning,
-    curves: OnlineCurves,
-    saver: Saver,
-    say: Say,
+    run: RunDir, plan: FinetunePlan, loop: Finetuning, curves: OnlineCurves, saver: Saver, say: Say
 ) -> None:
     run.board.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     stop = saver.stop

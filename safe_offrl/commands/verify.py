@@ -6,26 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.certify.certificate import (
-    CERTIFICATE,
-    CERTIFICATES,
-    PAGE,
-    RECORD,
-    Check,
-    verify,
-)
+from safe_offrl.certify.certificate import CERTIFICATE, CERTIFICATES, PAGE, RECORD, Recheck, recheck
 from safe_offrl.certify.page import summary
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.environment import environment_check
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.final_policy import final_policy
-from safe_offrl.record.progress import (
-    Say,
-)
+from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir
 
 
-def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]:
+def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Recheck]:
     """Check a certificate's hash, arithmetic and page; beside its run also episodes and policy.
 
     Beside its run it must also be about the environment as it is now: in another one nothing is
@@ -42,7 +33,7 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]
     if not isinstance(certificate, dict):
         raise ConfigError(f'"{path}" holds no JSON object, so it is no certificate.')
     record, shown = path.with_name(RECORD), path.with_name(PAGE)
-    checks = verify(
+    checks = recheck(
         certificate,
         record.read_bytes() if record.is_file() else None,
         f'"{path}"',
@@ -66,10 +57,10 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Check]
     return checks
 
 
-def _policy_check(certificate: dict[str, Any], run: RunDir) -> Check:
+def _policy_check(certificate: dict[str, Any], run: RunDir) -> Recheck:
     final = final_policy(run)
     final.env.close()
     stated = certificate.get("policy", {}), certificate.get("shield", {})
     found = final.policy.sha256, final.policy.shield.sha256
     same = found == tuple(part.get("sha256") for part in stated)
-    return Check("policy", same, f'of the run "{run.path.name}", with its shield')
+    return Recheck("policy", same, f'of the run "{run.path.name}", with its shield')

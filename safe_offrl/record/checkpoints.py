@@ -66,7 +66,7 @@ def save_checkpoint(
     }
     state = safetensors.torch.save(copies)
     info_bytes = json_bytes(dict(info))
-    hashes = {"state.safetensors": _sha256(state), "info.json": _sha256(info_bytes)}
+    hashes = {"state.safetensors": _digest(state), "info.json": _digest(info_bytes)}
     manifest: dict[str, Any] = {"step": step, "sha256": hashes, "counts": dict(counts)}
     manifest["crc32"] = zlib.crc32(json_bytes(manifest))
 
@@ -88,7 +88,7 @@ def save_checkpoint(
     for path in _complete(folder):
         if path.name > target.name or path in older[: -(KEPT_CHECKPOINTS - 1)]:
             shutil.rmtree(path, ignore_errors=True)
-    return Checkpoint(step, dict(tensors), dict(info), _identity(hashes), dict(counts))
+    return Checkpoint(step, dict(tensors), dict(info), _checkpoint_sha256(hashes), dict(counts))
 
 
 def load_checkpoint(folder: Path, run: str) -> Checkpoint:
@@ -100,7 +100,7 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint:
     problems = []
     for path in reversed(_complete(folder)):
         try:
-            return _read(path)
+            return _verified(path)
         except (
             OSError,
             ValueError,
@@ -145,27 +145,27 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def _read(path: Path) -> Checkpoint:
+def _verified(path: Path) -> Checkpoint:
     """Read and verify one checkpoint; the bytes that are hashed are the bytes that are parsed."""
     manifest = json.loads((path / "manifest.json").read_bytes())
     if manifest.pop("crc32") != zlib.crc32(json_bytes(manifest)):
         raise ValueError("manifest.json does not match its checksum")
     files = {name: (path / name).read_bytes() for name in ("state.safetensors", "info.json")}
     for name, data in files.items():
-        if _sha256(data) != manifest["sha256"][name]:
+        if _digest(data) != manifest["sha256"][name]:
             raise ValueError(f"{name} does not match its sha256")
     return Checkpoint(
         step=int(manifest["step"]),
         tensors=safetensors.torch.load(files["state.safetensors"]),
         info=json.loads(files["info.json"]),
-        sha256=_identity({name: manifest["sha256"][name] for name in files}),
+        sha256=_checkpoint_sha256({name: manifest["sha256"][name] for name in files}),
         counts={k: int(manifest["counts"][k]) for k in ("metrics", "iterations", "ledger")},
     )
 
 
-def _identity(hashes: Mapping[str, str]) -> str:
-    return _sha256("".join(f"{k}={hashes[k]}\n" for k in sorted(hashes)).encode())
+def _checkpoint_sha256(hashes: Mapping[str, str]) -> str:
+    return _digest("".join(f"{k}={hashes[k]}\n" for k in sorted(hashes)).encode())
 
 
-def _sha256(data: bytes) -> str:
+def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

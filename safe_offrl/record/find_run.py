@@ -1,11 +1,20 @@
-"""The run that a command is told by path, by name or not at all."""
+"""The runs that a command is told by path, by name or not at all."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 from safe_offrl.errors import RunError
 from safe_offrl.record.run import RunDir
+
+
+class Source(NamedTuple):
+    """A run folder, and the group folder that it was found in (None: it was named itself)."""
+
+    path: Path
+    group: Path | None = None
 
 
 def find_run(reference: str | Path | None, root: Path, kind: str | None = None) -> RunDir:
@@ -25,3 +34,28 @@ def find_run(reference: str | Path | None, root: Path, kind: str | None = None) 
             "first, or name a run."
         )
     return max(runs, key=lambda r: int(r.state["created_ns"]))
+
+
+def find_runs(reference: str | Path | Source, root: Path) -> list[Source]:
+    """The run, or every run directly in the folder, that a path or a name under ``root`` means.
+
+    RunError if it is neither.
+    """
+    if isinstance(reference, Source):
+        return [reference]
+    for path in (Path(reference), Path(root) / reference):
+        if (path / "run.json").is_file():
+            return [Source(path)]
+        runs = sorted((p.parent for p in path.glob("*/run.json")), key=_natural)
+        if runs:
+            return [Source(run, path) for run in runs]
+    raise RunError(
+        f'"{reference}" is not a run folder, and holds none. Give the name or the path of a run, '
+        "or of a folder whose folders are the runs of one method."
+    )
+
+
+def _natural(path: Path) -> tuple[tuple[bool, int, str], ...]:
+    """Sorts 2 before 10."""
+    parts = re.findall(r"\d+|\D+", path.name)
+    return tuple((not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts)

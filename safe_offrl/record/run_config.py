@@ -12,7 +12,7 @@ from safe_offrl.config import from_dict, read_yaml, to_dict, yaml_text
 from safe_offrl.errors import ConfigError
 from safe_offrl.files import cache_folder
 
-T = TypeVar("T")
+Phase = TypeVar("Phase")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,9 @@ def run_yaml(inputs: RunInputs, section: str, config: Any, runs: Path) -> str:
     return yaml_text({"inputs": stored, section: to_dict(config)})
 
 
-def parse_run_yaml(text: str, section: str, schema: type[T], folder: Path) -> tuple[RunInputs, T]:
+def parse_run_yaml(
+    text: str, section: str, schema: type[Phase], folder: Path
+) -> tuple[RunInputs, Phase]:
     """Read the config.yaml of the run in ``folder``; the inverse of :func:`run_yaml`."""
     values = read_yaml(text, "config.yaml")
     inputs = run_inputs(values, folder)

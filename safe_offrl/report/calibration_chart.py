@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
+from safe_offrl.report.charts.style import blank_figure
 from safe_offrl.safety.calibration import CalibrationReport
 from safe_offrl.spec import COST, QUANTITIES
 from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 BLOCKS = 8  # of episodes, into which an online phase is cut
 MIN_BLOCK = {"accident": 25, "cost": 5}  # episodes: fewer have an interval that says nothing
-MIN_EPISODES = 5  # behind a point of the reliability diagram
+MIN_BIN_EPISODES = 5  # behind a point of the reliability diagram
 _BLUE, _ORANGE, _GREEN = COLOURS[:3]
 _INK = "0.25"
 _DASHED = (0, (4, 3))
@@ -35,13 +36,13 @@ def report_png(report: CalibrationReport) -> bytes:
     import matplotlib as mpl
 
     with mpl.rc_context(LIGHT):
-        figure = _figure(11.5, 7.4)
+        figure = blank_figure(11.5, 7.4)
         grid = figure.add_gridspec(2, 2, height_ratios=(1.0, 0.55))
         reliability = figure.add_subplot(grid[0, 0])
         _draw_reliability(reliability, report)
         _draw_counts(figure.add_subplot(grid[1, 0], sharex=reliability), report)
         _draw_ranking(figure.add_subplot(grid[0, 1]), report)
-        _draw_estimates(figure.add_subplot(grid[1, 1]), report)
+        _draw_start(figure.add_subplot(grid[1, 1]), report)
         title = (
             f"Safety critic on {report.episodes:,} held-out episodes, "
             f"{report.accident_episodes:,} with an accident"
@@ -50,7 +51,7 @@ def report_png(report: CalibrationReport) -> bytes:
 
 
 def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
-    bins = [b for b in report.bins if b.episodes >= MIN_EPISODES]
+    bins = [b for b in report.bins if b.episodes >= MIN_BIN_EPISODES]
     x = np.array([b.predicted for b in bins])
     y = np.array([b.outcome for b in bins])
     seen = np.array([b.seen for b in bins])
@@ -95,7 +96,7 @@ def _draw_counts(axis: Axes, report: CalibrationReport) -> None:
         k = int(np.digitize(b.predicted, EDGES))
         left, right = max(edges[k], floor), edges[k + 1]
         axis.bar(left, b.transitions, right - left, align="edge", color=_BLUE, edgecolor="white")
-        if b.episodes < MIN_EPISODES:
+        if b.episodes < MIN_BIN_EPISODES:
             continue
         axis.annotate(
             f"{b.transitions:,}\n{b.episodes:,} ep.",
@@ -115,7 +116,9 @@ def _draw_counts(axis: Axes, report: CalibrationReport) -> None:
 
 def _floor(report: CalibrationReport) -> float:
     """Left end of the risk axis: just below what the critic says of a good many steps."""
-    smallest = min((b.predicted for b in report.bins if b.episodes >= MIN_EPISODES), default=0.01)
+    smallest = min(
+        (b.predicted for b in report.bins if b.episodes >= MIN_BIN_EPISODES), default=0.01
+    )
     return max(1e-4, 0.5 * min(smallest, 0.02))
 
 
@@ -150,7 +153,7 @@ def _draw_ranking(axis: Axes, report: CalibrationReport) -> None:
     )
 
 
-def _draw_estimates(axis: Axes, report: CalibrationReport) -> None:
+def _draw_start(axis: Axes, report: CalibrationReport) -> None:
     quantity = QUANTITIES[report.constraint]
     cost_logged = quantity is COST
     logged = report.behaviour_cost if cost_logged else report.behaviour_accident_rate
@@ -258,7 +261,7 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
     quantity = QUANTITIES[constraint]
     spread = "2 standard errors" if quantity is COST else "95 % interval"
     with mpl.rc_context(LIGHT):
-        figure = _figure(9.0, 4.8)
+        figure = blank_figure(9.0, 4.8)
         axis = figure.subplots()
         middle = [(b.first_step + b.last_step) / 2.0 for b in blocks]
         realised = np.array([b.realised for b in blocks])
@@ -285,15 +288,6 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
         episodes = sum(b.episodes for b in blocks)
         finish(axis, f"{episodes:,} episodes in {len(blocks)} blocks", quantity.per_episode)
         return _png(figure, "Estimate of the policy that acted, and what happened")
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _png(figure: Figure, title: str) -> bytes:

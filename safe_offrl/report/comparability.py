@@ -43,8 +43,8 @@ def separated(runs: Sequence[RunData]) -> Separated:
         for number, members in enumerate(others, 2):
             notes.append(
                 f"The runs of {environment} differ, and nothing is pooled or compared over them: "
-                f"variant {number} ({_named(members)}) differs from variant 1 "
-                f"({_named(variants[0])}) in {'; '.join(_unlike(first, members[0]))}."
+                f"variant {number} ({_names_text(members)}) differs from variant 1 "
+                f"({_names_text(variants[0])}) in {'; '.join(_unlike(first, members[0]))}."
             )
         for number, members in enumerate(variants, 1):
             variant_of |= {id(run): f"{environment} (variant {number})" for run in members}
@@ -105,6 +105,6 @@ def _evaluated_elsewhere(runs: Sequence[RunData]) -> list[str]:
     ]
 
 
-def _named(runs: Sequence[RunData]) -> str:
+def _names_text(runs: Sequence[RunData]) -> str:
     names = ", ".join(run.name for run in runs[:_NAMED])
     return names + (f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else "")

@@ -16,9 +16,10 @@ from typing import Any
 
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
+from safe_offrl.record.find_run import Source, find_runs
 from safe_offrl.report.comparability import separated
 from safe_offrl.report.pairings import Pairing, has_outcome, pair
-from safe_offrl.report.run_data import RunData, Source, evaluation_notes, find_runs, read_run
+from safe_offrl.report.run_data import RunData, evaluation_notes, read_run
 from safe_offrl.report.summaries import ALL_ENVIRONMENTS, Row, learned_online, row_of, scales_of
 
 ALL_PAIRS = 3  # methods that are all compared with each other; of more, the first with the others
@@ -79,7 +80,7 @@ def compare(
     sources = [source for reference in references for source in find_runs(reference, root)]
     if not sources:
         raise RunError("There is no run to compare. Name at least one run folder.")
-    data, apart, differing = separated(_read(sources, group_by))
+    data, apart, differing = separated(_read_runs(sources, group_by))
     methods: dict[str, list[RunData]] = {}
     for run in data:
         methods.setdefault(run.method, []).append(run)
@@ -106,12 +107,12 @@ def compare(
             *differing,
             *_twice(sources),
             *_notes(data, methods, scales),
-            *_unlike(pairings),
+            *_unlike_starts(pairings),
         ],
     )
 
 
-def _read(sources: Sequence[Source], group_by: str | None) -> list[RunData]:
+def _read_runs(sources: Sequence[Source], group_by: str | None) -> list[RunData]:
     """The runs. Two folders of one name are one method, unless they share an environment."""
     data = [
         read_run(s.path, group_by, s.group.resolve().name if s.group else None) for s in sources
@@ -175,7 +176,7 @@ def _twice(sources: Sequence[Source]) -> list[str]:
     return [f"{p.name} is named twice." for p in sorted(set(paths)) if paths.count(p) > 1]
 
 
-def _unlike(pairings: Sequence[Pairing]) -> list[str]:
+def _unlike_starts(pairings: Sequence[Pairing]) -> list[str]:
     return [
         f"{p.first} and {p.second} are paired by seed alone: their runs started from different "
         "policies."

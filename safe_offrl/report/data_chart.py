@@ -15,6 +15,7 @@ from safe_offrl.check.inspect import (
 )
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
+from safe_offrl.report.charts.style import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,17 +29,13 @@ def write_data_png(dataset: Dataset, summary: DatasetSummary, path: Path) -> Non
     import matplotlib as mpl
 
     with mpl.rc_context(LIGHT):
-        _draw(dataset, summary, path)
+        _draw_all(dataset, summary, path)
 
 
-def _draw(dataset: Dataset, summary: DatasetSummary, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.5, 8.4), dpi=110, facecolor="white")
-    FigureCanvasAgg(figure)
+def _draw_all(dataset: Dataset, summary: DatasetSummary, path: Path) -> None:
+    figure = blank_figure(12.5, 8.4)
     plane, times, states, actions = figure.subplots(2, 2).ravel()
-    _draw_plane(plane, dataset, summary)
+    _draw_episodes(plane, dataset, summary)
     _draw_times(times, dataset)
     _draw_states(states, dataset)
     _draw_actions(actions, dataset)
@@ -55,7 +52,7 @@ def _draw(dataset: Dataset, summary: DatasetSummary, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_plane(axis: Axes, dataset: Dataset, summary: DatasetSummary) -> None:
+def _draw_episodes(axis: Axes, dataset: Dataset, summary: DatasetSummary) -> None:
     index = dataset.episode_behaviours
     if index is None:
         index = np.zeros(dataset.episodes, dtype=int)

@@ -25,12 +25,12 @@ def markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
         parts.append("\n".join(f"- Note: {_plain(note)}" for note in comparison.notes))
     parts += [f"![Charts of the comparison](<{figure}>)" for figure in figures]
     parts += [
-        f"## {_plain(table.title)}\n\n{_table(table.header, table.groups)}"
+        f"## {_plain(table.title)}\n\n{_pipe_table(table.header, table.groups)}"
         for table in tables
         if table.groups
     ]
     runs = [
-        f"## {_plain(table.title)}\n\n{_table(table.header, table.rows)}"
+        f"## {_plain(table.title)}\n\n{_pipe_table(table.header, table.rows)}"
         for table in tables
         if table.rows
     ]
@@ -40,7 +40,7 @@ def markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _pipe_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first two columns are words, numbers stand right."""
     rule = [":--"] * 2 + ["--:"] * (len(header) - 2)
     return "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in (header, rule, *rows))

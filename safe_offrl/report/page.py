@@ -104,7 +104,7 @@ def html_page(comparison: Comparison) -> str:
         parts.append(f"<h2>Before you believe it</h2><ul>{notes}</ul>")
     if comparison.groups or comparison.pairings:
         parts.append("<h2>Methods</h2>")
-        parts += [_table(table, table.groups) for table in tables if table.groups]
+        parts += [_html_table(table, table.groups) for table in tables if table.groups]
     parts += _charts(comparison)
     parts += _every_run(tables, folded=bool(comparison.groups), open_=count <= MANY_RUNS)
     parts.append(f'<p class="small">{html.escape(LEGEND)}</p>')
@@ -160,14 +160,14 @@ def _legend_entry(method: str, look: Look) -> str:
 
 
 def _every_run(tables: Sequence[Table], *, folded: bool, open_: bool) -> list[str]:
-    shown = [_table(table, table.rows) for table in tables if table.rows]
+    shown = [_html_table(table, table.rows) for table in tables if table.rows]
     if not folded:
         return ["<h2>Runs</h2>", *shown]
     opened = " open" if open_ else ""
     return [f"<details{opened}><summary>Every run</summary>", *shown, "</details>"]
 
 
-def _table(table: Table, rows: Sequence[Sequence[str]]) -> str:
+def _html_table(table: Table, rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns sort by a click or a key press."""
     head = "".join(
         f'<th scope="col"><button type="button">{html.escape(name)}</button></th>'

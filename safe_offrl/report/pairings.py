@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.report.run_data import Evaluation, RunData
+from safe_offrl.report.run_data import RunData, StoredEvaluation
 from safe_offrl.report.summaries import (
     BOOTSTRAP_SEED,
     NOTHING,
@@ -67,17 +67,17 @@ def pair(
     unit = scales or {}
 
     def difference(chosen: Pairs, value: Callable[[RunData], float]) -> Interval:
-        strata = _values(chosen, lambda run: value(run) / unit.get(run.env_id, 1.0))
+        strata = _paired_values(chosen, lambda run: value(run) / unit.get(run.env_id, 1.0))
         return _interval(strata, lambda x: float((x[:, 0] - x[:, 1]).mean()), confidence)
 
     def ratio(value: Callable[[RunData], float], unit: Mapping[str, float]) -> Interval:
-        strata = _values(learned, lambda run: value(run) / unit.get(run.env_id, 1.0))
+        strata = _paired_values(learned, lambda run: value(run) / unit.get(run.env_id, 1.0))
         # A ratio means something only while every value is positive.
         if not all((x > 0).all() for x in strata):
             return NOTHING
         return _interval(strata, lambda x: float(x[:, 0].sum() / x[:, 1].sum()), confidence)
 
-    online = _Totals.of(learned, lambda run: (_accidents(run), run.episodes[-1].total_steps))
+    online = _Totals.of(learned, lambda run: (run.accidents, run.episodes[-1].total_steps))
     final = _Totals.of(played, lambda run: (_played(run).accidents, _played(run).episodes))
     return Pairing(
         first=pairs[0][0].method,
@@ -166,7 +166,7 @@ def _grouped(pairs: Pairs) -> list[Pairs]:
     return [[both for both in pairs if both[0].env_id == e] for e in environments]
 
 
-def _values(pairs: Pairs, value: Callable[[RunData], float]) -> list[Rows]:
+def _paired_values(pairs: Pairs, value: Callable[[RunData], float]) -> list[Rows]:
     """One array [n, 2] for each environment."""
     return [np.array([[value(a), value(b)] for a, b in group]) for group in _grouped(pairs)]
 
@@ -185,14 +185,10 @@ def _interval(
     return Interval(statistic(rows), *bounds)
 
 
-def _accidents(run: RunData) -> int:
-    return sum(e.accident for e in run.episodes)
-
-
 def _cost_per_step(run: RunData) -> float:
     return sum(e.cost for e in run.episodes) / run.episodes[-1].total_steps
 
 
-def _played(run: RunData) -> Evaluation:
+def _played(run: RunData) -> StoredEvaluation:
     assert run.evaluation is not None
     return run.evaluation

@@ -6,7 +6,6 @@ The ledger is the record of accidents; nothing is taken from TensorBoard.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ _LIMIT_KEYS = {"accident": "epsilon", "cost": "cost_limit"}
 _SWITCHES = {"kl": "no-kl", "safety_constraint": "no-safety-constraint", "shield": "no-shield"}
 
 
-class Evaluation(NamedTuple):
+class StoredEvaluation(NamedTuple):
     """What `safe-offrl evaluate` measured on the final policy, in episodes of its own."""
 
     episodes: int
@@ -38,7 +37,7 @@ class Evaluation(NamedTuple):
     mean_action: bool | None = None
 
 
-class Decision(NamedTuple):
+class LoggedDecision(NamedTuple):
     """One iteration of the acceptance step, as logged; NaN where the run did not measure."""
 
     step: int
@@ -103,13 +102,6 @@ class Question(NamedTuple):
     evaluated: Mapping[str, Any] | None = None
 
 
-class Source(NamedTuple):
-    """A run folder, and the group folder that it was found in (None: it was named itself)."""
-
-    path: Path
-    group: Path | None = None
-
-
 @dataclass(frozen=True)
 class RunData:
     """One run folder, read."""
@@ -127,10 +119,15 @@ class RunData:
     confidence: float
     episodes: list[Episode]
     constrained: bool  # whether an acceptance step decided who acts
-    decisions: list[Decision]
-    evaluation: Evaluation | None
+    decisions: list[LoggedDecision]
+    evaluation: StoredEvaluation | None
     estimate: float  # of what is constrained, final policy, by the safety critic; NaN if unknown
     question: Question = field(default_factory=Question)
+
+    @property
+    def accidents(self) -> int:
+        """Of the phase online, all episodes together."""
+        return sum(episode.accident for episode in self.episodes)
 
 
 def method_label(settings: Mapping[str, Any]) -> str:
@@ -158,31 +155,6 @@ def _baseline(settings: Mapping[str, Any], key: str) -> Any:
     """A setting of ``baseline``, which runs of earlier versions do not have."""
     values = {"learner": "rlpd", "from_scratch": False, "multiplier": "ours"}
     return (values | dict(settings.get("baseline") or {}))[key]
-
-
-def find_runs(reference: str | Path | Source, root: Path) -> list[Source]:
-    """The run, or every run directly in the folder, that a path or a name under ``root`` means.
-
-    RunError if it is neither.
-    """
-    if isinstance(reference, Source):
-        return [reference]
-    for path in (Path(reference), Path(root) / reference):
-        if (path / "run.json").is_file():
-            return [Source(path)]
-        runs = sorted((p.parent for p in path.glob("*/run.json")), key=_natural)
-        if runs:
-            return [Source(run, path) for run in runs]
-    raise RunError(
-        f'"{reference}" is not a run folder, and holds none. Give the name or the path of a run, '
-        "or of a folder whose folders are the runs of one method."
-    )
-
-
-def _natural(path: Path) -> tuple[tuple[bool, int, str], ...]:
-    """Sorts 2 before 10."""
-    parts = re.findall(r"\d+|\D+", path.name)
-    return tuple((not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts)
 
 
 def read_run(path: Path, group_by: str | None = None, group: str | None = None) -> RunData:
@@ -277,10 +249,10 @@ def _evaluation_file(run: RunDir) -> dict[str, Any]:
     return run.read_json("evaluation.json") if (run.path / "evaluation.json").is_file() else {}
 
 
-def _evaluation(values: Mapping[str, Any]) -> Evaluation:
+def _evaluation(values: Mapping[str, Any]) -> StoredEvaluation:
     mean, error = values["mean_return"], values.get("return_standard_error")
     length, seed = values.get("mean_length"), values.get("seed")
-    return Evaluation(
+    return StoredEvaluation(
         episodes=int(values["episodes"]),
         accidents=int(values["accidents"]),
         mean_return=math.nan if mean is None else float(mean),
@@ -318,7 +290,7 @@ def evaluation_notes(methods: Mapping[str, Sequence[RunData]]) -> list[str]:
     return notes
 
 
-def _estimate(run: RunDir, decisions: Sequence[Decision]) -> float:
+def _estimate(run: RunDir, decisions: Sequence[LoggedDecision]) -> float:
     """The calibration report's estimate, or the last iteration's for the policy that acts on."""
     if run.kind == "pretrain":
         has_report = (run.path / "calibration.json").is_file()
@@ -330,11 +302,11 @@ def _estimate(run: RunDir, decisions: Sequence[Decision]) -> float:
     return last.v_candidate if last.accepted or last.rolled_back else last.v_deployed
 
 
-def _decision(line: Mapping[str, Any]) -> Decision:
+def _decision(line: Mapping[str, Any]) -> LoggedDecision:
     """One line of iterations.jsonl, in which null stands for NaN."""
     number = {k: math.nan if v is None else v for k, v in line.items()}
     forward, reverse = float(number["kl_forward_mean"]), float(number["kl_reverse_mean"])
-    return Decision(
+    return LoggedDecision(
         step=int(line["step"]),
         accepted=bool(line["accepted"]),
         verdict=bool(line["constraints_satisfied"]),

@@ -130,7 +130,7 @@ def row_of(
     evaluated = sum(e.episodes for e in evaluations)
     evaluated_accidents = sum(e.accidents for e in evaluations)
     last = {id(run): final_episodes(run) for run in online}
-    counts = [float(sum(e.accident for e in run.episodes)) for run in online]
+    counts = [float(run.accidents) for run in online]
     upper = run_level_upper(accidents, confidence) / len(episodes) if episodes else 1.0
     final = [mean_and_error(np.divide(_returns(last[id(run)]), unit[run.env_id])) for run in online]
     shown = [

@@ -8,13 +8,7 @@ from typing import NamedTuple
 
 from safe_offrl.report.comparison import Comparison
 from safe_offrl.report.pairings import Pairing
-from safe_offrl.report.summaries import (
-    EARLY_STEPS,
-    LAST_EPISODES,
-    LAST_SHARE,
-    Interval,
-    Row,
-)
+from safe_offrl.report.summaries import EARLY_STEPS, LAST_EPISODES, LAST_SHARE, Interval, Row
 from safe_offrl.stats.fixed import Mean, RateRatio
 
 MANY_RUNS = 20  # more are left out of the terminal's tables where their groups are shown
@@ -99,7 +93,7 @@ def format_table(comparison: Comparison, *, by_run: bool | None = None) -> str:
         by_run = len(comparison.rows) <= MANY_RUNS
     hidden = bool(comparison.groups) and not by_run
     tables = tables_of(comparison)
-    blocks = [_block(table._replace(rows=[]) if hidden else table) for table in tables]
+    blocks = [_columns_text(table._replace(rows=[]) if hidden else table) for table in tables]
     blocks.append(LEGEND)
     notes = list(comparison.notes)
     if hidden:
@@ -109,7 +103,7 @@ def format_table(comparison: Comparison, *, by_run: bool | None = None) -> str:
     return "\n\n".join(blocks)
 
 
-def _block(table: Table) -> str:
+def _columns_text(table: Table) -> str:
     """Text columns, the first two left-aligned; runs and groups below rules."""
     names, rows, groups = table.header, table.rows, table.groups
     everything = [names, *rows, *groups]
@@ -186,10 +180,10 @@ def _constraint_cells(row: Row) -> list[str]:
             f"{row.recovering}",
             "-" if row.above_limit is None else f"{row.above_limit}",
         ]
-    return [*_head_cells(row), _estimate(row), *cells]
+    return [*_head_cells(row), _estimate_text(row), *cells]
 
 
-def _estimate(row: Row) -> str:
+def _estimate_text(row: Row) -> str:
     if math.isnan(row.estimate.value):
         return "-"
     return f"{row.estimate.value:{'.1%' if row.constraint == 'accident' else '.1f'}}"
@@ -207,11 +201,11 @@ def _paired_accident_cells(pairing: Pairing) -> list[str]:
     return [
         *head,
         f"{a} vs {b}",
-        _number(pairing.accident_ratio.ratio, ".2f"),
+        _number_text(pairing.accident_ratio.ratio, ".2f"),
         _range(pairing.accident_ratio, ".2f"),
         f"{pairing.accident_ratio.p_value:.2g}",
         _range(pairing.accident_ratio_over_seeds, ".2f"),
-        _number(pairing.p_value_over_seeds, ".2g"),
+        _number_text(pairing.p_value_over_seeds, ".2g"),
     ]
 
 
@@ -232,7 +226,7 @@ def _paired_return_cells(pairing: Pairing) -> list[str]:
     ]
 
 
-def _number(value: float, form: str) -> str:
+def _number_text(value: float, form: str) -> str:
     return "-" if math.isnan(value) else f"{value:{form}}"
 
 

@@ -30,7 +30,7 @@ HOLD_MS = 1000  # how long the last frame, the accident, stays before the clip b
 DEFAULT_FPS = 30.0  # of an environment that names no frames per second
 MAX_FRAMES = 60  # of a faster environment every k-th step is shown
 SIDES = (256, 128, 64)  # longest side in pixels: the first whose clip is small enough
-MAX_BYTES = 1_000_000  # of a clip; 60 frames of 64 x 64 pixels always fit
+CLIP_BYTES = 1_000_000  # of a clip; 60 frames of 64 x 64 pixels always fit
 
 
 def require_pictures(env: AccidentEnv) -> None:
@@ -131,7 +131,7 @@ def as_gif(frames: Sequence[Frame], frame_ms: float) -> bytes:
             loop=0,
         )
         data = buffer.getvalue()
-        if len(data) <= MAX_BYTES:
+        if len(data) <= CLIP_BYTES:
             break
     return data
 

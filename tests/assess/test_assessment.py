@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from benchmarks.assess_coverage import CASES, CONFIDENCE, LIMIT, log, policy_of, truth
-from safe_offrl.assess.assessment import assess, choose, support
+from safe_offrl.assess.assessment import assess_policy, choose_policy, support
 from safe_offrl.assess.estimates import Estimates, lower_limit, upper_limit
 from safe_offrl.assess.fitted_evaluation import Fitted
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.assess.importance_sampling import Weighted
-from safe_offrl.commands.assess import describe, numbers, verdict
+from safe_offrl.commands.assess import describe, limit_verdict, numbers
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.envs.hazard_line import SIZE
 from safe_offrl.errors import DataError
@@ -91,7 +91,7 @@ def test_the_interval_of_the_return_is_normal() -> None:
 def test_a_return_is_one_that_the_logs_rewards_allow() -> None:
     """Of a log whose only reward, 1, comes with the end of an episode: 0 to 1."""
     dataset = log(CASES["random log, careful policy"]._replace(episodes=150), 0)
-    found = assess(dataset, policy_of((0.97,) * (SIZE - 2)), LIMIT, QUICK)
+    found = assess_policy(dataset, policy_of((0.97,) * (SIZE - 2)), LIMIT, QUICK)
     low, high = found.return_interval(CONFIDENCE)
     assert found.returns.value > 1.0  # what the fit says, by chance
     assert 0.9 < low < high == found.return_value == 1.0
@@ -99,7 +99,7 @@ def test_a_return_is_one_that_the_logs_rewards_allow() -> None:
     said = describe("run", found, LIMIT.value, CONFIDENCE)
     assert said.startswith("run: return 1 [")
     assert "a return of 1.03 was fitted where the log's rewards allow 0 to 1 in an episode" in said
-    assert verdict(found, LIMIT.value, CONFIDENCE)["return"] == 1.0
+    assert limit_verdict(found, LIMIT.value, CONFIDENCE)["return"] == 1.0
 
 
 def test_a_fit_far_outside_of_what_the_rewards_allow_is_a_doubt() -> None:
@@ -213,7 +213,7 @@ def test_the_choice_is_constrained() -> None:
     }
     runs["vague"] = dataclasses.replace(runs["vague"], returns=fitted(2.1, 1.0))
     limits = dict.fromkeys(runs, (0.05, 0.95))
-    assert choose(runs, limits) == ("sure", True)
+    assert choose_policy(runs, limits) == ("sure", True)
 
 
 def test_without_a_candidate_the_choice_is_the_least_risk_and_says_so() -> None:
@@ -222,7 +222,7 @@ def test_without_a_candidate_the_choice_is_the_least_risk_and_says_so() -> None:
         "b": estimates(risk=0.2),
         "doubtful": estimates(risk=0.0, error=0.001, support=0.0),
     }
-    assert choose(runs, dict.fromkeys(runs, (0.05, 0.95))) == ("b", False)
+    assert choose_policy(runs, dict.fromkeys(runs, (0.05, 0.95))) == ("b", False)
 
 
 # --- from logs ---
@@ -231,7 +231,7 @@ def test_without_a_candidate_the_choice_is_the_least_risk_and_says_so() -> None:
 def test_a_log_without_accidents_does_not_claim_zero() -> None:
     case = CASES["careful log, careful policy"]
     dataset = without_accidents(log(case, 0))
-    found = assess(dataset, policy_of(case.target), LIMIT, QUICK)
+    found = assess_policy(dataset, policy_of(case.target), LIMIT, QUICK)
     best = clopper_pearson_upper(0, dataset.episodes, CONFIDENCE)
     assert found.risk_upper(CONFIDENCE) >= best * 0.999
     assert not found.shows_below(best, CONFIDENCE)
@@ -251,7 +251,7 @@ def test_support_is_the_share_of_the_policys_own_actions() -> None:
 
 def test_a_policy_that_the_log_knows_nothing_of_is_doubted() -> None:
     dataset = log(CASES["careful log, careful policy"], 0)
-    found = assess(dataset, policy_of((-0.99,) * (SIZE - 2)), LIMIT, QUICK)
+    found = assess_policy(dataset, policy_of((-0.99,) * (SIZE - 2)), LIMIT, QUICK)
     assert found.support < 0.02
     assert found.doubts
     assert not found.shows_below(0.999, CONFIDENCE)
@@ -264,13 +264,13 @@ def test_reweighing_where_the_log_has_its_probabilities() -> None:
     known = dataclasses.replace(
         dataset, behaviour_log_probs=np.full(len(dataset.rows), np.log(0.5))
     )
-    found = assess(known, policy_of(case.target), LIMIT, QUICK)
+    found = assess_policy(known, policy_of(case.target), LIMIT, QUICK)
     exact = truth(case.target)
     for part, value in zip((found.weighted_risk, found.weighted_return), exact, strict=True):
         assert part is not None
         assert 1.0 <= part.episodes < 150.0
         assert abs(part.doubly_robust - value) < 4.0 * part.doubly_robust_error + 0.02
-    unknown = assess(dataset, policy_of(case.target), LIMIT, QUICK)
+    unknown = assess_policy(dataset, policy_of(case.target), LIMIT, QUICK)
     assert unknown.weighted_risk is None
     assert unknown.risk == found.risk  # the fit does not look at them
 
@@ -288,7 +288,7 @@ def test_an_accident_in_mid_episode_counts_once_when_reweighed() -> None:
         assert isinstance(policy, Gaussian)
         own = log_prob(*policy, batch.actions).numpy()
     always = dataclasses.replace(dataset, behaviour_log_probs=own)
-    found = assess(always, actor, LIMIT, FittedConfig(steps=20, networks=1, replicates=5))
+    found = assess_policy(always, actor, LIMIT, FittedConfig(steps=20, networks=1, replicates=5))
     assert found.weighted_risk is not None
     assert found.weighted_risk.wis == pytest.approx(1.0)
 
@@ -296,7 +296,7 @@ def test_an_accident_in_mid_episode_counts_once_when_reweighed() -> None:
 def test_too_few_episodes_are_refused() -> None:
     few = log(CASES["careful log, careful policy"], 0).subset(np.arange(19))
     with pytest.raises(DataError, match=r"19 episodes, too few .* Log at least 1 more\."):
-        assess(few, policy_of(CASES["careful log, careful policy"].target), LIMIT, QUICK)
+        assess_policy(few, policy_of(CASES["careful log, careful policy"].target), LIMIT, QUICK)
 
 
 def test_the_exact_accident_probability_is_covered() -> None:
@@ -305,7 +305,7 @@ def test_the_exact_accident_probability_is_covered() -> None:
     exact = truth(case.target)[0]
     missed = above = 0
     for seed in range(8):
-        found = assess(log(case, seed), policy_of(case.target), LIMIT, QUICK, seed)
+        found = assess_policy(log(case, seed), policy_of(case.target), LIMIT, QUICK, seed)
         low, high = found.risk_interval(CONFIDENCE)
         missed += not low <= exact <= high
         above += found.risk_upper(CONFIDENCE) < exact

@@ -357,13 +357,15 @@ def test_the_records_kept_here_are_of_the_suite_as_it_is(tmp_path: Path) -> None
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Suite]:
     """Suites whose log is a small file of HazardLine instead of the cached default."""
     from safe_offrl.collect.behaviours import random_behaviour
-    from safe_offrl.collect.mixture import collect
+    from safe_offrl.collect.mixture import log_episodes
     from safe_offrl.data_formats.hdf5 import write_dataset
     from safe_offrl.env.make import make_env
     from safe_offrl.spec import SafetySpec
 
     env = make_env("HazardLine-v0", SafetySpec())
-    arrays = collect(env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=800, seed=0)
+    arrays = log_episodes(
+        env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=800, seed=0
+    )
     path = tmp_path / "line.hdf5"
     metadata = {"env_id": "HazardLine-v0", "accident": "cost", "cost_threshold": 0.0, "horizon": 20}
     write_dataset(path, arrays, metadata | {"behaviours": [{"name": "random"}]})

@@ -20,8 +20,8 @@ from safe_offrl.certify.certificate import (
     episodes_without_accident,
     finished,
     judge,
+    recheck,
     sealed,
-    verify,
 )
 from safe_offrl.certify.page import summary
 from safe_offrl.env.adapter import AccidentEnv
@@ -282,7 +282,7 @@ def test_what_was_changed_is_found(
     root: Path, certificate: dict[str, Any], change: dict[str, Any], failing: set[str]
 ) -> None:
     record = (root / "offline" / "certificates" / "1" / "episodes.jsonl").read_bytes()
-    checks = verify(certificate | change, record, "it")
+    checks = recheck(certificate | change, record, "it")
     assert {c.name for c in checks if not c.passed} == failing
 
 
@@ -291,10 +291,10 @@ def test_episodes_cannot_be_left_out_or_drawn_again(
 ) -> None:
     record = (root / "offline" / "certificates" / "1" / "episodes.jsonl").read_bytes()
     shorter = b"\n".join(record.split(b"\n")[:-2]) + b"\n"
-    failed = {c.name for c in verify(certificate, shorter, "it") if not c.passed}
+    failed = {c.name for c in recheck(certificate, shorter, "it") if not c.passed}
     assert failed == {"record", "counts"}
     other = certificate | {"claim": certificate["claim"] | {"seed": 7}}
-    assert {c.name for c in verify(other, record, "it") if not c.passed} == {"content", "seeds"}
+    assert {c.name for c in recheck(other, record, "it") if not c.passed} == {"content", "seeds"}
 
 
 def test_another_policy_is_found(

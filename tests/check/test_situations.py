@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from safe_offrl import commands
-from safe_offrl.certify.certificate import verify
+from safe_offrl.certify.certificate import recheck
 from safe_offrl.check.situations import SEEDS, Situations, find_situations
 from safe_offrl.deploy.episodes import distinct
 from safe_offrl.env.adapter import AccidentEnv
@@ -182,7 +182,7 @@ def test_few_situations_are_named_in_the_certificate(playing: Any) -> None:
     assert f"warning     {words}" in said[0]
     attempt = max((runs / "offline" / "certificates").iterdir())
     assert "30 different episodes; 20 seeds play 5" in (attempt / "certificate.html").read_text()
-    assert all(c.passed for c in verify(found, (attempt / "episodes.jsonl").read_bytes(), "it"))
+    assert all(c.passed for c in recheck(found, (attempt / "episodes.jsonl").read_bytes(), "it"))
 
 
 def test_repetitions_of_a_few_episodes_are_no_certificate(playing: Any) -> None:
@@ -204,11 +204,11 @@ def test_a_certificate_counts_the_episodes_that_differ(playing: Any) -> None:
     record = max((runs / "offline" / "certificates").iterdir()) / "episodes.jsonl"
     lines = [json.loads(line) for line in record.read_bytes().splitlines()]
     assert len({line["content"] for line in lines}) == 20
-    changed = verify(found | {"distinct_episodes": 19}, record.read_bytes(), "it")
+    changed = recheck(found | {"distinct_episodes": 19}, record.read_bytes(), "it")
     assert {c.name for c in changed if not c.passed} == {"content", "counts"}
     # A certificate of an earlier version does not say.
     earlier = {k: v for k, v in found.items() if k not in ("distinct_episodes", "situations")}
-    again = verify(earlier, record.read_bytes(), "it")
+    again = recheck(earlier, record.read_bytes(), "it")
     assert {c.name for c in again if not c.passed} == {"content"}
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from safe_offrl.collect import behaviours as module
 from safe_offrl.collect.behaviours import random_behaviour, scripted_behaviours
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
 from safe_offrl.spec import SafetySpec
@@ -28,7 +28,7 @@ def test_scripted_behaviours_of_the_default_environment() -> None:
     behaviours = scripted_behaviours(env)
     assert len(behaviours) >= 3
     assert scripted_behaviours(make_env("Pendulum-v1", SafetySpec(accident="terminated"))) == []
-    arrays = collect(
+    arrays = log_episodes(
         env, behaviours=behaviours, shares=[1 / len(behaviours)] * len(behaviours),
         transitions=2000, seed=0,
     )  # fmt: skip
@@ -80,11 +80,11 @@ def test_scripted_controllers_of_discrete_actions_take_random_ones_at_the_stated
 def test_discrete_behaviours_are_logged_as_the_one_hot_rows_that_acted(grid: AccidentEnv) -> None:
     behaviours = [*scripted_behaviours(grid), random_behaviour(grid.action_size)]
     assert [b.name for b in behaviours] == ["hurried", "moderate", "cautious", "random"]
-    arrays = collect(grid, behaviours=behaviours, shares=[0.25] * 4, transitions=3000, seed=0)
+    arrays = log_episodes(grid, behaviours=behaviours, shares=[0.25] * 4, transitions=3000, seed=0)
     actions = arrays["actions"]
     assert actions.dtype == np.float32
     assert set(np.unique(actions)) == {0.0, 1.0}
     assert (actions.sum(1) == 1.0).all()
     # Every action is chosen equally often at random.
-    only = collect(grid, behaviours=behaviours[3:], shares=[1.0], transitions=4000, seed=0)
+    only = log_episodes(grid, behaviours=behaviours[3:], shares=[1.0], transitions=4000, seed=0)
     np.testing.assert_allclose(only["actions"].mean(0), 0.25, atol=0.08)

@@ -15,7 +15,7 @@ from safe_offrl.collect import sb3 as learners
 from safe_offrl.collect.behaviours import Behaviour, random_behaviour
 from safe_offrl.collect.build import behaviour_table, build_dataset, default_dataset
 from safe_offrl.collect.log_plan import CollectConfig
-from safe_offrl.collect.mixture import collect, unsafe_mixture
+from safe_offrl.collect.mixture import log_episodes, unsafe_mixture
 from safe_offrl.collect.sb3 import LearnersConfig, PPOConfig, SACConfig
 from safe_offrl.config import load_config
 from safe_offrl.data_formats.loading import load_dataset
@@ -54,7 +54,7 @@ def constant(name: str, *action: float) -> Behaviour:
 def test_log_by_hand() -> None:
     env = walk()
     behaviours = [constant("right", 1.0), constant("left", -2.0)]
-    arrays = collect(env, behaviours=behaviours, shares=[0.5, 0.5], transitions=9, seed=3)
+    arrays = log_episodes(env, behaviours=behaviours, shares=[0.5, 0.5], transitions=9, seed=3)
     # Behaviours alternate. Right: 5 steps of +.2 from |x| < .1 passes .6 at step 3 or 4 and goes on
     # to the limit. Left: the action is clipped to -1, stored so, and -.9 is passed at step 5.
     assert arrays["episode_behaviours"].tolist() == [0, 1]
@@ -71,9 +71,9 @@ def test_log_by_hand() -> None:
 
 def test_episodes_are_complete_and_limits_hold() -> None:
     behaviours = [random_behaviour(1)]
-    arrays = collect(walk(), behaviours=behaviours, shares=[1.0], transitions=23, seed=0)
+    arrays = log_episodes(walk(), behaviours=behaviours, shares=[1.0], transitions=23, seed=0)
     assert len(arrays["rewards"]) == 25  # the fifth episode is finished
-    limited = collect(
+    limited = log_episodes(
         walk(), behaviours=behaviours, shares=[1.0], transitions=10**9, episodes=3, seed=0
     )
     assert len(limited["episode_behaviours"]) == 3
@@ -82,7 +82,7 @@ def test_episodes_are_complete_and_limits_hold() -> None:
 def test_every_prefix_of_the_log_has_the_mixture() -> None:
     behaviours = [constant(str(k), 0.0) for k in range(3)]
     shares = np.array([0.6, 0.3, 0.1])
-    arrays = collect(walk(1), behaviours=behaviours, shares=shares, transitions=100, seed=0)
+    arrays = log_episodes(walk(1), behaviours=behaviours, shares=shares, transitions=100, seed=0)
     index = arrays["episode_behaviours"]
     for n in range(1, 101):
         counts = np.bincount(index[:n], minlength=3)
@@ -92,7 +92,9 @@ def test_every_prefix_of_the_log_has_the_mixture() -> None:
 
 def test_wrong_action_shape_names_the_behaviour() -> None:
     with pytest.raises(EnvError, match='behaviour "odd"'):
-        collect(walk(), behaviours=[constant("odd", 0, 0)], shares=[1.0], transitions=1, seed=0)
+        log_episodes(
+            walk(), behaviours=[constant("odd", 0, 0)], shares=[1.0], transitions=1, seed=0
+        )
 
 
 def test_unsafe_mixture() -> None:
@@ -269,8 +271,8 @@ def test_a_failed_episode_is_left_out_and_no_other(where: int) -> None:
     behaviours = [constant("right", 1.0), random_behaviour(1)]
     log = mixture.Log()
     settings: Any = {"behaviours": behaviours, "shares": [0.5, 0.5], "seed": 3}
-    found = collect(fragile(where=where), transitions=60, log=log, **settings)
-    whole = collect(walk(), transitions=80, **settings)  # 16 episodes of 5 steps
+    found = log_episodes(fragile(where=where), transitions=60, log=log, **settings)
+    whole = log_episodes(walk(), transitions=80, **settings)  # 16 episodes of 5 steps
     kept = [k for k in range(16) if (k + 1) % 4]
     rows = np.concatenate([np.arange(5 * k, 5 * k + 5) for k in kept])
     assert len(found["rewards"]) == 60

@@ -224,7 +224,7 @@ def test_the_command_says_what_is_lost(source: Path, tmp_path: Path) -> None:
 def test_long_conversions_show_their_progress(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safe_offrl.commands.convert.LONG", 1)
+    monkeypatch.setattr("safe_offrl.commands.convert.LONG_TRANSITIONS", 1)
     monkeypatch.setattr("safe_offrl.data.content.CHUNK", 2)
     said: list[str] = []
     convert_dataset(source, tmp_path / "log.mmap", say=said.append)

@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from safe_offrl import commands
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.env.make import make_env
 from safe_offrl.env.observations import flatten, layout
@@ -90,7 +90,7 @@ def test_the_example_feeds_the_policy_as_we_do(
     env_id = f"Shaped{kind}-v0"
     with contextlib.closing(make_env(env_id, SafetySpec())) as env:
         behaviours = [random_behaviour(env.action_size)]
-        arrays = collect(env, behaviours=behaviours, shares=[1.0], transitions=600, seed=0)
+        arrays = log_episodes(env, behaviours=behaviours, shares=[1.0], transitions=600, seed=0)
     write_dataset(
         tmp_path / "log.hdf5",
         arrays,

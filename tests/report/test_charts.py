@@ -10,7 +10,7 @@ from safe_offrl.report import charts, page
 from safe_offrl.report.charts import constraints, curves, outcome, style
 from safe_offrl.report.charts.inline import inline_svg
 from safe_offrl.report.comparison import compare
-from safe_offrl.report.run_data import Decision, RunData, read_run
+from safe_offrl.report.run_data import LoggedDecision, RunData, read_run
 from safe_offrl.report.tables import format_table
 from safe_offrl.spec import ACCIDENT, COST
 from safe_offrl.stats.anytime import run_level_interval
@@ -38,7 +38,9 @@ def _run(accidents, steps, returns=None, method="constrained", estimates=(), dec
         for i in range(len(accidents))
     ]
     decisions = [*decisions] or [
-        Decision(step, True, True, kl=0.0, delta=1.0, v_candidate=0.0, v_deployed=v, limit=0.1)
+        LoggedDecision(
+            step, True, True, kl=0.0, delta=1.0, v_candidate=0.0, v_deployed=v, limit=0.1
+        )
         for step, v in estimates
     ]
     return RunData(
@@ -159,7 +161,7 @@ def test_labels_keep_their_distance_and_their_order():
 
 
 def _decision(step, **changes):
-    good = Decision(
+    good = LoggedDecision(
         step, True, True, kl=0.5, delta=1.0, v_candidate=0.05, v_deployed=0.2, limit=0.1
     )
     return good._replace(**changes)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from safe_offrl import commands
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.env.make import make_env
 from safe_offrl.envs.hazard_line import HazardLineEnv
@@ -61,7 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(root: Path) -> RunDir:
     with contextlib.closing(make_env(ENV, SafetySpec())) as env:
-        arrays = collect(
+        arrays = log_episodes(
             env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1000, seed=0
         )
     path = root / "line.hdf5"

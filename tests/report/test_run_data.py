@@ -3,7 +3,8 @@ import math
 import pytest
 
 from safe_offrl.errors import RunError
-from safe_offrl.report.run_data import Decision, evaluation_notes, find_runs, method_label, read_run
+from safe_offrl.record.find_run import find_runs
+from safe_offrl.report.run_data import LoggedDecision, evaluation_notes, method_label, read_run
 
 CONSTRAINED = {"kl": True, "safety_constraint": True, "shield": True}
 RLPD = {"kl": False, "safety_constraint": False, "shield": False}
@@ -25,7 +26,7 @@ RLPD = {"kl": False, "safety_constraint": False, "shield": False}
     ],
 )
 def test_verdict_and_numbers_must_agree(change, violation, recovering):
-    good = Decision(
+    good = LoggedDecision(
         step=0,
         accepted=True,
         verdict=True,

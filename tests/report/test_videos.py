@@ -17,8 +17,8 @@ from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.report.videos import (
+    CLIP_BYTES,
     HOLD_MS,
-    MAX_BYTES,
     AccidentCamera,
     as_gif,
     film,
@@ -188,7 +188,7 @@ def test_a_clip_that_would_be_large_is_made_smaller() -> None:
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (300, 600, 3), dtype=np.uint8) for _ in range(30)]
     gif = as_gif(noise, 50.0)
-    assert len(gif) <= MAX_BYTES
+    assert len(gif) <= CLIP_BYTES
     frames, _ = decoded(gif)
     assert (len(frames), frames[0].shape) == (30, (64, 128, 3))  # 128 x 256 would be too large
 

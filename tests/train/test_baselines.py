@@ -16,7 +16,7 @@ from safe_offrl.agents.bc import BC, BCConfig, safe_episodes
 from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
 from safe_offrl.agents.steering import Steering
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
@@ -157,7 +157,9 @@ def test_uniform_actions_fill_the_box_evenly_and_take_every_choice() -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     env = make_env(ENV, SafetySpec())
-    arrays = collect(env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0)
+    arrays = log_episodes(
+        env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0
+    )
     path = tmp_path_factory.mktemp("line") / "line.hdf5"
     metadata = {"env_id": ENV, "accident": "cost", "cost_threshold": 0.0, "horizon": HORIZON}
     write_dataset(path, arrays, metadata | {"behaviours": [{"name": "random"}]})

@@ -19,7 +19,7 @@ from torch import Tensor
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.agents.steering import Steering
 from safe_offrl.collect.behaviours import random_behaviour
-from safe_offrl.collect.mixture import collect
+from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
@@ -48,7 +48,9 @@ CRITIC = SafetyCriticConfig(members=3, reference=1, hidden=(16,))
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     env = make_env(ENV, SafetySpec())
-    arrays = collect(env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0)
+    arrays = log_episodes(
+        env, behaviours=[random_behaviour(1)], shares=[1.0], transitions=1500, seed=0
+    )
     path: Path = tmp_path_factory.mktemp("line") / "line.hdf5"
     metadata = {
         "env_id": ENV,

@@ -11,15 +11,7 @@ from safe_offrl.errors import RunError
 from safe_offrl.report.charts.constraints import constraint_panels
 from safe_offrl.report.charts.curves import curve_panels
 from safe_offrl.report.charts.outcome import outcome_panels, pareto_front
-from safe_offrl.report.charts.style import (
-    COLOURS,
-    LIGHT,
-    Look,
-    Panel,
-    finish,
-    groups_of,
-    looks_of,
-)
+from safe_offrl.report.charts.style import COLOURS, LIGHT, Look, Panel, finish, groups_of, looks_of
 from safe_offrl.report.comparison import Comparison
 
 if TYPE_CHECKING:
@@ -126,7 +118,7 @@ def _figure(comparison: Comparison) -> Figure:
     top, *middle, bottom = parts.ravel()
     names = _counted(comparison)
     top.legend(
-        [sample(look) for look in looks.values()],
+        [legend_sample(look) for look in looks.values()],
         [names[method] for method in looks],
         loc="center",
         ncols=min(len(looks), _ENTRIES),
@@ -148,7 +140,7 @@ def _draw_environment(part: SubFigure, environment: str, panels: Sequence[Panel]
         axis.set_visible(False)
 
 
-def sample(look: Look) -> Line2D:
+def legend_sample(look: Look) -> Line2D:
     """What stands for a method in a legend."""
     from matplotlib.lines import Line2D
 

@@ -20,12 +20,12 @@ from safe_offrl.report.charts.style import (
     over_steps,
     together,
 )
-from safe_offrl.report.run_data import Decision, RunData
+from safe_offrl.report.run_data import LoggedDecision, RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WINDOW = 10  # iterations
+_RECENT = 10  # iterations
 _WIDE = 10.0  # ratios above this need a logarithmic axis
 
 
@@ -46,9 +46,9 @@ def constraint_panels(groups: Sequence[Group]) -> list[Panel]:
         panels.append(
             Panel(
                 "held",
-                f"Both constraints held, last {_WINDOW} iterations",
+                f"Both constraints held, last {_RECENT} iterations",
                 lambda axis: _draw_held(axis, measured),
-                f"Share of the last {_WINDOW} iterations after which the acting policy had both "
+                f"Share of the last {_RECENT} iterations after which the acting policy had both "
                 "measured constraints satisfied, over environment steps. "
                 f"Of all iterations: {in_words(shares)}.",
             )
@@ -63,7 +63,7 @@ def constraint_panels(groups: Sequence[Group]) -> list[Panel]:
 
 
 def _share_panel(
-    name: str, title: str, groups: Sequence[Group], value: Callable[[Decision], float]
+    name: str, title: str, groups: Sequence[Group], value: Callable[[LoggedDecision], float]
 ) -> Panel:
     largest = {
         g.label: f"{max(y.max() for run in g.runs if len(y := _curve(run, value)[1])):.3g}"
@@ -78,21 +78,21 @@ def _share_panel(
     )
 
 
-def _kl_share(decision: Decision) -> float:
+def _kl_share(decision: LoggedDecision) -> float:
     return decision.movement / decision.delta
 
 
-def _estimate_share(decision: Decision) -> float:
+def _estimate_share(decision: LoggedDecision) -> float:
     return decision.v_deployed / decision.limit if decision.limit else math.nan
 
 
-def _curve(run: RunData, value: Callable[[Decision], float]) -> Curve:
+def _curve(run: RunData, value: Callable[[LoggedDecision], float]) -> Curve:
     """The iterations in which it was measured."""
     known = [(d.step, y) for d in run.decisions if not math.isnan(y := value(d))]
     return np.array([x for x, _ in known], float), np.array([y for _, y in known], float)
 
 
-def _those(groups: Sequence[Group], value: Callable[[Decision], float]) -> list[Group]:
+def _those(groups: Sequence[Group], value: Callable[[LoggedDecision], float]) -> list[Group]:
     """The groups, and of them the runs, that measured it; without measurement KL is not 0."""
     found = []
     for group in groups:
@@ -106,7 +106,7 @@ def _those(groups: Sequence[Group], value: Callable[[Decision], float]) -> list[
     return found
 
 
-def held(run: RunData, window: int = _WINDOW) -> Curve:
+def held(run: RunData, window: int = _RECENT) -> Curve:
     """Share of the last ``window`` iterations (or of those so far) that satisfied both."""
     total = np.cumsum([0.0, *(d.satisfied for d in run.decisions)])
     n = np.arange(1, len(total))
@@ -117,14 +117,14 @@ def held(run: RunData, window: int = _WINDOW) -> Curve:
 def _draw_held(axis: Axes, groups: Sequence[Group]) -> None:
     for group in groups:
         draw_group(axis, group, *together([held(run) for run in group.runs]), mean_of_curves)
-    title = f"Both constraints held, last {_WINDOW} iterations"
+    title = f"Both constraints held, last {_RECENT} iterations"
     finish(axis, title, "share of iterations, mean over runs")
     over_steps(axis, groups)
     axis.set_ylim(-0.02, 1.04)
 
 
 def _draw_share(
-    axis: Axes, title: str, groups: Sequence[Group], value: Callable[[Decision], float]
+    axis: Axes, title: str, groups: Sequence[Group], value: Callable[[LoggedDecision], float]
 ) -> None:
     highest = 1.0
     for group in groups:

@@ -49,7 +49,7 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
     by_cost = quantity_of(groups) is COST
     window, short = (_COST_WINDOW,) * 2 if by_cost else (_LONG_WINDOW, _WINDOW)
     ends = {g.label: f"{iqm([final_return(r) for r in g.runs]):.4g}" for g in groups}
-    totals = {g.label: f"{np.mean([_accidents(r) for r in g.runs]):.3g}" for g in groups}
+    totals = {g.label: f"{np.mean([r.accidents for r in g.runs]):.3g}" for g in groups}
     rates = {g.label: f"{_pooled_end(g.runs):.2%}" for g in groups}
     costs = {
         g.label: f"{np.mean([e.cost for r in g.runs for e in r.episodes]):.3g}" for g in groups
@@ -203,7 +203,7 @@ def pooled_rate(runs: Sequence[RunData], points: int = POINTS) -> tuple[NDArray[
 
 
 def _pooled_end(runs: Sequence[RunData]) -> float:
-    return sum(map(_accidents, runs)) / sum(len(run.episodes) for run in runs)
+    return sum(run.accidents for run in runs) / sum(len(run.episodes) for run in runs)
 
 
 def _draw_cost(axis: Axes, groups: Sequence[Group]) -> None:
@@ -233,11 +233,7 @@ def _draw_estimates(axis: Axes, groups: Sequence[Group], window: int) -> None:
             grid, values = together(realised)
             thin = {"linestyle": DOTTED, "linewidth": 1.5, "marker": ""}
             axis.plot(grid, mean_of_curves(values), **group.look.curve(**thin))
-    finish(
-        axis,
-        "Estimate against reality",
-        quantity.per_episode,
-    )
+    finish(axis, "Estimate against reality", quantity.per_episode)
     over_steps(axis, groups)
     axis.set_ylim(bottom=0)
     _draw_limits(axis, groups)
@@ -261,10 +257,6 @@ def _draw_limits(axis: Axes, groups: Sequence[Group]) -> None:
     }
     for name, limit in sorted(limits):
         draw_limit(axis, name, limit)
-
-
-def _accidents(run: RunData) -> int:
-    return sum(e.accident for e in run.episodes)
 
 
 def known_return(episode: Episode) -> float:

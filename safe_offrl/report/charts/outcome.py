@@ -82,7 +82,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 def harm(run: RunData, quantity: Quantity) -> float:
     """Cost per episode or accidents per 1000 steps: while learning, else of the evaluation."""
     if learned_online(run):
-        accidents = sum(e.accident for e in run.episodes)
+        accidents = run.accidents
         cost = math.fsum(e.cost for e in run.episodes)
         return quantity.rate_of(accidents, cost, len(run.episodes), run.episodes[-1].total_steps)
     if run.evaluation is None:

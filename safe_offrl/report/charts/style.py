@@ -16,6 +16,7 @@ from safe_offrl.stats.resampling import Statistic, bootstrap_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito: distinguishable with every common kind of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
@@ -28,6 +29,16 @@ THIN_RUNS = 3  # up to so many runs are drawn each; of more, the band of a boots
 POINTS = 120  # of a drawn curve
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """A white figure of this size in inches, which no window shows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 class Look(NamedTuple):
