@@ -70,7 +70,7 @@ def no_work(*_: Any, **__: Any) -> Any:
 
 WORK = {
     "evaluate": (commands.evaluate, "final_policy"),
-    "assess": (commands.assess, "assess"),
+    "assess": (commands.assess, "assess_policy"),
     "export": (commands.export, "final_policy"),
     "certify": (commands.certify, "final_policy"),
 }

@@ -53,7 +53,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
             part = Fitted(risk, 0.001, 0.0, 0.0, 0.0, 5000.0)
             return Estimates("accident", 1.0, 5000, part, part, 0.5)
 
-        monkeypatch.setattr(assess, "assess", found)
+        monkeypatch.setattr(assess, "assess_policy", found)
         return calls
 
     return assume
