@@ -232,7 +232,7 @@ class Finetuning:
         if rows is not None:
             if self.learner.return_discount is not None:
                 self._fill_returns(rows, self.learner.return_discount)
-            self.experience.add_episode(rows)
+            self.experience.buffer.append(rows)
         else:
             self.updated = self.steps
             # Never the same noise twice: it may be what brought the episode to its end.
@@ -253,9 +253,9 @@ class Finetuning:
         """States for an estimate under the deployed policy: starts, and for a cost its visits."""
         visited, length, latest = None, 0.0, self.config.visited_steps
         if self.limit.constraint == "cost":
-            visited = self.experience.recent(latest, size, self.generator)
-            length = self.experience.mean_length(latest)
-        starts = self.experience.start_states(size, self.generator)
+            visited = self.experience.buffer.draw_recent(latest, size, self.generator)
+            length = self.experience.buffer.mean_episode_length(latest)
+        starts = self.experience.draw_start_observations(size, self.generator)
         return self.critic.reference_states(starts, visited, length)
 
     def _seen(self) -> float:
@@ -340,7 +340,7 @@ class Finetuning:
             return self._record(UNTESTED, metrics, rolled_back=False)
         decision, rolled_back = self.deployment.propose(
             self.networks.actor,
-            self.experience.lived(
+            self.experience.buffer.recent_visits(
                 config.visited_steps, until_accident=self.limit.constraint == "accident"
             ),
             self._reference(ESTIMATE_STATES),
@@ -384,7 +384,7 @@ class Finetuning:
         return {
             **collect_state(self._parts()),
             **self.policy.tensors(),
-            **{f"experience/{k}": v for k, v in self.experience.state_dict().items()},
+            **{f"experience/{k}": v for k, v in self.experience.buffer.state_dict().items()},
         }
 
     def info(self) -> dict[str, Any]:
@@ -409,7 +409,7 @@ class Finetuning:
         """Continue from :meth:`state_dict` and :meth:`info`, bitwise."""
         restore_state(self._parts(), tensors)
         prefix = "experience/"
-        self.experience.load_state_dict(
+        self.experience.buffer.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
         self.steps = int(info["steps"])

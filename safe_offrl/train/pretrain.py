@@ -164,7 +164,7 @@ class Pretraining:
         self.report: CalibrationReport | None = None
         self._metrics: dict[str, Tensor | float] = {}  # since the last record
         logged = self.train.on(self.generator.device)
-        self._risky = RiskSampler.of(
+        self._risky = RiskSampler.from_dataset(
             logged,
             steps=self.critic.steps,
             discount=config.critic.cost_discount,

@@ -155,11 +155,11 @@ def test_the_online_phase_draws_the_same_rows(folder: Path) -> None:
     drawn: list[list[Batch]] = []
     for dataset in both(folder):
         data = Experience(dataset, 50, 0.5, steps=3, discount=0.9)
-        data.add_episode(torch.zeros(5, dataset.layout.width))
+        data.buffer.append(torch.zeros(5, dataset.layout.width))
         generator = torch.Generator().manual_seed(0)
         drawn.append(data.batches(2, 8, generator))
         drawn[-1].append(data.stratified_batch(8, 0.25, generator)[0])
-        assert data.start_states(6, generator).shape == (6, 3)
+        assert data.draw_start_observations(6, generator).shape == (6, 3)
     for one, other in zip(*drawn, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
