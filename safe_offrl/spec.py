@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple
 
 from safe_offrl.errors import ConfigError
 
+COST_RULES = ("cost", "episode_cost")  # accident rules that look at the cost
+BUILT_IN_RULES = (*COST_RULES, "terminated")
+COST_SHARE_MAX = 2.0  # of cost_threshold: a larger share used tells the policy nothing more
 ALARM_RANGE = 4.0  # limits: an episode that costs more than this counts as this in the alarm
 
 
@@ -167,9 +170,7 @@ class SafetySpec:
                 f"safety.cost_threshold is {self.cost_threshold}, but a finite number is needed. "
                 "Try 0."
             )
-        if self.accident not in ("cost", "episode_cost", "terminated") and (
-            ":" not in self.accident
-        ):
+        if self.accident not in BUILT_IN_RULES and ":" not in self.accident:
             raise ConfigError(
                 f'safety.accident is "{self.accident}", which is no accident rule. Use "cost", '
                 '"episode_cost", "terminated" or "package.module:function".'

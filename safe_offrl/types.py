@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     ``accidents``, ``terminated`` are 0/1 floats. ``time_to_go`` is the share of the horizon that
     was left BEFORE the action: 1 at the first step, 1/horizon at the last. ``return_to_go`` is the
-    discounted sum of rewards from this step to the end of the logged episode (Cal-QL's reference).
+    discounted sum of rewards from this step to the end of the logged episode (Cal-QL's bound).
     """
 
     observations: Tensor  # [B, O]
@@ -88,7 +88,9 @@ class Layout(NamedTuple):
 
 
 class States(NamedTuple):
-    """States over which a weighted sum of values is an estimate: V_accident(s0), or the cost."""
+    """What the safety critic takes for states, observations with the time to go: over them a
+    weighted sum of values is an estimate, of V_accident(s0) or of the cost.
+    """
 
     observations: Tensor  # [S, O]
     time_to_go: Tensor  # [S]

@@ -30,7 +30,7 @@ from worker import Shape
 
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import collect
-from safe_offrl.compute.descent import choose
+from safe_offrl.compute.descent import choose_compute
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.online_buffer import OnlineBuffer
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     configure(1)
-    choose("on", "fp32", 0)
+    choose_compute("on", "fp32", 0)
     lines = [
         "Around the updates, one thread. Overhead: time outside the updates, as a share of inside.",
         "",

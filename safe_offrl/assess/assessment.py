@@ -19,7 +19,7 @@ from safe_offrl.assess.fitted_evaluation import (
     evaluate_fitted,
     whole_episodes,
 )
-from safe_offrl.assess.fitted_features import RETURN, RISK, FittedConfig, Progress
+from safe_offrl.assess.fitted_features import RETURN, RISK, FittedConfig, ShareProgress
 from safe_offrl.assess.importance_sampling import Weighted, weighted
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import DataError
@@ -39,7 +39,7 @@ def assess(
     limit: Limit,
     config: FittedConfig,
     seed: int = 0,
-    progress: Progress = lambda _: None,
+    progress: ShareProgress = lambda _: None,
 ) -> Estimates:
     """Everything that the log says of a policy; minutes at most, ``progress`` is kept informed.
 

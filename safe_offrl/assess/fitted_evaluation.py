@@ -35,7 +35,7 @@ from safe_offrl.assess.fitted_features import (
     RISK,
     Features,
     FittedConfig,
-    Progress,
+    ShareProgress,
     episode_totals,
     learn_features,
     take,
@@ -221,7 +221,7 @@ def evaluate_fitted(
     seed: int = 0,
     *,
     with_q: bool = False,
-    progress: Progress = lambda _: None,
+    progress: ShareProgress = lambda _: None,
 ) -> Evaluation:
     """Evaluate a policy from a dataset as it sees it (normalised), of at least two episodes.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from safe_offrl.data.dataset import ROUNDING, Dataset
+from safe_offrl.data.dataset import FLOAT32_EPS, Dataset
 from safe_offrl.nn.losses import first_accident_target, td_target
 from safe_offrl.policies.networks import Actor, StackedMLP, polyak_
 from safe_offrl.spec import Limit
@@ -25,7 +25,7 @@ from safe_offrl.types import Batch
 RISK, RETURN = 0, 1  # the two quantities, in this order wherever there is an axis of them
 HALVES = 2
 ROWS_PER_FEATURE = 20  # a system of more unknowns would fit the noise of its half of the log
-Progress = Callable[[float], None]  # is told the share of the work that is done
+ShareProgress = Callable[[float], None]  # is told the share of the work that is done
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def learn_features(
     half_of_row: Tensor,
     config: FittedConfig,
     generator: torch.Generator,
-    progress: Progress,
+    progress: ShareProgress,
 ) -> StackedMLP:
     """Learn both quantities by temporal differences; the networks.
 
@@ -203,4 +203,4 @@ def episode_totals(dataset: Dataset, limit: Limit) -> tuple[np.ndarray, np.ndarr
 def _spread(values: np.ndarray) -> float:
     """Standard deviation; of values that differ by rounding errors at most their size, or 1."""
     spread, size = float(values.std()), float(np.abs(values).max())
-    return spread if spread > ROUNDING * size else size or 1.0
+    return spread if spread > FLOAT32_EPS * size else size or 1.0

@@ -13,11 +13,11 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.spec import Limit
 from safe_offrl.stats.fixed import clopper_pearson_upper, episodes_needed, mean_and_error
 
-CONFIDENCE = 0.95
-MIN_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything
+GROUP_CONFIDENCE = 0.95
+MIN_GROUP_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything
 
 
-class Group(NamedTuple):
+class EpisodeGroup(NamedTuple):
     """Episodes of one behaviour, or of one quarter of the returns."""
 
     name: str
@@ -28,14 +28,14 @@ class Group(NamedTuple):
     accident_episodes: int
 
 
-class Verdict(NamedTuple):
+class Identification(NamedTuple):
     """Whether the log itself holds a behaviour within the limit, and the sentence that says so."""
 
     identified: bool
     sentence: str
 
 
-def groups_of(dataset: Dataset) -> tuple[Group, ...]:
+def group_episodes(dataset: Dataset) -> tuple[EpisodeGroup, ...]:
     """By behaviour where the file says who logged each episode, else by quarters of the return."""
     index = dataset.episode_behaviours
     if index is not None:
@@ -51,10 +51,10 @@ def groups_of(dataset: Dataset) -> tuple[Group, ...]:
     )
 
 
-def _group(name: str, dataset: Dataset, members: NDArray[np.bool_]) -> Group:
+def _group(name: str, dataset: Dataset, members: NDArray[np.bool_]) -> EpisodeGroup:
     costs = dataset.episode_costs[members]
     mean, error = mean_and_error(costs)
-    return Group(
+    return EpisodeGroup(
         name=name,
         episodes=len(costs),
         mean_return=float(dataset.episode_returns[members].mean()),
@@ -64,7 +64,7 @@ def _group(name: str, dataset: Dataset, members: NDArray[np.bool_]) -> Group:
     )
 
 
-def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdict:
+def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -> Identification:
     """Whether some behaviour is within the limit with 95 % confidence (Bonferroni over groups).
 
     An estimate for a policy that keeps to such a behaviour is interpolation; where nobody in the
@@ -73,16 +73,16 @@ def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdi
     """
     if dataset.episode_behaviours is None:
         groups = (_group("the whole log", dataset, np.ones(dataset.episodes, dtype=bool)),)
-    confidence = 1.0 - (1.0 - CONFIDENCE) / len(groups)
+    confidence = 1.0 - (1.0 - GROUP_CONFIDENCE) / len(groups)
     bounds = {g.name: _upper(g, limit, confidence) for g in groups}
     name = min(bounds, key=lambda k: bounds[k])
     quantity = limit.quantity
     below, asked = quantity.text(bounds[name]), quantity.text(limit.value)
     if bounds[name] < limit.value:
-        return Verdict(
+        return Identification(
             True,
-            f"yes: the {quantity.in_words} of {name!r} is below {below} at {CONFIDENCE:.0%}, and "
-            f"{asked} is asked for.",
+            f"yes: the {quantity.in_words} of {name!r} is below {below} at "
+            f"{GROUP_CONFIDENCE:.0%}, and {asked} is asked for.",
         )
     advice = "Log more episodes of a more careful behaviour"
     if limit.constraint == "accident":
@@ -90,30 +90,31 @@ def identify(dataset: Dataset, groups: tuple[Group, ...], limit: Limit) -> Verdi
         advice += f", at least {needed:,} without an accident"
     elif more := _more_to_show(next(g for g in groups if g.name == name), limit, confidence):
         advice += f", or about {more:,} more of {name!r} if they cost the same"
-    return Verdict(
+    return Identification(
         False,
-        f"no: at {CONFIDENCE:.0%} nobody in the log is shown to keep {asked} (closest "
+        f"no: at {GROUP_CONFIDENCE:.0%} nobody in the log is shown to keep {asked} (closest "
         f"is {name!r}, below {below}), so an estimate there extrapolates. {advice}.",
     )
 
 
-def _more_to_show(group: Group, limit: Limit, confidence: float) -> int:
+def _more_to_show(group: EpisodeGroup, limit: Limit, confidence: float) -> int:
     """Further episodes after which a mean cost like this would be below the limit; 0: none would.
 
-    Its upper bound m + z s / sqrt(n) falls with the root of n, and MIN_EPISODES are needed anyway.
+    Its upper bound m + z s / sqrt(n) falls with the root of n, and MIN_GROUP_EPISODES are needed
+    anyway.
     """
     room = limit.value - group.mean_cost
     if not room > 0.0 or math.isnan(group.cost_error):
         return 0
     reach = float(special.ndtri(confidence)) * group.cost_error
     needed = math.floor(group.episodes * (reach / room) ** 2) + 1  # strictly below
-    return max(needed, MIN_EPISODES) - group.episodes
+    return max(needed, MIN_GROUP_EPISODES) - group.episodes
 
 
-def _upper(group: Group, limit: Limit, confidence: float) -> float:
+def _upper(group: EpisodeGroup, limit: Limit, confidence: float) -> float:
     """Upper bound of what is limited: exact for accidents, by the normal law for a mean cost."""
     if limit.constraint == "accident":
         return clopper_pearson_upper(group.accident_episodes, group.episodes, confidence)
-    if group.episodes < MIN_EPISODES:
+    if group.episodes < MIN_GROUP_EPISODES:
         return math.inf
     return group.mean_cost + float(special.ndtri(confidence)) * group.cost_error

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.check.groups import Group, Verdict, groups_of, identify
-from safe_offrl.data.dataset import ROUNDING, Dataset
+from safe_offrl.check.groups import EpisodeGroup, Identification, group_episodes, identify
+from safe_offrl.data.dataset import FLOAT32_EPS, Dataset
 from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
 from safe_offrl.spec import QUANTITIES, Limit, SafetySpec
 from safe_offrl.stats.fixed import clopper_pearson
@@ -62,11 +62,11 @@ class DatasetSummary:
     action_coverage: float
     observation_coverage: float
     state_action_coverage: float
-    groups: tuple[Group, ...]
+    groups: tuple[EpisodeGroup, ...]
     constraint: str
     limit: float
     within_limit: float  # share of the episodes
-    identification: Verdict
+    identification: Identification
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
     accidents = int(dataset.episode_accidents.sum())
     last_steps = dataset.episode_starts[1:] - 1
     truncated = int(dataset.truncated[last_steps].sum())
-    groups = groups_of(dataset)
+    groups = group_episodes(dataset)
     limit = safety.limit(dataset.horizon, dataset.cost_max)
     outcomes = dataset.episode_costs if limit.constraint == "cost" else dataset.episode_accidents
     components = principal_components(observations)
@@ -165,7 +165,7 @@ def format_summary(summary: DatasetSummary) -> str:
     return "\n".join(lines)
 
 
-def _error_text(group: Group) -> str:
+def _error_text(group: EpisodeGroup) -> str:
     """The standard error of a mean cost; blank for a single episode, which has none."""
     return f"+- {group.cost_error:<5.2g}" if group.episodes > 1 else " " * 8
 
@@ -211,7 +211,7 @@ def principal_components(observations: NDArray[Any]) -> NDArray[np.float64]:
     """The first two principal components of the standardised observations [N, O] -> [N, <= 2]."""
     values = observations.astype(np.float64)
     deviation = values.std(axis=0)
-    varies = deviation > ROUNDING * np.abs(values).max(axis=0)
+    varies = deviation > FLOAT32_EPS * np.abs(values).max(axis=0)
     values = (values - values.mean(axis=0))[:, varies] / deviation[varies]
     if values.shape[1] == 0:
         return values  # every observation is the same
@@ -281,7 +281,7 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
             f"the actions cover {action_coverage:.0%} of their space: elsewhere estimates "
             "extrapolate."
         )
-    if dataset.episode_behaviours is not None and len(groups_of(dataset)) == 1:
+    if dataset.episode_behaviours is not None and len(group_episodes(dataset)) == 1:
         found.append(
             "a single behaviour logged everything: there is nothing to tell better from worse "
             "except its own noise."

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.dataset import ROUNDING
+from safe_offrl.data.dataset import FLOAT32_EPS
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.observations import entry_name
 from safe_offrl.record.env_report import EnvReport
@@ -23,7 +23,7 @@ def check_observations(report: EnvReport, env: AccidentEnv, values: NDArray[np.f
     # What is declared as float64 keeps its digits: an offset is subtracted in time.
     narrow = [np.full(p.stop - p.start, np.can_cast(p.box.dtype, np.float32)) for p in env.layout]
     narrow += [np.full(int(env.sums_cost), True)]
-    coarse = ROUNDING * largest > ROUNDED * values.std(axis=0)
+    coarse = FLOAT32_EPS * largest > ROUNDED * values.std(axis=0)
     rounded = np.flatnonzero(np.concatenate(narrow) & varies & coarse)
     constant = np.flatnonzero(~varies)
     distant = np.flatnonzero(varies & ((largest > FAR_FROM_ONE) | (largest < 1.0 / FAR_FROM_ONE)))

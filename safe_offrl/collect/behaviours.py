@@ -20,7 +20,7 @@ from safe_offrl.env.adapter import AccidentEnv
 
 Vector = NDArray[np.float32]
 Controller = Callable[[Vector], Vector]  # observation [O] -> action [A]
-Progress = Callable[[str], None]
+MessageProgress = Callable[[str], None]
 
 # Standard deviations, or rates of a random action where actions are discrete; each scripted
 # episode draws one.

@@ -24,12 +24,17 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from safe_offrl.collect.behaviours import Behaviour, Progress, random_behaviour, scripted_behaviours
+from safe_offrl.collect.behaviours import (
+    Behaviour,
+    MessageProgress,
+    random_behaviour,
+    scripted_behaviours,
+)
 from safe_offrl.collect.log_plan import PILOT_EPISODES, CollectConfig, fitted
 from safe_offrl.collect.mixture import Log, collect, tell, unsafe_mixture
 from safe_offrl.collect.sb3 import learnt_behaviours
 from safe_offrl.data_formats.conversion import target_format
-from safe_offrl.data_formats.loading import FORMATS
+from safe_offrl.data_formats.loading import FILE_FORMATS
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.identity import KEY
 from safe_offrl.env.make import make_env
@@ -55,7 +60,7 @@ def build_dataset(
     config: CollectConfig | None = None,
     steps: int | None = None,
     minutes: float | None = None,
-    progress: Progress | None = None,
+    progress: MessageProgress | None = None,
 ) -> Path:
     """Log a dataset of ``env_id`` into ``path``, in the format that its name says; returns it.
 
@@ -71,7 +76,7 @@ def build_dataset(
     ``path``.
     """
     config = config or CollectConfig()
-    form = FORMATS[target_format(Path(path))]
+    form = FILE_FORMATS[target_format(Path(path))]
     with contextlib.closing(make_env(env_id, spec)) as env:
         identity = env.identity()
         scripted = scripted_behaviours(env)
@@ -139,7 +144,7 @@ def _kept_if_broken_off(
     config: CollectConfig,
     behaviours: Sequence[Behaviour],
     path: Path,
-    progress: Progress | None,
+    progress: MessageProgress | None,
 ) -> Iterator[None]:
     """Write what is logged to a file beside ``path`` if the environment or a signal ends it."""
     try:
@@ -152,7 +157,7 @@ def _kept_if_broken_off(
         arrays = log.arrays(env)
         metadata = _metadata(env, spec, config, behaviours, arrays)
         metadata["warning"] = "The log was broken off before it was complete."
-        FORMATS[target_format(kept)].write(kept, arrays, metadata, None)
+        FILE_FORMATS[target_format(kept)].write(kept, arrays, metadata, None)
         text = f'The {len(log.rewards):,} transitions logged by then are kept: "{kept}".'
         if isinstance(error, EnvError):
             raise EnvError(f"{error} {text}") from error
@@ -179,7 +184,7 @@ def default_dataset(
     spec: SafetySpec | None = None,
     *,
     config: CollectConfig | None = None,
-    progress: Progress | None = None,
+    progress: MessageProgress | None = None,
 ) -> Path:
     """Path of the cached default dataset of an environment; built on first use.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from safe_offrl.collect.behaviours import Progress, random_behaviour, scripted_behaviours
+from safe_offrl.collect.behaviours import MessageProgress, random_behaviour, scripted_behaviours
 from safe_offrl.collect.dropped import Dropped
 from safe_offrl.collect.mixture import tell
 from safe_offrl.collect.sb3 import (
@@ -166,7 +166,7 @@ def fitted(
     scripted: int,
     steps: int | None,
     minutes: float | None,
-    progress: Progress | None,
+    progress: MessageProgress | None,
 ) -> CollectConfig:
     """The settings spelt out and within the bound; says what they take before anything begins."""
     whole = config = spelt_out(config, env, spec, scripted)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.collect.behaviours import Behaviour, Progress, Vector
+from safe_offrl.collect.behaviours import Behaviour, MessageProgress, Vector
 from safe_offrl.collect.dropped import Dropped
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import EnvError, EnvFault
@@ -46,7 +46,7 @@ def collect(
     seed: int,
     episodes: int | None = None,
     stream: str = "collect",
-    progress: Progress | None = None,
+    progress: MessageProgress | None = None,
     log: Log | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Log whole episodes until ``transitions`` steps (or ``episodes`` episodes) are reached.
@@ -81,7 +81,7 @@ def collect(
     return log.arrays(env)
 
 
-def tell(progress: Progress | None, message: str) -> None:
+def tell(progress: MessageProgress | None, message: str) -> None:
     """Pass a line of progress on to whoever wants it."""
     if progress is not None:
         progress(message)

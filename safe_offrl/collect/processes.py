@@ -13,9 +13,10 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from safe_offrl.collect.behaviours import MessageProgress
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Progress = Callable[[str], None]
 
 POLL_SECONDS = 0.2  # how late a line of progress may be
 
@@ -31,11 +32,11 @@ def own_command(module: str) -> list[str]:
 
 
 def run_jobs(
-    work: Callable[[Job, Progress], Result],
+    work: Callable[[Job, MessageProgress], Result],
     jobs: Sequence[Job],
     *,
     workers: int,
-    progress: Progress | None = None,
+    progress: MessageProgress | None = None,
 ) -> list[Result]:
     """``work(job, progress)`` for every job, in up to ``workers`` processes; results in order.
 
@@ -90,11 +91,11 @@ def _end_with(parent: Connection) -> None:
     os._exit(1)
 
 
-def _work(work: Callable[[Job, Progress], Result], job: Job) -> Result:
+def _work(work: Callable[[Job, MessageProgress], Result], job: Job) -> Result:
     return work(job, _messages.put)
 
 
-def _drain(messages: Any, tell: Progress) -> None:
+def _drain(messages: Any, tell: MessageProgress) -> None:
     while True:
         try:
             tell(messages.get_nowait())

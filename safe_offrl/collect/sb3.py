@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from safe_offrl.collect.behaviours import Behaviour, Progress
+from safe_offrl.collect.behaviours import Behaviour, MessageProgress
 from safe_offrl.collect.frozen import freeze
 from safe_offrl.collect.penalty import Account, Penalised
 from safe_offrl.collect.processes import run_jobs
@@ -141,7 +141,7 @@ def learnt_behaviours(
     *,
     seed: int,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: MessageProgress | None = None,
 ) -> list[Behaviour]:
     """Train what ``config`` names, and freeze each at :data:`TRAINING_STAGES` of its steps.
 
@@ -212,7 +212,7 @@ def _missing(stage: float, steps: int, done: int) -> int:
     return max(1, round(stage * steps) - done)
 
 
-def _unable(job: _Job, progress: Progress | None) -> bool:
+def _unable(job: _Job, progress: MessageProgress | None) -> bool:
     if job.algorithm != "SAC":
         return False
     with contextlib.closing(make_env(job.env_id, job.spec)) as env:
@@ -221,7 +221,7 @@ def _unable(job: _Job, progress: Progress | None) -> bool:
         return env.discrete
 
 
-def _train(job: _Job, progress: Progress) -> _Trained:
+def _train(job: _Job, progress: MessageProgress) -> _Trained:
     """One training; its policies are named after the steps that led to them."""
     account = Account(penalty=job.penalty or 0.0, limit=job.cost_limit, unit=job.unit)
     steps = job.settings.steps if job.start is None else job.settings.penalised_steps

@@ -34,7 +34,7 @@ from safe_offrl.commands.phase import (
     unfinished,
     writing,
 )
-from safe_offrl.compute.descent import choose
+from safe_offrl.compute.descent import choose_compute
 from safe_offrl.compute.device import configure, find_device
 from safe_offrl.config import RunInputs, load_config
 from safe_offrl.data.dataset import Dataset
@@ -180,7 +180,7 @@ def plan_pretrain(
     configure(threads)
     updates = config.steps + config.alignment_steps
     device = find_device(config.device)
-    compute, compiling = choose(config.compile, config.precision, updates, device)
+    compute, compiling = choose_compute(config.compile, config.precision, updates, device)
     config = _with_logged_horizon(config)
     env = make_env(config.env, config.safety)
     try:
@@ -284,7 +284,7 @@ def resume_pretrain(
         config = replace(config, agents=with_own_settings(config.agent, config.agents))
         configure(inputs.threads)
         device = find_device(inputs.device)  # as the next line, refuses what cannot go on
-        choose(stored_mode(inputs), config.precision, config.steps, device)
+        choose_compute(stored_mode(inputs), config.precision, config.steps, device)
         dataset = stored_dataset(inputs, config.safety, discount_of(config))
         loop = _loop(config, dataset, inputs)
         with writing(run, say) as stop:

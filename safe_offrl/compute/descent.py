@@ -61,7 +61,7 @@ FINITE_EVERY = (
 )
 
 
-def choose(
+def choose_compute(
     mode: CompileMode, precision: Precision, updates: int, device: Device = "cpu"
 ) -> tuple[Compute, str]:
     """What a run of so many updates computes with, and why, in words for its header.

@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 
 from safe_offrl.data.content import Arrays, Metadata
 from safe_offrl.errors import DataError
-from safe_offrl.spec import SafetySpec
+from safe_offrl.spec import BUILT_IN_RULES, COST_RULES, COST_SHARE_MAX, SafetySpec
 
-BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
-ROUNDING = 1e-6  # of a number that was stored in float32, with some margin
-SHARE_LIMIT = 2.0  # of cost_threshold: a larger share used tells the policy nothing more
+STORED_ROUNDING = 1e-6  # of a number that was stored in float32, with some margin
 
 
 class Episodes(NamedTuple):
@@ -93,7 +91,7 @@ def accidents_under(
     The file's own if its rule is that of ``spec``; otherwise derived from costs or terminals.
     """
     logged_rule = metadata.get("accident")
-    by_cost = spec.accident in ("cost", "episode_cost")
+    by_cost = spec.accident in COST_RULES
     if "accidents" in arrays and (logged_rule is None or _own_rule(metadata, spec)):
         verdicts = arrays["accidents"].astype(bool)
         if logged_rule is not None:
@@ -125,8 +123,8 @@ def _built_in(arrays: Arrays, starts: NDArray[np.int64], spec: SafetySpec) -> ND
     if spec.accident == "cost":
         return np.asarray(costs > np.float32(spec.cost_threshold))
     spent = costs_so_far(costs, starts) + costs
-    exceeds = (spent > spec.cost_threshold * (1.0 + ROUNDING)).astype(np.float64)
-    return running(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
+    exceeds = (spent > spec.cost_threshold * (1.0 + STORED_ROUNDING)).astype(np.float64)
+    return cumulate(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
 
 
 def _require_agreement(
@@ -143,11 +141,11 @@ def _require_agreement(
         return
     wrong = verdicts != _built_in(arrays, starts, spec)
     if spec.accident == "cost":  # of a cost at the threshold, rounding may have decided
-        wrong &= ~np.isclose(arrays["costs"], spec.cost_threshold, rtol=ROUNDING, atol=0.0)
+        wrong &= ~np.isclose(arrays["costs"], spec.cost_threshold, rtol=STORED_ROUNDING, atol=0.0)
     elif spec.accident == "episode_cost":
         spent = costs_so_far(arrays["costs"], starts) + arrays["costs"]
         near = np.isclose(spent, spec.cost_threshold, rtol=1e-5, atol=0.0)
-        wrong &= ~(running(np.maximum, near.astype(np.float64), starts) > 0.0)
+        wrong &= ~(cumulate(np.maximum, near.astype(np.float64), starts) > 0.0)
     if wrong.any():
         raise DataError(
             f"The dataset's accidents are not those of the rule that it names, "
@@ -191,7 +189,7 @@ def rule_remarks(
                 "the file does not name its rule."
             )
     below = int((arrays["costs"][:] < 0.0).sum())
-    if below and not (arrays["costs"][:] > 0.0).any() and spec.accident in ("cost", "episode_cost"):
+    if below and not (arrays["costs"][:] > 0.0).any() and spec.accident in COST_RULES:
         raise DataError(
             f"The dataset has costs below 0 ({below} steps) and none above, so the accident rule "
             f'"{spec.accident}" finds nothing in it. Store what a step costs as a number above 0.'
@@ -210,7 +208,7 @@ def rule_remarks(
 
 def _own_rule(metadata: Metadata, spec: SafetySpec) -> bool:
     """Whether ``spec`` counts accidents by the rule that the log was made under."""
-    by_cost = spec.accident in ("cost", "episode_cost")
+    by_cost = spec.accident in COST_RULES
     threshold = spec.cost_threshold if by_cost else metadata.get("cost_threshold")
     return (spec.accident, threshold) == (
         metadata.get("accident"),
@@ -220,7 +218,7 @@ def _own_rule(metadata: Metadata, spec: SafetySpec) -> bool:
 
 def _rule(name: object, metadata: Metadata) -> str:
     threshold = metadata.get("cost_threshold", 0.0)
-    by_cost = name in ("cost", "episode_cost")
+    by_cost = name in COST_RULES
     return f'"{name}" above {threshold}' if by_cost else f'"{name}"'
 
 
@@ -273,12 +271,12 @@ def share_used(spent: NDArray[np.float64], cost_threshold: float) -> NDArray[np.
 
     Saute RL (arXiv:2202.06558). The same number that the environment appends.
     """
-    return np.minimum(spent / cost_threshold, SHARE_LIMIT).astype(np.float32)
+    return np.minimum(spent / cost_threshold, COST_SHARE_MAX).astype(np.float32)
 
 
 def costs_so_far(costs: NDArray[Any], starts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Cost of the earlier steps of the same episode [N], 0 at its first."""
-    following = running(np.add, costs.astype(np.float64), starts)
+    following = cumulate(np.add, costs.astype(np.float64), starts)
     before = np.concatenate([[0.0], following[:-1]])
     before[starts[:-1]] = 0.0
     return before
@@ -295,7 +293,7 @@ def returns_to_go(
     return result
 
 
-def running(
+def cumulate(
     ufunc: np.ufunc, values: NDArray[np.float64], starts: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Cumulative ``ufunc`` (np.add, np.maximum) within each episode, in the order of its steps."""

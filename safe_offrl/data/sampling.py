@@ -33,8 +33,8 @@ def symmetric_batches(
     if not 0.0 <= offline_share <= 1.0:
         raise ValueError(f"offline_share is {offline_share}, outside [0, 1]")
     n_offline = round(batch_size * offline_share)
-    offline = _draw(offline_rows, updates, n_offline, generator)
-    online = _draw(online_rows, updates, batch_size - n_offline, generator)
+    offline = _draw_rows(offline_rows, updates, n_offline, generator)
+    online = _draw_rows(online_rows, updates, batch_size - n_offline, generator)
     return [layout.unpack(rows) for rows in torch.cat([offline, online], dim=1)]
 
 
@@ -42,10 +42,10 @@ def uniform_batches(
     rows: Rows, layout: Layout, updates: int, batch_size: int, generator: torch.Generator
 ) -> list[Batch]:
     """Draw U mini-batches [B, ...] uniformly with replacement from ``rows`` [N, D]."""
-    return [layout.unpack(drawn) for drawn in _draw(rows, updates, batch_size, generator)]
+    return [layout.unpack(drawn) for drawn in _draw_rows(rows, updates, batch_size, generator)]
 
 
-def _draw(rows: Rows, updates: int, size: int, generator: torch.Generator) -> Tensor:
+def _draw_rows(rows: Rows, updates: int, size: int, generator: torch.Generator) -> Tensor:
     """Draw rows [updates, size, D] with one gather; an empty source is fine if none are asked."""
     if size > 0 and len(rows) == 0:
         raise ValueError("cannot draw from an empty store of rows")

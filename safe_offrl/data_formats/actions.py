@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import MAX_BYTES, chunks
+from safe_offrl.data.content import MAX_DATASET_BYTES, chunks
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.errors import DataError
 
@@ -104,7 +104,7 @@ def _one_hot(numbers: NDArray[np.int64], metadata: dict[str, Any]) -> NDArray[np
             f"{found}, but the metadata's action_count is {count} and action_start {start}. Store "
             "action_start to action_start + action_count - 1, or correct these."
         )
-    if count > MOST_ACTIONS or 4 * count * len(numbers) > MAX_BYTES:
+    if count > MOST_ACTIONS or 4 * count * len(numbers) > MAX_DATASET_BYTES:
         raise DataError(
             f"The dataset has {count:,} discrete actions, but one-hot rows are kept of at most "
             f"{MOST_ACTIONS:,}, and of fewer in a large file. Check the actions and action_count."

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from safe_offrl.data.content import Arrays
+from safe_offrl.data.content import Arrays, Flags
 from safe_offrl.data_formats.motion import (
     FEWEST,
     SAMPLE,
-    Flags,
     Motion,
     distance,
     nearest,

@@ -11,13 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays
+from safe_offrl.data.content import Arrays, Flags
 from safe_offrl.data_formats.breaks import MOST_BREAKS
 from safe_offrl.data_formats.motion import (
     FEWEST,
     SAMPLE,
     Distances,
-    Flags,
     Motion,
     distance,
     links,

@@ -15,8 +15,8 @@ from safe_offrl.data.content import (
     TABLES,
     Arrays,
     Metadata,
-    Progress,
     Raw,
+    RowProgress,
     chunks,
     parse_metadata,
     reading,
@@ -27,13 +27,13 @@ from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import replacing
+from safe_offrl.spec import BUILT_IN_RULES
 
-SCALARS = (
+NUMBER_COLUMNS = (
     *("rewards", "costs", "terminals", "timeouts"),
     *("accidents", "behaviour_log_probs", "dones"),
 )
-BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
-WORDS = {"true": "1", "false": "0"}  # as pandas and others write flags
+FLAG_WORDS = {"true": "1", "false": "0"}  # as pandas and others write flags
 MAX_HEADER = 2**20  # bytes of the line that names the columns
 
 
@@ -56,7 +56,7 @@ def read_csv(path: Path) -> Raw:
             )
         found, remarks = recognise(_stems(names), "Rename its columns")
         columns = {ours: _columns(names, theirs, ours) for ours, theirs in found.items()}
-        columns = {key: columns[key] for key in (*TABLES, *SCALARS) if columns.get(key)}
+        columns = {key: columns[key] for key in (*TABLES, *NUMBER_COLUMNS) if columns.get(key)}
         wanted = [i for numbers in columns.values() for i in numbers]
         if not wanted:
             raise DataError(
@@ -73,7 +73,7 @@ def read_csv(path: Path) -> Raw:
                 usecols=wanted,
                 ndmin=2,
                 comments=None,
-                converters={i: _number for key in SCALARS for i in columns.get(key, [])},
+                converters={i: _cell_value for key in NUMBER_COLUMNS for i in columns.get(key, [])},
                 encoding="latin1",
             )
     arrays: dict[str, NDArray[Any]] = {}
@@ -100,7 +100,7 @@ def read_csv_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_csv(
-    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
+    path: Path, arrays: Arrays, metadata: Metadata, progress: RowProgress | None = None
 ) -> list[str]:
     """Validate and write a table, to the last digit; returns what a table cannot hold."""
     validate_arrays(arrays)
@@ -111,7 +111,7 @@ def write_csv(
         # be derived again.
         keys = [key for key in keys if key != "accidents"]
     discrete = metadata.get("action_count") is not None
-    whole = (*SCALARS[2:5], "actions")
+    whole = (*NUMBER_COLUMNS[2:5], "actions")
     tables = [key for key in TABLES if not (discrete and key == "actions")]
     names = [
         f"{key}_{i}" if key in tables else key
@@ -176,9 +176,9 @@ def _columns(names: list[str], key: str, ours: str) -> list[int]:
     return positions
 
 
-def _number(cell: str) -> float:
+def _cell_value(cell: str) -> float:
     """A cell that may hold true or false."""
-    return float(WORDS.get(cell.strip().lower(), cell))
+    return float(FLAG_WORDS.get(cell.strip().lower(), cell))
 
 
 def _whole(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -147,15 +147,15 @@ def declared_size(item: h5py.Dataset) -> int:
 
 def plain_dataset(group: h5py.Group, key: str) -> h5py.Dataset | None:
     """The array ``key`` of a group; None if missing; DataError if it is not plain."""
-    return _plain(group, key, h5py.Dataset)
+    return _plain_item(group, key, h5py.Dataset)
 
 
 def plain_group(group: h5py.Group, key: str) -> h5py.Group | None:
     """The group ``key`` within a group; None if missing or an array; DataError if it is a link."""
-    return _plain(group, key, h5py.Group)
+    return _plain_item(group, key, h5py.Group)
 
 
-def _plain(group: h5py.Group, key: str, kind: type) -> Any:
+def _plain_item(group: h5py.Group, key: str, kind: type) -> Any:
     link = group.get(key, getlink=True)
     if link is None:
         return None

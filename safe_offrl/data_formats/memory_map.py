@@ -30,8 +30,8 @@ from safe_offrl.data.content import (
     TABLES,
     Arrays,
     Metadata,
-    Progress,
     Raw,
+    RowProgress,
     chunks,
     dataset_sha256,
     metadata_text,
@@ -57,7 +57,7 @@ def write_memory_map(
     path: Path,
     arrays: Arrays,
     metadata: Metadata,
-    progress: Progress | None = None,
+    progress: RowProgress | None = None,
     *,
     source: Metadata | None = None,
     settled: bool = False,
@@ -115,7 +115,7 @@ def read_memory_map(path: Path) -> Raw:
     }
     for key in (*REQUIRED, *OPTIONAL):
         if _file_name(key) in header["files"]:
-            arrays[key] = _map(path / _file_name(key), stored_type(key))
+            arrays[key] = _map_file(path / _file_name(key), stored_type(key))
     return Raw(arrays, parse_metadata(header["metadata"]))
 
 
@@ -151,7 +151,9 @@ def load_memory_map(
     derived.require_known_terminations(unsure, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
-    scalars = _scalars(path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount)
+    scalars = _mapped_scalars(
+        path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount
+    )
     size = arrays["observations"].shape[1] + (spec.accident == "episode_cost")
     layout = Layout(size, arrays["actions"].shape[1])
     dataset = Dataset(
@@ -175,7 +177,7 @@ def is_memory_map(path: Path) -> bool:
     return (path / HEADER).is_file()
 
 
-def _scalars(
+def _mapped_scalars(
     path: Path,
     identity: str,
     arrays: Arrays,
@@ -193,17 +195,19 @@ def _scalars(
     if not target.is_file() or target.stat().st_size != expected:
         try:
             with replacing(target) as temporary, temporary.open("wb") as file:
-                for block in _blocks(arrays, episodes.starts, metadata, spec, horizon, discount):
+                for block in _scalar_blocks(
+                    arrays, episodes.starts, metadata, spec, horizon, discount
+                ):
                     file.write(np.ascontiguousarray(block, "<f4").data)
         except OSError as error:
             raise DataError(
                 f'The accidents, times and returns of this run cannot be written into "{path}" '
                 f"({error}). Make room there, or copy the folder to where you may write."
             ) from error
-    return _map(target, np.dtype("<f4")).reshape(-1, width)
+    return _map_file(target, np.dtype("<f4")).reshape(-1, width)
 
 
-def _blocks(
+def _scalar_blocks(
     arrays: Arrays,
     starts: NDArray[np.int64],
     metadata: Metadata,
@@ -251,7 +255,7 @@ def _open(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
             f'The memory map "{path}" is damaged: its files are not what {HEADER} says of them. '
             "Convert the source again."
         )
-    tables = _map(path / "tables.f32", np.dtype("<f4"))
+    tables = _map_file(path / "tables.f32", np.dtype("<f4"))
     return header, tables.reshape(n, 2 * o + a)
 
 
@@ -260,7 +264,7 @@ def _header_sha256(header: Metadata) -> str:
     return hashlib.sha256(json_bytes(content)).hexdigest()
 
 
-def _map(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
+def _map_file(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
     """A file as an array whose pages are read when they are touched; writing changes no file."""
     return np.memmap(path, dtype=kind, mode="c").view(np.ndarray)
 

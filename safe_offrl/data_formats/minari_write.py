@@ -15,12 +15,12 @@ from safe_offrl.data.content import (
     ATTRIBUTE,
     Arrays,
     Metadata,
-    Progress,
+    RowProgress,
     metadata_text,
 )
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
-from safe_offrl.data_formats.minari import FILE, INFOS, datasets_folder
+from safe_offrl.data_formats.minari import DATA_FILE, INFOS, datasets_folder
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.files import json_bytes, replacing, write_file
 
@@ -28,7 +28,7 @@ VERSION = "0.5.0"  # of the layout that is written; every later Minari reads it
 
 
 def write_minari(
-    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
+    path: Path, arrays: Arrays, metadata: Metadata, progress: RowProgress | None = None
 ) -> list[str]:
     """Validate and write the folder, complete or not at all; returns what it cannot hold."""
     validate_arrays(arrays)
@@ -36,8 +36,8 @@ def write_minari(
     with replacing(path) as temporary:
         (temporary / "data").mkdir(parents=True)
         discrete = metadata.get("action_count") is not None
-        lost = _write_episodes(temporary / "data" / FILE, arrays, discrete, wide, progress)
-        size = (temporary / "data" / FILE).stat().st_size / 1e6
+        lost = _write_episodes(temporary / "data" / DATA_FILE, arrays, discrete, wide, progress)
+        size = (temporary / "data" / DATA_FILE).stat().st_size / 1e6
         described = _describe(_dataset_id(path), arrays, metadata, wide)
         described["dataset_size"] = round(size, 1)
         write_file(temporary / "data" / "metadata.json", json_bytes(described))
@@ -49,7 +49,7 @@ def _write_episodes(
     arrays: Arrays,
     discrete: bool,
     wide: np.dtype[Any],
-    progress: Progress | None,
+    progress: RowProgress | None,
 ) -> list[str]:
     starts, terminated, _ = find_episodes(arrays)
     behaviours = arrays["episode_behaviours"][:] if "episode_behaviours" in arrays else None

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays, chunks
+from safe_offrl.data.content import Arrays, Flags, chunks
 
-Flags = NDArray[np.bool_]
 Distances = NDArray[np.float64]
 
 SAMPLE = 2048  # rows that stand for all where distances between any two are needed
@@ -54,7 +53,7 @@ class Motion(NamedTuple):
         return np.append(self.jump, 0.0) if self.step is None else self.step
 
 
-def measure(arrays: Arrays) -> Motion | None:
+def measure_motion(arrays: Arrays) -> Motion | None:
     """Distances of a log's observations [N, O], read in chunks; None where they tell nothing.
 
     That is, if they never change, are too few or no numbers (which is refused elsewhere).

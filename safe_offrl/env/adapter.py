@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from safe_offrl.env.contract import (
     accident_rule,
+    accident_verdict,
     ask,
     cost_of,
     horizon_of,
@@ -31,17 +32,15 @@ from safe_offrl.env.contract import (
     require_actions,
     reset_values,
     step_values,
-    verdict,
 )
 from safe_offrl.env.identity import environment_identity, environment_versions, rule_identity
 from safe_offrl.env.observations import flatten, layout
 from safe_offrl.env.process import ProcessEnv
 from safe_offrl.env.user_code import raised
 from safe_offrl.errors import EnvError, EnvFault
-from safe_offrl.spec import SafetySpec
+from safe_offrl.spec import COST_SHARE_MAX, SafetySpec
 
 Vector = NDArray[np.float32]
-COST_SHARE_MAX = 2.0  # where the share of an exceeded threshold is cut off
 
 
 def episode_seed(seed: int, index: int, stream: str) -> int:
@@ -148,7 +147,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             accident = (self._episode_cost if self.sums_cost else cost) > self._threshold
         else:
             told = (raw_action, raw_next, reward, terminated, truncated, info)
-            accident = verdict(self._rule_name, self._rule, self._raw_observation, *told)
+            accident = accident_verdict(self._rule_name, self._rule, self._raw_observation, *told)
             if cost is None and self._cost_limited and info.get("cost") is not None:
                 raise no_cost(self.env_id, info)
             cost = float(accident) if cost is None else cost

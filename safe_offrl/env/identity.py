@@ -40,6 +40,7 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from safe_offrl.env.module_sources import sources_and_packages
+from safe_offrl.spec import COST_RULES
 
 KEY = "environment_identity"  # under which logs, runs, evaluations and certificates keep it
 
@@ -83,7 +84,7 @@ def environment_identity(env: gymnasium.Env[Any, Any], env_id: str) -> dict[str,
 def rule_identity(accident: str, cost_threshold: float) -> dict[str, Any]:
     """Of an accident rule, as SafetySpec names it; its module has been imported."""
     module, colon, _ = accident.partition(":")
-    by_cost = accident in ("cost", "episode_cost")
+    by_cost = accident in COST_RULES
     return {
         "accident": accident,
         **({"cost_threshold": cost_threshold} if by_cost else {}),
@@ -198,7 +199,7 @@ def differences(before: object, now: object) -> list[str]:
     found = []
     for section in ("environment", "rule"):
         found += _of_section(_mapping(before, section), _mapping(now, section))
-    found += _values(before, now, ["horizon"])
+    found += _changes(before, now, ["horizon"])
     return list(dict.fromkeys(found))  # one module may hold the environment and the rule
 
 
@@ -221,22 +222,22 @@ def log_differences(metadata: Mapping[str, Any], now: object) -> list[str]:
 def _of_section(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if not before or not now:  # not on record
         return []
-    found = _values(before, now, ["id", "entry_point", "max_episode_steps"])
-    found += _values(before, now, ["accident"]) or _values(before, now, ["cost_threshold"])
+    found = _changes(before, now, ["id", "entry_point", "max_episode_steps"])
+    found += _changes(before, now, ["accident"]) or _changes(before, now, ["cost_threshold"])
     old, new = (_mapping(part, "kwargs") for part in (before, now))
-    found += [f"kwargs {text}" for text in _values(old, new, sorted({*old, *new}))]
+    found += [f"kwargs {text}" for text in _changes(old, new, sorted({*old, *new}))]
     # Those of the registration lie around the environment too, and are said once.
-    found += _values(before, now, ["additional_wrappers"]) or _values(before, now, ["wrappers"])
+    found += _changes(before, now, ["additional_wrappers"]) or _changes(before, now, ["wrappers"])
     old, new = (_mapping(part, "sources") for part in (before, now))
     if not {"sources", "packages"} <= before.keys() & now.keys():  # settings alone
         return found
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     found += [_printable(f"the source of {name}") for name in changed]
     old, new = (_mapping(part, "packages") for part in (before, now))
-    return found + _values(old, new, sorted({*old, *new}))
+    return found + _changes(old, new, sorted({*old, *new}))
 
 
-def _values(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     """Name, value and other value of each that differs; "none" where there is none."""
     found = []
     for key in keys:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safe_offrl.check.groups import Group, Verdict, _more_to_show
+from safe_offrl.check.groups import EpisodeGroup, Identification, _more_to_show
 from safe_offrl.check.inspect import (
     DatasetSummary,
     _coverage,
@@ -145,7 +145,7 @@ def test_first_accidents_are_counted_once_and_from_the_start_of_the_episode(tmp_
     assert first_accidents(load(tmp_path, arrays)).tolist() == pytest.approx([0.3, 0.5])
 
 
-def identified(tmp_path: Path, wild: bool, **settings: Any) -> Verdict:
+def identified(tmp_path: Path, wild: bool, **settings: Any) -> Identification:
     """240 episodes, every other one by the calm behaviour, which has an accident if not wild."""
     arrays = sound_arrays(240)
     arrays["costs"][:] = 0
@@ -173,7 +173,7 @@ def test_too_few_transitions_say_how_many_are_missing(tmp_path: Path) -> None:
 
 def test_a_cost_that_is_nearly_shown_says_how_many_episodes_would() -> None:
     """m + z s / sqrt(n) < limit: of 25 episodes 4 +- 1, s is 5, and below 5 are (z 5 / 1)^2."""
-    group = Group("calm", 25, 0.0, 4.0, 1.0, 0)
+    group = EpisodeGroup("calm", 25, 0.0, 4.0, 1.0, 0)
     limit = Limit("cost", 0.05, 100.0)
     assert limit.value == 5.0
     assert _more_to_show(group, limit, 0.95) == 68 - 25  # (1.645 * 5)^2 = 67.6

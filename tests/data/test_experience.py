@@ -1,4 +1,4 @@
-"""Logged and lived transitions in one batch, each in its share."""
+"""Logged and online transitions in one batch, each in its share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_weights_undo_the_extra_accidents_of_each_source() -> None:
     data = experience()
     data.buffer.append(rows(10, 1.0, accidents=1))
     drawn, weights, _ = data.stratified_batch(20_000, 0.25, torch.Generator().manual_seed(0))
-    # 2 of 40 logged and 1 of 10 lived transitions, in halves: .5 * .05 + .5 * .1
+    # 2 of 40 logged and 1 of 10 online transitions, in halves: .5 * .05 + .5 * .1
     assert float(drawn.accidents.mean()) > 0.2
     assert float((weights * drawn.accidents).mean()) == pytest.approx(0.075, rel=0.05)
 

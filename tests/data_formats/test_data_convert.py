@@ -15,7 +15,7 @@ from safe_offrl.commands import convert_dataset
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.conversion import convert
 from safe_offrl.data_formats.hdf5 import write_dataset
-from safe_offrl.data_formats.loading import FORMATS, find_dataset, format_of, load_dataset
+from safe_offrl.data_formats.loading import FILE_FORMATS, find_dataset, format_of, load_dataset
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.spec import SafetySpec
 
@@ -76,7 +76,7 @@ def assert_same_transitions(one: Dataset, other: Dataset) -> None:
 
 
 def test_every_format_has_a_name() -> None:
-    assert set(NAMES) == set(FORMATS)
+    assert set(NAMES) == set(FILE_FORMATS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,7 +225,7 @@ def test_long_conversions_show_their_progress(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("safe_offrl.commands.convert.LONG", 1)
-    monkeypatch.setattr("safe_offrl.data.content.CHUNK", 2)
+    monkeypatch.setattr("safe_offrl.data.content.CHUNK_ROWS", 2)
     said: list[str] = []
     convert_dataset(source, tmp_path / "log.mmap", say=said.append)
     assert [line.split()[0] for line in said] == [
