@@ -77,10 +77,7 @@ class Layout(NamedTuple):
 
     @staticmethod
     def row(
-        observation: np.ndarray,
-        action: np.ndarray,
-        next_observation: np.ndarray,
-        **scalars: float,
+        observation: np.ndarray, action: np.ndarray, next_observation: np.ndarray, **scalars: float
     ) -> np.ndarray:
         """One transition as a row [D]; ``scalars`` by their names, all of SCALARS."""
         tail = np.asarray([scalars[name] for name in SCALARS], dtype=np.float32)

@@ -71,11 +71,13 @@ def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -
     log kept the limit it is extrapolation, however confident the critic. Quarters of the return
     are no behaviours (they are chosen by outcome): without behaviours the log counts as one.
     """
+    # The lowest upper bound of the groups.
     if dataset.episode_behaviours is None:
         groups = (_group("the whole log", dataset, np.ones(dataset.episodes, dtype=bool)),)
     confidence = 1.0 - (1.0 - GROUP_CONFIDENCE) / len(groups)
     bounds = {g.name: _upper(g, limit, confidence) for g in groups}
     name = min(bounds, key=lambda k: bounds[k])
+    # The sentence that says so.
     quantity = limit.quantity
     below, asked = quantity.text(bounds[name]), quantity.text(limit.value)
     if bounds[name] < limit.value:
@@ -84,6 +86,7 @@ def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -
             f"yes: the {quantity.in_words} of {name!r} is below {below} at "
             f"{GROUP_CONFIDENCE:.0%}, and {asked} is asked for.",
         )
+    # Advice where no group is within the limit.
     advice = "Log more episodes of a more careful behaviour"
     if limit.constraint == "accident":
         needed = episodes_needed(limit.value, confidence).fixed

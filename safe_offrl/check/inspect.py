@@ -82,14 +82,17 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
 
     ``held_out`` is the share of its episodes that the safety critic will be calibrated on.
     """
+    # Counts.
     batch = dataset.transitions
     actions, observations = batch.actions.numpy(), batch.observations.numpy()
     accidents = int(dataset.episode_accidents.sum())
     last_steps = dataset.episode_starts[1:] - 1
     truncated = int(dataset.truncated[last_steps].sum())
     groups = group_episodes(dataset)
+    # What is constrained.
     limit = safety.limit(dataset.horizon, dataset.cost_max)
     outcomes = dataset.episode_costs if limit.constraint == "cost" else dataset.episode_accidents
+    # The summary.
     components = principal_components(observations)
     return DatasetSummary(
         env_id=dataset.metadata.get("env_id"),
@@ -125,6 +128,7 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
 
 def format_summary(summary: DatasetSummary) -> str:
     """The summary as a readable text of a few lines."""
+    # Lines of the whole log.
     s = summary
     low, high = s.accident_interval
     by_cost = s.constraint == "cost"
@@ -152,6 +156,7 @@ def format_summary(summary: DatasetSummary) -> str:
         "of the bins of two dimensions; where it was, "
         f"{s.state_action_coverage:.0%} of the directions tried",
     ]
+    # Lines of its groups.
     width = max(len(group.name) for group in s.groups)
     lines.append(f"{'group':<{width + 2}}  episodes    return            cost  accident episodes")
     lines += [
@@ -160,6 +165,7 @@ def format_summary(summary: DatasetSummary) -> str:
         f"{g.accident_episodes / g.episodes:.1%}"
         for g in s.groups
     ]
+    # Conclusions.
     lines.append(f"identified    {kept}: {s.identification.sentence}")
     lines += [f"warning: {warning}" for warning in s.warnings]
     return "\n".join(lines)
@@ -258,16 +264,19 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
 
     ``held_out`` is the share of its episodes that the safety critic will be calibrated on.
     """
+    # What a load noticed.
     batch = dataset.transitions
     found = list(dataset.remarks)
     if "warning" in dataset.metadata:
         found.append(str(dataset.metadata["warning"]))
+    # Too few episodes or steps.
     found += _outcome_warnings(dataset, limit, held_out)
     if len(dataset.rows) < MIN_TRANSITIONS:
         found.append(
             f"only {len(dataset.rows)} transitions: enough to try the commands, too few to learn. "
             f"Log {MIN_TRANSITIONS - len(dataset.rows)} more at least."
         )
+    # Actions.
     actions = batch.actions.numpy()
     low, high = actions.min(axis=0), actions.max(axis=0)
     found += [
@@ -281,6 +290,7 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
             f"the actions cover {action_coverage:.0%} of their space: elsewhere estimates "
             "extrapolate."
         )
+    # Behaviours and returns.
     if dataset.episode_behaviours is not None and len(group_episodes(dataset)) == 1:
         found.append(
             "a single behaviour logged everything: there is nothing to tell better from worse "
@@ -294,12 +304,14 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
 
 def _outcome_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[str]:
     """What is missing of safe or unsafe episodes, as far as the constraint needs them."""
+    # How many are needed.
     episodes = dataset.episodes
     needed = math.ceil(MIN_HELD_OUT_EPISODES / held_out)
     too_few = (
         f"too few to calibrate the safety critic (about {needed}, so that {MIN_HELD_OUT_EPISODES} "
         "are held out)"
     )
+    # Under a limit on the cost.
     if limit.constraint == "cost":
         kept = int((dataset.episode_costs < limit.value).sum())
         if min(kept, episodes - kept) >= needed:
@@ -308,6 +320,7 @@ def _outcome_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[s
         if kept > episodes - kept:
             which, kept = f"above the limit of {limit.value:g}", episodes - kept
         return [f"only {kept} episodes are {which}, {too_few}. Log {needed - kept} more."]
+    # Under a limit on accidents.
     accidents, found = int(dataset.episode_accidents.sum()), []
     if accidents == 0:
         found.append(

@@ -18,6 +18,7 @@ FAR_FROM_ONE = 1e3  # a factor: inputs of such sizes a new network cannot tell a
 
 def check_observations(report: EnvReport, env: AccidentEnv, values: NDArray[np.float64]) -> None:
     """Report on observations [n, O] as the environment gave them."""
+    # Sizes and variation.
     largest = np.abs(values).max(axis=0)
     varies = values.min(axis=0) < values.max(axis=0)
     # What is declared as float64 keeps its digits: an offset is subtracted in time.
@@ -27,6 +28,7 @@ def check_observations(report: EnvReport, env: AccidentEnv, values: NDArray[np.f
     rounded = np.flatnonzero(np.concatenate(narrow) & varies & coarse)
     constant = np.flatnonzero(~varies)
     distant = np.flatnonzero(varies & ((largest > FAR_FROM_ONE) | (largest < 1.0 / FAR_FROM_ONE)))
+    # Report.
     report.measured |= {
         "largest_observation": float(largest.max()),
         "smallest_observation": float(largest.min()),

@@ -39,10 +39,7 @@ class Recording(NamedTuple):
 
 
 def record(
-    env: AccidentEnv,
-    seed: int,
-    controller: Callable[[Array], Array],
-    max_steps: int | None = None,
+    env: AccidentEnv, seed: int, controller: Callable[[Array], Array], max_steps: int | None = None
 ) -> Recording:
     """Play one episode, or its first ``max_steps``; the controller maps [O] to [A]."""
     observation, _ = env.reset(seed=seed)

@@ -32,10 +32,6 @@ class StoredRows(Protocol):
         """Rows [B, D] of an index [B]."""
         ...
 
-    def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """The same; ``dim`` is 0, as for a tensor of rows."""
-        ...
-
     def column(self, name: str) -> Tensor:
         """A scalar field of :class:`Batch` for all rows [N]."""
         ...

@@ -48,6 +48,7 @@ def resolve_horizon(
     ``given`` is ``spec.horizon``, or the time limit of the environment where that is None; without
     either the file's own counts, and with it the two must agree.
     """
+    # The stated horizons, which must agree.
     stated, asked = metadata.get("horizon"), given or spec.horizon
     if isinstance(stated, int | float) and asked is not None and stated != asked:
         remedy = "Leave safety.horizon out, or correct what the dataset says"
@@ -67,6 +68,7 @@ def resolve_horizon(
             f"The dataset's horizon is {horizon}, so a share of time left has no meaning. "
             "Set safety.horizon to the time limit of the environment."
         )
+    # The episodes, which must fit into it.
     longest = int(lengths.max())
     if longest > horizon:
         remedy = f"Set safety.horizon={longest} or more"
@@ -172,6 +174,7 @@ def rule_remarks(
 
     And where what was counted looks like something else: costs that add up within an episode.
     """
+    # Another rule than the log's own.
     found = []
     stated = metadata.get("accident")
     if stated is not None and not _own_rule(metadata, spec):
@@ -188,6 +191,7 @@ def rule_remarks(
                 f"not what {_rule(spec.accident, {'cost_threshold': spec.cost_threshold})} says: "
                 "the file does not name its rule."
             )
+    # Costs below 0.
     below = int((arrays["costs"][:] < 0.0).sum())
     if below and not (arrays["costs"][:] > 0.0).any() and spec.accident in COST_RULES:
         raise DataError(
@@ -198,6 +202,7 @@ def rule_remarks(
         found.append(
             f"{below} steps have a cost below 0: the expected cost cannot be constrained with them."
         )
+    # Costs that add up.
     if _running_sums(arrays["costs"][:], starts):
         found.append(
             "costs never fall within an episode and reach different heights: if they are sums over "

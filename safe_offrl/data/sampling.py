@@ -62,7 +62,7 @@ def _select(rows: Rows, index: Tensor) -> Tensor:
     """Rows [n, D] of an index [n], on its device."""
     if isinstance(rows, Tensor):
         return rows.index_select(0, index)
-    return rows.index_select(0, index.cpu()).to(index.device)
+    return rows[index.cpu()].to(index.device)
 
 
 class RiskSampler:

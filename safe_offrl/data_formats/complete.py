@@ -44,20 +44,25 @@ def complete(
     DataError where the horizon is needed and unknown, and where the ends contradict the
     observations beyond what chance may do.
     """
+    # What the file says.
     found = {k: _squeezed(v) if k not in TABLES else v for k, v in arrays.items()}
     noted = dict(metadata)
     earlier, doubted = taken_history(noted)
     said = [*earlier, *remarks, *_unread_words(noted)]
     unsure = doubted or unsure
+    # Checks that everything below relies on.
     _require_arrays(found)
     _check_rows(found)
     noted |= _whole_horizon(noted)
+    # Units of observations and actions.
     found, noted = centred(found, noted)
     found["actions"], log_volume = unit_actions(found["actions"], noted, said)
     if log_volume and "behaviour_log_probs" in found:
         found["behaviour_log_probs"] = found["behaviour_log_probs"][:] + log_volume
+    # Ends of episodes.
     horizon = horizon if horizon is not None else noted.get("horizon")
     unsure = _settle_ends(found, noted, said, horizon) or unsure
+    # What is not in the file.
     if "next_observations" not in found:
         _fill_next_observations(found, noted)
     if "costs" not in found:
@@ -143,6 +148,7 @@ def _settle_ends(
 
     Returns why it is not known which episodes terminated, "" if it is.
     """
+    # Marks and motion.
     believed = metadata.get("ends")
     if believed not in (None, AS_MARKED):
         raise DataError(
@@ -153,9 +159,11 @@ def _settle_ends(
     for key, array in flags.items():
         check_flags(key, array)
     marked = np.logical_or.reduce([array.astype(bool) for array in flags.values()])
+    # Breaks that no mark explains.
     breaks = unmarked_breaks(arrays, motion, marked)
     if not marked.any() and ("timeouts" in flags or "terminals" not in flags):
         breaks = None  # nothing is marked, which is refused later
+    # Ends.
     ends = settled_ends(flags, None if breaks is None else breaks.ends, horizon)
     if breaks is not None and breaks.odd.any():
         remarks.append(
@@ -169,6 +177,7 @@ def _settle_ends(
             f"{int(breaks.gaps.argmax())}) lead near the row that follows, but not to it: rows are "
             "missing or repeated, so that lengths, times and sums are not those of the episodes."
         )
+    # Arrays that depend on them.
     if "episode_behaviours" in arrays:
         arrays["episode_behaviours"] = _piece_behaviours(arrays["episode_behaviours"], flags, ends)
     settled = {"terminals": ends.terminals, "timeouts": ends.timeouts}
@@ -178,6 +187,7 @@ def _settle_ends(
         if key not in flags or (flags[key].astype(bool) != new).any()
     }
     arrays.pop("dones", None)
+    # Doubts.
     remarks += ends.remarks
     if believed:
         remarks.append('ends of episodes are taken as marked: the metadata\'s "ends" says so.')

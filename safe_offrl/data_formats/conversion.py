@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safe_offrl.data.content import CHUNK_ROWS, RowProgress
-from safe_offrl.data_formats.loading import (
-    FILE_FORMATS,
-    dataset_content,
-    find_dataset,
-    format_of,
-)
+from safe_offrl.data_formats.loading import FILE_FORMATS, dataset_content, find_dataset, format_of
 from safe_offrl.data_formats.memory_map import verify_memory_map, write_memory_map
 from safe_offrl.data_formats.minari import DATA_FILE, data_folder
 from safe_offrl.errors import DataError
@@ -55,12 +50,14 @@ def convert(
     ``horizon`` is for sources that do not say which episodes a time limit cut. A memory map as
     source is checked against its stored hash first. Raises DataError, also if ``target`` exists.
     """
+    # Source and target.
     found, path = find_dataset(source), Path(target)
     name, kind = format_of(found), target_format(path)
     if path.exists():
         raise DataError(f'"{path}" exists already. Remove it, or give another name.')
     if name == "mmap":
         verify_memory_map(found)
+    # Content, and what was said of it.
     with dataset_content(found, horizon) as (arrays, metadata, remarks, unsure):
         if unsure and kind == "csv":
             raise DataError(
@@ -70,6 +67,7 @@ def convert(
         metadata = {**metadata, **{key: value for key, value in history.items() if value}}
         if horizon is not None:
             metadata = {**metadata, "horizon": horizon}
+        # Writing.
         if kind == "mmap":
             provenance = {"name": found.name, "format": name, "sha256": file_sha256(found)}
             lost = write_memory_map(

@@ -54,6 +54,7 @@ def read_csv(path: Path) -> Raw:
             raise DataError(
                 f'The columns of "{path}" are separated by {other!r}. Separate them by commas.'
             )
+        # Columns that are read.
         found, remarks = recognise(_stems(names), "Rename its columns")
         columns = {ours: _columns(names, theirs, ours) for ours, theirs in found.items()}
         columns = {key: columns[key] for key in (*TABLES, *NUMBER_COLUMNS) if columns.get(key)}
@@ -63,6 +64,7 @@ def read_csv(path: Path) -> Raw:
                 f'The first line of "{path}" names none of our columns. Name them observations_0, '
                 f"..., actions_0, ..., rewards, costs, terminals, timeouts."
             )
+        # Numbers of these.
         _require_cells(path, len(header.split(",")))
         # A number takes two bytes of text at least, and eight in memory.
         require_size(path, [path.stat().st_size * 4])
@@ -76,6 +78,7 @@ def read_csv(path: Path) -> Raw:
                 converters={i: _cell_value for key in NUMBER_COLUMNS for i in columns.get(key, [])},
                 encoding="latin1",
             )
+    # Arrays.
     arrays: dict[str, NDArray[Any]] = {}
     for key, numbers in columns.items():
         if numbers:
@@ -103,6 +106,7 @@ def write_csv(
     path: Path, arrays: Arrays, metadata: Metadata, progress: RowProgress | None = None
 ) -> list[str]:
     """Validate and write a table, to the last digit; returns what a table cannot hold."""
+    # Columns.
     validate_arrays(arrays)
     arrays, metadata, wide = in_own_units(arrays, metadata)
     keys = [key for key in (*REQUIRED, "accidents", "behaviour_log_probs") if key in arrays]
@@ -118,6 +122,7 @@ def write_csv(
         for key in keys
         for i in range(arrays[key].shape[1] if key in tables else 1)
     ]
+    # Rows.
     digits = "%.9g" if wide == np.float32 else "%.17g"
     form = ["%d" if name in whole else digits for name in names]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +139,7 @@ def write_csv(
             np.savetxt(file, np.concatenate(block, axis=1), fmt=form, delimiter=",")
             if progress is not None:
                 progress(part.stop, len(arrays["rewards"]))
+    # What a table cannot hold.
     lost = ["the metadata (environment, accident rule, horizon, behaviours)"] if metadata else []
     if discrete:
         lost.append("actions that never occur, if they are the last")

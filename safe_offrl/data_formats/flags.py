@@ -32,12 +32,14 @@ def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> En
     where the log does not go on, and after ``horizon`` steps. Raises DataError where the horizon
     is needed and unknown, and where flags contradict each other.
     """
+    # Dones.
     flags = {key: array.astype(bool) for key, array in given.items()}
     remarks: list[str] = []
     unsure = ""
     mixed = given.keys() == {"dones"}
     if "dones" in flags:
         _split_dones(flags, breaks, horizon, remarks)
+    # Timeouts.
     terminals = flags["terminals"]
     if "timeouts" not in flags:
         flags["timeouts"] = _inferred(terminals, breaks, horizon, remarks) & ~terminals
@@ -51,6 +53,7 @@ def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> En
                 "follows"
             )
             remarks.append(f"{unsure}. Such an episode is taken to be cut there.")
+    # Rows that are marked twice, or too late.
     terminals, timeouts = _without_both(terminals, flags["timeouts"], remarks)
     if late := _terminated_at_limit(terminals, timeouts, horizon, mixed):
         remarks.append(f"{late}.")
@@ -80,6 +83,7 @@ def _split_dones(
 ) -> None:
     """Terminals and timeouts from dones, which mix them; dones are taken out of ``flags``."""
     dones = flags.pop("dones")
+    # Beside both: a contradiction at most.
     if "terminals" in flags and "timeouts" in flags:
         ends = flags["terminals"] | flags["timeouts"]
         if (dones != ends).any() and (dones != flags["terminals"]).any():
@@ -89,6 +93,7 @@ def _split_dones(
                 "that do not say where episodes end."
             )
     elif "terminals" in flags:
+        # Beside one of them: the other one.
         if (flags["terminals"] & ~dones).any():
             row = int((flags["terminals"] & ~dones).argmax())
             raise DataError(
@@ -102,6 +107,7 @@ def _split_dones(
         flags["terminals"] = dones & ~flags["timeouts"]
         remarks.append("terminals are taken from dones: what is done and is no timeout.")
     else:
+        # Alone: the horizon tells.
         cut = at_horizon(dones if breaks is None else dones | breaks, horizon)
         flags["timeouts"] = dones & cut
         flags["terminals"] = dones & ~cut

@@ -148,10 +148,12 @@ def load_dataset(
 
 def assemble(raw: Raw, *, discount: float, spec: SafetySpec, horizon: int | None = None) -> Dataset:
     """A dataset in memory from valid arrays; see :func:`load_dataset` for the arguments."""
+    # Episodes under the horizon.
     arrays, metadata, remarks, unsure = raw
     derived.require_known_terminations(unsure, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
+    # Columns.
     columns = derived.scalar_columns(arrays, episodes.starts, metadata, spec, horizon, discount)
     share_before, share_after = columns.pop("share_before", None), columns.pop("share_after", None)
     columns |= {
@@ -159,6 +161,7 @@ def assemble(raw: Raw, *, discount: float, spec: SafetySpec, horizon: int | None
         "actions": np.clip(arrays["actions"], -1.0, 1.0),  # the tolerance of the validation
         "next_observations": _with_share(arrays["next_observations"], share_after),
     }
+    # The dataset.
     tensors = {key: torch.from_numpy(value.astype(np.float32)) for key, value in columns.items()}
     layout = Layout(columns["observations"].shape[1], columns["actions"].shape[1])
     identity = dataset_sha256(arrays, metadata)

@@ -67,6 +67,7 @@ def write_memory_map(
     ``source`` is noted in the header (name and sha256 of the file that this was made from).
     ``settled``: ends of episodes have been held against the observations, which a load then spares.
     """
+    # Observations, actions and next observations.
     validate_arrays(arrays)
     arrays, metadata = centred(arrays, metadata)
     n = len(arrays["rewards"])
@@ -81,6 +82,7 @@ def write_memory_map(
                 if progress is not None:
                     progress(part.stop, n)
             _sync(file)
+        # Files of one array each.
         for key in _others(arrays):
             with (temporary / _file_name(key)).open("wb") as file:
                 for part in chunks(len(arrays[key])):
@@ -88,6 +90,7 @@ def write_memory_map(
                         np.ascontiguousarray(arrays[key][part].astype(stored_type(key))).data
                     )
                 _sync(file)
+        # The header.
         header: dict[str, Any] = {
             "version": 1,
             "transitions": n,
@@ -141,6 +144,7 @@ def load_memory_map(
     path: Path, *, discount: float, spec: SafetySpec, horizon: int | None
 ) -> Dataset:
     """The dataset of the folder without reading its rows; see load_dataset for the arguments."""
+    # Content.
     arrays, metadata, *_ = read_memory_map(path)
     header, tables = _open(path)
     if header.get("settled"):
@@ -148,9 +152,11 @@ def load_memory_map(
     else:
         settled = complete(arrays, metadata, horizon=horizon or spec.horizon)
         arrays, metadata, remarks, unsure = settled
+    # Episodes under the horizon.
     derived.require_known_terminations(unsure, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
+    # The dataset.
     scalars = _mapped_scalars(
         path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount
     )

@@ -17,13 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import (
-    ATTRIBUTE,
-    Raw,
-    parse_metadata,
-    reading,
-    require_size,
-)
+from safe_offrl.data.content import ATTRIBUTE, Raw, parse_metadata, reading, require_size
 from safe_offrl.data_formats.hdf5 import (
     declared_size,
     opened,
@@ -37,11 +31,7 @@ from safe_offrl.errors import DataError
 
 DATA_FILE = "main_data.hdf5"
 _STEPS = {"rewards": "rewards", "terminations": "terminals", "truncations": "timeouts"}
-INFOS = {
-    "cost": "costs",
-    "accident": "accidents",
-    "behaviour_log_prob": "behaviour_log_probs",
-}
+INFOS = {"cost": "costs", "accident": "accidents", "behaviour_log_prob": "behaviour_log_probs"}
 
 Leaf = tuple[str, ...]  # where in a group of observations an array is found
 
@@ -72,6 +62,7 @@ def require_hdf5(path: Path) -> None:
 
 def read_minari(path: Path) -> Raw:
     """Arrays and metadata of a Minari dataset; an episode ends with its group, marked or not."""
+    # Description.
     folder = data_folder(path)
     if folder is None:
         raise DataError(f'"{path}" holds no {DATA_FILE}. Give the folder of a Minari dataset.')
@@ -80,6 +71,7 @@ def read_minari(path: Path) -> Raw:
         metadata = _described_metadata(description)
         leaves = _leaves_of_space(_space(description, "observation_space"))
         first_action = int(_space(description, "action_space").get("start", 0))
+    # Episodes.
     with opened(folder / DATA_FILE) as file:
         names = [m for name in file if (m := re.fullmatch(r"episode_(\d{1,15})", name))]
         groups = [plain_group(file, m[0]) for m in sorted(names, key=lambda m: int(m[1]))]
@@ -93,6 +85,7 @@ def read_minari(path: Path) -> Raw:
         # Whatever another writer calls so is not ours.
         ours = episodes if ATTRIBUTE in description else []
         behaviours = [plain_attribute(episode.group, "behaviour") for episode in ours]
+    # Checks that all are alike.
     keys = set(parts[0])
     if any(set(part) != keys for part in parts):
         raise DataError(
@@ -104,11 +97,13 @@ def read_minari(path: Path) -> Raw:
             raise DataError(
                 f'The {key} of the episodes of "{path}" differ in shape. Log them all alike.'
             )
+    # Arrays.
     arrays = {key: np.concatenate([part.pop(key) for part in parts]) for key in sorted(keys)}
     if behaviours and all(b is not None for b in behaviours):
         arrays["episode_behaviours"] = np.array(behaviours, dtype=np.int32)
     if arrays["actions"].dtype.kind in "iu":
         arrays["actions"] = arrays["actions"].astype(np.int64) - first_action
+    # Episodes without an end.
     unmarked = sum(episode.unmarked for episode in episodes)
     unsure = ""
     if unmarked:

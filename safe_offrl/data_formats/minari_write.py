@@ -11,13 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from safe_offrl.data.content import (
-    ATTRIBUTE,
-    Arrays,
-    Metadata,
-    RowProgress,
-    metadata_text,
-)
+from safe_offrl.data.content import ATTRIBUTE, Arrays, Metadata, RowProgress, metadata_text
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.minari import DATA_FILE, INFOS, datasets_folder
@@ -45,12 +39,9 @@ def write_minari(
 
 
 def _write_episodes(
-    path: Path,
-    arrays: Arrays,
-    discrete: bool,
-    wide: np.dtype[Any],
-    progress: RowProgress | None,
+    path: Path, arrays: Arrays, discrete: bool, wide: np.dtype[Any], progress: RowProgress | None
 ) -> list[str]:
+    # Episodes.
     starts, terminated, _ = find_episodes(arrays)
     behaviours = arrays["episode_behaviours"][:] if "episode_behaviours" in arrays else None
     jumps = 0
@@ -60,9 +51,11 @@ def _write_episodes(
             group.attrs.update({"id": k, "total_steps": part.stop - part.start})
             if behaviours is not None:
                 group.attrs["behaviour"] = int(behaviours[k])
+            # Observations.
             first, following = (np.asarray(arrays[key][part], wide) for key in OBSERVATIONS)
             jumps += int((first[1:] != following[:-1]).any(axis=1).sum())
             group["observations"] = np.concatenate([first, following[-1:]])
+            # Actions, rewards and ends.
             actions = np.asarray(arrays["actions"][part], np.float32)
             group["actions"] = actions.argmax(axis=1) if discrete else actions
             group["rewards"] = np.asarray(arrays["rewards"][part], np.float32)
@@ -70,6 +63,7 @@ def _write_episodes(
             timeouts = arrays["timeouts"][part].astype(bool)
             timeouts[-1] |= not terminated[part][-1]
             group["truncations"] = timeouts
+            # Infos, of which the first is that of the reset.
             infos = group.create_group("infos")
             for key, ours in INFOS.items():
                 if ours in arrays:

@@ -58,6 +58,7 @@ def measure_motion(arrays: Arrays) -> Motion | None:
 
     That is, if they never change, are too few or no numbers (which is refused elsewhere).
     """
+    # Whether there is anything to measure.
     observations, following = arrays["observations"], arrays.get("next_observations")
     tables = [observations, *([] if following is None else [following])]
     sound = all(t.ndim == 2 and t.shape == observations.shape for t in tables)
@@ -66,6 +67,7 @@ def measure_motion(arrays: Arrays) -> Motion | None:
     scale, rounding = _scale(observations)
     if not len(scale.entries):
         return None
+    # Distances, chunk by chunk.
     n = len(observations)
     jump, link, step = np.zeros(n - 1), np.zeros(n - 1), np.zeros(n)
     drawn = np.sort(np.random.default_rng(0).permutation(n)[:SAMPLE])
@@ -80,6 +82,7 @@ def measure_motion(arrays: Arrays) -> Motion | None:
             then = scale(following[part])
             step[part] = distance(now, then)
             link[inner] = distance(then[: len(later)], later)
+    # The distance between any two.
     some = np.concatenate(sample)
     shuffled = np.random.default_rng(1).permutation(some)
     return Motion(

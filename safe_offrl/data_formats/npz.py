@@ -32,10 +32,7 @@ from safe_offrl.files import replacing
 OMNISAFE = ("obs", "action", "reward", "cost", "next_obs", "done")  # its names, all of them
 METADATA = "metadata"  # a 0-dimensional array of text: our metadata as JSON
 MAX_TEXT = 2**24  # bytes of metadata
-_HEADERS: dict[Any, Any] = {
-    (1, 0): npy.read_array_header_1_0,
-    (2, 0): npy.read_array_header_2_0,
-}
+_HEADERS: dict[Any, Any] = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def read_npz(path: Path) -> Raw:

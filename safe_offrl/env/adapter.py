@@ -89,12 +89,14 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         super().__init__(env)
         self.env_id: str = env_id or (env.spec.id if env.spec else type(env.unwrapped).__name__)
         self.horizon: int = horizon_of(self.env_id, env, spec)
+        # Accident rule.
         self._threshold = spec.cost_threshold
         self._cost_limited = spec.constraint == "cost"
         self._rule_name = spec.accident
         self._rule = accident_rule(spec.accident)
         self.sums_cost: bool = spec.accident == "episode_cost"
         self._episode_cost = 0.0
+        # Observations.
         self.layout = layout(self.env_id, env.observation_space)
         boxes = [part.box for part in self.layout]
         self.wide: bool = not all(np.can_cast(box.dtype, np.float32) for box in boxes)
@@ -107,6 +109,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             low, high = np.append(low, np.float32(0.0)), np.append(high, np.float32(COST_SHARE_MAX))
         self.observation_size: int = len(low)
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        # Actions.
         self._actions = require_actions(self.env_id, env.action_space)
         self.discrete: bool = isinstance(self._actions, spaces.Discrete)
         if isinstance(self._actions, spaces.Discrete):
@@ -117,6 +120,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             self._action_range = self._actions.high.astype(np.float64) - self._action_low
         lowest = 0.0 if self.discrete else -1.0
         self.action_space = spaces.Box(lowest, 1.0, (self.action_size,), np.float32)
+        # Episode.
         self._steps = 0
         self._raw_observation: Any = None
 
@@ -133,12 +137,14 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
 
     def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
         """Act with ``action`` [A]; ``info`` holds "accident" (bool) and "cost" (float)."""
+        # Step.
         raw_action = self.own_action(action)
         # A copy: some environments write into the action that they are given.
         answer = ask(self.env.step, copy.copy(raw_action))
         self._steps += 1
         raw_next, reward, terminated, cut, info = step_values(self.env_id, answer, self._steps)
         truncated = (cut or self._steps >= self.horizon) and not terminated
+        # Cost and accident.
         cost = cost_of(self.env_id, info, self._steps, limited=self._cost_limited)
         if self._rule is None:
             if cost is None:
@@ -151,6 +157,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             if cost is None and self._cost_limited and info.get("cost") is not None:
                 raise no_cost(self.env_id, info)
             cost = float(accident) if cost is None else cost
+        # Observation.
         observation = self.observe(raw_next, self._episode_cost)
         if terminated or truncated:
             self._require_last(observation, info)

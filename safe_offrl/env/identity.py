@@ -131,6 +131,7 @@ def _described(value: Any, modules: set[str], above: tuple[int, ...] = ()) -> An
     An absolute path is its last part, with the sha256 of the file if there is one. An object is its
     class and its attributes, or its repr if that holds no memory address, or its class alone.
     """
+    # Values that are their own description.
     if isinstance(value, enum.Enum):
         modules |= _modules_of(value)
         return f"{_name(type(value))}.{value.name}"
@@ -142,12 +143,14 @@ def _described(value: Any, modules: set[str], above: tuple[int, ...] = ()) -> An
         return _described_path(Path(value)) if PurePath(value).is_absolute() else str(value)
     if isinstance(value, np.ndarray | np.generic):
         return _described(value.tolist(), modules, above)
+    # What has a name.
     if isinstance(value, ModuleType):
         modules.add(value.__name__)
         return value.__name__
     if isinstance(value, type) or hasattr(value, "__qualname__"):  # a class, a function, a method
         modules.add(getattr(value, "__module__", None) or "")
         return _name(value)
+    # Containers, down to a depth.
     if id(value) in above or len(above) > _DEEPEST:
         return _name(type(value))
     above = (*above, id(value))
@@ -161,6 +164,7 @@ def _described(value: Any, modules: set[str], above: tuple[int, ...] = ()) -> An
     if isinstance(value, Set):  # whose order is another one in each process
         members = [_described(member, modules, above) for member in value]
         return sorted(members, key=lambda member: json.dumps(member, sort_keys=True))
+    # Objects.
     modules |= _modules_of(value)
     attributes = getattr(value, "__dict__", None) or {}
     if dataclasses.is_dataclass(value):  # may have slots

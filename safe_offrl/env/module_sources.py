@@ -33,11 +33,13 @@ def sources_and_packages(modules: Iterable[str]) -> dict[str, dict[str, str]]:
     packages: dict[str, str] = {}
     waiting = sorted(given)
     while waiting:
+        # The next module.
         name = waiting.pop()
         if name in seen or not _counts(name, given):
             continue
         seen.add(name)
         path, is_package = _file(name)
+        # What it is known by.
         if path is None:
             if name in given and name.partition(".")[0] not in sys.stdlib_module_names:
                 sources[name] = "unknown"
@@ -45,6 +47,7 @@ def sources_and_packages(modules: Iterable[str]) -> dict[str, dict[str, str]]:
             packages |= {each: importlib.metadata.version(each) for each in distributions}
         elif not _STANDARD & set(path.parents):
             sources[name] = _file_sha256(path)
+            # What it depends on in turn.
             parts = name.split(".")
             waiting += [".".join(parts[:k]) for k in range(1, len(parts))]
             for imported, at_once in _imports(path, parts if is_package else parts[:-1]):

@@ -40,6 +40,7 @@ def layout(env_id: str, space: spaces.Space[Any]) -> tuple[SpacePart, ...]:
     parts: list[SpacePart] = []
 
     def visit(path: tuple[str | int, ...], space: spaces.Space[Any]) -> None:
+        # Spaces of spaces.
         if isinstance(space, spaces.Dict):
             for key, inner in space.spaces.items():
                 visit((*path, key), inner)
@@ -47,6 +48,7 @@ def layout(env_id: str, space: spaces.Space[Any]) -> tuple[SpacePart, ...]:
             for index, inner in enumerate(space.spaces):
                 visit((*path, index), inner)
         elif not isinstance(space, spaces.Box):
+            # Spaces that are no vectors.
             raise EnvError(
                 f'"{env_id}" has observations of type {type(space).__name__}. Only Box, and Dict '
                 "or Tuple of Box, can be used: convert them with a gymnasium.ObservationWrapper."
