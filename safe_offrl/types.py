@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     return_to_go: Tensor  # [B]
 
 
-# The numbers of a Batch, in the order that rows have them: in checkpoints and cached files too.
+# Rows hold the numbers of a Batch in this order, in checkpoints and cached files too.
 SCALARS = ("rewards", "accidents", "costs", "terminated", "time_to_go", "return_to_go")
 
 
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
     def unpack(self, rows: Tensor) -> Batch:
         """View rows [..., D] as a Batch of [..., O], [..., A] and [...]; copies nothing."""
         o, a = self.observation_size, self.action_size
-        # Two calls make all nine views: slicing them one by one takes half as long again.
+        # Two calls make all nine views, because slicing one by one takes half as long again.
         observations, actions, following, scalars = rows.split((o, a, o, len(SCALARS)), dim=-1)
         return Batch(
             observations=observations,

@@ -29,9 +29,9 @@ from safe_offrl.errors import ConfigError, EnvError, EnvFault
 from safe_offrl.record.env_report import EnvReport
 from safe_offrl.spec import SafetySpec
 
-MANY = 1000  # numbers; more look like an image
-SLOW = 600.0  # seconds for the default online budget of 50,000 steps
-# What Gymnasium's checker recommends and this package takes care of.
+MANY = 1000  # more numbers look like an image
+SLOW = 600.0  # the default online budget of 50,000 steps should not take more seconds
+# Gymnasium's checker recommends these, and this package takes care of them.
 _HARMLESS = ("space minimum value is -inf", "space maximum value is inf", "symmetric and normal")
 
 

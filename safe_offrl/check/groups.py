@@ -14,7 +14,7 @@ from safe_offrl.spec import Limit
 from safe_offrl.stats.fixed import clopper_pearson_upper, episodes_needed, mean_and_error
 
 GROUP_CONFIDENCE = 0.95
-MIN_GROUP_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything
+MIN_GROUP_EPISODES = 10  # with fewer a standard error of a mean cost says little
 
 
 class EpisodeGroup(NamedTuple):

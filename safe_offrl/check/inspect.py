@@ -16,11 +16,11 @@ from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
 from safe_offrl.spec import QUANTITIES, Limit, SafetySpec
 from safe_offrl.stats.fixed import clopper_pearson
 
-INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
+INSPECTED = 2_000_000  # a larger dataset is judged by whole episodes drawn at random
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-BINS = 20  # per axis of the coverage histograms, fewer for a small dataset
+BINS = 20  # the coverage histograms have so many per axis, fewer for a small dataset
 MIN_TRANSITIONS = 1000
-MIN_ACTION_RANGE = 0.2  # of the 2 from -1 to 1
+MIN_ACTION_RANGE = 0.2  # -1 to 1 is 2
 MIN_ACTION_COVERAGE = 0.1
 TIME_BINS = 10  # of the horizon, for the times of first accidents
 

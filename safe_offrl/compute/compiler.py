@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from safe_offrl.files import cache_folder, write_atomic
 
-TRIAL_SECONDS = 20.0  # for what takes a third of a second; a compiler that waits for ever is none
-# The headers, the standard and the flags that torch's own kernels are compiled with.
+TRIAL_SECONDS = 20.0  # a sound compiler takes a third of a second, and one may wait for ever
+# torch compiles its own kernels with these headers, this standard and these flags.
 SOURCE = """\
 #include <Python.h>
 #include <omp.h>
@@ -37,7 +37,7 @@ extern "C" double safe_offrl_trial(double x) {
 """
 FLAGS = ("-shared", "-fPIC", "-std=c++20", "-O1")
 OPENMP = ("-Xclang", "-fopenmp", "-lomp") if sys.platform == "darwin" else ("-fopenmp",)
-# In a process of its own: a library that is none might take this one with it.
+# It runs in a process of its own, because a broken library might take this one with it.
 CALL = """\
 import ctypes, sys
 trial = ctypes.CDLL(sys.argv[1]).safe_offrl_trial

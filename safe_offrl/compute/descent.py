@@ -26,7 +26,7 @@ from safe_offrl.files import cache_folder, unwritable
 
 CompileMode = Literal["auto", "on", "off"]
 Precision = Literal["fp32", "bf16"]
-# The values are a loss, and what is to be logged or handed on besides.
+# The values are a loss and whatever is logged or handed on besides it.
 Gradients = Callable[..., tuple[Values, tuple[Tensor, ...]]]
 
 

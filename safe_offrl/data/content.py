@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import DataError
 
-# Arrays by name; in place of an array anything with shape, dtype and [a:b], as an HDF5 dataset.
+# Arrays by name; whatever has shape, dtype and [a:b], as an HDF5 dataset, may stand for one.
 Arrays = Mapping[str, NDArray[Any]]
 Metadata = Mapping[str, Any]
 Flags = NDArray[np.bool_]  # [N]
@@ -47,7 +47,7 @@ REQUIRED = (
     "terminals",
     "timeouts",
 )
-# Metadata that say how an earlier load found the source of a file; no part of its content.
+# These metadata say how an earlier load found the source of a file, and are not its content.
 HISTORY = ("remarks", "unsure")
 ATTRIBUTE = "safe_offrl"  # the name under which a container keeps our metadata, as JSON
 # accidents [N] (bool) is the accident rule's verdict, episode_behaviours [M] (int32) the index into
@@ -56,7 +56,7 @@ ATTRIBUTE = "safe_offrl"  # the name under which a container keeps our metadata,
 OPTIONAL = ("accidents", "episode_behaviours", "behaviour_log_probs")
 TABLES = ("observations", "actions", "next_observations")  # two-dimensional
 _BOOLEAN = ("terminals", "timeouts", "accidents")
-MAX_DATASET_BYTES = 8 * 2**30  # several times the largest public DSRL file
+MAX_DATASET_BYTES = 8 * 2**30  # the largest public DSRL file fits several times
 CHUNK_ROWS = 65_536  # rows that a streaming pass holds at once
 
 

@@ -12,7 +12,7 @@ from safe_offrl.data.content import Arrays, Metadata
 from safe_offrl.errors import DataError
 from safe_offrl.spec import BUILT_IN_RULES, COST_RULES, COST_SHARE_MAX, SafetySpec
 
-STORED_ROUNDING = 1e-6  # of a number that was stored in float32, with some margin
+STORED_ROUNDING = 1e-6  # float32 rounds by less than this share of a number
 
 
 class Episodes(NamedTuple):

@@ -73,7 +73,7 @@ class OnlineBuffer:
         initial = added.observations[starts[:-1]]
         self.start_observations = torch.cat([self.start_observations, initial])
         self._starts = torch.cat([self._starts, first + starts[1:].cpu()])
-        # What the safety critic learns from.
+        # Costs, spans and accidents, which the safety critic learns from.
         costs, spans = n_step_costs(added.costs, starts, self._steps, self._discount)
         self._n_step_costs[first:end], self._spans[first:end] = costs, spans
         accidents = first + (added.accidents > 0).nonzero().squeeze(1)
@@ -114,13 +114,13 @@ class OnlineBuffer:
 
         ``until_accident``: those behind the first accident of their episode do not count.
         """
-        # Whole episodes, from the one on that the first of the transitions is of.
+        # Episodes from the one on that the first of the transitions belongs to.
         first = max(0, self.size - steps)
         starts = self._starts[int(torch.searchsorted(self._starts, first, right=True)) - 1 :]
         begin = int(starts[0])
         accidents = self.layout.unpack(self.rows[begin:]).accidents.cpu()
         episode = torch.repeat_interleave(starts.diff())  # of each row
-        # What counts of them.
+        # Rows that count, and their number in each episode.
         counted = torch.ones_like(accidents)
         if until_accident:
             before = accidents.cumsum(0) - accidents  # accidents of the rows before

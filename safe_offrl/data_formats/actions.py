@@ -15,7 +15,7 @@ from safe_offrl.data.content import MAX_DATASET_BYTES, chunks
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.errors import DataError
 
-MOST_ACTIONS = 10_000  # that are discrete: a wrong number must not ask for all memory
+MOST_ACTIONS = 10_000  # a wrong number of discrete actions must not ask for all memory
 BOUNDS = ("action_low", "action_high")
 
 
@@ -74,7 +74,7 @@ def _numbers(actions: NDArray[Any], counted: list[str]) -> NDArray[np.int64]:
     values = np.asarray(actions[:]).reshape(-1)
     if values.dtype.kind in "iub":
         return values.astype(np.int64)
-    # In float64, which float16 is compared as; NaN is not below.
+    # float16 has no 2^53, so float64 is compared; a NaN is not below it.
     exact = values.dtype.kind == "f" and bool((np.abs(values.astype(np.float64)) < 2.0**53).all())
     if not exact or (values != np.floor(values)).any():
         raise DataError(
@@ -141,7 +141,7 @@ def _judge_whole_rows(actions: NDArray[Any], metadata: dict[str, Any], remarks: 
 def _judge_whole_floats(actions: NDArray[Any], remarks: list[str]) -> None:
     """Floats that are all 0 or 1 may be numbers of discrete actions, or one-hot rows."""
     if all(np.isin(actions[part], (0, 1)).all() for part in chunks(len(actions))):
-        if not actions[:].any():  # nothing was ever done
+        if not actions[:].any():  # the agent never acted
             return
         remarks.append(
             "actions are all 0 or 1, taken for continuous ones in [-1, 1]: if they are discrete, "

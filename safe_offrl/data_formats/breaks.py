@@ -18,7 +18,7 @@ from safe_offrl.data_formats.motion import (
 )
 from safe_offrl.errors import DataError
 
-MOST_BREAKS = 0.25  # share of the rows within episodes: more are no order of time
+MOST_BREAKS = 0.25  # rows in order of time break less often within episodes
 
 
 class Breaks(NamedTuple):
@@ -56,7 +56,7 @@ def unmarked_breaks(arrays: Arrays, motion: Motion | None, ends: Flags) -> Break
         far = 1.5 * float(np.quantile(steps, 0.999))
         odd = broken & (motion.step[:-1] > far) & (motion.jump <= far)
         broken &= ~odd
-        # All are one thing or the other: an episode may well begin near where the last one ended.
+        # The median decides for all: an episode may begin near where the last one ended.
         near = broken.any() and float(np.median(motion.jump[broken])) <= far
         leads_on = near and not _begin_at_starts(arrays, motion, ends, broken)
         found = [np.append(flags, False) for flags in (broken, odd)]

@@ -22,7 +22,7 @@ from safe_offrl.data_formats.names import ENDS, METADATA_KEYS, near_name
 from safe_offrl.data_formats.validation import check_flags, wrong_shape
 from safe_offrl.errors import DataError
 
-AS_MARKED = "as marked"  # the metadata's "ends" of a log whose ends are to be believed
+AS_MARKED = "as marked"  # the metadata's "ends" say so of a log whose ends are believed
 
 
 def complete(

@@ -33,7 +33,7 @@ NUMBER_COLUMNS = (
     *("rewards", "costs", "terminals", "timeouts"),
     *("accidents", "behaviour_log_probs", "dones"),
 )
-FLAG_WORDS = {"true": "1", "false": "0"}  # as pandas and others write flags
+FLAG_WORDS = {"true": "1", "false": "0"}  # pandas and others write flags so
 MAX_HEADER = 2**20  # bytes of the line that names the columns
 
 
@@ -86,7 +86,7 @@ def read_csv(path: Path) -> Raw:
             arrays[key] = block if key in TABLES else block[:, 0]
     if found.get("actions") in names:
         arrays["actions"] = _whole(arrays["actions"][:, 0])
-        # So the documentation names the numbers of discrete actions; from 0, if there is one.
+        # The documentation numbers discrete actions from 0, so a 0 says where they start.
         if arrays["actions"].min(initial=1) == 0:
             metadata = {"action_start": 0} | metadata
     return Raw(arrays, metadata, tuple(remarks))
@@ -111,8 +111,8 @@ def write_csv(
     arrays, metadata, wide = in_own_units(arrays, metadata)
     keys = [key for key in (*REQUIRED, "accidents", "behaviour_log_probs") if key in arrays]
     if metadata.get("accident") in BUILT_IN_RULES:
-        # Without the rule beside them they would be taken for the verdict of any rule; these can
-        # be derived again.
+        # Accidents without their rule would be taken for the verdict of any rule; those of a
+        # built-in rule can be derived again.
         keys = [key for key in keys if key != "accidents"]
     discrete = metadata.get("action_count") is not None
     whole = (*NUMBER_COLUMNS[2:5], "actions")

@@ -151,7 +151,7 @@ def _without_both(terminals: Flags, timeouts: Flags, remarks: list[str]) -> tupl
     at_limit = np.zeros(len(ends), bool)
     at_limit[stops[longest] - 1] = True
     limit = at_limit & both
-    # That of several episodes each terminates on the very step of the limit is no coincidence.
+    # Several episodes that all terminate on the very step of the limit are no coincidence.
     if longest.sum() >= 2 and (limit == at_limit).all():
         terminals = terminals & ~limit
         remarks.append(

@@ -81,7 +81,7 @@ def read_hdf5_metadata(path: Path) -> dict[str, Any]:
 def plain_arrays(file: h5py.File) -> tuple[dict[str, h5py.Dataset], list[str]]:
     """The known arrays of the root group, unread, and what is to be said of the others."""
     names, remarks = recognise(present_arrays(file))
-    # Of a known name even what is no array, so that it is refused and not overlooked.
+    # A known name is taken even if it is no array, so that it is refused and not overlooked.
     names = {key: key for key in (*REQUIRED, *OPTIONAL) if key in file} | names
     found = ((key, plain_dataset(file, theirs)) for key, theirs in names.items())
     return {key: item for key, item in found if item is not None}, remarks

@@ -49,7 +49,7 @@ from safe_offrl.spec import SafetySpec
 from safe_offrl.types import SCALARS, Layout
 
 HEADER = "dataset.json"
-ROWS_AT_ONCE = 2**20  # of scalars computed together; whole episodes, so a longer one counts as one
+ROWS_AT_ONCE = 2**20  # scalars of so many rows are computed together, or of one longer episode
 _SUFFIX = {"|b1": "u1", "<i4": "i32", "<f4": "f32"}
 
 

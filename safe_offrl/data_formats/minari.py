@@ -79,10 +79,10 @@ def read_minari(path: Path) -> Raw:
         episodes = [_Episode(group, leaves) for group in groups if group is not None]
         if not episodes:
             raise DataError(f'The Minari dataset "{path}" is empty. Log at least one episode.')
-        # The last observation of an episode is the only one that is not held twice afterwards.
+        # Only the last observation of an episode is not held twice in memory.
         require_size(path, (2 * episode.size for episode in episodes))
         parts = [episode.read() for episode in episodes]
-        # Whatever another writer calls so is not ours.
+        # Another writer's attribute of this name means something else.
         ours = episodes if ATTRIBUTE in description else []
         behaviours = [plain_attribute(episode.group, "behaviour") for episode in ours]
     # Checks that all are alike.
@@ -160,7 +160,7 @@ class _Episode:
         actions = self.actions[()]
         arrays["actions"] = actions if actions.ndim == 1 else actions.reshape(len(actions), -1)
         arrays |= {"observations": flat[:-1], "next_observations": flat[1:]}
-        # The first info is that of the reset.
+        # The reset gave the first info, so it belongs to no step.
         arrays |= {key: item[()][len(item) - n :] for key, item in self.infos.items()}
         if any(len(x) != n for x in arrays.values()) or any(
             len(item) not in (n, n + 1) for item in self.infos.values()

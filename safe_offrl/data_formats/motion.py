@@ -11,8 +11,8 @@ from safe_offrl.data.content import Arrays, Flags, chunks
 
 Distances = NDArray[np.float64]
 
-SAMPLE = 2048  # rows that stand for all where distances between any two are needed
-FEWEST = 20  # rows: fewer do not tell how far one usually moves
+SAMPLE = 2048  # so many rows stand for all where distances between any two are needed
+FEWEST = 20  # fewer rows do not tell how far one usually moves
 
 
 class Scale(NamedTuple):

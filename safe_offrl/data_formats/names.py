@@ -14,7 +14,7 @@ from typing import NamedTuple
 from safe_offrl.data.content import OPTIONAL, REQUIRED
 from safe_offrl.errors import DataError
 
-# Read as ours where ours is missing: what Gymnasium, Minari, OmniSafe and CleanRL call them.
+# Gymnasium, Minari, OmniSafe and CleanRL call arrays so; they are read where ours are missing.
 SYNONYMS = {
     "obs": "observations",
     "observation": "observations",
@@ -47,7 +47,7 @@ METADATA_KEYS = (
     "ends",
     "observation_offset",
 )
-# How names begin that were probably meant as ours.
+# Names that begin so were probably meant as ours.
 _STEMS = {
     "observations": r"(obs|state)",
     "next_observations": r"(next_?(obs|state)|(obs|state)\w*_?next|new_?(obs|state))",

@@ -115,7 +115,7 @@ def _check_values(name: str, array: NDArray[np.generic]) -> None:
                 )
             continue
         # The limit of float32 catches infinity, NaN (by the negation), what would overflow to it.
-        # In float64: no float16 is as large, and the smallest integer has no absolute value.
+        # float64 is compared: float16 is never so large, the least integer has no absolute value.
         with np.errstate(over="ignore"):
             bad = ~(np.abs(np.asarray(values, np.float64)) <= _LARGEST)
         if bad.any() and not wrong:

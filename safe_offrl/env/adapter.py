@@ -139,7 +139,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         """Act with ``action`` [A]; ``info`` holds "accident" (bool) and "cost" (float)."""
         # Step.
         raw_action = self.own_action(action)
-        # A copy: some environments write into the action that they are given.
+        # It gets a copy, because some environments write into the action that they are given.
         answer = ask(self.env.step, copy.copy(raw_action))
         self._steps += 1
         raw_next, reward, terminated, cut, info = step_values(self.env_id, answer, self._steps)

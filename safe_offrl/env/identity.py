@@ -230,7 +230,7 @@ def _of_section(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found += _changes(before, now, ["accident"]) or _changes(before, now, ["cost_threshold"])
     old, new = (_mapping(part, "kwargs") for part in (before, now))
     found += [f"kwargs {text}" for text in _changes(old, new, sorted({*old, *new}))]
-    # Those of the registration lie around the environment too, and are said once.
+    # The wrappers of the registration are among those around the environment, and are named once.
     found += _changes(before, now, ["additional_wrappers"]) or _changes(before, now, ["wrappers"])
     old, new = (_mapping(part, "sources") for part in (before, now))
     if not {"sources", "packages"} <= before.keys() & now.keys():  # settings alone
