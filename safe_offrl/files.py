@@ -25,7 +25,7 @@ def write_file(path: Path, data: bytes, *, append: bool = False, sync: bool = Tr
     """
     mode = os.O_APPEND if append else os.O_TRUNC
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | mode | getattr(os, "O_BINARY", 0), 0o644)
-    with _named(path, fd):
+    with _naming_file(path, fd):
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
@@ -34,7 +34,7 @@ def write_file(path: Path, data: bytes, *, append: bool = False, sync: bool = Tr
 
 
 @contextlib.contextmanager
-def _named(path: Path, fd: int) -> Iterator[None]:
+def _naming_file(path: Path, fd: int) -> Iterator[None]:
     """Closes ``fd``; what goes wrong meanwhile names the file, which os.write and fsync do not."""
     try:
         yield
@@ -92,7 +92,7 @@ def fsync_folder(path: Path) -> None:
     if os.name == "nt":  # Windows cannot open a folder; NTFS journals the rename itself
         return
     fd = os.open(path, os.O_RDONLY)
-    with _named(path, fd):
+    with _naming_file(path, fd):
         os.fsync(fd)
 
 

@@ -61,9 +61,7 @@ class SafetySpec:
                 f"safety.cost_threshold is {self.cost_threshold}, but a finite number is needed. "
                 "Try 0."
             )
-        if self.accident not in ("cost", "episode_cost", "terminated") and (
-            ":" not in self.accident
-        ):
+        if self.accident not in BUILT_IN_RULES and ":" not in self.accident:
             raise ConfigError(
                 f'safety.accident is "{self.accident}", which is no accident rule. Use "cost", '
                 '"episode_cost", "terminated" or "package.module:function".'

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     ``accidents``, ``terminated`` are 0/1 floats. ``time_to_go`` is the share of the horizon that
     was left BEFORE the action: 1 at the first step, 1/horizon at the last. ``return_to_go`` is the
-    discounted sum of rewards from this step to the end of the logged episode (Cal-QL's reference).
+    discounted sum of rewards from this step to the end of the logged episode (Cal-QL's bound).
     """
 
     observations: Tensor  # [B, O]
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     return_to_go: Tensor  # [B]
 
 
-# The numbers of a Batch, in the order that rows have them: in checkpoints and cached files too.
+# Rows hold the numbers of a Batch in this order, in checkpoints and cached files too.
 SCALARS = ("rewards", "accidents", "costs", "terminated", "time_to_go", "return_to_go")
 
 
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
     def unpack(self, rows: Tensor) -> Batch:
         """View rows [..., D] as a Batch of [..., O], [..., A] and [...]; copies nothing."""
         o, a = self.observation_size, self.action_size
-        # Two calls make all nine views: slicing them one by one takes half as long again.
+        # Two calls make all nine views, because slicing one by one takes half as long again.
         observations, actions, following, scalars = rows.split((o, a, o, len(SCALARS)), dim=-1)
         return Batch(
             observations=observations,
@@ -77,10 +77,7 @@ class Layout(NamedTuple):
 
     @staticmethod
     def row(
-        observation: np.ndarray,
-        action: np.ndarray,
-        next_observation: np.ndarray,
-        **scalars: float,
+        observation: np.ndarray, action: np.ndarray, next_observation: np.ndarray, **scalars: float
     ) -> np.ndarray:
         """One transition as a row [D]; ``scalars`` by their names, all of SCALARS."""
         tail = np.asarray([scalars[name] for name in SCALARS], dtype=np.float32)
@@ -88,7 +85,9 @@ class Layout(NamedTuple):
 
 
 class States(NamedTuple):
-    """States over which a weighted sum of values is an estimate: V_accident(s0), or the cost."""
+    """What the safety critic takes for states, observations with the time to go: over them a
+    weighted sum of values is an estimate, of V_accident(s0) or of the cost.
+    """
 
     observations: Tensor  # [S, O]
     time_to_go: Tensor  # [S]

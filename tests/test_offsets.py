@@ -306,7 +306,7 @@ def test_what_was_lived_lies_where_the_log_does(runs: Path) -> None:
     loop, checkpoint = start_loop(plan), run.load_checkpoint()
     loop.load(checkpoint.tensors, checkpoint.info)
     plan.env.close()
-    lived = loop.experience.visited(10_000).observations
+    lived = loop.experience.buffer.recent_transitions(10_000).observations
     logged = loop.experience.dataset.transitions.observations
     assert len(lived)
     assert abs(float(lived[:, 0].mean() - logged[:, 0].mean())) < 2.0

@@ -27,7 +27,7 @@ from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.build import default_dataset
 from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.collect.penalty import EPISODES_PER_STEP, Account
-from safe_offrl.data.dataset import REWARD_REFERENCE, Dataset
+from safe_offrl.data.dataset import TUNED_RETURN_SIZE, Dataset
 from safe_offrl.data_formats.complete import complete
 from safe_offrl.data_formats.loading import assemble, load_dataset
 from safe_offrl.data_formats.memory_map import write_memory_map
@@ -263,7 +263,7 @@ def test_rewards_are_scaled_by_the_size_of_their_returns_to_go(
 ) -> None:
     scale = with_rewards(dataset_of(arrays), rewards).reward_scale()
     assert scale == float(np.float32(scale))
-    assert scale == pytest.approx(1.0 if size is None else REWARD_REFERENCE / size, rel=1e-6)
+    assert scale == pytest.approx(1.0 if size is None else TUNED_RETURN_SIZE / size, rel=1e-6)
 
 
 @pytest.mark.parametrize("rewards", [[3e38, 3e38], [1e-42, 0.0]])

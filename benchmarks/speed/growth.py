@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Steering
-from safe_offrl.compute.descent import EAGER, Compute, choose
+from safe_offrl.compute.descent import EAGER, Compute, choose_compute
 from safe_offrl.compute.device import configure
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.policies.networks import NetworkConfig, Networks
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     configure(1)
-    compute, _ = choose("on", "fp32", 0)
+    compute, _ = choose_compute("on", "fp32", 0)
     flop_rate, byte_rate = rates()
     lines = [
         f"RLPD, observation 60, action 2, one thread: {flop_rate / 1e9:.0f} GFLOP/s of plain "

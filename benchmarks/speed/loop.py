@@ -33,7 +33,7 @@ from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.compute.descent import choose
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.storage import TransitionBuffer
+from safe_offrl.data.online_buffer import OnlineBuffer
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.env.adapter import AccidentEnv
@@ -130,14 +130,14 @@ def calls(folder: Path) -> dict[str, float]:
     model = SAC(
         "MlpPolicy", Spaces(Shape(60, 2)), buffer_size=1000, policy_kwargs={"net_arch": [256, 256]}
     )
-    buffer = TransitionBuffer(store.layout, 100_000)
     episode = store.rows[:1000].clone()
+    insert = microseconds(lambda: OnlineBuffer(store.layout, 1000).append(episode))
     action, tail = np.zeros(2, np.float32), np.zeros(6, np.float32)
     row = microseconds(lambda: np.concatenate([observation, action, observation, tail]))
     return {
         "policy, one observation": microseconds(lambda: actor.draw(observation, 1, rng)),
         "  Stable-Baselines3 predict": microseconds(lambda: model.predict(observation)),
-        "insert one transition": row + microseconds(lambda: buffer.append(episode)) / 1000,
+        "insert one transition": row + insert / 1000,
         "draw a batch of 256": microseconds(lambda: store.batches(1)),
         "draw 20 batches of 256": microseconds(lambda: store.batches(20)),
     }
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     configure(1)
-    choose("on", "fp32", 0)
+    choose_compute("on", "fp32", 0)
     lines = [
         "Around the updates, one thread. Overhead: time outside the updates, as a share of inside.",
         "",

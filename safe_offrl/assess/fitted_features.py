@@ -202,4 +202,4 @@ def episode_totals(dataset: Dataset, limit: Limit) -> tuple[np.ndarray, np.ndarr
 def _spread(values: np.ndarray) -> float:
     """Standard deviation; of values that differ by rounding errors at most their size, or 1."""
     spread, size = float(values.std()), float(np.abs(values).max())
-    return spread if spread > ROUNDING * size else size or 1.0
+    return spread if spread > FLOAT32_EPS * size else size or 1.0

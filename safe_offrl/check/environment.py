@@ -50,6 +50,7 @@ def check_environment(env_id: str, spec: SafetySpec, *, episodes: int = 20) -> E
     """
     if episodes < 2:
         raise ConfigError(f"{episodes} episodes show too little. Ask for at least 2.")
+    # Making it.
     report = EnvReport(env_id, spec.accident)
     try:
         raw = make_raw(env_id)
@@ -58,6 +59,7 @@ def check_environment(env_id: str, spec: SafetySpec, *, episodes: int = 20) -> E
         return report
     cls = type(raw.unwrapped)
     report.add("ok", "make", f"{cls.__name__} of the module {cls.__module__}")
+    # Episodes with random actions.
     if _check_spaces(report, raw, spec):
         _check_gymnasium(report)
         listener = Listener(raw)
@@ -73,6 +75,7 @@ def check_environment(env_id: str, spec: SafetySpec, *, episodes: int = 20) -> E
             check_observations(report, env, np.array(observations))
             add_oddities(report, env, listener, recordings)
             _check_speed(report, listener)
+    # What needs no episode.
     _check_pickle(report, raw)
     with contextlib.suppress(Exception):  # Gymnasium's checker has said so already
         raw.close()
@@ -141,6 +144,7 @@ def _check_episodes(
 
     Second, every observation of them in float64.
     """
+    # Random actions, whose observations are kept.
     factory = random_behaviour(env.action_size).factory
     played: dict[int, Recording] = {}
     observations: list[NDArray[np.float64]] = []
@@ -153,6 +157,7 @@ def _check_episodes(
 
         return act
 
+    # Episodes.
     for index in range(episodes):
         seed, seen = episode_seed(0, index, "check"), len(observations)
         try:
@@ -167,6 +172,7 @@ def _check_episodes(
         except EnvError as error:
             report.add("FAIL", "episodes", str(error))
             return {}, []
+    # Report.
     if in_a_row == FAULTS_IN_A_ROW or not played:
         report.add("FAIL", "episodes", fault)
         return {}, []

@@ -28,7 +28,7 @@ class EpisodeGroup(NamedTuple):
     accident_episodes: int
 
 
-class Verdict(NamedTuple):
+class Identification(NamedTuple):
     """Whether the log itself holds a behaviour within the limit, and the sentence that says so."""
 
     identified: bool
@@ -71,26 +71,29 @@ def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -
     log kept the limit it is extrapolation, however confident the critic. Quarters of the return
     are no behaviours (they are chosen by outcome): without behaviours the log counts as one.
     """
+    # The lowest upper bound of the groups.
     if dataset.episode_behaviours is None:
         groups = (_group("the whole log", dataset, np.ones(dataset.episodes, dtype=bool)),)
     confidence = 1.0 - (1.0 - SHOWN_AT) / len(groups)
     bounds = {g.name: _upper(g, limit, confidence) for g in groups}
     name = min(bounds, key=lambda k: bounds[k])
+    # The sentence that says so.
     quantity = limit.quantity
     below, asked = quantity.text(bounds[name]), quantity.text(limit.value)
     if bounds[name] < limit.value:
-        return Verdict(
+        return Identification(
             True,
             f"yes: the {quantity.in_words} of {name!r} is below {below} at {SHOWN_AT:.0%}, and "
             f"{asked} is asked for.",
         )
+    # Advice where no group is within the limit.
     advice = "Log more episodes of a more careful behaviour"
     if limit.constraint == "accident":
         needed = episodes_needed(limit.value, confidence).fixed
         advice += f", at least {needed:,} without an accident"
     elif more := _more_to_show(next(g for g in groups if g.name == name), limit, confidence):
         advice += f", or about {more:,} more of {name!r} if they cost the same"
-    return Verdict(
+    return Identification(
         False,
         f"no: at {SHOWN_AT:.0%} nobody in the log is shown to keep {asked} (closest "
         f"is {name!r}, below {below}), so an estimate there extrapolates. {advice}.",
@@ -100,20 +103,21 @@ def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -
 def _more_to_show(group: EpisodeGroup, limit: Limit, confidence: float) -> int:
     """Further episodes after which a mean cost like this would be below the limit; 0: none would.
 
-    Its upper bound m + z s / sqrt(n) falls with the root of n, and MIN_EPISODES are needed anyway.
+    Its upper bound m + z s / sqrt(n) falls with the root of n, and MIN_GROUP_EPISODES are needed
+    anyway.
     """
     room = limit.value - group.mean_cost
     if not room > 0.0 or math.isnan(group.cost_error):
         return 0
     reach = float(special.ndtri(confidence)) * group.cost_error
     needed = math.floor(group.episodes * (reach / room) ** 2) + 1  # strictly below
-    return max(needed, MIN_EPISODES) - group.episodes
+    return max(needed, MIN_GROUP_EPISODES) - group.episodes
 
 
 def _upper(group: EpisodeGroup, limit: Limit, confidence: float) -> float:
     """Upper bound of what is limited: exact for accidents, by the normal law for a mean cost."""
     if limit.constraint == "accident":
         return clopper_pearson_upper(group.accident_episodes, group.episodes, confidence)
-    if group.episodes < MIN_EPISODES:
+    if group.episodes < MIN_GROUP_EPISODES:
         return math.inf
     return group.mean_cost + float(special.ndtri(confidence)) * group.cost_error

@@ -17,11 +17,11 @@ from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
 from safe_offrl.spec import SafetySpec
 from safe_offrl.stats.fixed import clopper_pearson
 
-INSPECTED = 2_000_000  # transitions: of a larger dataset, whole episodes drawn at random
+INSPECTED = 2_000_000  # a larger dataset is judged by whole episodes drawn at random
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-BINS = 20  # per axis of the coverage histograms, fewer for a small dataset
+BINS = 20  # the coverage histograms have so many per axis, fewer for a small dataset
 MIN_TRANSITIONS = 1000
-MIN_ACTION_RANGE = 0.2  # of the 2 from -1 to 1
+MIN_ACTION_RANGE = 0.2  # -1 to 1 is 2
 MIN_ACTION_COVERAGE = 0.1
 TIME_BINS = 10  # of the horizon, for the times of first accidents
 
@@ -67,7 +67,7 @@ class DatasetSummary:
     constraint: str
     limit: float
     within_limit: float  # share of the episodes
-    identification: Verdict
+    identification: Identification
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,6 +83,7 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
 
     ``held_out`` is the share of its episodes that the safety critic will be calibrated on.
     """
+    # Counts.
     batch = dataset.transitions
     actions, observations = batch.actions.numpy(), batch.observations.numpy()
     accidents = int(dataset.episode_accidents.sum())
@@ -126,6 +127,7 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
 
 def format_summary(summary: DatasetSummary) -> str:
     """The summary as a readable text of a few lines."""
+    # Lines of the whole log.
     s = summary
     low, high = s.accident_interval
     within = f"; {s.within_limit:.0%} of the episodes below {s.limit:g}"
@@ -153,6 +155,7 @@ def format_summary(summary: DatasetSummary) -> str:
         "of the bins of two dimensions; where it was, "
         f"{s.state_action_coverage:.0%} of the directions tried",
     ]
+    # Lines of its groups.
     width = max(len(group.name) for group in s.groups)
     lines.append(f"{'group':<{width + 2}}  episodes    return            cost  accident episodes")
     lines += [
@@ -161,6 +164,7 @@ def format_summary(summary: DatasetSummary) -> str:
         f"{g.accident_episodes / g.episodes:.1%}"
         for g in s.groups
     ]
+    # Conclusions.
     lines.append(f"identified    {kept}: {s.identification.sentence}")
     lines += [f"warning: {warning}" for warning in s.warnings]
     return "\n".join(lines)
@@ -212,7 +216,7 @@ def principal_components(observations: NDArray[Any]) -> NDArray[np.float64]:
     """The first two principal components of the standardised observations [N, O] -> [N, <= 2]."""
     values = observations.astype(np.float64)
     deviation = values.std(axis=0)
-    varies = deviation > ROUNDING * np.abs(values).max(axis=0)
+    varies = deviation > FLOAT32_EPS * np.abs(values).max(axis=0)
     values = (values - values.mean(axis=0))[:, varies] / deviation[varies]
     if values.shape[1] == 0:
         return values  # every observation is the same
@@ -259,16 +263,19 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
 
     ``held_out`` is the share of its episodes that the safety critic will be calibrated on.
     """
+    # What a load noticed.
     batch = dataset.transitions
     found = list(dataset.remarks)
     if "warning" in dataset.metadata:
         found.append(str(dataset.metadata["warning"]))
+    # Too few episodes or steps.
     found += _outcome_warnings(dataset, limit, held_out)
     if len(dataset.rows) < MIN_TRANSITIONS:
         found.append(
             f"only {len(dataset.rows)} transitions: enough to try the commands, too few to learn. "
             f"Log {MIN_TRANSITIONS - len(dataset.rows)} more at least."
         )
+    # Actions.
     actions = batch.actions.numpy()
     low, high = actions.min(axis=0), actions.max(axis=0)
     found += [
@@ -295,12 +302,14 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
 
 def _outcome_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[str]:
     """What is missing of safe or unsafe episodes, as far as the constraint needs them."""
+    # How many are needed.
     episodes = dataset.episodes
     needed = math.ceil(MIN_HELD_OUT_EPISODES / held_out)
     too_few = (
         f"too few to calibrate the safety critic (about {needed}, so that {MIN_HELD_OUT_EPISODES} "
         "are held out)"
     )
+    # Under a limit on the cost.
     if limit.constraint == "cost":
         kept = int((dataset.episode_costs < limit.value).sum())
         if min(kept, episodes - kept) >= needed:
@@ -309,6 +318,7 @@ def _outcome_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[s
         if kept > episodes - kept:
             which, kept = f"above the limit of {limit.value:g}", episodes - kept
         return [f"only {kept} episodes are {which}, {too_few}. Log {needed - kept} more."]
+    # Under a limit on accidents.
     accidents, found = int(dataset.episode_accidents.sum()), []
     if accidents == 0:
         found.append(

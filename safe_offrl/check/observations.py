@@ -7,26 +7,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.dataset import ROUNDING
+from safe_offrl.data.dataset import FLOAT32_EPS
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.observations import entry_name
 from safe_offrl.record.env_report import EnvReport
 
-ROUNDED = 1e-3  # of an entry's spread: a float32 whose steps are larger has lost its digits
-FAR_FROM_ONE = 1e3  # a factor: inputs of such sizes a new network cannot tell apart
+ROUNDED = 1e-3  # float32 loses an entry's digits if it rounds by this share of its spread
+FAR_FROM_ONE = 1e3  # a new network cannot tell inputs apart that are so much larger or smaller
 
 
 def check_observations(report: EnvReport, env: AccidentEnv, values: NDArray[np.float64]) -> None:
     """Report on observations [n, O] as the environment gave them."""
+    # Sizes and variation.
     largest = np.abs(values).max(axis=0)
     varies = values.min(axis=0) < values.max(axis=0)
-    # What is declared as float64 keeps its digits: an offset is subtracted in time.
+    # An entry declared as float64 keeps its digits: an offset is subtracted in time.
     narrow = [np.full(p.stop - p.start, np.can_cast(p.box.dtype, np.float32)) for p in env.layout]
     narrow += [np.full(int(env.sums_cost), True)]
-    coarse = ROUNDING * largest > ROUNDED * values.std(axis=0)
+    coarse = FLOAT32_EPS * largest > ROUNDED * values.std(axis=0)
     rounded = np.flatnonzero(np.concatenate(narrow) & varies & coarse)
     constant = np.flatnonzero(~varies)
     distant = np.flatnonzero(varies & ((largest > FAR_FROM_ONE) | (largest < 1.0 / FAR_FROM_ONE)))
+    # Report.
     report.measured |= {
         "largest_observation": float(largest.max()),
         "smallest_observation": float(largest.min()),

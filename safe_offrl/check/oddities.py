@@ -19,8 +19,8 @@ from safe_offrl.env.contract import cost_in_words, scalar
 from safe_offrl.env.observations import entry_name
 from safe_offrl.record.env_report import EnvReport
 
-CHANCE = 1e-3  # how improbable what is seen must be, were it not odd
-LISTED = 3  # entries of an observation that are named
+CHANCE = 1e-3  # it is odd if chance would show it no more often
+LISTED = 3  # a sentence names so many entries of an observation
 
 
 class Listener(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -151,7 +151,7 @@ def _odd_costs(listener: Listener, recordings: list[Recording]) -> Iterator[tupl
         change = np.diff(recording.outcomes[:, 1])
         rises += int((change[recording.outcomes[:-1, 1] > 0.0] > 0.0).sum())
         falls += int((change < 0.0).sum())
-    # Of costs that belong to steps a rise is as probable as a fall.
+    # Costs that belong to steps rise as often as they fall.
     if not falls and 0.5**rises < CHANCE:
         yield (
             "summed cost",

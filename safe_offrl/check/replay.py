@@ -22,7 +22,7 @@ from safe_offrl.errors import EnvError, UserError
 from safe_offrl.spec import SafetySpec
 
 Array = NDArray[Any]
-TIMEOUT = 120.0  # seconds that another process gets for one episode
+TIMEOUT = 120.0  # another process gets so many seconds for one episode
 OUTCOMES = ("the reward", "the cost", "the accident", "the termination", "the truncation")
 
 

@@ -17,7 +17,7 @@ from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError, EnvFault
 
-SEEDS = 20  # that are tried
+SEEDS = 20  # so many are tried
 
 
 class Situations(NamedTuple):

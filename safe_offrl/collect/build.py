@@ -29,7 +29,7 @@ from safe_offrl.collect.log_plan import PILOT_EPISODES, CollectConfig, fitted
 from safe_offrl.collect.mixture import Log, log_episodes, tell, unsafe_mixture
 from safe_offrl.collect.sb3 import learnt_behaviours
 from safe_offrl.data_formats.conversion import target_format
-from safe_offrl.data_formats.loading import FORMATS
+from safe_offrl.data_formats.loading import FILE_FORMATS
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.identity import KEY
 from safe_offrl.env.make import make_env
@@ -72,7 +72,7 @@ def build_dataset(
     ``path``.
     """
     config = config or CollectConfig()
-    form = FORMATS[target_format(Path(path))]
+    form = FILE_FORMATS[target_format(Path(path))]
     with contextlib.closing(make_env(env_id, spec)) as env:
         identity = env.identity()
         scripted = scripted_behaviours(env)
@@ -153,7 +153,7 @@ def _kept_if_broken_off(
         arrays = log.arrays(env)
         metadata = _metadata(env, spec, config, behaviours, arrays)
         metadata["warning"] = "The log was broken off before it was complete."
-        FORMATS[target_format(kept)].write(kept, arrays, metadata, None)
+        FILE_FORMATS[target_format(kept)].write(kept, arrays, metadata, None)
         text = f'The {len(log.rewards):,} transitions logged by then are kept: "{kept}".'
         if isinstance(error, EnvError):
             raise EnvError(f"{error} {text}") from error

@@ -43,7 +43,8 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
             name = f"episode-{episode.index:06d}"
             path = folder / f"{name}.gif"
             if not path.is_file():
-                transitions = loop.experience.visited(episode.steps)  # the last ones: this episode
+                # The last ones are those of this episode.
+                transitions = loop.experience.buffer.recent_transitions(episode.steps)
                 _write(camera, episode, transitions, path)
             if path.is_file():
                 run.board.add_picture(

@@ -19,7 +19,7 @@ from safe_offrl.commands.phase import (
     unfinished,
     writing,
 )
-from safe_offrl.compute.descent import choose
+from safe_offrl.compute.descent import choose_compute
 from safe_offrl.compute.device import configure, find_device
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.files import plain
@@ -74,7 +74,7 @@ def resume_pretrain(
         config = replace(config, agents=with_own_settings(config.agent, config.agents))
         configure(inputs.threads)
         device = find_device(inputs.device)  # as the next line, refuses what cannot go on
-        choose(stored_mode(inputs), config.precision, config.steps, device)
+        choose_compute(stored_mode(inputs), config.precision, config.steps, device)
         dataset = stored_dataset(inputs, config.safety, discount_of(config))
         loop = _loop(config, dataset, inputs)
         with writing(run, say) as stop:

@@ -21,7 +21,7 @@ from safe_offrl.commands.common import (
     with_own_settings,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log, since_run
-from safe_offrl.compute.descent import CompileMode, choose
+from safe_offrl.compute.descent import CompileMode, choose_compute
 from safe_offrl.compute.device import Device, configure, find_device
 from safe_offrl.config import load_config, to_dict
 from safe_offrl.data.dataset import Dataset
@@ -223,7 +223,9 @@ def plan_finetune(
     configure(threads)
     updates = config.budget // config.update_every * config.utd
     device = find_device(device or config.device)
-    compute, compiling = choose(compile_mode or config.compile, config.precision, updates, device)
+    compute, compiling = choose_compute(
+        compile_mode or config.compile, config.precision, updates, device
+    )
     source, source_config = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )

@@ -27,7 +27,7 @@ class Adam:
         self._weight_decay = weight_decay
         self._means = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self._squares = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        # One store for all the counts: adding 1 to each by itself was 3 % of an update.
+        # All counts lie in one store: adding 1 to each by itself took 3 % of an update.
         device = self.parameters[0].device
         self._count = torch.zeros(len(self.parameters), device=device)
         self._steps = list(self._count.unbind())

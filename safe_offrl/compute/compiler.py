@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from safe_offrl.files import cache_folder, write_atomic
 
-TRIAL_SECONDS = 20.0  # for what takes a third of a second; a compiler that waits for ever is none
-# The headers, the standard and the flags that torch's own kernels are compiled with.
+TRIAL_SECONDS = 20.0  # a sound compiler takes a third of a second, and one may wait for ever
+# torch compiles its own kernels with these headers, this standard and these flags.
 SOURCE = """\
 #include <Python.h>
 #include <omp.h>
@@ -37,7 +37,7 @@ extern "C" double safe_offrl_trial(double x) {
 """
 FLAGS = ("-shared", "-fPIC", "-std=c++20", "-O1")
 OPENMP = ("-Xclang", "-fopenmp", "-lomp") if sys.platform == "darwin" else ("-fopenmp",)
-# In a process of its own: a library that is none might take this one with it.
+# It runs in a process of its own, because a broken library might take this one with it.
 CALL = """\
 import ctypes, sys
 trial = ctypes.CDLL(sys.argv[1]).safe_offrl_trial
@@ -68,7 +68,7 @@ def compiler_fault() -> CompilerFault | None:
         return CompilerFault("there is no Python.h (a package like python3-dev)", "Install it")
     try:
         path = str(Path(path).absolute())
-        known = cache_folder() / "compilers" / _identity(path, headers)
+        known = cache_folder() / "compilers" / _compiler_identity(path, headers)
         if not known.is_file():
             _try(path, headers)
             with contextlib.suppress(OSError):  # then it is tried again
@@ -83,7 +83,7 @@ class _Failed(Exception):
     """A step of the trial failed; the message says how."""
 
 
-def _identity(compiler: str, headers: Path) -> str:
+def _compiler_identity(compiler: str, headers: Path) -> str:
     """A hash of what the outcome of a trial depends on."""
     real = Path(compiler).resolve()
     stat = real.stat()
@@ -132,13 +132,13 @@ def _run(command: Sequence[str], folder: str | None = None) -> str:
         raise _Failed(f"it took more than {TRIAL_SECONDS:g} seconds") from error
     finally:
         if process.poll() is None:
-            _end(process)
+            _kill(process)
     if process.returncode:
         raise _Failed(f"exit code {process.returncode}{_reason(said)}")
     return said
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
     """End a command, and what it started."""
     if hasattr(os, "killpg"):
         os.killpg(process.pid, signal.SIGKILL)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Values = tuple[Tensor, ...]
-# Calls before recording: lazy initialisation, autotuning and compiling cannot be recorded.
+# So many calls come first: initialisation, autotuning and compiling cannot be recorded.
 WARM_UPS = 3
 
 

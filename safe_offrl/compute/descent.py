@@ -26,7 +26,7 @@ from safe_offrl.files import cache_folder, unwritable
 
 CompileMode = Literal["auto", "on", "off"]
 Precision = Literal["fp32", "bf16"]
-# The values are a loss, and what is to be logged or handed on besides.
+# The values are a loss and whatever is logged or handed on besides it.
 Gradients = Callable[..., tuple[Values, tuple[Tensor, ...]]]
 
 
@@ -61,7 +61,7 @@ FINITE_EVERY = (
 )
 
 
-def choose(
+def choose_compute(
     mode: CompileMode, precision: Precision, updates: int, device: Device = "cpu"
 ) -> tuple[Compute, str]:
     """What a run of so many updates computes with, and why, in words for its header.

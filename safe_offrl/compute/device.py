@@ -14,10 +14,10 @@ from safe_offrl.errors import ConfigError
 Device = Literal["cpu", "cuda"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
-# glibc's mallopt(3): parameters and values.
+# glibc's mallopt(3) takes these parameters and values.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_MMAP_THRESHOLD = 32 * 2**20  # more is refused
-KEPT_BYTES = 2**30  # freed memory that stays with the process
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+KEPT_BYTES = 2**30  # so much freed memory stays with the process
 
 
 def find_device(wanted: DeviceChoice) -> Device:
@@ -33,7 +33,7 @@ def find_device(wanted: DeviceChoice) -> Device:
             "device is cuda, but torch finds no CUDA GPU. Install torch's CUDA build and a driver, "
             "or leave device out."
         )
-    # Before the first product: with it, cuBLAS gives the same bits every time.
+    # cuBLAS reads it before the first product, and then gives the same bits every time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return "cuda"
 

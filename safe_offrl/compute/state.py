@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from safe_offrl.compute.adam import Adam
 
-_LARGEST_SEED = 2**64 - 1  # that torch takes
+_LARGEST_SEED = 2**64 - 1  # torch takes no larger one
 
 Part = nn.Module | Adam | torch.Generator | Tensor
 

@@ -1,1 +1,1 @@
-"""Logged data in memory: episodes, what is derived from them, storage, mini-batches."""
+"""Logged data in memory: episodes, what is derived from them, the online buffer, mini-batches."""

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import DataError
 
-# Arrays by name; in place of an array anything with shape, dtype and [a:b], as an HDF5 dataset.
+# Arrays by name; whatever has shape, dtype and [a:b], as an HDF5 dataset, may stand for one.
 Arrays = Mapping[str, NDArray[Any]]
 Metadata = Mapping[str, Any]
-Progress = Callable[[int, int], None]  # (rows done, rows in all)
+Flags = NDArray[np.bool_]  # [N]
+RowProgress = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 class Raw(NamedTuple):
@@ -46,7 +47,7 @@ REQUIRED = (
     "terminals",
     "timeouts",
 )
-# Metadata that say how an earlier load found the source of a file; no part of its content.
+# These metadata say how an earlier load found the source of a file, and are not its content.
 HISTORY = ("remarks", "unsure")
 ATTRIBUTE = "safe_offrl"  # the name under which a container keeps our metadata, as JSON
 # accidents [N] (bool) is the accident rule's verdict, episode_behaviours [M] (int32) the index into
@@ -55,8 +56,8 @@ ATTRIBUTE = "safe_offrl"  # the name under which a container keeps our metadata,
 OPTIONAL = ("accidents", "episode_behaviours", "behaviour_log_probs")
 TABLES = ("observations", "actions", "next_observations")  # two-dimensional
 _BOOLEAN = ("terminals", "timeouts", "accidents")
-MAX_BYTES = 8 * 2**30  # several times the largest public DSRL file
-CHUNK = 65_536  # rows that a streaming pass holds at once
+MAX_DATASET_BYTES = 8 * 2**30  # the largest public DSRL file fits several times
+CHUNK_ROWS = 65_536  # rows that a streaming pass holds at once
 
 
 def stored_type(key: str) -> np.dtype[Any]:
@@ -66,8 +67,8 @@ def stored_type(key: str) -> np.dtype[Any]:
 
 
 def chunks(n: int) -> Iterator[slice]:
-    """0..n in pieces of :data:`CHUNK`."""
-    return (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
+    """0..n in pieces of :data:`CHUNK_ROWS`."""
+    return (slice(start, min(start + CHUNK_ROWS, n)) for start in range(0, n, CHUNK_ROWS))
 
 
 def dataset_sha256(arrays: Arrays, metadata: Metadata) -> str:
@@ -115,11 +116,11 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def require_size(path: Path, sizes: Iterable[int]) -> None:
     """Raise DataError if arrays of these many bytes would not fit the limit for one dataset."""
     size = sum(sizes)
-    if size > MAX_BYTES:
+    if size > MAX_DATASET_BYTES:
         raise DataError(
             f'The dataset "{path}" would take {size / 2**30:.0f} GiB, more than the limit of '
-            f"{MAX_BYTES / 2**30:.0f} GiB. Split it into smaller files, or, if it is HDF5 in the "
-            "DSRL layout, `safe-offrl convert` it to a memory map (FOLDER.mmap)."
+            f"{MAX_DATASET_BYTES / 2**30:.0f} GiB. Split it into smaller files, or, if it is HDF5 "
+            "in the DSRL layout, `safe-offrl convert` it to a memory map (FOLDER.mmap)."
         )
 
 

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safe_offrl.data.content import MAX_DATASET_BYTES, chunks
 from safe_offrl.data.offsets import offset_of
 from safe_offrl.errors import DataError
 from safe_offrl.types import Batch, Layout, Normalizer
 
-IN_MEMORY_BYTES = 8 * 2**30  # a memory-mapped set larger than this is not copied as a whole
-CHUNK_ROWS = 65_536  # rows read at once where a whole memory-mapped set is passed through
 # Temperatures, conservatism and learning rates are chosen for rewards of the size that they have in
 # the default log of PointHazard-v0: the root mean square of its discounted returns to go.
-REWARD_REFERENCE = 0.82638733
-ROUNDING = float(np.finfo(np.float32).eps)  # a spread below this share of the size is no spread
-SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 loses digits one by one
+TUNED_RETURN_SIZE = 0.82638733
+FLOAT32_EPS = float(np.finfo(np.float32).eps)  # a spread below this share of the size is no spread
+FLOAT32_SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 loses digits one by one
 
 
 class StoredRows(Protocol):
@@ -31,10 +30,6 @@ class StoredRows(Protocol):
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
         """Rows [B, D] of an index [B]."""
-        ...
-
-    def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """The same; ``dim`` is 0, as for a tensor of rows."""
         ...
 
     def column(self, name: str) -> Tensor:
@@ -84,10 +79,10 @@ class Dataset:
         if isinstance(self.rows, Tensor):
             return self.layout.unpack(self.rows)
         size = len(self.rows) * self.layout.width * 4
-        if size > IN_MEMORY_BYTES:
+        if size > MAX_DATASET_BYTES:
             raise DataError(
                 f"The dataset would take {size / 2**30:.0f} GiB in memory, more than the limit of "
-                f"{IN_MEMORY_BYTES / 2**30:.0f} GiB. Work on a part of its episodes."
+                f"{MAX_DATASET_BYTES / 2**30:.0f} GiB. Work on a part of its episodes."
             )
         return self.layout.unpack(self.rows[torch.arange(len(self.rows))])
 
@@ -220,8 +215,8 @@ class Dataset:
 
         mean = _total(measured()) / n
         std = np.sqrt(_total(np.square(x - mean) for x in self._observations()) / n)
-        least = np.maximum(ROUNDING * size, SMALLEST)
-        std = np.where(std > least, std, np.where(size > SMALLEST, size, 1.0))
+        least = np.maximum(FLOAT32_EPS * size, FLOAT32_SMALLEST)
+        std = np.where(std > least, std, np.where(size > FLOAT32_SMALLEST, size, 1.0))
         return Normalizer(
             mean.astype(np.float32),
             std.astype(np.float32),
@@ -241,7 +236,7 @@ class Dataset:
         if size == 0.0:
             return 1.0
         with np.errstate(over="ignore"):
-            scale = float(np.float32(REWARD_REFERENCE / size))
+            scale = float(np.float32(TUNED_RETURN_SIZE / size))
         if not 0.0 < scale < math.inf:
             raise DataError(
                 f"The dataset's discounted returns are of the size {size:.3g}, beyond float32. "
@@ -269,9 +264,8 @@ class Dataset:
         if isinstance(self.rows, Tensor):
             yield self.transitions.observations.numpy().astype(np.float64)
             return
-        for start in range(0, len(self.rows), CHUNK_ROWS):
-            index = torch.arange(start, min(start + CHUNK_ROWS, len(self.rows)))
-            rows = self.layout.unpack(self.rows[index])
+        for part in chunks(len(self.rows)):
+            rows = self.layout.unpack(self.rows[torch.arange(part.start, part.stop)])
             yield rows.observations.numpy().astype(np.float64)
 
     def split(self, held_out: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 
 from safe_offrl.data.content import Arrays, Metadata
 from safe_offrl.errors import DataError
-from safe_offrl.spec import SafetySpec
+from safe_offrl.spec import BUILT_IN_RULES, COST_RULES, COST_SHARE_MAX, SafetySpec
 
-BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
-ROUNDING = 1e-6  # of a number that was stored in float32, with some margin
-SHARE_LIMIT = 2.0  # of cost_threshold: a larger share used tells the policy nothing more
+STORED_ROUNDING = 1e-6  # float32 rounds by less than this share of a number
 
 
 class Episodes(NamedTuple):
@@ -50,6 +48,7 @@ def resolve_horizon(
     ``given`` is ``spec.horizon``, or the time limit of the environment where that is None; without
     either the file's own counts, and with it the two must agree.
     """
+    # The stated horizons, which must agree.
     stated, asked = metadata.get("horizon"), given or spec.horizon
     if isinstance(stated, int | float) and asked is not None and stated != asked:
         remedy = "Leave safety.horizon out, or correct what the dataset says"
@@ -69,6 +68,7 @@ def resolve_horizon(
             f"The dataset's horizon is {horizon}, so a share of time left has no meaning. "
             "Set safety.horizon to the time limit of the environment."
         )
+    # The episodes, which must fit into it.
     longest = int(lengths.max())
     if longest > horizon:
         remedy = f"Set safety.horizon={longest} or more"
@@ -93,7 +93,7 @@ def accidents_under(
     The file's own if its rule is that of ``spec``; otherwise derived from costs or terminals.
     """
     logged_rule = metadata.get("accident")
-    by_cost = spec.accident in ("cost", "episode_cost")
+    by_cost = spec.accident in COST_RULES
     if "accidents" in arrays and (logged_rule is None or _own_rule(metadata, spec)):
         verdicts = arrays["accidents"].astype(bool)
         if logged_rule is not None:
@@ -125,8 +125,8 @@ def _built_in(arrays: Arrays, starts: NDArray[np.int64], spec: SafetySpec) -> ND
     if spec.accident == "cost":
         return np.asarray(costs > np.float32(spec.cost_threshold))
     spent = costs_so_far(costs, starts) + costs
-    exceeds = (spent > spec.cost_threshold * (1.0 + ROUNDING)).astype(np.float64)
-    return running(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
+    exceeds = (spent > spec.cost_threshold * (1.0 + STORED_ROUNDING)).astype(np.float64)
+    return cumulate(np.maximum, exceeds, starts) > 0.0  # once above, always an accident
 
 
 def _require_agreement(
@@ -143,11 +143,11 @@ def _require_agreement(
         return
     wrong = verdicts != _built_in(arrays, starts, spec)
     if spec.accident == "cost":  # of a cost at the threshold, rounding may have decided
-        wrong &= ~np.isclose(arrays["costs"], spec.cost_threshold, rtol=ROUNDING, atol=0.0)
+        wrong &= ~np.isclose(arrays["costs"], spec.cost_threshold, rtol=STORED_ROUNDING, atol=0.0)
     elif spec.accident == "episode_cost":
         spent = costs_so_far(arrays["costs"], starts) + arrays["costs"]
         near = np.isclose(spent, spec.cost_threshold, rtol=1e-5, atol=0.0)
-        wrong &= ~(running(np.maximum, near.astype(np.float64), starts) > 0.0)
+        wrong &= ~(cumulate(np.maximum, near.astype(np.float64), starts) > 0.0)
     if wrong.any():
         raise DataError(
             f"The dataset's accidents are not those of the rule that it names, "
@@ -174,6 +174,7 @@ def rule_remarks(
 
     And where what was counted looks like something else: costs that add up within an episode.
     """
+    # Another rule than the log's own.
     found = []
     stated = metadata.get("accident")
     if stated is not None and not _own_rule(metadata, spec):
@@ -190,8 +191,9 @@ def rule_remarks(
                 f"not what {_rule(spec.accident, {'cost_threshold': spec.cost_threshold})} says: "
                 "the file does not name its rule."
             )
+    # Costs below 0.
     below = int((arrays["costs"][:] < 0.0).sum())
-    if below and not (arrays["costs"][:] > 0.0).any() and spec.accident in ("cost", "episode_cost"):
+    if below and not (arrays["costs"][:] > 0.0).any() and spec.accident in COST_RULES:
         raise DataError(
             f"The dataset has costs below 0 ({below} steps) and none above, so the accident rule "
             f'"{spec.accident}" finds nothing in it. Store what a step costs as a number above 0.'
@@ -200,6 +202,7 @@ def rule_remarks(
         found.append(
             f"{below} steps have a cost below 0: the expected cost cannot be constrained with them."
         )
+    # Costs that add up.
     if _running_sums(arrays["costs"][:], starts):
         found.append(
             "costs never fall within an episode and reach different heights: if they are sums over "
@@ -210,7 +213,7 @@ def rule_remarks(
 
 def _own_rule(metadata: Metadata, spec: SafetySpec) -> bool:
     """Whether ``spec`` counts accidents by the rule that the log was made under."""
-    by_cost = spec.accident in ("cost", "episode_cost")
+    by_cost = spec.accident in COST_RULES
     threshold = spec.cost_threshold if by_cost else metadata.get("cost_threshold")
     return (spec.accident, threshold) == (
         metadata.get("accident"),
@@ -220,7 +223,7 @@ def _own_rule(metadata: Metadata, spec: SafetySpec) -> bool:
 
 def _rule(name: object, metadata: Metadata) -> str:
     threshold = metadata.get("cost_threshold", 0.0)
-    by_cost = name in ("cost", "episode_cost")
+    by_cost = name in COST_RULES
     return f'"{name}" above {threshold}' if by_cost else f'"{name}"'
 
 
@@ -273,12 +276,12 @@ def share_used(spent: NDArray[np.float64], cost_threshold: float) -> NDArray[np.
 
     Saute RL (arXiv:2202.06558). The same number that the environment appends.
     """
-    return np.minimum(spent / cost_threshold, SHARE_LIMIT).astype(np.float32)
+    return np.minimum(spent / cost_threshold, COST_SHARE_MAX).astype(np.float32)
 
 
 def costs_so_far(costs: NDArray[Any], starts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Cost of the earlier steps of the same episode [N], 0 at its first."""
-    following = running(np.add, costs.astype(np.float64), starts)
+    following = cumulate(np.add, costs.astype(np.float64), starts)
     before = np.concatenate([[0.0], following[:-1]])
     before[starts[:-1]] = 0.0
     return before
@@ -295,7 +298,7 @@ def returns_to_go(
     return result
 
 
-def running(
+def cumulate(
     ufunc: np.ufunc, values: NDArray[np.float64], starts: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Cumulative ``ufunc`` (np.add, np.maximum) within each episode, in the order of its steps."""

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from safe_offrl.data.content import Arrays, Metadata, chunks
 from safe_offrl.errors import DataError
 
-OFFSET = "observation_offset"  # in the metadata: float64, one for each entry of an observation
+OFFSET = "observation_offset"  # the metadata's key: a float64 for each entry of an observation
 OBSERVATIONS = ("observations", "next_observations")
-LOST = 1e-3  # of an entry's spread, to float32 (root mean square): from here on it has an offset
-NOISE = 64.0 * float(np.finfo(np.float64).eps)  # of its size: float64's own rounding errors
+LOST = 1e-3  # an entry has an offset if float32 rounds by this share of its spread
+NOISE = 64.0 * float(
+    np.finfo(np.float64).eps
+)  # float64's own rounding stays below this share of an entry
 
 
 class Shifted:
@@ -79,7 +81,7 @@ def centred(arrays: Arrays, metadata: Metadata) -> tuple[dict[str, NDArray[Any]]
     if offset is None:
         return found, noted
     noted[OFFSET] = offset.tolist()
-    # Another shape than the observations' own is refused later.
+    # An array of another shape than the observations' own is refused later.
     shape = found["observations"].shape
     for key in (name for name in OBSERVATIONS if name in found and found[name].shape == shape):
         lazy: Any = Shifted(found[key], -offset, np.float32)

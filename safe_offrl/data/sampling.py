@@ -33,8 +33,8 @@ def symmetric_batches(
     if not 0.0 <= offline_share <= 1.0:
         raise ValueError(f"offline_share is {offline_share}, outside [0, 1]")
     n_offline = round(batch_size * offline_share)
-    offline = _draw(offline_rows, updates, n_offline, generator)
-    online = _draw(online_rows, updates, batch_size - n_offline, generator)
+    offline = _draw_rows(offline_rows, updates, n_offline, generator)
+    online = _draw_rows(online_rows, updates, batch_size - n_offline, generator)
     return [layout.unpack(rows) for rows in torch.cat([offline, online], dim=1)]
 
 
@@ -42,10 +42,10 @@ def uniform_batches(
     rows: Rows, layout: Layout, updates: int, batch_size: int, generator: torch.Generator
 ) -> list[Batch]:
     """Draw U mini-batches [B, ...] uniformly with replacement from ``rows`` [N, D]."""
-    return [layout.unpack(drawn) for drawn in _draw(rows, updates, batch_size, generator)]
+    return [layout.unpack(drawn) for drawn in _draw_rows(rows, updates, batch_size, generator)]
 
 
-def _draw(rows: Rows, updates: int, size: int, generator: torch.Generator) -> Tensor:
+def _draw_rows(rows: Rows, updates: int, size: int, generator: torch.Generator) -> Tensor:
     """Draw rows [updates, size, D] with one gather; an empty source is fine if none are asked."""
     if size > 0 and len(rows) == 0:
         raise ValueError("cannot draw from an empty store of rows")
@@ -62,7 +62,7 @@ def _select(rows: Rows, index: Tensor) -> Tensor:
     """Rows [n, D] of an index [n], on its device."""
     if isinstance(rows, Tensor):
         return rows.index_select(0, index)
-    return rows.index_select(0, index.cpu()).to(index.device)
+    return rows[index.cpu()].to(index.device)
 
 
 class RiskSampler:
@@ -72,25 +72,21 @@ class RiskSampler:
         self,
         rows: Rows,
         layout: Layout,
-        starts: Tensor,
-        accidents: Tensor,
+        stratified: StratifiedSampler,
         costs: Tensor,
+        spans: Tensor,
         *,
-        steps: int = 1,
-        discount: float = 1.0,
+        steps: int,
     ) -> None:
-        """``rows`` [N, D], first rows of the M episodes and N [M + 1], and two of their columns.
-
-        A transition spans ``steps`` steps, fewer where its episode ends before.
-        """
+        """``rows`` [N, D], how they are drawn, and their :func:`n_step_costs` of ``steps``."""
         self._rows = rows
         self._layout = layout
+        self._stratified = stratified
+        self._costs, self._spans = costs, spans
         self._steps = steps
-        self._costs, self._spans = n_step_costs(costs, starts, steps, discount)
-        self._stratified = StratifiedSampler(accidents)
 
     @classmethod
-    def of(
+    def from_dataset(
         cls,
         dataset: Dataset,
         *,
@@ -98,16 +94,14 @@ class RiskSampler:
         discount: float = 1.0,
         device: torch.device | None = None,
     ) -> RiskSampler:
-        """Of a whole dataset, for batches on ``device``, the CPU by default."""
-        return cls(
-            dataset.rows,
-            dataset.layout,
-            torch.from_numpy(dataset.episode_starts).to(device),
-            dataset.column("accidents").to(device),
-            dataset.column("costs").to(device),
-            steps=steps,
-            discount=discount,
-        )
+        """Of a whole dataset, for batches on ``device``, the CPU by default.
+
+        A transition spans ``steps`` steps, fewer where its episode ends before.
+        """
+        starts = torch.from_numpy(dataset.episode_starts).to(device)
+        costs = n_step_costs(dataset.column("costs").to(device), starts, steps, discount)
+        stratified = StratifiedSampler(dataset.column("accidents").to(device))
+        return cls(dataset.rows, dataset.layout, stratified, *costs, steps=steps)
 
     def draw(
         self, n: int, positive_share: float, generator: torch.Generator
@@ -117,7 +111,7 @@ class RiskSampler:
         ``costs`` are the discounted sums of the steps that a transition spans,
         ``next_observations`` and ``terminated`` those of the last.
         """
-        index, weights = self._stratified.index(n, positive_share, generator)
+        index, weights = self._stratified.draw(n, positive_share, generator)
         first = self._layout.unpack(_select(self._rows, index))
         spans = self._spans[index]
         if self._steps == 1:
@@ -157,13 +151,15 @@ class StratifiedSampler:
     mini-batches is valid. Without accidents the draw is uniform and every weight 1.
     """
 
-    def __init__(self, accidents: Tensor) -> None:
+    def __init__(self, accidents: Tensor, positives: Tensor | None = None) -> None:
+        """``accidents`` [N], 0 or 1; whoever knows where they are 1 gives ``positives`` as well."""
         if accidents.ndim != 1 or len(accidents) == 0:
             raise ValueError(f"accidents are {list(accidents.shape)}, expected [N] with N > 0")
-        self._is_accident = accidents > 0
-        self._positives = self._is_accident.nonzero().squeeze(1)
+        self._accidents = accidents
+        found = (accidents > 0).nonzero().squeeze(1) if positives is None else positives
+        self._positives = found
 
-    def index(
+    def draw(
         self, n: int, positive_share: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Draw n transitions: (index [n] int64, weights [n] float32, 1 on average).
@@ -173,7 +169,7 @@ class StratifiedSampler:
         """
         if not 0.0 <= positive_share < 1.0:
             raise ValueError(f"positive_share is {positive_share}, outside [0, 1)")
-        total, positives = len(self._is_accident), len(self._positives)
+        total, positives = len(self._accidents), len(self._positives)
         device = generator.device
         index = draw_indices(total, n, generator)
         if positives == 0 or positive_share == 0.0:
@@ -181,5 +177,5 @@ class StratifiedSampler:
         from_positives = self._positives[draw_indices(positives, n, generator)]
         take = torch.rand(n, generator=generator, device=device) < positive_share
         index = torch.where(take, from_positives, index)
-        ratio = torch.where(self._is_accident[index], positive_share * total / positives, 0.0)
+        ratio = torch.where(self._accidents[index] > 0, positive_share * total / positives, 0.0)
         return index, 1.0 / (1.0 - positive_share + ratio)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import MAX_BYTES, chunks
+from safe_offrl.data.content import MAX_DATASET_BYTES, chunks
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.errors import DataError
 
-MOST_ACTIONS = 10_000  # that are discrete: a wrong number must not ask for all memory
+MOST_ACTIONS = 10_000  # a wrong number of discrete actions must not ask for all memory
 BOUNDS = ("action_low", "action_high")
 
 
@@ -28,6 +28,7 @@ def unit_actions(
     guessed. Second, what rescaling adds to the logarithm of an action's density:
     ``sum log((high - low) / 2)``. Raises DataError for what contradicts itself.
     """
+    # What the metadata say.
     bounded = [key for key in BOUNDS if key in metadata]
     counted = [key for key in ("action_count", "action_start") if metadata.get(key) is not None]
     if bounded and counted:
@@ -37,6 +38,7 @@ def unit_actions(
         )
     if bounded:
         return _rescaled(actions[:, None] if _is_vector(actions) else actions, metadata)
+    # Numbers of discrete actions.
     if _is_single(actions) and (counted or actions.dtype.kind in "iub") and len(actions):
         numbers = _numbers(actions, counted)
         if "action_start" not in metadata and len(numbers) and int(numbers.min()) > 0:
@@ -51,6 +53,7 @@ def unit_actions(
                 "action_count, or action_low and action_high, in the metadata."
             )
         return one_hot, 0.0
+    # Rows of numbers whose kind is not stated.
     if not counted and actions.ndim == 2 and actions.dtype.kind == "f" and len(actions):
         _judge_whole_floats(actions, remarks)
     if not counted and actions.ndim == 2 and actions.dtype.kind in "iub" and len(actions):
@@ -71,7 +74,7 @@ def _numbers(actions: NDArray[Any], counted: list[str]) -> NDArray[np.int64]:
     values = np.asarray(actions[:]).reshape(-1)
     if values.dtype.kind in "iub":
         return values.astype(np.int64)
-    # In float64, which float16 is compared as; NaN is not below.
+    # float16 has no 2^53, so float64 is compared; a NaN is not below it.
     exact = values.dtype.kind == "f" and bool((np.abs(values.astype(np.float64)) < 2.0**53).all())
     if not exact or (values != np.floor(values)).any():
         raise DataError(
@@ -86,6 +89,7 @@ def _one_hot(numbers: NDArray[np.int64], metadata: dict[str, Any]) -> NDArray[np
 
     n is the metadata's action_count; without it the largest number says, if the least is 0.
     """
+    # Count and first number, stated or found.
     low, high = int(numbers.min()), int(numbers.max())
     found = f"The dataset's actions are the integers {low} to {high}"
     start, count = metadata.pop("action_start", None), metadata.get("action_count")
@@ -99,16 +103,18 @@ def _one_hot(numbers: NDArray[np.int64], metadata: dict[str, Any]) -> NDArray[np
     count = high - start + 1 if count is None and isinstance(start, int) else count
     if not isinstance(start, int) or not isinstance(count, int) or isinstance(count, bool):
         raise DataError("The metadata's action_count and action_start must be whole numbers.")
+    # Refusal of numbers out of range.
     if low < start or high >= start + count:
         raise DataError(
             f"{found}, but the metadata's action_count is {count} and action_start {start}. Store "
             "action_start to action_start + action_count - 1, or correct these."
         )
-    if count > MOST_ACTIONS or 4 * count * len(numbers) > MAX_BYTES:
+    if count > MOST_ACTIONS or 4 * count * len(numbers) > MAX_DATASET_BYTES:
         raise DataError(
             f"The dataset has {count:,} discrete actions, but one-hot rows are kept of at most "
             f"{MOST_ACTIONS:,}, and of fewer in a large file. Check the actions and action_count."
         )
+    # One-hot rows.
     metadata["action_count"] = count
     rows = np.zeros((len(numbers), count), np.float32)
     rows[np.arange(len(numbers)), numbers - start] = 1.0
@@ -135,7 +141,7 @@ def _judge_whole_rows(actions: NDArray[Any], metadata: dict[str, Any], remarks: 
 def _judge_whole_floats(actions: NDArray[Any], remarks: list[str]) -> None:
     """Floats that are all 0 or 1 may be numbers of discrete actions, or one-hot rows."""
     if all(np.isin(actions[part], (0, 1)).all() for part in chunks(len(actions))):
-        if not actions[:].any():  # nothing was ever done
+        if not actions[:].any():  # the agent never acted
             return
         remarks.append(
             "actions are all 0 or 1, taken for continuous ones in [-1, 1]: if they are discrete, "
@@ -145,6 +151,7 @@ def _judge_whole_floats(actions: NDArray[Any], remarks: list[str]) -> None:
 
 def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> tuple[NDArray[Any], float]:
     """Actions in [-1, 1] if the metadata's action_low and action_high say otherwise."""
+    # Bounds.
     given = [key for key in BOUNDS if key in metadata]
     if actions.ndim != 2:
         return actions, 0.0
@@ -172,6 +179,7 @@ def _rescaled(actions: NDArray[Any], metadata: dict[str, Any]) -> tuple[NDArray[
             f"The metadata's action_low and action_high are {wrong}. Store the bounds that are "
             "meant, or leave both out if the actions are in [-1, 1]."
         )
+    # Rescaling.
     if (low == -1.0).all() and (high == 1.0).all():
         return actions, 0.0
     metadata |= {"action_low": -1.0, "action_high": 1.0}

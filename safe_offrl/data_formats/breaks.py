@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from safe_offrl.data.content import Arrays
+from safe_offrl.data.content import Arrays, Flags
 from safe_offrl.data_formats.motion import (
     FEWEST,
     SAMPLE,
-    Flags,
     Motion,
     distance,
     nearest,
@@ -19,7 +18,7 @@ from safe_offrl.data_formats.motion import (
 )
 from safe_offrl.errors import DataError
 
-MOST_BREAKS = 0.25  # share of the rows within episodes: more are no order of time
+MOST_BREAKS = 0.25  # rows in order of time break less often within episodes
 
 
 class Breaks(NamedTuple):
@@ -41,24 +40,28 @@ def unmarked_breaks(arrays: Arrays, motion: Motion | None, ends: Flags) -> Break
     row's observation. Raises DataError where so few are that the rows cannot be in the order of
     time.
     """
+    # Whether next observations can tell.
     if motion is None or motion.link is None or motion.step is None:
         return None
     inner, none = ~ends[:-1], np.zeros(len(ends), bool)
     if inner.sum() < FEWEST:
         return None  # there is nothing that next observations could lead to
+    # Rows that do not lead to the row that follows.
     same = motion.link <= tolerance(motion, inner)
     broken = inner & ~same
     share = broken.sum() / inner.sum()
+    # A few of them: ends, gaps or odd rows.
     if share <= MOST_BREAKS:
         steps = motion.step[:-1][inner & same]
         far = 1.5 * float(np.quantile(steps, 0.999))
         odd = broken & (motion.step[:-1] > far) & (motion.jump <= far)
         broken &= ~odd
-        # All are one thing or the other: an episode may well begin near where the last one ended.
+        # The median decides for all: an episode may begin near where the last one ended.
         near = broken.any() and float(np.median(motion.jump[broken])) <= far
         leads_on = near and not _begin_at_starts(arrays, motion, ends, broken)
         found = [np.append(flags, False) for flags in (broken, odd)]
         return Breaks(none, found[0], found[1]) if leads_on else Breaks(found[0], none, found[1])
+    # Most of them: an order that is not that of time.
     _require_forward(arrays, motion, inner)
     link, step = (float(np.median(d[inner])) for d in (motion.link, motion.step[:-1]))
     if link > 2.0 * step or share < 0.75:

@@ -17,12 +17,12 @@ from safe_offrl.data_formats.actions import unit_actions
 from safe_offrl.data_formats.breaks import unmarked_breaks
 from safe_offrl.data_formats.continuity import doubts, idle_starts, overshot
 from safe_offrl.data_formats.flags import Ends, settled_ends
-from safe_offrl.data_formats.motion import FEWEST, Motion, copies_of_episodes, measure
+from safe_offrl.data_formats.motion import FEWEST, Motion, copies_of_episodes, measure_motion
 from safe_offrl.data_formats.names import ENDS, METADATA_KEYS, near_name
 from safe_offrl.data_formats.validation import check_flags, wrong_shape
 from safe_offrl.errors import DataError
 
-AS_MARKED = "as marked"  # the metadata's "ends" of a log whose ends are to be believed
+AS_MARKED = "as marked"  # the metadata's "ends" say so of a log whose ends are believed
 
 
 def complete(
@@ -44,22 +44,27 @@ def complete(
     DataError where the horizon is needed and unknown, and where the ends contradict the
     observations beyond what chance may do.
     """
-    found = {k: _scalars(v) if k not in TABLES else v for k, v in arrays.items()}
+    # What the file says.
+    found = {k: _squeezed(v) if k not in TABLES else v for k, v in arrays.items()}
     noted = dict(metadata)
     earlier, doubted = taken_history(noted)
     said = [*earlier, *remarks, *_unread_words(noted)]
     unsure = doubted or unsure
-    _require(found)
+    # Checks that everything below relies on.
+    _require_arrays(found)
     _check_rows(found)
     noted |= _whole_horizon(noted)
+    # Units of observations and actions.
     found, noted = centred(found, noted)
     found["actions"], log_volume = unit_actions(found["actions"], noted, said)
     if log_volume and "behaviour_log_probs" in found:
         found["behaviour_log_probs"] = found["behaviour_log_probs"][:] + log_volume
+    # Ends of episodes.
     horizon = horizon if horizon is not None else noted.get("horizon")
     unsure = _settle_ends(found, noted, said, horizon) or unsure
+    # What is not in the file.
     if "next_observations" not in found:
-        _shift(found, noted)
+        _fill_next_observations(found, noted)
     if "costs" not in found:
         found["costs"] = np.zeros(len(found["rewards"]), np.float32)
         noted["no_costs"] = True
@@ -76,7 +81,7 @@ def taken_history(metadata: dict[str, Any]) -> tuple[tuple[str, ...], str]:
     return found, unsure if isinstance(unsure, str) else ""
 
 
-def _require(arrays: Arrays) -> None:
+def _require_arrays(arrays: Arrays) -> None:
     """Raise DataError if an array is missing that nothing can stand for."""
     ends = "dones" if "dones" in arrays else "terminals"
     missing = [n for n in ("observations", "actions", "rewards", ends) if n not in arrays]
@@ -104,7 +109,7 @@ def _check_rows(arrays: Arrays) -> None:
             )
 
 
-def _scalars(array: NDArray[Any]) -> NDArray[Any]:
+def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
     """[N] from (N, 1)."""
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
 
@@ -143,19 +148,22 @@ def _settle_ends(
 
     Returns why it is not known which episodes terminated, "" if it is.
     """
+    # Marks and motion.
     believed = metadata.get("ends")
     if believed not in (None, AS_MARKED):
         raise DataError(
             f'The metadata\'s "ends" is {believed!r}, but only "{AS_MARKED}" means something there.'
         )
-    motion = None if believed else measure(arrays)
+    motion = None if believed else measure_motion(arrays)
     flags = {key: np.asarray(arrays[key][:]) for key in ENDS if key in arrays}
     for key, array in flags.items():
         check_flags(key, array)
     marked = np.logical_or.reduce([array.astype(bool) for array in flags.values()])
+    # Breaks that no mark explains.
     breaks = unmarked_breaks(arrays, motion, marked)
     if not marked.any() and ("timeouts" in flags or "terminals" not in flags):
         breaks = None  # nothing is marked, which is refused later
+    # Ends.
     ends = settled_ends(flags, None if breaks is None else breaks.ends, horizon)
     if breaks is not None and breaks.odd.any():
         remarks.append(
@@ -169,8 +177,9 @@ def _settle_ends(
             f"{int(breaks.gaps.argmax())}) lead near the row that follows, but not to it: rows are "
             "missing or repeated, so that lengths, times and sums are not those of the episodes."
         )
+    # Arrays that depend on them.
     if "episode_behaviours" in arrays:
-        arrays["episode_behaviours"] = _of_pieces(arrays["episode_behaviours"], flags, ends)
+        arrays["episode_behaviours"] = _piece_behaviours(arrays["episode_behaviours"], flags, ends)
     settled = {"terminals": ends.terminals, "timeouts": ends.timeouts}
     arrays |= {
         key: new
@@ -178,18 +187,19 @@ def _settle_ends(
         if key not in flags or (flags[key].astype(bool) != new).any()
     }
     arrays.pop("dones", None)
+    # Doubts.
     remarks += ends.remarks
     if believed:
         remarks.append('ends of episodes are taken as marked: the metadata\'s "ends" says so.')
     elif motion is not None:
-        _hold_against(arrays, motion, ends, breaks is not None, remarks)
+        _judge_ends(arrays, motion, ends, breaks is not None, remarks)
     if len(ends.terminals) and not (ends.terminals[-1] or ends.timeouts[-1]):
         remarks.append("the last episode has no end: it is taken to be cut there.")
     _remark_on_lengths(arrays, motion, ends, horizon, remarks)
     return "" if believed else ends.unsure
 
 
-def _of_pieces(index: NDArray[Any], flags: Arrays, ends: Ends) -> NDArray[Any]:
+def _piece_behaviours(index: NDArray[Any], flags: Arrays, ends: Ends) -> NDArray[Any]:
     """Who logged each episode, where some were cut into pieces: each piece its episode's."""
     before = np.logical_or.reduce([array.astype(bool) for array in flags.values()])
     starts = np.append(0, np.flatnonzero((ends.terminals | ends.timeouts)[:-1]) + 1)
@@ -199,7 +209,7 @@ def _of_pieces(index: NDArray[Any], flags: Arrays, ends: Ends) -> NDArray[Any]:
     return np.asarray(index[:][episode[starts]])
 
 
-def _hold_against(
+def _judge_ends(
     arrays: dict[str, NDArray[Any]], motion: Motion, ends: Ends, known: bool, remarks: list[str]
 ) -> None:
     """Refuse ends that the observations contradict; remark on what chance may have done."""
@@ -263,7 +273,7 @@ def _remark_on_lengths(
         )
 
 
-def _shift(arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
+def _fill_next_observations(arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
     """Set next_observations from the rows that follow, never across the end of an episode."""
     ends = arrays["terminals"].astype(bool) | arrays["timeouts"].astype(bool)
     ends[-1:] = True

@@ -11,13 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays
+from safe_offrl.data.content import Arrays, Flags
 from safe_offrl.data_formats.breaks import MOST_BREAKS
 from safe_offrl.data_formats.motion import (
     FEWEST,
     SAMPLE,
     Distances,
-    Flags,
     Motion,
     distance,
     links,
@@ -25,10 +24,10 @@ from safe_offrl.data_formats.motion import (
     rows_of,
 )
 
-NEIGHBOURS = 10  # episodes before and after one that it is compared with
-MOST_ENDS = 20_000  # that are compared, from both sides of a larger log
-FEW = 0.02  # share of the ends that may be odd in an honest log
-CERTAIN = 6.0  # standard errors that chance does not reach in any number of logs
+NEIGHBOURS = 10  # an episode is compared with so many before and after it
+MOST_ENDS = 20_000  # only so many ends are compared, from both sides of a larger log
+FEW = 0.02  # an honest log may have this share of odd ends
+CERTAIN = 6.0  # chance does not reach so many standard errors in any number of logs
 DOUBTFUL = 4.0
 
 
@@ -71,7 +70,7 @@ def overshot(motion: Motion, terminals: Flags, timeouts: Flags) -> Flags:
     none = np.zeros(len(terminals), bool)
     if not linked[marked].all() or not marked.any() or marked.all():
         return none
-    # An episode may by itself end where the next one begins; then it is a step as any other.
+    # An episode may end where the next one begins, and the step across is then like any other.
     far = 1.5 * np.quantile(steps[~marked], 0.999)
     return np.append(timeouts[:-1], False) if np.median(steps[marked]) > far else none
 
@@ -245,7 +244,7 @@ def _missing_ends(arrays: Arrays, motion: Motion, ends: Flags) -> list[Doubt]:
     places = motion.scale(rows_of(arrays["observations"], starts))
     spread = float(np.median(distance(places, np.median(places, axis=0)[None])))
     here = motion.scale(rows_of(arrays["observations"], rows + 1))
-    # Certain where all begin at one place, and so many rows lead there.
+    # It is certain where all episodes begin at one place and so many rows lead there.
     same = spread < 0.05 * motion.apart and np.median(nearest(here, places)) < 0.1 * motion.apart
     return [
         Doubt(

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from safe_offrl.data.content import CHUNK, Progress
-from safe_offrl.data_formats.loading import FORMATS, dataset_content, find_dataset, format_of
+from safe_offrl.data.content import CHUNK_ROWS, RowProgress
+from safe_offrl.data_formats.loading import FILE_FORMATS, dataset_content, find_dataset, format_of
 from safe_offrl.data_formats.memory_map import verify_memory_map, write_memory_map
-from safe_offrl.data_formats.minari import FILE, data_folder
+from safe_offrl.data_formats.minari import DATA_FILE, data_folder
 from safe_offrl.errors import DataError
 
 
@@ -29,7 +29,7 @@ class Conversion(NamedTuple):
 def target_format(path: Path) -> str:
     """Format of a file to be written, by its name; DataError for a name that says none."""
     suffix = path.suffix.lower()
-    name = next((name for name, form in FORMATS.items() if suffix in form.suffixes), None)
+    name = next((name for name, form in FILE_FORMATS.items() if suffix in form.suffixes), None)
     if name is None:
         raise DataError(
             f'"{path.name}" does not say which format to write. Name it .hdf5, .npz, .csv, .mmap '
@@ -43,19 +43,21 @@ def convert(
     target: str | Path,
     *,
     horizon: int | None = None,
-    progress: Progress | None = None,
+    progress: RowProgress | None = None,
 ) -> Conversion:
     """Write the dataset ``source`` as ``target``, in the format that its name says.
 
     ``horizon`` is for sources that do not say which episodes a time limit cut. A memory map as
     source is checked against its stored hash first. Raises DataError, also if ``target`` exists.
     """
+    # Source and target.
     found, path = find_dataset(source), Path(target)
     name, kind = format_of(found), target_format(path)
     if path.exists():
         raise DataError(f'"{path}" exists already. Remove it, or give another name.')
     if name == "mmap":
         verify_memory_map(found)
+    # Content, and what was said of it.
     with dataset_content(found, horizon) as (arrays, metadata, remarks, unsure):
         if unsure and kind == "csv":
             raise DataError(
@@ -65,24 +67,25 @@ def convert(
         metadata = {**metadata, **{key: value for key, value in history.items() if value}}
         if horizon is not None:
             metadata = {**metadata, "horizon": horizon}
+        # Writing.
         if kind == "mmap":
             provenance = {"name": found.name, "format": name, "sha256": file_sha256(found)}
             lost = write_memory_map(
                 path, arrays, metadata, progress, source=provenance, settled=True
             )
         else:
-            lost = FORMATS[kind].write(path, arrays, metadata, progress)
+            lost = FILE_FORMATS[kind].write(path, arrays, metadata, progress)
         return Conversion(name, kind, len(arrays["rewards"]), lost, list(remarks))
 
 
 def file_sha256(path: Path) -> str:
     """Hash of the file that holds a dataset; of a folder, of the one that holds the transitions."""
     folder = data_folder(path)
-    file = folder / FILE if folder is not None else path
+    file = folder / DATA_FILE if folder is not None else path
     if file.is_dir():
         file = file / "dataset.json"  # of a memory map: it holds the hashes of the rest
     digest = hashlib.sha256()
     with file.open("rb") as opened:
-        while block := opened.read(64 * CHUNK):
+        while block := opened.read(64 * CHUNK_ROWS):
             digest.update(block)
     return digest.hexdigest()

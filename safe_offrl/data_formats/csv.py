@@ -15,8 +15,8 @@ from safe_offrl.data.content import (
     TABLES,
     Arrays,
     Metadata,
-    Progress,
     Raw,
+    RowProgress,
     chunks,
     parse_metadata,
     reading,
@@ -27,13 +27,13 @@ from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import replacing
+from safe_offrl.spec import BUILT_IN_RULES
 
-SCALARS = (
+NUMBER_COLUMNS = (
     *("rewards", "costs", "terminals", "timeouts"),
     *("accidents", "behaviour_log_probs", "dones"),
 )
-BUILT_IN_RULES = ("cost", "episode_cost", "terminated")
-WORDS = {"true": "1", "false": "0"}  # as pandas and others write flags
+FLAG_WORDS = {"true": "1", "false": "0"}  # pandas and others write flags so
 MAX_HEADER = 2**20  # bytes of the line that names the columns
 
 
@@ -54,15 +54,17 @@ def read_csv(path: Path) -> Raw:
             raise DataError(
                 f'The columns of "{path}" are separated by {other!r}. Separate them by commas.'
             )
+        # Columns that are read.
         found, remarks = recognise(_stems(names), "Rename its columns")
         columns = {ours: _columns(names, theirs, ours) for ours, theirs in found.items()}
-        columns = {key: columns[key] for key in (*TABLES, *SCALARS) if columns.get(key)}
+        columns = {key: columns[key] for key in (*TABLES, *NUMBER_COLUMNS) if columns.get(key)}
         wanted = [i for numbers in columns.values() for i in numbers]
         if not wanted:
             raise DataError(
                 f'The first line of "{path}" names none of our columns. Name them observations_0, '
                 f"..., actions_0, ..., rewards, costs, terminals, timeouts."
             )
+        # Numbers of these.
         _require_cells(path, len(header.split(",")))
         # A number takes two bytes of text at least, and eight in memory.
         require_size(path, [path.stat().st_size * 4])
@@ -73,9 +75,10 @@ def read_csv(path: Path) -> Raw:
                 usecols=wanted,
                 ndmin=2,
                 comments=None,
-                converters={i: _number for key in SCALARS for i in columns.get(key, [])},
+                converters={i: _cell_value for key in NUMBER_COLUMNS for i in columns.get(key, [])},
                 encoding="latin1",
             )
+    # Arrays.
     arrays: dict[str, NDArray[Any]] = {}
     for key, numbers in columns.items():
         if numbers:
@@ -83,7 +86,7 @@ def read_csv(path: Path) -> Raw:
             arrays[key] = block if key in TABLES else block[:, 0]
     if found.get("actions") in names:
         arrays["actions"] = _whole(arrays["actions"][:, 0])
-        # So the documentation names the numbers of discrete actions; from 0, if there is one.
+        # The documentation numbers discrete actions from 0, so a 0 says where they start.
         if arrays["actions"].min(initial=1) == 0:
             metadata = {"action_start": 0} | metadata
     return Raw(arrays, metadata, tuple(remarks))
@@ -100,24 +103,26 @@ def read_csv_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_csv(
-    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
+    path: Path, arrays: Arrays, metadata: Metadata, progress: RowProgress | None = None
 ) -> list[str]:
     """Validate and write a table, to the last digit; returns what a table cannot hold."""
+    # Columns.
     validate_arrays(arrays)
     arrays, metadata, wide = in_own_units(arrays, metadata)
     keys = [key for key in (*REQUIRED, "accidents", "behaviour_log_probs") if key in arrays]
     if metadata.get("accident") in BUILT_IN_RULES:
-        # Without the rule beside them they would be taken for the verdict of any rule; these can
-        # be derived again.
+        # Accidents without their rule would be taken for the verdict of any rule; those of a
+        # built-in rule can be derived again.
         keys = [key for key in keys if key != "accidents"]
     discrete = metadata.get("action_count") is not None
-    whole = (*SCALARS[2:5], "actions")
+    whole = (*NUMBER_COLUMNS[2:5], "actions")
     tables = [key for key in TABLES if not (discrete and key == "actions")]
     names = [
         f"{key}_{i}" if key in tables else key
         for key in keys
         for i in range(arrays[key].shape[1] if key in tables else 1)
     ]
+    # Rows.
     digits = "%.9g" if wide == np.float32 else "%.17g"
     form = ["%d" if name in whole else digits for name in names]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +139,7 @@ def write_csv(
             np.savetxt(file, np.concatenate(block, axis=1), fmt=form, delimiter=",")
             if progress is not None:
                 progress(part.stop, len(arrays["rewards"]))
+    # What a table cannot hold.
     lost = ["the metadata (environment, accident rule, horizon, behaviours)"] if metadata else []
     if discrete:
         lost.append("actions that never occur, if they are the last")
@@ -176,9 +182,9 @@ def _columns(names: list[str], key: str, ours: str) -> list[int]:
     return positions
 
 
-def _number(cell: str) -> float:
+def _cell_value(cell: str) -> float:
     """A cell that may hold true or false."""
-    return float(WORDS.get(cell.strip().lower(), cell))
+    return float(FLAG_WORDS.get(cell.strip().lower(), cell))
 
 
 def _whole(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays
+from safe_offrl.data.content import Arrays, Flags
 from safe_offrl.errors import DataError
-
-Flags = NDArray[np.bool_]
 
 
 class Ends(NamedTuple):
@@ -35,12 +32,14 @@ def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> En
     where the log does not go on, and after ``horizon`` steps. Raises DataError where the horizon
     is needed and unknown, and where flags contradict each other.
     """
+    # Dones.
     flags = {key: array.astype(bool) for key, array in given.items()}
     remarks: list[str] = []
     unsure = ""
     mixed = given.keys() == {"dones"}
     if "dones" in flags:
         _split_dones(flags, breaks, horizon, remarks)
+    # Timeouts.
     terminals = flags["terminals"]
     if "timeouts" not in flags:
         flags["timeouts"] = _inferred(terminals, breaks, horizon, remarks) & ~terminals
@@ -54,6 +53,7 @@ def settled_ends(given: Arrays, breaks: Flags | None, horizon: int | None) -> En
                 "follows"
             )
             remarks.append(f"{unsure}. Such an episode is taken to be cut there.")
+    # Rows that are marked twice, or too late.
     terminals, timeouts = _without_both(terminals, flags["timeouts"], remarks)
     if late := _terminated_at_limit(terminals, timeouts, horizon, mixed):
         remarks.append(f"{late}.")
@@ -83,6 +83,7 @@ def _split_dones(
 ) -> None:
     """Terminals and timeouts from dones, which mix them; dones are taken out of ``flags``."""
     dones = flags.pop("dones")
+    # Beside both: a contradiction at most.
     if "terminals" in flags and "timeouts" in flags:
         ends = flags["terminals"] | flags["timeouts"]
         if (dones != ends).any() and (dones != flags["terminals"]).any():
@@ -92,6 +93,7 @@ def _split_dones(
                 "that do not say where episodes end."
             )
     elif "terminals" in flags:
+        # Beside one of them: the other one.
         if (flags["terminals"] & ~dones).any():
             row = int((flags["terminals"] & ~dones).argmax())
             raise DataError(
@@ -105,6 +107,7 @@ def _split_dones(
         flags["terminals"] = dones & ~flags["timeouts"]
         remarks.append("terminals are taken from dones: what is done and is no timeout.")
     else:
+        # Alone: the horizon tells.
         cut = at_horizon(dones if breaks is None else dones | breaks, horizon)
         flags["timeouts"] = dones & cut
         flags["terminals"] = dones & ~cut
@@ -148,7 +151,7 @@ def _without_both(terminals: Flags, timeouts: Flags, remarks: list[str]) -> tupl
     at_limit = np.zeros(len(ends), bool)
     at_limit[stops[longest] - 1] = True
     limit = at_limit & both
-    # That of several episodes each terminates on the very step of the limit is no coincidence.
+    # Several episodes that all terminate on the very step of the limit are no coincidence.
     if longest.sum() >= 2 and (limit == at_limit).all():
         terminals = terminals & ~limit
         remarks.append(

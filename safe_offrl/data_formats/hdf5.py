@@ -81,7 +81,7 @@ def read_hdf5_metadata(path: Path) -> dict[str, Any]:
 def plain_arrays(file: h5py.File) -> tuple[dict[str, h5py.Dataset], list[str]]:
     """The known arrays of the root group, unread, and what is to be said of the others."""
     names, remarks = recognise(present_arrays(file))
-    # Of a known name even what is no array, so that it is refused and not overlooked.
+    # A known name is taken even if it is no array, so that it is refused and not overlooked.
     names = {key: key for key in (*REQUIRED, *OPTIONAL) if key in file} | names
     found = ((key, plain_dataset(file, theirs)) for key, theirs in names.items())
     return {key: item for key, item in found if item is not None}, remarks
@@ -147,15 +147,15 @@ def declared_size(item: h5py.Dataset) -> int:
 
 def plain_dataset(group: h5py.Group, key: str) -> h5py.Dataset | None:
     """The array ``key`` of a group; None if missing; DataError if it is not plain."""
-    return _plain(group, key, h5py.Dataset)
+    return _plain_item(group, key, h5py.Dataset)
 
 
 def plain_group(group: h5py.Group, key: str) -> h5py.Group | None:
     """The group ``key`` within a group; None if missing or an array; DataError if it is a link."""
-    return _plain(group, key, h5py.Group)
+    return _plain_item(group, key, h5py.Group)
 
 
-def _plain(group: h5py.Group, key: str, kind: type) -> Any:
+def _plain_item(group: h5py.Group, key: str, kind: type) -> Any:
     link = group.get(key, getlink=True)
     if link is None:
         return None

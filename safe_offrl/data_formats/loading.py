@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.data import derived
-from safe_offrl.data.content import REQUIRED, Arrays, Metadata, Progress, Raw, dataset_sha256
+from safe_offrl.data.content import REQUIRED, Arrays, Metadata, Raw, RowProgress, dataset_sha256
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.complete import complete
 from safe_offrl.data_formats.csv import read_csv, read_csv_metadata, write_csv
@@ -39,7 +39,7 @@ from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Batch, Layout
 
 
-class Format(NamedTuple):
+class FileFormat(NamedTuple):
     """How one format is recognised on disk, chosen by the name of a new file, read and written.
 
     ``read`` returns what the file holds, for :func:`complete`; ``words`` its metadata alone;
@@ -50,11 +50,11 @@ class Format(NamedTuple):
     suffixes: tuple[str, ...]
     read: Callable[[Path], Raw]
     words: Callable[[Path], dict[str, Any]]
-    write: Callable[[Path, Arrays, Metadata, Progress | None], list[str]]
+    write: Callable[[Path, Arrays, Metadata, RowProgress | None], list[str]]
 
 
 def _write_hdf5(
-    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None
+    path: Path, arrays: Arrays, metadata: Metadata, progress: RowProgress | None
 ) -> list[str]:
     write_dataset(path, arrays, metadata)
     return []
@@ -65,16 +65,16 @@ def _has_suffix(*suffixes: str) -> Callable[[Path], bool]:
 
 
 # The first that fits is taken; a file of another name is tried as HDF5.
-FORMATS: dict[str, Format] = {
-    "mmap": Format(
+FILE_FORMATS: dict[str, FileFormat] = {
+    "mmap": FileFormat(
         is_memory_map, (".mmap",), read_memory_map, read_memory_map_metadata, write_memory_map
     ),
-    "minari": Format(
+    "minari": FileFormat(
         lambda p: data_folder(p) is not None, ("",), read_minari, read_minari_metadata, write_minari
     ),
-    "npz": Format(_has_suffix(".npz"), (".npz",), read_npz, read_npz_metadata, write_npz),
-    "csv": Format(_has_suffix(".csv"), (".csv",), read_csv, read_csv_metadata, write_csv),
-    "hdf5": Format(Path.is_file, (".hdf5", ".h5"), read_hdf5, read_hdf5_metadata, _write_hdf5),
+    "npz": FileFormat(_has_suffix(".npz"), (".npz",), read_npz, read_npz_metadata, write_npz),
+    "csv": FileFormat(_has_suffix(".csv"), (".csv",), read_csv, read_csv_metadata, write_csv),
+    "hdf5": FileFormat(Path.is_file, (".hdf5", ".h5"), read_hdf5, read_hdf5_metadata, _write_hdf5),
 }
 
 PACKED = {  # how compressed files begin, and what unpacks them
@@ -88,7 +88,7 @@ PACKED = {  # how compressed files begin, and what unpacks them
 def find_dataset(path: str | Path) -> Path:
     """The file or folder that is meant: as given, else a local Minari id; DataError if neither."""
     for candidate in (Path(path), datasets_folder() / path):
-        if any(form.found_at(candidate) for form in FORMATS.values()):
+        if any(form.found_at(candidate) for form in FILE_FORMATS.values()):
             _require_unpacked(candidate)
             return candidate.resolve()
         require_hdf5(candidate)
@@ -114,13 +114,13 @@ def _require_unpacked(path: Path) -> None:
 
 def format_of(path: Path) -> str:
     """Key in :data:`FORMATS` of what :func:`find_dataset` found."""
-    return next(name for name, form in FORMATS.items() if form.found_at(path))
+    return next(name for name, form in FILE_FORMATS.items() if form.found_at(path))
 
 
 def stated_metadata(path: str | Path) -> dict[str, Any]:
     """What a dataset says of itself, without reading its rows; {} of a format that cannot."""
     found = find_dataset(path)
-    return FORMATS[format_of(found)].words(found)
+    return FILE_FORMATS[format_of(found)].words(found)
 
 
 def load_dataset(
@@ -140,7 +140,7 @@ def load_dataset(
     found = find_dataset(path)
     if format_of(found) == "mmap":
         return load_memory_map(found, discount=discount, spec=spec, horizon=horizon)
-    raw = FORMATS[format_of(found)].read(found)
+    raw = FILE_FORMATS[format_of(found)].read(found)
     raw = complete(*raw, horizon=horizon or spec.horizon)
     validate_arrays(raw.arrays)
     return assemble(raw, discount=discount, spec=spec, horizon=horizon)
@@ -148,10 +148,12 @@ def load_dataset(
 
 def assemble(raw: Raw, *, discount: float, spec: SafetySpec, horizon: int | None = None) -> Dataset:
     """A dataset in memory from valid arrays; see :func:`load_dataset` for the arguments."""
+    # Episodes under the horizon.
     arrays, metadata, remarks, unsure = raw
     derived.require_known_terminations(unsure, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
+    # Columns.
     columns = derived.scalar_columns(arrays, episodes.starts, metadata, spec, horizon, discount)
     share_before, share_after = columns.pop("share_before", None), columns.pop("share_after", None)
     columns |= {
@@ -159,6 +161,7 @@ def assemble(raw: Raw, *, discount: float, spec: SafetySpec, horizon: int | None
         "actions": np.clip(arrays["actions"], -1.0, 1.0),  # the tolerance of the validation
         "next_observations": _with_share(arrays["next_observations"], share_after),
     }
+    # The dataset.
     tensors = {key: torch.from_numpy(value.astype(np.float32)) for key, value in columns.items()}
     layout = Layout(columns["observations"].shape[1], columns["actions"].shape[1])
     identity = dataset_sha256(arrays, metadata)
@@ -195,7 +198,7 @@ def dataset_content(path: Path, horizon: int | None = None) -> Iterator[Raw]:
             if set(REQUIRED) <= raw.arrays.keys():
                 yield complete(*raw, horizon=horizon)
                 return
-    yield complete(*FORMATS[name].read(path), horizon=horizon)
+    yield complete(*FILE_FORMATS[name].read(path), horizon=horizon)
 
 
 def _with_share(observations: NDArray[Any], share: NDArray[Any] | None) -> NDArray[Any]:

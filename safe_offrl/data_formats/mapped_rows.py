@@ -34,10 +34,7 @@ class MappedRows:
         return int(self._starts[-1])
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        return self.index_select(0, index)
-
-    def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Rows [B, D] of an index [B]; ``dim`` is 0."""
+        """Rows [B, D] of an index [B]."""
         at = self._position(index)
         tables, scalars = self._tables.index_select(0, at), self._scalars.index_select(0, at)
         scalars, shares = scalars[:, : len(SCALARS)], scalars[:, len(SCALARS) :]  # 0 or 2 of these

@@ -30,8 +30,8 @@ from safe_offrl.data.content import (
     TABLES,
     Arrays,
     Metadata,
-    Progress,
     Raw,
+    RowProgress,
     chunks,
     dataset_sha256,
     metadata_text,
@@ -49,7 +49,7 @@ from safe_offrl.spec import SafetySpec
 from safe_offrl.types import SCALARS, Layout
 
 HEADER = "dataset.json"
-ROWS_AT_ONCE = 2**20  # of scalars computed together; whole episodes, so a longer one counts as one
+ROWS_AT_ONCE = 2**20  # scalars of so many rows are computed together, or of one longer episode
 _SUFFIX = {"|b1": "u1", "<i4": "i32", "<f4": "f32"}
 
 
@@ -57,7 +57,7 @@ def write_memory_map(
     path: Path,
     arrays: Arrays,
     metadata: Metadata,
-    progress: Progress | None = None,
+    progress: RowProgress | None = None,
     *,
     source: Metadata | None = None,
     settled: bool = False,
@@ -67,6 +67,7 @@ def write_memory_map(
     ``source`` is noted in the header (name and sha256 of the file that this was made from).
     ``settled``: ends of episodes have been held against the observations, which a load then spares.
     """
+    # Observations, actions and next observations.
     validate_arrays(arrays)
     arrays, metadata = centred(arrays, metadata)
     n = len(arrays["rewards"])
@@ -81,6 +82,7 @@ def write_memory_map(
                 if progress is not None:
                     progress(part.stop, n)
             _sync(file)
+        # Files of one array each.
         for key in _others(arrays):
             with (temporary / _file_name(key)).open("wb") as file:
                 for part in chunks(len(arrays[key])):
@@ -88,6 +90,7 @@ def write_memory_map(
                         np.ascontiguousarray(arrays[key][part].astype(stored_type(key))).data
                     )
                 _sync(file)
+        # The header.
         header: dict[str, Any] = {
             "version": 1,
             "transitions": n,
@@ -115,7 +118,7 @@ def read_memory_map(path: Path) -> Raw:
     }
     for key in (*REQUIRED, *OPTIONAL):
         if _file_name(key) in header["files"]:
-            arrays[key] = _map(path / _file_name(key), stored_type(key))
+            arrays[key] = _map_file(path / _file_name(key), stored_type(key))
     return Raw(arrays, parse_metadata(header["metadata"]))
 
 
@@ -141,6 +144,7 @@ def load_memory_map(
     path: Path, *, discount: float, spec: SafetySpec, horizon: int | None
 ) -> Dataset:
     """The dataset of the folder without reading its rows; see load_dataset for the arguments."""
+    # Content.
     arrays, metadata, *_ = read_memory_map(path)
     header, tables = _open(path)
     if header.get("settled"):
@@ -148,10 +152,14 @@ def load_memory_map(
     else:
         settled = complete(arrays, metadata, horizon=horizon or spec.horizon)
         arrays, metadata, remarks, unsure = settled
+    # Episodes under the horizon.
     derived.require_known_terminations(unsure, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
-    scalars = _scalars(path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount)
+    # The dataset.
+    scalars = _mapped_scalars(
+        path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount
+    )
     size = arrays["observations"].shape[1] + (spec.accident == "episode_cost")
     layout = Layout(size, arrays["actions"].shape[1])
     dataset = Dataset(
@@ -175,7 +183,7 @@ def is_memory_map(path: Path) -> bool:
     return (path / HEADER).is_file()
 
 
-def _scalars(
+def _mapped_scalars(
     path: Path,
     identity: str,
     arrays: Arrays,
@@ -193,17 +201,19 @@ def _scalars(
     if not target.is_file() or target.stat().st_size != expected:
         try:
             with replacing(target) as temporary, temporary.open("wb") as file:
-                for block in _blocks(arrays, episodes.starts, metadata, spec, horizon, discount):
+                for block in _scalar_blocks(
+                    arrays, episodes.starts, metadata, spec, horizon, discount
+                ):
                     file.write(np.ascontiguousarray(block, "<f4").data)
         except OSError as error:
             raise DataError(
                 f'The accidents, times and returns of this run cannot be written into "{path}" '
                 f"({error}). Make room there, or copy the folder to where you may write."
             ) from error
-    return _map(target, np.dtype("<f4")).reshape(-1, width)
+    return _map_file(target, np.dtype("<f4")).reshape(-1, width)
 
 
-def _blocks(
+def _scalar_blocks(
     arrays: Arrays,
     starts: NDArray[np.int64],
     metadata: Metadata,
@@ -251,7 +261,7 @@ def _open(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
             f'The memory map "{path}" is damaged: its files are not what {HEADER} says of them. '
             "Convert the source again."
         )
-    tables = _map(path / "tables.f32", np.dtype("<f4"))
+    tables = _map_file(path / "tables.f32", np.dtype("<f4"))
     return header, tables.reshape(n, 2 * o + a)
 
 
@@ -260,7 +270,7 @@ def _header_sha256(header: Metadata) -> str:
     return hashlib.sha256(json_bytes(content)).hexdigest()
 
 
-def _map(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
+def _map_file(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
     """A file as an array whose pages are read when they are touched; writing changes no file."""
     return np.memmap(path, dtype=kind, mode="c").view(np.ndarray)
 

@@ -17,13 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import (
-    ATTRIBUTE,
-    Raw,
-    parse_metadata,
-    reading,
-    require_size,
-)
+from safe_offrl.data.content import ATTRIBUTE, Raw, parse_metadata, reading, require_size
 from safe_offrl.data_formats.hdf5 import (
     declared_size,
     opened,
@@ -35,13 +29,9 @@ from safe_offrl.data_formats.names import near_name
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.errors import DataError
 
-FILE = "main_data.hdf5"
+DATA_FILE = "main_data.hdf5"
 _STEPS = {"rewards": "rewards", "terminations": "terminals", "truncations": "timeouts"}
-INFOS = {
-    "cost": "costs",
-    "accident": "accidents",
-    "behaviour_log_prob": "behaviour_log_probs",
-}
+INFOS = {"cost": "costs", "accident": "accidents", "behaviour_log_prob": "behaviour_log_probs"}
 
 Leaf = tuple[str, ...]  # where in a group of observations an array is found
 
@@ -54,45 +44,48 @@ def datasets_folder() -> Path:
 
 def data_folder(path: Path) -> Path | None:
     """The folder with main_data.hdf5 that ``path`` (it, its parent or the file) means, or None."""
-    candidates = (path.parent,) if path.name == FILE else (path / "data", path)
-    return next((c for c in candidates if (c / FILE).is_file()), None)
+    candidates = (path.parent,) if path.name == DATA_FILE else (path / "data", path)
+    return next((c for c in candidates if (c / DATA_FILE).is_file()), None)
 
 
 def require_hdf5(path: Path) -> None:
     """Raise DataError for a Minari dataset that keeps its episodes in another format."""
     folder = next((f for f in (path / "data", path) if (f / "metadata.json").is_file()), None)
-    if folder is None or (folder / FILE).exists():
+    if folder is None or (folder / DATA_FILE).exists():
         return
     kind = _description(folder / "metadata.json").get("data_format")
     raise DataError(
-        f'The Minari dataset "{path}" has no {FILE}; its metadata.json says that it is stored in '
-        f'the format "{kind}". Only hdf5 is read: write it anew with data_format="hdf5".'
+        f'The Minari dataset "{path}" has no {DATA_FILE}; its metadata.json says that it is stored '
+        f'in the format "{kind}". Only hdf5 is read: write it anew with data_format="hdf5".'
     )
 
 
 def read_minari(path: Path) -> Raw:
     """Arrays and metadata of a Minari dataset; an episode ends with its group, marked or not."""
+    # Description.
     folder = data_folder(path)
     if folder is None:
-        raise DataError(f'"{path}" holds no {FILE}. Give the folder of a Minari dataset.')
+        raise DataError(f'"{path}" holds no {DATA_FILE}. Give the folder of a Minari dataset.')
     with reading(folder / "metadata.json", "the description of a Minari dataset"):
         description = _description(folder / "metadata.json")
-        metadata = _metadata(description)
-        leaves = _leaves(_space(description, "observation_space"))
+        metadata = _described_metadata(description)
+        leaves = _leaves_of_space(_space(description, "observation_space"))
         first_action = int(_space(description, "action_space").get("start", 0))
-    with opened(folder / FILE) as file:
+    # Episodes.
+    with opened(folder / DATA_FILE) as file:
         names = [m for name in file if (m := re.fullmatch(r"episode_(\d{1,15})", name))]
         groups = [plain_group(file, m[0]) for m in sorted(names, key=lambda m: int(m[1]))]
         remarks = _unused_infos(next((group for group in groups if group is not None), None))
         episodes = [_Episode(group, leaves) for group in groups if group is not None]
         if not episodes:
             raise DataError(f'The Minari dataset "{path}" is empty. Log at least one episode.')
-        # The last observation of an episode is the only one that is not held twice afterwards.
+        # Only the last observation of an episode is not held twice in memory.
         require_size(path, (2 * episode.size for episode in episodes))
         parts = [episode.read() for episode in episodes]
-        # Whatever another writer calls so is not ours.
+        # Another writer's attribute of this name means something else.
         ours = episodes if ATTRIBUTE in description else []
         behaviours = [plain_attribute(episode.group, "behaviour") for episode in ours]
+    # Checks that all are alike.
     keys = set(parts[0])
     if any(set(part) != keys for part in parts):
         raise DataError(
@@ -104,11 +97,13 @@ def read_minari(path: Path) -> Raw:
             raise DataError(
                 f'The {key} of the episodes of "{path}" differ in shape. Log them all alike.'
             )
+    # Arrays.
     arrays = {key: np.concatenate([part.pop(key) for part in parts]) for key in sorted(keys)}
     if behaviours and all(b is not None for b in behaviours):
         arrays["episode_behaviours"] = np.array(behaviours, dtype=np.int32)
     if arrays["actions"].dtype.kind in "iu":
         arrays["actions"] = arrays["actions"].astype(np.int64) - first_action
+    # Episodes without an end.
     unmarked = sum(episode.unmarked for episode in episodes)
     unsure = ""
     if unmarked:
@@ -126,7 +121,7 @@ def read_minari_metadata(path: Path) -> dict[str, Any]:
     if folder is None:
         return {}
     with reading(folder / "metadata.json", "the description of a Minari dataset"):
-        return _metadata(_description(folder / "metadata.json"))
+        return _described_metadata(_description(folder / "metadata.json"))
 
 
 class _Episode:
@@ -138,7 +133,7 @@ class _Episode:
         self.steps = {ours: _array(group, (theirs,)) for theirs, ours in _STEPS.items()}
         self.actions = _array(group, ("actions",))
         self.observations = [
-            _array(group, ("observations", *leaf)) for leaf in leaves or _found(group)
+            _array(group, ("observations", *leaf)) for leaf in leaves or _leaves_by_name(group)
         ]
         infos = plain_group(group, "infos") if "infos" in group else None
         found = {ours: plain_dataset(infos, key) for key, ours in INFOS.items()} if infos else {}
@@ -165,7 +160,7 @@ class _Episode:
         actions = self.actions[()]
         arrays["actions"] = actions if actions.ndim == 1 else actions.reshape(len(actions), -1)
         arrays |= {"observations": flat[:-1], "next_observations": flat[1:]}
-        # The first info is that of the reset.
+        # The reset gave the first info, so it belongs to no step.
         arrays |= {key: item[()][len(item) - n :] for key, item in self.infos.items()}
         if any(len(x) != n for x in arrays.values()) or any(
             len(item) not in (n, n + 1) for item in self.infos.values()
@@ -209,7 +204,7 @@ def _array(group: h5py.Group, path: Leaf) -> h5py.Dataset:
     return item
 
 
-def _found(group: h5py.Group) -> list[Leaf]:
+def _leaves_by_name(group: h5py.Group) -> list[Leaf]:
     """Arrays of observations by name where the metadata do not describe the space."""
     inner = plain_group(group, "observations") if "observations" in group else None
     return [()] if inner is None else [(name,) for name in sorted(inner)]
@@ -228,7 +223,7 @@ def _space(description: dict[str, Any], key: str) -> dict[str, Any]:
     return parse_metadata(description[key], key) if key in description else {}
 
 
-def _leaves(space: dict[str, Any]) -> list[Leaf] | None:
+def _leaves_of_space(space: dict[str, Any]) -> list[Leaf] | None:
     """Paths of the Boxes in the order in which the environment's own observation is flattened."""
     if not space:
         return None
@@ -237,10 +232,10 @@ def _leaves(space: dict[str, Any]) -> list[Leaf] | None:
         inner = {f"_index_{i}": subspace for i, subspace in enumerate(inner)}
     if inner is None:
         return [()]
-    return [(key, *leaf) for key, sub in inner.items() for leaf in _leaves(sub) or [()]]
+    return [(key, *leaf) for key, sub in inner.items() for leaf in _leaves_of_space(sub) or [()]]
 
 
-def _metadata(description: dict[str, Any]) -> dict[str, Any]:
+def _described_metadata(description: dict[str, Any]) -> dict[str, Any]:
     """Our metadata: as we wrote them, else from the environment's specification and the actions."""
     if ATTRIBUTE in description:
         return parse_metadata(description[ATTRIBUTE])

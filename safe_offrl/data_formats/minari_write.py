@@ -11,16 +11,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from safe_offrl.data.content import (
-    ATTRIBUTE,
-    Arrays,
-    Metadata,
-    Progress,
-    metadata_text,
-)
+from safe_offrl.data.content import ATTRIBUTE, Arrays, Metadata, RowProgress, metadata_text
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
-from safe_offrl.data_formats.minari import FILE, INFOS, datasets_folder
+from safe_offrl.data_formats.minari import DATA_FILE, INFOS, datasets_folder
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.files import json_bytes, replacing, write_file
 
@@ -28,7 +22,7 @@ VERSION = "0.5.0"  # of the layout that is written; every later Minari reads it
 
 
 def write_minari(
-    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
+    path: Path, arrays: Arrays, metadata: Metadata, progress: RowProgress | None = None
 ) -> list[str]:
     """Validate and write the folder, complete or not at all; returns what it cannot hold."""
     validate_arrays(arrays)
@@ -36,8 +30,8 @@ def write_minari(
     with replacing(path) as temporary:
         (temporary / "data").mkdir(parents=True)
         discrete = metadata.get("action_count") is not None
-        lost = _write_episodes(temporary / "data" / FILE, arrays, discrete, wide, progress)
-        size = (temporary / "data" / FILE).stat().st_size / 1e6
+        lost = _write_episodes(temporary / "data" / DATA_FILE, arrays, discrete, wide, progress)
+        size = (temporary / "data" / DATA_FILE).stat().st_size / 1e6
         described = _describe(_dataset_id(path), arrays, metadata, wide)
         described["dataset_size"] = round(size, 1)
         write_file(temporary / "data" / "metadata.json", json_bytes(described))
@@ -45,12 +39,9 @@ def write_minari(
 
 
 def _write_episodes(
-    path: Path,
-    arrays: Arrays,
-    discrete: bool,
-    wide: np.dtype[Any],
-    progress: Progress | None,
+    path: Path, arrays: Arrays, discrete: bool, wide: np.dtype[Any], progress: RowProgress | None
 ) -> list[str]:
+    # Episodes.
     starts, terminated, _ = find_episodes(arrays)
     behaviours = arrays["episode_behaviours"][:] if "episode_behaviours" in arrays else None
     jumps = 0
@@ -60,9 +51,11 @@ def _write_episodes(
             group.attrs.update({"id": k, "total_steps": part.stop - part.start})
             if behaviours is not None:
                 group.attrs["behaviour"] = int(behaviours[k])
+            # Observations.
             first, following = (np.asarray(arrays[key][part], wide) for key in OBSERVATIONS)
             jumps += int((first[1:] != following[:-1]).any(axis=1).sum())
             group["observations"] = np.concatenate([first, following[-1:]])
+            # Actions, rewards and ends.
             actions = np.asarray(arrays["actions"][part], np.float32)
             group["actions"] = actions.argmax(axis=1) if discrete else actions
             group["rewards"] = np.asarray(arrays["rewards"][part], np.float32)
@@ -70,6 +63,7 @@ def _write_episodes(
             timeouts = arrays["timeouts"][part].astype(bool)
             timeouts[-1] |= not terminated[part][-1]
             group["truncations"] = timeouts
+            # Infos, of which the first is that of the reset.
             infos = group.create_group("infos")
             for key, ours in INFOS.items():
                 if ours in arrays:

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays, chunks
+from safe_offrl.data.content import Arrays, Flags, chunks
 
-Flags = NDArray[np.bool_]
 Distances = NDArray[np.float64]
 
-SAMPLE = 2048  # rows that stand for all where distances between any two are needed
-FEWEST = 20  # rows: fewer do not tell how far one usually moves
+SAMPLE = 2048  # so many rows stand for all where distances between any two are needed
+FEWEST = 20  # fewer rows do not tell how far one usually moves
 
 
 class Scale(NamedTuple):
@@ -54,11 +53,12 @@ class Motion(NamedTuple):
         return np.append(self.jump, 0.0) if self.step is None else self.step
 
 
-def measure(arrays: Arrays) -> Motion | None:
+def measure_motion(arrays: Arrays) -> Motion | None:
     """Distances of a log's observations [N, O], read in chunks; None where they tell nothing.
 
     That is, if they never change, are too few or no numbers (which is refused elsewhere).
     """
+    # Whether there is anything to measure.
     observations, following = arrays["observations"], arrays.get("next_observations")
     tables = [observations, *([] if following is None else [following])]
     sound = all(t.ndim == 2 and t.shape == observations.shape for t in tables)
@@ -67,6 +67,7 @@ def measure(arrays: Arrays) -> Motion | None:
     scale, rounding = _scale(observations)
     if not len(scale.entries):
         return None
+    # Distances, chunk by chunk.
     n = len(observations)
     jump, link, step = np.zeros(n - 1), np.zeros(n - 1), np.zeros(n)
     drawn = np.sort(np.random.default_rng(0).permutation(n)[:SAMPLE])
@@ -81,6 +82,7 @@ def measure(arrays: Arrays) -> Motion | None:
             then = scale(following[part])
             step[part] = distance(now, then)
             link[inner] = distance(then[: len(later)], later)
+    # The distance between any two.
     some = np.concatenate(sample)
     shuffled = np.random.default_rng(1).permutation(some)
     return Motion(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from safe_offrl.data.content import OPTIONAL, REQUIRED
 from safe_offrl.errors import DataError
 
-# Read as ours where ours is missing: what Gymnasium, Minari, OmniSafe and CleanRL call them.
+# Gymnasium, Minari, OmniSafe and CleanRL call arrays so; they are read where ours are missing.
 SYNONYMS = {
     "obs": "observations",
     "observation": "observations",
@@ -47,7 +47,7 @@ METADATA_KEYS = (
     "ends",
     "observation_offset",
 )
-# How names begin that were probably meant as ours.
+# Names that begin so were probably meant as ours.
 _STEMS = {
     "observations": r"(obs|state)",
     "next_observations": r"(next_?(obs|state)|(obs|state)\w*_?next|new_?(obs|state))",
@@ -91,7 +91,7 @@ def recognise(present: Mapping[str, int | None], how: str = "Rename it") -> Reco
             names[ours] = theirs
             remarks.append(f'"{theirs}" is read as "{ours}".')
     unused = [name for name in present if name not in names.values()]
-    for key in _missing(names):
+    for key in _missing_arrays(names):
         near = near_name(key, unused)
         if near is not None:
             raise DataError(
@@ -109,7 +109,7 @@ def recognise(present: Mapping[str, int | None], how: str = "Rename it") -> Reco
 
 def near_name(key: str, names: Iterable[str]) -> str | None:
     """The name of which ``key`` was probably meant, by its beginning, then by its spelling."""
-    plain = {name: _plain(name) for name in names}
+    plain = {name: _normal_form(name) for name in names}
     stem = re.compile((_STEMS | _KEY_STEMS).get(key, re.escape(key)))
     for name, text in plain.items():
         if stem.match(text):
@@ -120,7 +120,7 @@ def near_name(key: str, names: Iterable[str]) -> str | None:
     return None
 
 
-def _missing(names: Mapping[str, str]) -> list[str]:
+def _missing_arrays(names: Mapping[str, str]) -> list[str]:
     """What is not there and would be filled in or refused: of the ends, what dones does not say."""
     wanted = [key for key in (*REQUIRED, "accidents") if key not in names]
     if "dones" in names:
@@ -128,7 +128,7 @@ def _missing(names: Mapping[str, str]) -> list[str]:
     return wanted
 
 
-def _plain(name: str) -> str:
+def _normal_form(name: str) -> str:
     """The last part of a path, in small letters, words joined by _."""
     last = name.strip().rpartition("/")[2].rpartition(".")[2]
     return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", last)).strip("_").lower()

@@ -15,8 +15,8 @@ from safe_offrl.data.content import (
     REQUIRED,
     Arrays,
     Metadata,
-    Progress,
     Raw,
+    RowProgress,
     metadata_text,
     parse_metadata,
     reading,
@@ -32,10 +32,7 @@ from safe_offrl.files import replacing
 OMNISAFE = ("obs", "action", "reward", "cost", "next_obs", "done")  # its names, all of them
 METADATA = "metadata"  # a 0-dimensional array of text: our metadata as JSON
 MAX_TEXT = 2**24  # bytes of metadata
-_HEADERS: dict[Any, Any] = {
-    (1, 0): npy.read_array_header_1_0,
-    (2, 0): npy.read_array_header_2_0,
-}
+_HEADERS: dict[Any, Any] = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def read_npz(path: Path) -> Raw:
@@ -49,18 +46,18 @@ def read_npz(path: Path) -> Raw:
         if set(OMNISAFE) <= present:  # of a writer that is known, nothing is to be said
             remarks = [text for text in remarks if " is read as " not in text]
         require_size(path, [_declared_size(archive, key, "fiub") for key in names.values()])
-        arrays = {ours: _read(archive, theirs) for ours, theirs in names.items()}
-        return Raw(arrays, _metadata(path, archive), tuple(remarks))
+        arrays = {ours: _read_array(archive, theirs) for ours, theirs in names.items()}
+        return Raw(arrays, _stored_metadata(path, archive), tuple(remarks))
 
 
 def read_npz_metadata(path: Path) -> dict[str, Any]:
     """The metadata alone."""
     with reading(path, "npz"), zipfile.ZipFile(path) as archive:
-        return _metadata(path, archive)
+        return _stored_metadata(path, archive)
 
 
 def write_npz(
-    path: Path, arrays: Arrays, metadata: Metadata, progress: Progress | None = None
+    path: Path, arrays: Arrays, metadata: Metadata, progress: RowProgress | None = None
 ) -> list[str]:
     """Validate and write an archive; nothing is lost."""
     validate_arrays(arrays)
@@ -77,12 +74,12 @@ def write_npz(
     return []
 
 
-def _metadata(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
+def _stored_metadata(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     if f"{METADATA}.npy" not in archive.namelist():
         return {}
     if _declared_size(archive, METADATA, "U") > MAX_TEXT:
         raise DataError(f'The metadata of "{path}" are too long. Log the dataset again.')
-    return parse_metadata(str(_read(archive, METADATA)))
+    return parse_metadata(str(_read_array(archive, METADATA)))
 
 
 def _declared_size(archive: zipfile.ZipFile, key: str, kinds: str) -> int:
@@ -117,6 +114,6 @@ def _rows(archive: zipfile.ZipFile, key: str) -> int | None:
             return None
 
 
-def _read(archive: zipfile.ZipFile, key: str) -> NDArray[Any]:
+def _read_array(archive: zipfile.ZipFile, key: str) -> NDArray[Any]:
     with archive.open(f"{key}.npy") as file:
         return npy.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]

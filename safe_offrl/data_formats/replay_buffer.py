@@ -36,6 +36,7 @@ def from_replay_buffer(
             "The replay buffer holds dict observations. Train on a flattened environment "
             "(gymnasium.wrappers.FlattenObservation)."
         )
+    # Costs.
     costs = getattr(buffer, "costs", None) if costs is None else costs
     if costs is None:
         raise DataError(
@@ -50,6 +51,7 @@ def from_replay_buffer(
             f"`costs` is {list(costs.shape)}, but the replay buffer "
             f"{list(buffer.rewards.shape)}. Give one cost for each of its slots."
         )
+    # Arrays.
     parts = [_environment(buffer, costs, k, horizon) for k in range(buffer.n_envs)]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     if not len(arrays["rewards"]):
@@ -57,6 +59,7 @@ def from_replay_buffer(
             "The replay buffer holds no episode from its beginning. Give it more room, or take it "
             "earlier."
         )
+    # Metadata.
     guessed = int((arrays.pop("guessed") & arrays["timeouts"]).sum())
     metadata: dict[str, Any] = {"source": "Stable-Baselines3 ReplayBuffer"}
     metadata |= {k: v for k, v in {"env_id": env_id, "horizon": horizon}.items() if v is not None}
@@ -66,6 +69,7 @@ def from_replay_buffer(
         metadata |= {"action_low": -1.0, "action_high": 1.0}
     if guessed:
         metadata["warning"] = stand_in_warning(guessed)
+    # Completion.
     found, noted, remarks, _ = complete(arrays, metadata)
     validate_arrays(found)
     if remarks:
@@ -80,6 +84,7 @@ def _environment(
 
     ``guessed`` [n] says where the next observation is not known.
     """
+    # Slots in the order of time.
     compact = bool(buffer.optimize_memory_usage)
     slots = np.arange(buffer.pos)
     if buffer.full:
@@ -88,11 +93,13 @@ def _environment(
             slots = slots[1:]
         ends = np.flatnonzero(buffer.dones[slots, k])
         slots = slots[ends[0] + 1 :] if len(ends) else slots[:0]
+    # Timeouts.
     n, dones = len(slots), buffer.dones[slots, k] > 0
     if buffer.handle_timeout_termination:
         timeouts = buffer.timeouts[slots, k] > 0
     else:
         timeouts = dones & at_horizon(dones, horizon)
+    # Next observations.
     guessed = dones & compact
     guessed[-1:] = False  # of the newest step it is still there
     observations = buffer.observations[:, k].reshape(buffer.buffer_size, -1)
@@ -101,6 +108,7 @@ def _environment(
         following[guessed] = observations[slots[guessed]]
     else:
         following = buffer.next_observations[slots, k].reshape(n, observations.shape[1])
+    # Ends.
     terminals = dones & ~timeouts
     timeouts[-1:] |= ~dones[-1:]  # the next environment's steps are another episode
     return {

@@ -26,6 +26,7 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
     Raises DataError for a missing key, a shape, unequal lengths, an empty dataset, a dtype, NaN or
     infinity, a flag that is not 0/1, an action outside the range, or no episode end.
     """
+    # Shapes and values.
     for name in REQUIRED:
         if name not in arrays:
             raise DataError(
@@ -36,12 +37,14 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
     _check_shapes(checked)
     for name, array in checked.items():
         _check_values(name, array)
+    # Behaviours.
     index = arrays.get("episode_behaviours")
     if index is not None and (index.ndim != 1 or index.dtype.kind not in "iu"):
         raise DataError(
             f"episode_behaviours is {index.dtype} of the shape {list(index.shape)}. "
             "Store one whole number for each episode, or leave the array out."
         )
+    # Actions.
     actions = arrays["actions"]
     largest = max(
         float(np.abs(np.asarray(actions[part], np.float64)).max()) for part in chunks(len(actions))
@@ -52,6 +55,7 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
             "Rescale the actions so that -1 and 1 are the bounds of the action space, or store "
             "these as the metadata's action_low and action_high."
         )
+    # Ends.
     if not (arrays["terminals"][:].any() or arrays["timeouts"][:].any()):
         raise DataError(
             "No episode of the dataset ever ends: terminals and timeouts are false throughout. "
@@ -111,7 +115,7 @@ def _check_values(name: str, array: NDArray[np.generic]) -> None:
                 )
             continue
         # The limit of float32 catches infinity, NaN (by the negation), what would overflow to it.
-        # In float64: no float16 is as large, and the smallest integer has no absolute value.
+        # float64 is compared: float16 is never so large, the least integer has no absolute value.
         with np.errstate(over="ignore"):
             bad = ~(np.abs(np.asarray(values, np.float64)) <= _LARGEST)
         if bad.any() and not wrong:
@@ -159,7 +163,9 @@ def check_matches_env(
 
     A file that does not name its environment is judged by its actions and sizes alone.
     """
+    # The name.
     check_same_env(dataset.metadata, env_id)
+    # The kind of actions.
     if dataset.discrete != discrete:
         kinds = ("continuous", "discrete")
         remedy = (
@@ -172,6 +178,7 @@ def check_matches_env(
             f'The dataset\'s actions are {kinds[dataset.discrete]}, those of "{env_id}" '
             f"{kinds[discrete]}. {remedy}, or name its environment with --env."
         )
+    # Sizes.
     sizes = (dataset.layout.observation_size, dataset.layout.action_size)
     if discrete and sizes[0] == observation_size and sizes[1] < action_size:
         raise DataError(

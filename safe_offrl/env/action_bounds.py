@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 # The smallest of the numbers that are written for "no bound": the largest int32. 1e10, 1e20 and the
 # largest floats are beyond it; what is really as large (a power station in watts) has larger units.
 LARGEST_BOUND = 2.0**31 - 1.0
-STRANGE_BOUND = 1e6  # from here on somebody should have a look
+STRANGE_BOUND = 1e6  # a person should look at a bound beyond it
 
 
 def largest_bound(low: ArrayLike, high: ArrayLike) -> float:

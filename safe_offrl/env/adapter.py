@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from safe_offrl.env.contract import (
     accident_rule,
+    accident_verdict,
     ask,
     cost_of,
     horizon_of,
@@ -31,17 +32,15 @@ from safe_offrl.env.contract import (
     require_actions,
     reset_values,
     step_values,
-    verdict,
 )
 from safe_offrl.env.identity import environment_identity, environment_versions, rule_identity
 from safe_offrl.env.observations import flatten, layout
 from safe_offrl.env.process import ProcessEnv
 from safe_offrl.env.user_code import raised
 from safe_offrl.errors import EnvError, EnvFault
-from safe_offrl.spec import SafetySpec
+from safe_offrl.spec import COST_SHARE_MAX, SafetySpec
 
 Vector = NDArray[np.float32]
-COST_SHARE_MAX = 2.0  # where the share of an exceeded threshold is cut off
 
 
 def episode_seed(seed: int, index: int, stream: str) -> int:
@@ -90,12 +89,14 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         super().__init__(env)
         self.env_id: str = env_id or (env.spec.id if env.spec else type(env.unwrapped).__name__)
         self.horizon: int = horizon_of(self.env_id, env, spec)
+        # Accident rule.
         self._threshold = spec.cost_threshold
         self._cost_limited = spec.constraint == "cost"
         self._rule_name = spec.accident
         self._rule = accident_rule(spec.accident)
         self.sums_cost: bool = spec.accident == "episode_cost"
         self._episode_cost = 0.0
+        # Observations.
         self.layout = layout(self.env_id, env.observation_space)
         boxes = [part.box for part in self.layout]
         self.wide: bool = not all(np.can_cast(box.dtype, np.float32) for box in boxes)
@@ -108,6 +109,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             low, high = np.append(low, np.float32(0.0)), np.append(high, np.float32(COST_SHARE_MAX))
         self.observation_size: int = len(low)
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        # Actions.
         self._actions = require_actions(self.env_id, env.action_space)
         self.discrete: bool = isinstance(self._actions, spaces.Discrete)
         if isinstance(self._actions, spaces.Discrete):
@@ -118,6 +120,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             self._action_range = self._actions.high.astype(np.float64) - self._action_low
         lowest = 0.0 if self.discrete else -1.0
         self.action_space = spaces.Box(lowest, 1.0, (self.action_size,), np.float32)
+        # Episode.
         self._steps = 0
         self._raw_observation: Any = None
 
@@ -134,12 +137,14 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
 
     def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
         """Act with ``action`` [A]; ``info`` holds "accident" (bool) and "cost" (float)."""
+        # Step.
         raw_action = self.own_action(action)
-        # A copy: some environments write into the action that they are given.
+        # It gets a copy, because some environments write into the action that they are given.
         answer = ask(self.env.step, copy.copy(raw_action))
         self._steps += 1
         raw_next, reward, terminated, cut, info = step_values(self.env_id, answer, self._steps)
         truncated = (cut or self._steps >= self.horizon) and not terminated
+        # Cost and accident.
         cost = cost_of(self.env_id, info, self._steps, limited=self._cost_limited)
         if self._rule is None:
             if cost is None:
@@ -148,10 +153,11 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             accident = (self._episode_cost if self.sums_cost else cost) > self._threshold
         else:
             told = (raw_action, raw_next, reward, terminated, truncated, info)
-            accident = verdict(self._rule_name, self._rule, self._raw_observation, *told)
+            accident = accident_verdict(self._rule_name, self._rule, self._raw_observation, *told)
             if cost is None and self._cost_limited and info.get("cost") is not None:
                 raise no_cost(self.env_id, info)
             cost = float(accident) if cost is None else cost
+        # Observation.
         observation = self.observe(raw_next, self._episode_cost)
         if terminated or truncated:
             self._require_last(observation, info)

@@ -18,7 +18,7 @@ from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.env.observations import layout
 from safe_offrl.env.user_code import fault_in_words, import_user_module, raised
 from safe_offrl.errors import EnvError, EnvFault
-from safe_offrl.spec import SafetySpec
+from safe_offrl.spec import COST_RULES, SafetySpec
 
 AccidentRule = Callable[[Any, Any, Any, float, bool, bool, Mapping[str, Any]], Any]
 
@@ -75,7 +75,7 @@ def require_actions(env_id: str, space: spaces.Space[Any]) -> spaces.Box | space
 
 def accident_rule(name: str) -> AccidentRule | None:
     """The function behind "terminated" or "package.module:function"; None if the cost decides."""
-    if name in ("cost", "episode_cost"):
+    if name in COST_RULES:
         return None
     if name == "terminated":
         return lambda _o, _a, _next, _reward, terminated, _truncated, _info: terminated
@@ -171,7 +171,7 @@ def scalar(value: Any) -> float | None:
     return float(array.item()) if array.size == 1 and array.dtype.kind in "biuf" else None
 
 
-def verdict(name: str, rule: AccidentRule, *step: Any) -> bool:
+def accident_verdict(name: str, rule: AccidentRule, *step: Any) -> bool:
     """What a rule says of a step: True or False, also as an array of one.
 
     EnvFault if it raises, EnvError for any other answer.

@@ -40,6 +40,7 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from safe_offrl.env.module_sources import sources_and_packages
+from safe_offrl.spec import COST_RULES
 
 KEY = "environment_identity"  # under which logs, runs, evaluations and certificates keep it
 
@@ -83,7 +84,7 @@ def environment_identity(env: gymnasium.Env[Any, Any], env_id: str) -> dict[str,
 def rule_identity(accident: str, cost_threshold: float) -> dict[str, Any]:
     """Of an accident rule, as SafetySpec names it; its module has been imported."""
     module, colon, _ = accident.partition(":")
-    by_cost = accident in ("cost", "episode_cost")
+    by_cost = accident in COST_RULES
     return {
         "accident": accident,
         **({"cost_threshold": cost_threshold} if by_cost else {}),
@@ -130,6 +131,7 @@ def _described(value: Any, modules: set[str], above: tuple[int, ...] = ()) -> An
     An absolute path is its last part, with the sha256 of the file if there is one. An object is its
     class and its attributes, or its repr if that holds no memory address, or its class alone.
     """
+    # Values that are their own description.
     if isinstance(value, enum.Enum):
         modules |= _modules_of(value)
         return f"{_name(type(value))}.{value.name}"
@@ -141,12 +143,14 @@ def _described(value: Any, modules: set[str], above: tuple[int, ...] = ()) -> An
         return _described_path(Path(value)) if PurePath(value).is_absolute() else str(value)
     if isinstance(value, np.ndarray | np.generic):
         return _described(value.tolist(), modules, above)
+    # What has a name.
     if isinstance(value, ModuleType):
         modules.add(value.__name__)
         return value.__name__
     if isinstance(value, type) or hasattr(value, "__qualname__"):  # a class, a function, a method
         modules.add(getattr(value, "__module__", None) or "")
         return _name(value)
+    # Containers, down to a depth.
     if id(value) in above or len(above) > _DEEPEST:
         return _name(type(value))
     above = (*above, id(value))
@@ -160,6 +164,7 @@ def _described(value: Any, modules: set[str], above: tuple[int, ...] = ()) -> An
     if isinstance(value, Set):  # whose order is another one in each process
         members = [_described(member, modules, above) for member in value]
         return sorted(members, key=lambda member: json.dumps(member, sort_keys=True))
+    # Objects.
     modules |= _modules_of(value)
     attributes = getattr(value, "__dict__", None) or {}
     if dataclasses.is_dataclass(value):  # may have slots
@@ -198,7 +203,7 @@ def differences(before: object, now: object) -> list[str]:
     found = []
     for section in ("environment", "rule"):
         found += _of_section(_mapping(before, section), _mapping(now, section))
-    found += _values(before, now, ["horizon"])
+    found += _changes(before, now, ["horizon"])
     return list(dict.fromkeys(found))  # one module may hold the environment and the rule
 
 
@@ -221,22 +226,22 @@ def log_differences(metadata: Mapping[str, Any], now: object) -> list[str]:
 def _of_section(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if not before or not now:  # not on record
         return []
-    found = _values(before, now, ["id", "entry_point", "max_episode_steps"])
-    found += _values(before, now, ["accident"]) or _values(before, now, ["cost_threshold"])
+    found = _changes(before, now, ["id", "entry_point", "max_episode_steps"])
+    found += _changes(before, now, ["accident"]) or _changes(before, now, ["cost_threshold"])
     old, new = (_mapping(part, "kwargs") for part in (before, now))
-    found += [f"kwargs {text}" for text in _values(old, new, sorted({*old, *new}))]
-    # Those of the registration lie around the environment too, and are said once.
-    found += _values(before, now, ["additional_wrappers"]) or _values(before, now, ["wrappers"])
+    found += [f"kwargs {text}" for text in _changes(old, new, sorted({*old, *new}))]
+    # The wrappers of the registration are among those around the environment, and are named once.
+    found += _changes(before, now, ["additional_wrappers"]) or _changes(before, now, ["wrappers"])
     old, new = (_mapping(part, "sources") for part in (before, now))
     if not {"sources", "packages"} <= before.keys() & now.keys():  # settings alone
         return found
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     found += [_printable(f"the source of {name}") for name in changed]
     old, new = (_mapping(part, "packages") for part in (before, now))
-    return found + _values(old, new, sorted({*old, *new}))
+    return found + _changes(old, new, sorted({*old, *new}))
 
 
-def _values(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     """Name, value and other value of each that differs; "none" where there is none."""
     found = []
     for key in keys:

@@ -18,11 +18,7 @@ from safe_offrl.spec import SafetySpec
 
 
 def make_env(
-    env_id: str,
-    spec: SafetySpec,
-    *,
-    render_mode: str | None = None,
-    timeout: float | None = None,
+    env_id: str, spec: SafetySpec, *, render_mode: str | None = None, timeout: float | None = None
 ) -> AccidentEnv:
     """Make any Gymnasium environment, adapted to this package.
 

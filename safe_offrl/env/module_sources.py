@@ -33,18 +33,21 @@ def sources_and_packages(modules: Iterable[str]) -> dict[str, dict[str, str]]:
     packages: dict[str, str] = {}
     waiting = sorted(given)
     while waiting:
+        # The next module.
         name = waiting.pop()
         if name in seen or not _counts(name, given):
             continue
         seen.add(name)
         path, is_package = _file(name)
+        # What it is known by.
         if path is None:
             if name in given and name.partition(".")[0] not in sys.stdlib_module_names:
                 sources[name] = "unknown"
         elif distributions := _distributions_of(name, path):
             packages |= {each: importlib.metadata.version(each) for each in distributions}
         elif not _STANDARD & set(path.parents):
-            sources[name] = _sha256(path)
+            sources[name] = _file_sha256(path)
+            # What it depends on in turn.
             parts = name.split(".")
             waiting += [".".join(parts[:k]) for k in range(1, len(parts))]
             for imported, at_once in _imports(path, parts if is_package else parts[:-1]):
@@ -52,7 +55,7 @@ def sources_and_packages(modules: Iterable[str]) -> dict[str, dict[str, str]]:
                     waiting.append(imported)
             for text in _texts(path):
                 if (beside := _file_beside(path, text)) is not None:
-                    sources[f"{name}: {text}"] = _sha256(beside)
+                    sources[f"{name}: {text}"] = _file_sha256(beside)
                 elif _is_dotted(text) and _is_local(text):
                     waiting.append(text)  # imported by its name, as by importlib
     return {"sources": dict(sorted(sources.items())), "packages": dict(sorted(packages.items()))}
@@ -118,7 +121,7 @@ def _is_installed(name: str) -> bool:
     return path is not None and bool(_distributions_of(name, path))
 
 
-def _sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     """Of a source, however its lines end; "unknown" if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()

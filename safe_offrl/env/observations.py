@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safe_offrl.errors import EnvError, EnvFault
 
 
-class Part(NamedTuple):
+class SpacePart(NamedTuple):
     """One Box of an observation space: where it is found, and its numbers [start, stop)."""
 
     path: tuple[str | int, ...]  # keys of Dicts and positions in Tuples; () for a plain Box
@@ -30,16 +30,17 @@ class Part(NamedTuple):
         return ".".join(map(str, self.path)) or "observation"
 
 
-def layout(env_id: str, space: spaces.Space[Any]) -> tuple[Part, ...]:
+def layout(env_id: str, space: spaces.Space[Any]) -> tuple[SpacePart, ...]:
     """The Boxes of an observation space in the order in which they are flattened.
 
     A Dict in the order of its ``spaces`` (Gymnasium sorts the keys of a plain dict, and keeps the
     order of an OrderedDict, of pairs and of keyword arguments), a Tuple from left to right, each
     Box in C order. EnvError for any other space, and for images.
     """
-    parts: list[Part] = []
+    parts: list[SpacePart] = []
 
     def visit(path: tuple[str | int, ...], space: spaces.Space[Any]) -> None:
+        # Spaces of spaces.
         if isinstance(space, spaces.Dict):
             for key, inner in space.spaces.items():
                 visit((*path, key), inner)
@@ -47,6 +48,7 @@ def layout(env_id: str, space: spaces.Space[Any]) -> tuple[Part, ...]:
             for index, inner in enumerate(space.spaces):
                 visit((*path, index), inner)
         elif not isinstance(space, spaces.Box):
+            # Spaces that are no vectors.
             raise EnvError(
                 f'"{env_id}" has observations of type {type(space).__name__}. Only Box, and Dict '
                 "or Tuple of Box, can be used: convert them with a gymnasium.ObservationWrapper."
@@ -58,13 +60,13 @@ def layout(env_id: str, space: spaces.Space[Any]) -> tuple[Part, ...]:
                 "extractor."
             )
         else:
-            parts.append(Part(path, space, parts[-1].stop if parts else 0))
+            parts.append(SpacePart(path, space, parts[-1].stop if parts else 0))
 
     visit((), space)
     return tuple(parts)
 
 
-def flatten(env_id: str, parts: tuple[Part, ...], observation: Any) -> NDArray[np.float64]:
+def flatten(env_id: str, parts: tuple[SpacePart, ...], observation: Any) -> NDArray[np.float64]:
     """The environment's observation -> one float64 vector of its own; EnvFault if it lacks a part.
 
     How many numbers there are is the caller's to check.
@@ -85,7 +87,7 @@ def flatten(env_id: str, parts: tuple[Part, ...], observation: Any) -> NDArray[n
     return np.concatenate(flat)
 
 
-def entry_name(parts: tuple[Part, ...], index: int) -> str:
+def entry_name(parts: tuple[SpacePart, ...], index: int) -> str:
     """What number ``index`` of the flat vector is: "lidar[3]", or "grid[1, 0]" of a matrix."""
     for part in parts:
         if index < part.stop:

@@ -16,8 +16,8 @@ from gymnasium.envs.registration import EnvSpec
 from safe_offrl.env.user_code import fault_in_words
 from safe_offrl.errors import EnvError, EnvFault
 
-START_SECONDS = 120.0  # that the process gets to make the environment
-# Makes the environment, in the new process, and describes it.
+START_SECONDS = 120.0  # the process gets so long to make the environment
+# It makes the environment in the new process and describes it.
 Make = Callable[[], tuple[gymnasium.Env[Any, Any], Mapping[str, Any]]]
 
 

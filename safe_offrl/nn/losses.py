@@ -38,7 +38,7 @@ def first_accident_target(
     of the horizon still bootstraps. Shapes: [..., B] -> [..., B]. Unit: probability.
     """
     _require_same_shape(accidents, terminated, next_time_to_go, next_values)
-    # Half a step of the longest horizon float32 can resolve; rounding must not revive a last step.
+    # Rounding must not revive a last step: this is half of one in the longest horizon of float32.
     steps_left = (next_time_to_go > 1e-6).to(next_values.dtype)
     return accidents + (1.0 - accidents) * (1.0 - terminated) * steps_left * next_values
 

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-from safe_offrl.env.observations import Part
+from safe_offrl.env.observations import SpacePart
 
 _WIDTH = 100
 
@@ -27,7 +27,7 @@ class EnvReport:
     env_id: str
     accident: str
     checks: list[Check] = field(default_factory=list)
-    layout: tuple[Part, ...] = ()
+    layout: tuple[SpacePart, ...] = ()
     measured: dict[str, float] = field(default_factory=dict)
 
     @property

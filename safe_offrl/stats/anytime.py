@@ -30,8 +30,8 @@ from scipy import special
 
 FloatOrArray = TypeVar("FloatOrArray", float, NDArray[np.float64])
 
-# theta ~ Beta(.3, 1): weight on small theta, where the evidence of few accidents lies. Fixed,
-# because a prior chosen after the data would void the guarantee.
+# theta ~ Beta(.3, 1) puts weight on small theta, where the evidence of few accidents lies. It is
+# fixed, because a prior chosen after the data would void the guarantee.
 _RUN_LEVEL_A = 0.3
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-MOST_EXACT = 14  # pairs whose 2^n sign flips are all looked at; above that, random ones
+MOST_EXACT = 14  # of so many pairs all 2^n sign flips are looked at, of more random ones
 RANDOM_FLIPS = 20_000
 _FLIP_SEED = 0
 
@@ -65,7 +65,7 @@ def ratio_interval(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (k1 / e1) / (k2 / e2)
     tail = (1.0 - confidence) / 2.0
-    # No interpolation: between a number and infinity there is nothing.
+    # It does not interpolate, because nothing lies between a number and infinity.
     low = np.quantile(np.nan_to_num(ratios, nan=0.0, posinf=np.inf), tail, method="lower")
     high = np.quantile(
         np.nan_to_num(ratios, nan=np.inf, posinf=np.inf), 1.0 - tail, method="higher"
@@ -90,7 +90,7 @@ def sign_flip_p_value(differences: ArrayLike) -> float:
         patterns = np.random.default_rng(_FLIP_SEED).integers(2, size=(RANDOM_FLIPS, n))
         patterns[0] = 1
     sums = np.abs((2.0 * patterns - 1.0) @ x)
-    # Sums that are equal on paper may differ by rounding.
+    # Rounding may tell sums apart that are equal on paper.
     return float((sums >= abs(x.sum()) - 1e-9 * np.abs(x).sum()).mean())
 
 

@@ -199,7 +199,7 @@ class Finetuning:
         if rows is not None:
             if self.learner.return_discount is not None:
                 self._fill_returns(rows, self.learner.return_discount)
-            self.experience.add_episode(rows)
+            self.experience.buffer.append(rows)
         else:
             self.updated = self.steps
             # Never the same noise twice: it may be what brought the episode to its end.
@@ -322,7 +322,7 @@ class Finetuning:
         return {
             **collect_state(self._parts()),
             **self.policy.tensors(),
-            **{f"experience/{k}": v for k, v in self.experience.state_dict().items()},
+            **{f"experience/{k}": v for k, v in self.experience.buffer.state_dict().items()},
         }
 
     def info(self) -> dict[str, Any]:
@@ -347,7 +347,7 @@ class Finetuning:
         """Continue from :meth:`state_dict` and :meth:`info`, bitwise."""
         restore_state(self._parts(), tensors)
         prefix = "experience/"
-        self.experience.load_state_dict(
+        self.experience.buffer.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
         self.steps = int(info["steps"])

@@ -62,7 +62,7 @@ class Pretraining:
         self.multiplier = base.multiplier()
         # What it learns from.
         logged = self.train.on(self.generator.device)
-        self._risky = RiskSampler.of(
+        self._risky = RiskSampler.from_dataset(
             logged,
             steps=self.critic.outlook.steps,
             discount=self.critic.outlook.discount,

@@ -146,7 +146,7 @@ def test_first_accidents_are_counted_once_and_from_the_start_of_the_episode(tmp_
     assert first_accidents(load(tmp_path, arrays)).tolist() == pytest.approx([0.3, 0.5])
 
 
-def identified(tmp_path: Path, wild: bool, **settings: Any) -> Verdict:
+def identified(tmp_path: Path, wild: bool, **settings: Any) -> Identification:
     """240 episodes, every other one by the calm behaviour, which has an accident if not wild."""
     arrays = sound_arrays(240)
     arrays["costs"][:] = 0

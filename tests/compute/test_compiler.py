@@ -82,10 +82,10 @@ def test_a_compiler_that_is_none_is_found_and_named(
     assert said in fault.what
     assert len(fault.what.splitlines()) == 1
     assert not list(cache.glob("compilers/*"))  # it may be repaired by the next time
-    compute, why = descent.choose("auto", "fp32", 10**6)
+    compute, why = descent.choose_compute("auto", "fp32", 10**6)
     assert (compute, why) == (descent.EAGER, f"not compiled: {fault.what}")
     with pytest.raises(ConfigError, match=r"compile is on, but the C.* does not work: "):
-        descent.choose("on", "fp32", 1)
+        descent.choose_compute("on", "fp32", 1)
 
 
 def test_a_compiler_that_hangs_is_given_up_with_what_it_started(
@@ -116,12 +116,12 @@ def test_no_compiler_and_no_file_that_can_be_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert descent.choose("auto", "fp32", 10**6) == (
+    assert descent.choose_compute("auto", "fp32", 10**6) == (
         descent.EAGER,
         'not compiled: there is no C++ compiler "no-such-compiler"',
     )
     with pytest.raises(ConfigError, match=r'no C\+\+ compiler "no-such-compiler". Install it'):
-        descent.choose("on", "fp32", 10**6)
+        descent.choose_compute("on", "fp32", 10**6)
     empty = tmp_path / "empty"
     empty.touch(mode=0o755)
     monkeypatch.setenv("CXX", str(empty))
@@ -133,7 +133,7 @@ def test_no_compiler_and_no_file_that_can_be_run(
 def test_no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", script(tmp_path, "exit 0"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert descent.choose("auto", "fp32", 10**6)[1] == (
+    assert descent.choose_compute("auto", "fp32", 10**6)[1] == (
         "not compiled: there is no Python.h (a package like python3-dev)"
     )
     (tmp_path / "Python.h").write_text("#error this is no Python\n")
@@ -183,7 +183,7 @@ def test_where_nothing_can_be_remembered_it_is_tried_again(
     monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     for _ in range(2):
-        assert descent.choose("auto", "fp32", 10**6)[0].compiled
+        assert descent.choose_compute("auto", "fp32", 10**6)[0].compiled
     # torch takes its own folder then, in which something can be written.
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 

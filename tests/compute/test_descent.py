@@ -14,7 +14,7 @@ from safe_offrl.agents.steering import Steering
 from safe_offrl.compute import descent
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.compiler import CompilerFault, compiler_fault
-from safe_offrl.compute.descent import EAGER, Compute, Descent, choose
+from safe_offrl.compute.descent import EAGER, Compute, Descent, choose_compute
 from safe_offrl.compute.state import collect_state
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
@@ -122,10 +122,10 @@ def test_the_optimiser_never_steps_on_what_is_not_finite(
 
 
 def test_a_short_run_does_not_compile() -> None:
-    compute, why = choose("auto", "fp32", descent.WORTH_COMPILING - 1)
+    compute, why = choose_compute("auto", "fp32", descent.WORTH_COMPILING - 1)
     assert compute == EAGER
     assert why == "not compiled: 9,999 updates do not earn it"
-    assert choose("off", "fp32", 10**6) == (EAGER, "not compiled")
+    assert choose_compute("off", "fp32", 10**6) == (EAGER, "not compiled")
 
 
 def test_a_compiler_that_fails_is_no_obstacle_unless_asked_for(
@@ -134,21 +134,21 @@ def test_a_compiler_that_fails_is_no_obstacle_unless_asked_for(
     """Which ones fail, and how that is found: test_compiler.py."""
     fault = CompilerFault('the C++ compiler "g++" does not work: exit code 1', "Repair it")
     monkeypatch.setattr(descent, "compiler_fault", lambda: fault)
-    assert choose("auto", "fp32", 10**6) == (EAGER, f"not compiled: {fault.what}")
+    assert choose_compute("auto", "fp32", 10**6) == (EAGER, f"not compiled: {fault.what}")
     with pytest.raises(
         ConfigError, match=r"^compile is on, but the C.* Repair it, or try compile="
     ):
-        choose("on", "fp32", 10)
+        choose_compute("on", "fp32", 10)
     monkeypatch.setattr(descent, "compiler_fault", lambda: None)
-    assert choose("auto", "fp32", 10**6)[0].compiled
-    assert choose("on", "fp32", 1)[0].compiled
+    assert choose_compute("auto", "fp32", 10**6)[0].compiled
+    assert choose_compute("on", "fp32", 1)[0].compiled
 
 
 def test_bf16_is_refused_where_it_would_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with pytest.raises(ConfigError, match="cannot multiply in bfloat16"):
-        choose("auto", "bf16", 10**6)
-    assert choose("off", "fp32", 1)[0].precision == "fp32"
+        choose_compute("auto", "bf16", 10**6)
+    assert choose_compute("off", "fp32", 1)[0].precision == "fp32"
 
 
 # --- the compiled path ---

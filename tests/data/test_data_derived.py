@@ -13,7 +13,6 @@ from safe_offrl.data import derived
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
-from safe_offrl.env.adapter import COST_SHARE_MAX
 from safe_offrl.errors import DataError
 from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Layout
@@ -36,10 +35,6 @@ def write(path: Path, metadata: dict[str, Any], **changed: np.ndarray) -> Path:
     }
     write_dataset(path, arrays | changed, {"horizon": 4} | metadata)
     return path
-
-
-def test_the_constants_of_loader_and_environment_agree() -> None:
-    assert derived.SHARE_LIMIT == COST_SHARE_MAX
 
 
 def test_episode_cost_by_hand(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from safe_offrl.data.sampling import (
     RiskSampler,
     StratifiedSampler,
+    n_step_costs,
     symmetric_batches,
     uniform_batches,
 )
@@ -107,7 +108,7 @@ def test_stratified_weights_by_hand() -> None:
     # N = 10, 2 accidents, share .5: q = .05 + .25 = .3 for an accident, .05 otherwise, so the
     # weights are .1 / .3 = 1/3 and .1 / .05 = 2.
     accidents = torch.tensor([1.0, 0, 0, 0, 1.0, 0, 0, 0, 0, 0])
-    index, weights = StratifiedSampler(accidents).index(4000, 0.5, generator())
+    index, weights = StratifiedSampler(accidents).draw(4000, 0.5, generator())
     drawn = accidents[index] > 0
     assert torch.allclose(weights[drawn], torch.tensor(1 / 3))
     assert torch.allclose(weights[~drawn], torch.tensor(2.0))
@@ -121,7 +122,7 @@ def test_stratified_weighted_means_are_unbiased() -> None:
     accidents = (torch.arange(200) % 25 == 0).float()
     values = values + 3 * accidents
     for share in (0.0, 0.3, 0.8):
-        index, weights = StratifiedSampler(accidents).index(200_000, share, generator(7))
+        index, weights = StratifiedSampler(accidents).draw(200_000, share, generator(7))
         assert weights.shape == (200_000,)
         assert abs(float(weights.mean()) - 1.0) < 0.02
         assert abs(float((weights * values[index]).mean() - values.mean())) < 0.02
@@ -130,7 +131,7 @@ def test_stratified_weighted_means_are_unbiased() -> None:
 
 
 def test_stratified_without_accidents_is_uniform() -> None:
-    index, weights = StratifiedSampler(torch.zeros(6)).index(600, 0.5, generator())
+    index, weights = StratifiedSampler(torch.zeros(6)).draw(600, 0.5, generator())
     assert torch.equal(weights, torch.ones(600))
     assert set(index.tolist()) == set(range(6))
 
@@ -139,7 +140,7 @@ def test_stratified_refuses_what_cannot_be_corrected() -> None:
     sampler = StratifiedSampler(torch.tensor([0.0, 1.0]))
     for share in (1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match="outside"):
-            sampler.index(3, share, generator())
+            sampler.draw(3, share, generator())
     with pytest.raises(ValueError, match="expected"):
         StratifiedSampler(torch.zeros(0))
 
@@ -156,10 +157,9 @@ def risky(steps: int = 1, discount: float = 1.0) -> tuple[RiskSampler, torch.Ten
     batch.costs[:] = 2.0 ** torch.arange(5.0)
     batch.accidents[4] = batch.terminated[4] = 1.0
     starts = torch.tensor([0, 3, 5])
-    sampler = RiskSampler(
-        rows, LAYOUT, starts, batch.accidents, batch.costs, steps=steps, discount=discount
-    )
-    return sampler, rows
+    costs, spans = n_step_costs(batch.costs, starts, steps, discount)
+    stratified = StratifiedSampler(batch.accidents)
+    return RiskSampler(rows, LAYOUT, stratified, costs, spans, steps=steps), rows
 
 
 def test_n_step_transitions_by_hand() -> None:
@@ -185,7 +185,7 @@ def test_n_steps_beyond_every_episode_are_the_whole_rest() -> None:
 def test_one_step_is_the_stored_transition_with_its_weight() -> None:
     sampler, rows = risky()
     batch, weights, spans = sampler.draw(60, 0.5, generator(3))
-    index, expected = StratifiedSampler(LAYOUT.unpack(rows).accidents).index(60, 0.5, generator(3))
+    index, expected = StratifiedSampler(LAYOUT.unpack(rows).accidents).draw(60, 0.5, generator(3))
     assert torch.equal(LAYOUT.pack(batch), rows[index])
     assert torch.equal(weights, expected)
     assert torch.equal(spans, torch.ones(60))

@@ -12,7 +12,7 @@ from safe_offrl.data.content import Raw
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data_formats.complete import complete
 from safe_offrl.data_formats.continuity import _ranks, _shifted, _stray_starts
-from safe_offrl.data_formats.motion import copies_of_episodes, measure
+from safe_offrl.data_formats.motion import copies_of_episodes, measure_motion
 from safe_offrl.data_formats.names import ENDS
 from safe_offrl.errors import DataError
 
@@ -171,7 +171,7 @@ def test_a_held_flag_shows_where_a_third_of_the_starts_share_one_place() -> None
     ].astype(np.float32)
     step = np.arange(len(arrays["rewards"])) % LENGTH
     held = step >= LENGTH - 3
-    motion = measure(arrays)
+    motion = measure_motion(arrays)
     assert motion is not None
     off = np.zeros_like(held)
     (doubt,) = _stray_starts(arrays, motion, held, off)
@@ -184,7 +184,7 @@ def test_a_held_flag_shows_where_a_third_of_the_starts_share_one_place() -> None
         [-1, 1], (int(held.sum()) - 1, 2)
     )
     far[step == 0] = 0.0
-    motion = measure({"observations": far})
+    motion = measure_motion({"observations": far})
     assert motion is not None
     assert _stray_starts({"observations": far}, motion, held, off) == []
 
@@ -243,8 +243,8 @@ def test_copies_of_episodes_are_counted_and_many_are_refused() -> None:
 @pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
 def test_units_make_no_difference(unit: float) -> None:
     arrays = walks()
-    motion = measure(arrays)
-    scaled = measure(
+    motion = measure_motion(arrays)
+    scaled = measure_motion(
         arrays | {key: unit * arrays[key] for key in ("observations", "next_observations")}
     )
     assert motion is not None
@@ -256,7 +256,7 @@ def test_units_make_no_difference(unit: float) -> None:
 def test_what_never_changes_tells_nothing() -> None:
     arrays = walks()
     arrays["observations"][:] = arrays["next_observations"][:] = 7.0
-    assert measure(arrays) is None
+    assert measure_motion(arrays) is None
     arrays["terminals"][:] = True
     assert not any("goes on" in text for text in settled(arrays).remarks)
     assert set(ENDS) == {"terminals", "timeouts", "dones"}
@@ -271,7 +271,7 @@ def test_flags_beside_the_jumps_are_remarked_where_all_begin_at_one_place(
     along = np.linspace(0, 3, LENGTH)[np.arange(len(arrays["rewards"])) % LENGTH]
     arrays["observations"] += along.astype(np.float32)[:, None]
     arrays["timeouts"] = np.roll(arrays["timeouts"], shift)
-    motion = measure(arrays)
+    motion = measure_motion(arrays)
     assert motion is not None
     (doubt,) = _shifted(arrays, motion, arrays["timeouts"], "timeouts")
     late = "late" if shift > 0 else "early"

@@ -15,7 +15,7 @@ from safe_offrl.commands import convert_dataset
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.conversion import convert
 from safe_offrl.data_formats.hdf5 import write_dataset
-from safe_offrl.data_formats.loading import FORMATS, find_dataset, format_of, load_dataset
+from safe_offrl.data_formats.loading import FILE_FORMATS, find_dataset, format_of, load_dataset
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.spec import SafetySpec
 
@@ -76,7 +76,7 @@ def assert_same_transitions(one: Dataset, other: Dataset) -> None:
 
 
 def test_every_format_has_a_name() -> None:
-    assert set(NAMES) == set(FORMATS)
+    assert set(NAMES) == set(FILE_FORMATS)
 
 
 @pytest.mark.parametrize("name", NAMES)

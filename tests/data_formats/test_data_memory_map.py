@@ -109,7 +109,7 @@ def test_it_equals_the_dataset_in_memory(spec: SafetySpec, folder: Path) -> None
 def test_it_is_standardised_as_it_is_drawn(
     spec: SafetySpec, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safe_offrl.data.dataset.CHUNK_ROWS", 37)
+    monkeypatch.setattr("safe_offrl.data.content.CHUNK_ROWS", 37)
     (one, _), (other, _) = (dataset.split(0.2, 0) for dataset in both(folder, spec))
     mine, theirs = one.normalizer(), other.normalizer()
     assert np.array_equal(mine.mean, theirs.mean)
@@ -156,11 +156,11 @@ def test_the_online_phase_draws_the_same_rows(folder: Path) -> None:
     drawn: list[list[Batch]] = []
     for dataset in both(folder):
         data = Experience(dataset, 50, 0.5, steps=3, discount=0.9)
-        data.add_episode(torch.zeros(5, dataset.layout.width))
+        data.buffer.append(torch.zeros(5, dataset.layout.width))
         generator = torch.Generator().manual_seed(0)
         drawn.append(data.batches(2, 8, generator))
         drawn[-1].append(data.stratified_batch(8, 0.25, generator)[0])
-        assert data.start_states(6, generator).shape == (6, 3)
+        assert data.draw_start_observations(6, generator).shape == (6, 3)
     for one, other in zip(*drawn, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
@@ -287,8 +287,8 @@ def test_a_failed_conversion_leaves_nothing(folder: Path, tmp_path: Path) -> Non
 def test_conversion_streams_whatever_the_size(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safe_offrl.data.content.MAX_BYTES", 1000)
-    monkeypatch.setattr("safe_offrl.data.content.CHUNK", 50)
+    monkeypatch.setattr("safe_offrl.data.content.MAX_DATASET_BYTES", 1000)
+    monkeypatch.setattr("safe_offrl.data.content.CHUNK_ROWS", 50)
     with pytest.raises(DataError, match="safe-offrl convert"):
         load_dataset(folder / "log.hdf5", discount=0.97, spec=RULES[0])
     seen: list[int] = []
@@ -305,7 +305,7 @@ def test_all_of_a_huge_map_is_not_copied_by_accident(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, mapped = both(folder)
-    monkeypatch.setattr("safe_offrl.data.dataset.IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr("safe_offrl.data.dataset.MAX_DATASET_BYTES", 1000)
     with pytest.raises(DataError, match="Work on a part"):
         _ = mapped.transitions
     assert mapped.cost_max > 0

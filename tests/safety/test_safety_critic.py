@@ -281,7 +281,7 @@ def test_stratified_batches_keep_the_accident_prior(corrected: bool) -> None:
     sampler, generator = StratifiedSampler(store.accidents), seeded(2)
     actor = constant_actor(1, 0.0)
     for _ in range(400):
-        index, weights = sampler.index(64, 0.5, generator)
+        index, weights = sampler.draw(64, 0.5, generator)
         batch = Batch(*(x[index] for x in store))
         weights = weights if corrected else torch.ones(64)
         critic.update(batch, weights, actor, States.at_start(torch.zeros(3, 1)), generator)
@@ -324,7 +324,7 @@ def test_v_accident_against_dynamic_programming(
     critic, actor, generator = make(7, tau=0.02), constant_actor(7, action), seeded(1)
     sampler = StratifiedSampler(log.accidents)
     for _ in range(STEPS):
-        index, weights = sampler.index(128, critic.config.positive_share, generator)
+        index, weights = sampler.draw(128, critic.config.positive_share, generator)
         batch = Batch(*(x[index] for x in log))
         first = torch.randint(len(starts), (32,), generator=generator)
         critic.update(batch, weights, actor, States.at_start(starts[first]), generator)

@@ -246,7 +246,7 @@ def test_from_scratch_forgets_the_policy_and_begins_at_random(
             break
     now = tuning.networks.critics.parameters()
     assert all(torch.equal(a, b) for a, b in zip(critics, now, strict=True))  # no update yet
-    sent = tuning.experience.visited(tuning.steps).actions.squeeze(1)
+    sent = tuning.experience.buffer.recent_transitions(tuning.steps).actions.squeeze(1)
     assert sent.abs().max() <= 1.0
     assert sent.var().item() == pytest.approx(1 / 3, abs=0.08)
 
@@ -285,7 +285,9 @@ def test_cal_ql_has_a_reference_return_online_too(dataset: Dataset, by_iql: Pret
     tuning = tuning_of(config_of({"learner": "calql"}, **OFF), dataset, by_iql)
     events = (event for event in tuning.run() if isinstance(event, Episode))
     event = next(event for event in events if event.episode_return > 0)
-    lived = tuning.experience.visited(event.steps)  # HazardLine pays 1 at the goal, at the end
+    lived = tuning.experience.buffer.recent_transitions(
+        event.steps
+    )  # HazardLine pays 1 at the goal, at the end
     unit = tuning.normalizer.reward_scale  # learnt from is a reward in the log's own size
     assert lived.rewards[-1].item() == pytest.approx(unit)
     expected = unit * 0.99 ** torch.arange(event.steps - 1, -1, -1)

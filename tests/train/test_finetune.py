@@ -227,7 +227,7 @@ def test_the_shield_acts_and_executed_actions_are_stored(
     interventions = sum(e.shield_interventions for e in trace.episodes)
     assert interventions / sum(e.steps for e in trace.episodes) == pytest.approx(0.75, abs=0.08)
     experience = trace.tuning.experience
-    stored = experience.visited(experience.buffer.size).actions.numpy()
+    stored = experience.buffer.recent_transitions(experience.buffer.size).actions.numpy()
     sent = [action for e in trace.episodes for _, action in trace.sent[e.index]]
     np.testing.assert_array_equal(stored, np.stack(sent))
 
@@ -274,7 +274,9 @@ def test_both_constraints_hold_after_every_iteration(
             accepted += 1
             assert item.version == version + 1
             # Measured again, here, on what the previous policy visited.
-            observations = tuning.experience.visited(config.visited_steps).observations
+            observations = tuning.experience.buffer.recent_transitions(
+                config.visited_steps
+            ).observations
             with torch.no_grad():
                 new, old = tuning.deployment.actor(observations), previous(observations)
             forward, reverse = kl(*new, *old), kl(*old, *new)

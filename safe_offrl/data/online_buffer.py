@@ -1,0 +1,169 @@
+"""Online transitions in one preallocated store that only grows, whole episodes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from safe_offrl.data.sampling import RiskSampler, StratifiedSampler, draw_indices, n_step_costs
+from safe_offrl.errors import DataError
+from safe_offrl.types import Batch, Layout, Visited
+
+
+class OnlineBuffer:
+    """Rows [capacity, D] of whole episodes, in the order in which they were played.
+
+    The capacity is the budget of a run, so no row is ever overwritten. What is derived from an
+    episode is derived once, as it is appended. ``start_observations`` [M, O] are the first of each.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        capacity: int,
+        *,
+        steps: int = 1,
+        discount: float = 1.0,
+        device: torch.device | None = None,
+    ) -> None:
+        """Rows are kept on ``device``; for ``steps`` and ``discount`` see :class:`RiskSampler`."""
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}, but at least one row is needed")
+        self.layout = layout
+        self.capacity = capacity
+        self._steps, self._discount = steps, discount
+        self._store = torch.zeros(capacity, layout.width, device=device)
+        self._n_step_costs, self._spans = torch.zeros(2, capacity, device=device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.start_observations = self._store.new_zeros(0, self.layout.observation_size)
+        self._accident_rows = torch.zeros(0, dtype=torch.int64, device=self._store.device)
+        self._starts = torch.zeros(1, dtype=torch.int64)  # first rows of episodes, and N; on CPU
+
+    @property
+    def size(self) -> int:
+        """Rows stored N, at most ``capacity``."""
+        return int(self._starts[-1])
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows stored [N, D], oldest first: a view."""
+        return self._store[: self.size]
+
+    def append(self, rows: Tensor) -> None:
+        """Copy the rows [n, D] of whole episodes in.
+
+        An episode begins where the time to go does not fall.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.layout.width:
+            raise ValueError(f"rows are {list(rows.shape)}, expected [n, {self.layout.width}]")
+        first, end = self.size, self.size + len(rows)
+        if end > self.capacity:
+            raise ValueError(f"{end} rows are more than the capacity of {self.capacity}")
+        # Rows.
+        self._store[first:end] = rows
+        added = self.layout.unpack(self._store[first:end])
+        # Episodes.
+        ends = torch.ones(len(rows), dtype=torch.bool, device=self._store.device)
+        ends[:-1] = added.time_to_go.diff() >= 0.0
+        starts = torch.nn.functional.pad(ends.nonzero().squeeze(1) + 1, (1, 0))
+        initial = added.observations[starts[:-1]]
+        self.start_observations = torch.cat([self.start_observations, initial])
+        self._starts = torch.cat([self._starts, first + starts[1:].cpu()])
+        # Costs, spans and accidents, which the safety critic learns from.
+        costs, spans = n_step_costs(added.costs, starts, self._steps, self._discount)
+        self._n_step_costs[first:end], self._spans[first:end] = costs, spans
+        accidents = first + (added.accidents > 0).nonzero().squeeze(1)
+        self._accident_rows = torch.cat([self._accident_rows, accidents])
+
+    def risk_sampler(self) -> RiskSampler:
+        """Batches for the safety critic from the rows stored; at least one episode is needed."""
+        if not self.size:
+            raise ValueError("no episode has been added yet")
+        accidents = self.layout.unpack(self.rows).accidents
+        return RiskSampler(
+            self.rows,
+            self.layout,
+            StratifiedSampler(accidents, self._accident_rows),
+            self._n_step_costs[: self.size],
+            self._spans[: self.size],
+            steps=self._steps,
+        )
+
+    def recent_transitions(self, steps: int) -> Batch:
+        """The last ``steps`` transitions, fewer if there are fewer."""
+        return self.layout.unpack(self.rows[-steps:])
+
+    def draw_recent(self, steps: int, size: int, generator: torch.Generator) -> Batch:
+        """``size`` transitions drawn from the last ``steps``."""
+        rows = self.rows[-steps:]
+        return self.layout.unpack(rows[draw_indices(len(rows), size, generator)])
+
+    def mean_episode_length(self, steps: int) -> float:
+        """Mean length of the episodes that begin among the last ``steps`` transitions.
+
+        Of the last episode where none does.
+        """
+        return _mean_of_recent(self._starts.diff(), self._starts, steps)
+
+    def recent_visits(self, steps: int, *, until_accident: bool) -> Visited:
+        """The last ``steps`` transitions, fewer if there are fewer.
+
+        ``until_accident``: those behind the first accident of their episode do not count.
+        """
+        # Episodes from the one on that the first of the transitions belongs to.
+        first = max(0, self.size - steps)
+        starts = self._starts[int(torch.searchsorted(self._starts, first, right=True)) - 1 :]
+        begin = int(starts[0])
+        accidents = self.layout.unpack(self.rows[begin:]).accidents.cpu()
+        episode = torch.repeat_interleave(starts.diff())  # of each row
+        # Rows that count, and their number in each episode.
+        counted = torch.ones_like(accidents)
+        if until_accident:
+            before = accidents.cumsum(0) - accidents  # accidents of the rows before
+            counted = (before == before[starts[:-1] - begin][episode]).to(counted.dtype)
+        counts = counted.new_zeros(len(starts) - 1).index_add_(0, episode, counted)
+        return Visited(
+            self.recent_transitions(steps),
+            counted[first - begin :].to(self._store.device),
+            _mean_of_recent(counts, starts, steps),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of what was stored; enough to continue bitwise.
+
+        Earlier versions read all three; the cursor is where a ring would go on.
+        """
+        return {
+            "rows": self.rows.clone(),
+            "cursor": torch.tensor(self.size % self.capacity),
+            "starts": self.start_observations.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the content by that of :meth:`state_dict`.
+
+        Raises DataError when the rows do not fit this buffer or contradict the cursor.
+        """
+        rows, cursor = state["rows"], int(state["cursor"])
+        fits = rows.ndim == 2 and rows.shape[1] == self.layout.width and len(rows) <= self.capacity
+        if not fits or cursor != len(rows) % self.capacity:
+            raise DataError(
+                f"The saved buffer holds {list(rows.shape)} rows, cursor {cursor}, which does "
+                f"not fit a buffer of {self.capacity} x {self.layout.width}. Resume with the "
+                "environment and the budget of the original run."
+            )
+        self._clear()
+        self.append(rows)
+
+
+def _mean_of_recent(values: Tensor, starts: Tensor, steps: int) -> float:
+    """Mean of the ``values`` [M] of episodes that begin among the last ``steps`` rows.
+
+    ``starts`` [M + 1] are their first rows, and N. The last value where none does.
+    """
+    recent = values[starts[:-1] >= starts[-1] - steps]
+    return float(recent.double().mean() if len(recent) else values[-1])

@@ -1,0 +1,119 @@
+"""Whole episodes in the order they were played; state round trip bitwise."""
+
+import pytest
+import torch
+
+from safe_offrl.data.online_buffer import OnlineBuffer
+from safe_offrl.data.sampling import StratifiedSampler, n_step_costs
+from safe_offrl.errors import DataError
+from safe_offrl.types import Layout
+
+LAYOUT = Layout(observation_size=2, action_size=1)  # D = 2*2 + 1 + 6 = 11
+
+
+def numbered(*values: int) -> torch.Tensor:
+    """Rows [n, D] whose every column holds the row's number."""
+    return torch.tensor(values, dtype=torch.float32).unsqueeze(1).expand(-1, LAYOUT.width).clone()
+
+
+def stored(buffer: OnlineBuffer) -> list[int]:
+    return [int(v) for v in buffer.rows[:, 0]]
+
+
+def test_rows_stay_in_their_order_up_to_the_capacity() -> None:
+    buffer = OnlineBuffer(LAYOUT, 4)
+    assert buffer.size == 0
+    assert buffer.rows.shape == (0, LAYOUT.width)
+    buffer.append(numbered(0, 1, 2))
+    buffer.append(numbered(3))
+    assert stored(buffer) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="5 rows are more than the capacity of 4"):
+        buffer.append(numbered(4))
+    assert stored(buffer) == [0, 1, 2, 3]
+
+
+def episodes(*lengths: int) -> list[torch.Tensor]:
+    """Rows of episodes, random but for their times and accidents."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for n in lengths:
+        found.append(torch.rand(n, LAYOUT.width, generator=generator))
+        batch = LAYOUT.unpack(found[-1])
+        batch.time_to_go[:] = 1.0 - torch.arange(n) / 20
+        batch.accidents.round_()
+    return found
+
+
+def test_what_is_derived_as_episodes_come_is_what_all_of_them_at_once_give() -> None:
+    one, other = (OnlineBuffer(LAYOUT, 50, steps=3, discount=0.9) for _ in range(2))
+    played = episodes(7, 1, 1, 12, 3)
+    for episode in played:
+        one.append(episode)
+    other.append(torch.cat(played))
+    firsts = torch.stack([LAYOUT.unpack(episode).observations[0] for episode in played])
+    for buffer in (one, other):
+        assert torch.equal(buffer.start_observations, firsts)
+        assert buffer.mean_episode_length(50) == 24 / 5
+        generator = torch.Generator().manual_seed(1)
+        batch, weights, spans = buffer.risk_sampler().draw(40, 0.25, generator)
+        # The rule by which they were derived from all rows after every episode.
+        starts = torch.tensor([0, 7, 8, 9, 21, 24])
+        every = LAYOUT.unpack(buffer.rows)
+        index, expected = StratifiedSampler(every.accidents).draw(
+            40, 0.25, torch.Generator().manual_seed(1)
+        )
+        costs, lengths = n_step_costs(every.costs, starts, 3, 0.9)
+        assert torch.equal(batch.costs, costs[index])
+        assert torch.equal(spans, lengths[index])
+        assert torch.equal(weights, expected)
+
+
+def test_rows_is_a_view() -> None:
+    buffer = OnlineBuffer(LAYOUT, 4)
+    buffer.append(numbered(1, 2))
+    assert buffer.rows.data_ptr() == buffer._store.data_ptr()
+
+
+def test_state_round_trip_continues_identically() -> None:
+    original, copy = OnlineBuffer(LAYOUT, 5), OnlineBuffer(LAYOUT, 5)
+    original.append(numbered(0, 1))
+    state = original.state_dict()
+    copy.load_state_dict(state)
+    for buffer in (original, copy):
+        buffer.append(numbered(20, 21, 22))
+    assert all(torch.equal(x, copy.state_dict()[k]) for k, x in original.state_dict().items())
+    original.rows.zero_()
+    assert state["rows"][:, 0].tolist() == [0.0, 1.0]  # a copy, not a view
+
+
+def test_state_round_trip_when_partly_filled_and_when_empty() -> None:
+    for n in (0, 2):
+        original, copy = OnlineBuffer(LAYOUT, 5), OnlineBuffer(LAYOUT, 5)
+        original.append(numbered(*range(n)))
+        copy.append(numbered(90, 91, 92, 93))
+        copy.load_state_dict(original.state_dict())
+        assert copy.size == n
+        original.append(numbered(7))
+        copy.append(numbered(7))
+        assert torch.equal(original.rows, copy.rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cursor"),
+    [
+        (torch.zeros(6, LAYOUT.width), 0),  # too many rows
+        (torch.zeros(2, LAYOUT.width + 1), 2),  # another layout
+        (torch.zeros(2, LAYOUT.width), 1),  # cursor inside the rows
+        (torch.zeros(5, LAYOUT.width), 5),  # cursor outside
+        (torch.zeros(5, LAYOUT.width), -1),
+    ],
+)
+def test_foreign_state_is_refused(rows: torch.Tensor, cursor: int) -> None:
+    with pytest.raises(DataError):
+        OnlineBuffer(LAYOUT, 5).load_state_dict({"rows": rows, "cursor": torch.tensor(cursor)})
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        OnlineBuffer(LAYOUT, 0)
+    with pytest.raises(ValueError, match="expected"):
+        OnlineBuffer(LAYOUT, 2).append(torch.zeros(LAYOUT.width))
