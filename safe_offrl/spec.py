@@ -9,6 +9,10 @@ from typing import Literal
 from safe_offrl.errors import ConfigError
 from safe_offrl.limits import QUANTITIES, Limit, Quantity
 
+COST_RULES = ("cost", "episode_cost")  # accident rules that look at the cost
+BUILT_IN_RULES = (*COST_RULES, "terminated")
+COST_SHARE_MAX = 2.0  # of cost_threshold: a larger share used tells the policy nothing more
+
 
 @dataclass(frozen=True)
 class SafetySpec:

@@ -30,7 +30,7 @@ from worker import Shape
 
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import log_episodes
-from safe_offrl.compute.descent import choose
+from safe_offrl.compute.descent import choose_compute
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.online_buffer import OnlineBuffer

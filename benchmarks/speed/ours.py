@@ -18,7 +18,7 @@ from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import Compute
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.sampling import RiskSampler, uniform_batches
+from safe_offrl.data.sampling import RiskSampler, StratifiedSampler, n_step_costs, uniform_batches
 from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
@@ -80,7 +80,9 @@ def sac(
         nothing = torch.zeros((), device=generator.device)
         starts = torch.arange(0, ROWS + 1, 1000, device=generator.device)
         data = layout.unpack(store.rows)
-        risky = RiskSampler(store.rows, layout, starts, data.accidents, data.costs)
+        spans = n_step_costs(data.costs, starts, 1, 1.0)
+        stratified = StratifiedSampler(data.accidents)
+        risky = RiskSampler(store.rows, layout, stratified, *spans, steps=1)
         critic = SafetyCritic(
             *layout, AccidentAhead(1000), SafetyCriticConfig(), generator, compute
         )

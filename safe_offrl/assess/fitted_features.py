@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from safe_offrl.data.dataset import ROUNDING, Dataset
+from safe_offrl.data.dataset import FLOAT32_EPS, Dataset
 from safe_offrl.limits import Limit
 from safe_offrl.nn.losses import first_accident_target, td_target
 from safe_offrl.policies.networks import Actor, StackedMLP, polyak_

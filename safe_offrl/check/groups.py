@@ -13,8 +13,8 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.limits import Limit
 from safe_offrl.stats.fixed import clopper_pearson_upper, episodes_needed, mean_and_error
 
-SHOWN_AT = 0.95
-MIN_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything
+GROUP_CONFIDENCE = 0.95
+MIN_GROUP_EPISODES = 10  # of a group, before a mean cost and its standard error mean anything
 
 
 class EpisodeGroup(NamedTuple):
@@ -35,7 +35,7 @@ class Identification(NamedTuple):
     sentence: str
 
 
-def episode_groups(dataset: Dataset) -> tuple[EpisodeGroup, ...]:
+def group_episodes(dataset: Dataset) -> tuple[EpisodeGroup, ...]:
     """By behaviour where the file says who logged each episode, else by quarters of the return."""
     index = dataset.episode_behaviours
     if index is not None:
@@ -64,7 +64,7 @@ def _group(name: str, dataset: Dataset, members: NDArray[np.bool_]) -> EpisodeGr
     )
 
 
-def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -> Verdict:
+def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -> Identification:
     """Whether some behaviour is within the limit with 95 % confidence (Bonferroni over groups).
 
     An estimate for a policy that keeps to such a behaviour is interpolation; where nobody in the
@@ -74,7 +74,7 @@ def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -
     # The lowest upper bound of the groups.
     if dataset.episode_behaviours is None:
         groups = (_group("the whole log", dataset, np.ones(dataset.episodes, dtype=bool)),)
-    confidence = 1.0 - (1.0 - SHOWN_AT) / len(groups)
+    confidence = 1.0 - (1.0 - GROUP_CONFIDENCE) / len(groups)
     bounds = {g.name: _upper(g, limit, confidence) for g in groups}
     name = min(bounds, key=lambda k: bounds[k])
     # The sentence that says so.
@@ -83,8 +83,8 @@ def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -
     if bounds[name] < limit.value:
         return Identification(
             True,
-            f"yes: the {quantity.in_words} of {name!r} is below {below} at {SHOWN_AT:.0%}, and "
-            f"{asked} is asked for.",
+            f"yes: the {quantity.in_words} of {name!r} is below {below} at "
+            f"{GROUP_CONFIDENCE:.0%}, and {asked} is asked for.",
         )
     # Advice where no group is within the limit.
     advice = "Log more episodes of a more careful behaviour"
@@ -95,7 +95,7 @@ def identify(dataset: Dataset, groups: tuple[EpisodeGroup, ...], limit: Limit) -
         advice += f", or about {more:,} more of {name!r} if they cost the same"
     return Identification(
         False,
-        f"no: at {SHOWN_AT:.0%} nobody in the log is shown to keep {asked} (closest "
+        f"no: at {GROUP_CONFIDENCE:.0%} nobody in the log is shown to keep {asked} (closest "
         f"is {name!r}, below {below}), so an estimate there extrapolates. {advice}.",
     )
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.check.groups import EpisodeGroup, Verdict, episode_groups, identify
-from safe_offrl.data.dataset import ROUNDING, Dataset
+from safe_offrl.check.groups import EpisodeGroup, Identification, group_episodes, identify
+from safe_offrl.data.dataset import FLOAT32_EPS, Dataset
 from safe_offrl.limits import QUANTITIES, Limit
 from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
 from safe_offrl.spec import SafetySpec
@@ -89,7 +89,7 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
     accidents = int(dataset.episode_accidents.sum())
     last_steps = dataset.episode_starts[1:] - 1
     truncated = int(dataset.truncated[last_steps].sum())
-    groups = episode_groups(dataset)
+    groups = group_episodes(dataset)
     limit = safety.limit(dataset.horizon, dataset.cost_max)
     outcomes = limit.quantity.select(dataset.episode_accidents, dataset.episode_costs)
     components = principal_components(observations)
@@ -289,7 +289,7 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
             f"the actions cover {action_coverage:.0%} of their space: elsewhere estimates "
             "extrapolate."
         )
-    if dataset.episode_behaviours is not None and len(episode_groups(dataset)) == 1:
+    if dataset.episode_behaviours is not None and len(group_episodes(dataset)) == 1:
         found.append(
             "a single behaviour logged everything: there is nothing to tell better from worse "
             "except its own noise."

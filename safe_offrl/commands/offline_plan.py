@@ -25,7 +25,7 @@ from safe_offrl.commands.common import (
     with_own_settings,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
-from safe_offrl.compute.descent import choose
+from safe_offrl.compute.descent import choose_compute
 from safe_offrl.compute.device import configure, find_device
 from safe_offrl.config import load_config
 from safe_offrl.data.dataset import Dataset
@@ -143,7 +143,7 @@ def plan_pretrain(
     configure(threads)
     updates = config.steps + config.alignment_steps
     device = find_device(config.device)
-    compute, compiling = choose(config.compile, config.precision, updates, device)
+    compute, compiling = choose_compute(config.compile, config.precision, updates, device)
     config = _with_logged_horizon(config)
     env = make_env(config.env, config.safety)
     try:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from safe_offrl.data.content import Arrays, Metadata
 from safe_offrl.errors import DataError
 from safe_offrl.spec import BUILT_IN_RULES, COST_RULES, COST_SHARE_MAX, SafetySpec
+from safe_offrl.types import Layout
 
 STORED_ROUNDING = 1e-6  # float32 rounds by less than this share of a number
 
@@ -296,6 +299,13 @@ def returns_to_go(
     for rows in _lock_step(last, lengths, -1):
         result[rows] += discount * result[rows + 1]
     return result
+
+
+def fill_returns(rows: Tensor, layout: Layout, discount: float) -> None:
+    """The return-to-go of one whole episode's rows [n, D], in place."""
+    batch = layout.unpack(rows)
+    returns = returns_to_go(batch.rewards.numpy(), np.array([0, len(rows)]), discount)
+    batch.return_to_go.copy_(torch.from_numpy(returns))
 
 
 def cumulate(

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from safe_offrl.agents import online_agent
@@ -19,14 +18,13 @@ from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.device import Device
 from safe_offrl.compute.state import Part, collect_state, named, restore_state
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.derived import returns_to_go
+from safe_offrl.data.derived import fill_returns
 from safe_offrl.data.experience import Experience
 from safe_offrl.deploy.episodes import Reservation, faults_in_a_row, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import UniformActor
-from safe_offrl.safety.acceptance import Decision
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.train.finetune_config import FinetuneConfig
@@ -198,7 +196,7 @@ class Finetuning:
         self.episodes += 1
         if rows is not None:
             if self.learner.return_discount is not None:
-                self._fill_returns(rows, self.learner.return_discount)
+                fill_returns(rows, self.experience.dataset.layout, self.learner.return_discount)
             self.experience.buffer.append(rows)
         else:
             self.updated = self.steps
@@ -208,19 +206,13 @@ class Finetuning:
                 self.deployment.version = episode.version + 1
         self.monitor.update(episode.accident, episode.cost, episode.version)
 
-    def _fill_returns(self, rows: Tensor, discount: float) -> None:
-        """Return-to-go of an episode's rows [n, D], in place: the log's have it already."""
-        batch = self.experience.dataset.layout.unpack(rows)
-        returns = returns_to_go(batch.rewards.numpy(), np.array([0, len(rows)]), discount)
-        batch.return_to_go.copy_(torch.from_numpy(returns))
-
     def _reference(self, size: int) -> States:
         """States for an estimate under the deployed policy: starts, and for a cost its visits."""
         visited, length, latest = None, 0.0, self.config.visited_steps
         if self.critic.outlook.over_visits:
-            visited = self.experience.recent(latest, size, self.generator)
-            length = self.experience.mean_length(latest)
-        starts = self.experience.start_states(size, self.generator)
+            visited = self.experience.buffer.draw_recent(latest, size, self.generator)
+            length = self.experience.buffer.mean_episode_length(latest)
+        starts = self.experience.draw_start_observations(size, self.generator)
         return self.critic.outlook.reference_states(starts, visited, length)
 
     def _update(self, seen: float, *, critics_only: bool) -> dict[str, Tensor]:
@@ -275,23 +267,21 @@ class Finetuning:
         self.next_proposal = self.steps + config.iteration_steps
         if config.untested:
             self.deployment.deploy(self.networks.actor)
-            return self._record(UNTESTED, metrics, rolled_back=False)
-        decision, rolled_back = self.deployment.propose(
-            self.networks.actor,
-            self.experience.lived(
+            decision, rolled_back = UNTESTED, False
+        else:
+            visited = self.experience.buffer.recent_visits(
                 config.visited_steps, until_accident=self.limit.quantity.until_accident
-            ),
-            self._reference(ESTIMATE_STATES),
-            self.monitor,
-            self.generator,
-        )
-        # The learner goes on from the policy that acts: KL is anchored there, not where it drifted.
-        self.networks.actor.load_state_dict(self.deployment.actor.state_dict())
-        return self._record(decision, metrics, rolled_back=rolled_back)
-
-    def _record(
-        self, decision: Decision, metrics: dict[str, float], *, rolled_back: bool
-    ) -> Iteration:
+            )
+            decision, rolled_back = self.deployment.propose(
+                self.networks.actor,
+                visited,
+                self._reference(ESTIMATE_STATES),
+                self.monitor,
+                self.generator,
+            )
+            # The learner goes on from the policy that acts: KL is anchored there, not where it
+            # drifted.
+            self.networks.actor.load_state_dict(self.deployment.actor.state_dict())
         return Iteration.of(
             decision,
             self.limit,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safe_offrl.check.groups import EpisodeGroup, Verdict, _more_to_show
+from safe_offrl.check.groups import EpisodeGroup, Identification, _more_to_show
 from safe_offrl.check.inspect import (
     DatasetSummary,
     _coverage,
