@@ -20,6 +20,7 @@ from safe_offrl.compute.state import Part
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.errors import DataError
+from safe_offrl.policies.protocol import require_density
 from safe_offrl.spec import Limit
 from safe_offrl.types import Batch
 
@@ -57,6 +58,7 @@ class BC:
 
     def __init__(self, setup: Setup, config: BCConfig) -> None:
         self.actor = setup.networks.actor
+        require_density(self.actor.kind, "The likelihood that bc_safe maximises")
         self.generator = setup.generator
         self.imitated = safe_episodes(setup.dataset, setup.limit).on(self.generator.device)
         self.optimizer = Adam(self.actor.parameters(), config.learning_rate)
@@ -68,7 +70,7 @@ class BC:
 
     def loss(self, batch: Batch) -> tuple[Tensor]:
         """``-log pi(a|s)`` of logged actions, mean over the batch."""
-        return (-self.actor(batch.observations).log_prob(batch.actions).mean(),)
+        return (-self.actor.density(batch.observations).log_prob(batch.actions).mean(),)
 
     def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """One step of the actor, on a batch of safe episodes as large as this one."""

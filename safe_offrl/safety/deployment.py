@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from safe_offrl.compute.state import Part
-from safe_offrl.policies.distributions import normal
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, decide, measure
 from safe_offrl.safety.critic import SafetyCritic
@@ -138,7 +137,7 @@ class Deployment:
             self._critic,
             visited,
             decision.v_previous,
-            normal(visited.batch.actions.shape, generator),
+            self.actor.noise(visited.batch.actions.shape[:-1], generator),
             self.acceptance.tail,
         )
         if not self.proved and not measured.v_candidate < decision.v_previous:

@@ -30,6 +30,7 @@ from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import UniformActor
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Networks
 from safe_offrl.safety.acceptance import Decision
 from safe_offrl.safety.critic import SafetyCritic
@@ -73,7 +74,7 @@ class Finetuning:
         self.rng = np.random.default_rng(config.seed)
         layout = dataset.layout
         self.networks = Networks(
-            *layout, config.networks, self.generator, discrete=dataset.discrete
+            *layout, config.networks, self.generator, kind_for(discrete=dataset.discrete)
         )
         learner = config.learner
         if config.safety_constraint:
@@ -164,7 +165,7 @@ class Finetuning:
         policy = self.policy
         if self.config.baseline.from_scratch and self.steps < self.config.warmup_steps:
             actor = policy.actor
-            uniform = UniformActor(actor.action_size, discrete=actor.discrete)
+            uniform = UniformActor(actor.kind, actor.action_size)
             return policy._replace(sampler=uniform)
         return policy
 

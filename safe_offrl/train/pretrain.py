@@ -25,6 +25,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, draw_indices, uniform_batches
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.safety.calibration import CalibrationReport, calibrate_critic
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic, SafetyCriticConfig
@@ -139,7 +140,7 @@ class Pretraining:
         self.held_out = held_out.sample(HELD_OUT_ROWS, config.seed).normalised(self.normalizer)
         layout = dataset.layout
         self.networks = Networks(
-            *layout, config.networks, self.generator, discrete=dataset.discrete
+            *layout, config.networks, self.generator, kind_for(discrete=dataset.discrete)
         )
         self.cost_max = dataset.cost_max
         self.limit = config.safety.limit(dataset.horizon, self.cost_max)

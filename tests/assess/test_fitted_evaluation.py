@@ -30,6 +30,7 @@ from safe_offrl.assess.fitted_features import (
     take,
 )
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Actor
 from safe_offrl.spec import Limit
 from safe_offrl.types import Batch, Layout
@@ -231,7 +232,7 @@ def test_a_discrete_policy_is_averaged_over_exactly() -> None:
     dataset = Dataset(
         layout.pack(batch), layout, np.arange(n + 1), np.zeros(n, bool), 5, "x", {"action_count": 2}
     )
-    actor = Actor(1, 2, (), torch.Generator(), discrete=True)
+    actor = Actor(1, 2, (), torch.Generator(), kind_for(discrete=True))
     with torch.no_grad():
         weight, bias = actor.parameters()
         weight.zero_()

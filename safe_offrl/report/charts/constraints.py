@@ -54,7 +54,7 @@ def constraint_panels(groups: Sequence[Group]) -> list[Panel]:
             )
         )
     for name, title, shown, value in (
-        ("kl", "KL between consecutive acting policies, over delta", moved, _kl_share),
+        ("kl", _divergence_title(moved), moved, _kl_share),
         ("limit", "Estimate of the acting policy, over its limit", estimated, _estimate_share),
     ):
         if shown:
@@ -76,6 +76,14 @@ def _share_panel(
         f"{title}, over environment steps, mean over runs; below 1 the constraint holds. "
         f"Largest of any run: {in_words(largest)}.",
     )
+
+
+def _divergence_title(groups: Sequence[Group]) -> str:
+    """By its name; its unit, which is delta's, is said where it is not delta's usual one."""
+    found = {d.divergence for group in groups for run in group.runs for d in run.decisions}
+    names, units = (" or ".join(sorted({x[i] for x in found})) for i in (0, 1))
+    delta = "delta" if units in ("", "nats") else f"delta in {units}"
+    return f"{names} between consecutive acting policies, over {delta}"
 
 
 def _kl_share(decision: Decision) -> float:
