@@ -24,7 +24,7 @@ from safe_offrl.deploy.graph import PolicyGraph
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.policies.kinds import KINDS
+from safe_offrl.policies.kinds import KINDS, kind_for
 from safe_offrl.policies.mlp import NumpyMLP, linear_layers
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.policies.protocol import Kind, Noise, Quadrature, Rows, Vector
@@ -219,6 +219,19 @@ def test_it_acts_behind_the_shield_is_kept_and_exported() -> None:
 def without_density() -> Setup:
     networks = Networks(1, 1, NetworkConfig((8,), (8,), 2), seeded(), TWO_WAYS)
     return setup_of(networks, seeded())
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_checkpoint_from_before_kinds_had_names_is_read(discrete: bool) -> None:
+    actor = Actor(3, 2, (4,), seeded(), kind_for(discrete=discrete))
+    normalizer = Normalizer(np.zeros(3, np.float32), np.ones(3, np.float32))
+    policy = DeployedPolicy.of(actor, Shield.abstaining(), normalizer, 0)
+    words = policy.words() | {"discrete": discrete}
+    del words["kind"]
+    assert set(policy.tensors()) >= {"deployed/layers.0.weight", "deployed/layers.2.bias"}
+    restored = DeployedPolicy.restored(policy.tensors(), words)
+    assert restored.actor.kind is actor.kind
+    assert restored.sha256 == policy.sha256
 
 
 REFUSED = r'{} needs the probability density .* the kind "two_ways" has none\. Take'
