@@ -19,9 +19,11 @@ from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import dataset_content, load_dataset
 from safe_offrl.envs import hazard_grid as grid
 from safe_offrl.errors import DataError
+from safe_offrl.policies.categorical import Categorical
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Actor
 from safe_offrl.record.run import RunDir
-from safe_offrl.safety.acceptance import measure_kl, risk_change
+from safe_offrl.safety.acceptance import measure_divergence, risk_change
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.spec import SafetySpec
@@ -37,7 +39,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def actor_of(*probabilities: float) -> Actor:
     """The same probabilities everywhere; observations of one number."""
-    actor = Actor(1, len(probabilities), (), seeded(), discrete=True)
+    actor = Actor(1, len(probabilities), (), seeded(), kind_for(discrete=True))
     with torch.no_grad():
         weight, bias = actor.parameters()
         weight.zero_()
@@ -92,7 +94,7 @@ def test_acceptance_measures_exactly() -> None:
     visited = Visited(one_transition([1.0, 0.0, 0.0]), torch.ones(1), 1.0)
     change = risk_change(new, old, critic, visited, torch.randn(1, 3, generator=seeded()))
     assert change == pytest.approx(-0.3 * 0.4 + 0.3 * 0.2, rel=1e-5)
-    forward, reverse, *_ = measure_kl(new, old, torch.zeros(4, 1), 0.95).tolist()
+    forward, reverse, *_ = measure_divergence(new, old, torch.zeros(4, 1), 0.95).tolist()
     # .2 log(.2/.5) + .5 log(.5/.2), the same both ways
     assert forward == pytest.approx(0.3 * math.log(2.5), rel=1e-5)
     assert reverse == pytest.approx(0.3 * math.log(2.5), rel=1e-5)
@@ -107,8 +109,8 @@ def policy_table(aversion: float, noise: float) -> np.ndarray:
 
 def actor_from(table: np.ndarray) -> Actor:
     """An actor that is this policy: one hidden unit a cell, on in it alone."""
-    actor = Actor(grid.HEIGHT + grid.WIDTH, 4, (grid.CELLS,), seeded(), discrete=True)
-    first, _, last = actor.layers
+    actor = Actor(grid.HEIGHT + grid.WIDTH, 4, (grid.CELLS,), seeded(), kind_for(discrete=True))
+    first, _, last = actor.layers.children()
     with torch.no_grad():
         first.weight.copy_(EVERY_CELL)  # type: ignore[operator]
         first.bias.fill_(-1.0)  # type: ignore[operator]
@@ -148,7 +150,8 @@ def test_the_actor_of_a_table_is_that_table() -> None:
     table = policy_table(0.5, 0.2)
     with torch.no_grad():
         policy = actor_from(table)(EVERY_CELL)
-    np.testing.assert_allclose(policy[0].exp().numpy(), table, atol=1e-6)
+    assert isinstance(policy, Categorical)
+    np.testing.assert_allclose(policy.log_probs.exp().numpy(), table, atol=1e-6)
 
 
 @pytest.mark.parametrize(("aversion", "noise"), [(0.0, 0.1), (1.0, 0.05)])

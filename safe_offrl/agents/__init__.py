@@ -12,6 +12,7 @@ from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import ConfigError
+from safe_offrl.policies.protocol import require_density
 
 AGENTS: dict[str, type[Agent]] = {"bc_safe": BC, "iql": IQL, "cql": CQL, "calql": CalQL}
 
@@ -80,5 +81,6 @@ class AgentConfigs:
 def online_agent(name: str, setup: Setup, configs: AgentConfigs) -> OnlineAgent:
     """Who learns online: RLPD by its own name, else the online form of the agent of this name."""
     if name == "rlpd":
+        require_density(setup.networks.actor.kind, "The entropy that rlpd keeps online")
         return RLPD(setup.networks, setup.learner, setup.generator, setup.compute)
     return find_online(name)(setup, configs.of(find_agent(name)))

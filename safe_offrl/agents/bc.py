@@ -55,6 +55,7 @@ class BC:
 
     def __init__(self, setup: Setup, config: BCConfig) -> None:
         self.actor = setup.networks.actor
+        require_density(self.actor.kind, "The likelihood that bc_safe maximises")
         self.generator = setup.generator
         self.imitated = safe_episodes(setup.dataset, setup.limit).on(self.generator.device)
         self.optimizer = Adam(self.actor.parameters(), config.learning_rate)
@@ -66,7 +67,7 @@ class BC:
 
     def loss(self, batch: Batch) -> tuple[Tensor]:
         """``-log pi(a|s)`` of logged actions, mean over the batch."""
-        return (-self.actor(batch.observations).log_prob(batch.actions).mean(),)
+        return (-self.actor.density(batch.observations).log_prob(batch.actions).mean(),)
 
     def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """One step of the actor, on a batch of safe episodes as large as this one."""

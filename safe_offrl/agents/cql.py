@@ -25,8 +25,8 @@ from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part, named
 from safe_offrl.nn.losses import calibrate, conservative_gap, td_target
-from safe_offrl.policies.distributions import Categorical, Policy, normal, sample
 from safe_offrl.policies.networks import Networks, polyak_
+from safe_offrl.policies.protocol import DensityPolicy, require_density
 from safe_offrl.types import Batch
 
 PART_STATES = 64  # at a time: their 31 actions and 10 critics make 20 MiB a layer
@@ -60,6 +60,8 @@ class ConservativeCritics:
         calibrated: bool,
     ) -> None:
         self.networks = networks
+        require_density(networks.actor.kind, "The log-integral over actions in cql and calql")
+        self._enumerated = networks.actor.kind.exact
         self.config = config
         self.calibrated = calibrated
         self.critic_optimizer = Adam(networks.critics.parameters(), config.learning_rate)
@@ -80,14 +82,18 @@ class ConservativeCritics:
         """
         actor = self.networks.actor
         with torch.no_grad():
-            here, there = actor(batch.observations), actor(batch.next_observations)
+            here = actor.density(batch.observations)
+            there = actor.density(batch.next_observations)
             following = there.quadrature(next_noise)
             next_q = self.networks.target_q(
                 following.repeat(batch.next_observations), following.actions
             ).amin(0)
             next_value = following.expect(next_q)
             target = td_target(batch.rewards, batch.terminated, next_value, self.config.discount)
-            proposed, log_densities = _proposals(here, there, noise, uniform)
+            if self._enumerated:
+                proposed, log_densities = _every_action(here, next_noise)
+            else:
+                proposed, log_densities = _proposals(here, there, noise, uniform)
             actions = torch.cat([batch.actions[None], *proposed])
         q = self.networks.q_of_actions(batch.observations, actions)
         logged, sampled = q[:, 0], q[:, 1:].transpose(1, 2)
@@ -114,11 +120,11 @@ class ConservativeCritics:
         self, batch: Batch, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Critics, then Polyak; (scalars to log, the noise [B, A] of the backup's actions)."""
-        shape = batch.actions.shape
-        many = (0 if self.networks.actor.discrete else self.config.actions, *shape)
-        uniform = torch.rand(many, generator=generator, device=generator.device) * 2.0 - 1.0
-        noise = normal(many, generator), normal(many, generator)
-        next_noise = normal(shape, generator)
+        actor, (b, a) = self.networks.actor, batch.actions.shape
+        k = 0 if self._enumerated else self.config.actions
+        uniform = torch.rand((k, b, a), generator=generator, device=generator.device) * 2.0 - 1.0
+        noise = actor.noise((k, b), generator), actor.noise((k, b), generator)
+        next_noise = actor.noise((b,), generator)
         loss, gap = self._descend_critics.in_parts(_parts(batch, next_noise, noise, uniform))
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
         return {"agent/critic_loss": loss, "agent/conservative_gap": gap}, next_noise
@@ -200,21 +206,27 @@ def _parts(
     ]
 
 
-def _proposals(
-    here: Policy, there: Policy, noise: tuple[Tensor, Tensor], uniform: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Actions to press Q down at, [K_i, B, A] by source, and their log densities [B, sum K_i].
+def _every_action(policy: DensityPolicy, noise: Tensor) -> tuple[list[Tensor], Tensor]:
+    """All A actions [A, B, A] as if drawn evenly, log densities [B, A].
 
-    The policy's come first, then the uniform ones. Discrete: each of the A actions once, as if
-    drawn evenly, which makes the importance-sampled log-integral the exact ``logsumexp_a Q(s, a)``.
+    So the importance-sampled log-integral is the exact ``logsumexp_a Q(s, a)``.
     """
-    if isinstance(here, Categorical) or isinstance(there, Categorical):
-        b, a = here[0].shape
-        every = here.quadrature(noise[0]).actions.unflatten(0, (a, b))
-        return [every], every.new_full((b, a), -math.log(a))
-    actions_here, log_here = sample(*here, noise[0])
-    actions_there, log_there = sample(*there, noise[1])
+    every = policy.quadrature(noise).actions
+    b = len(noise)
+    actions = every.unflatten(0, (-1, b))
+    a = len(actions)
+    return [actions], every.new_full((b, a), -math.log(a))
+
+
+def _proposals(
+    here: DensityPolicy, there: DensityPolicy, noise: tuple[Tensor, Tensor], uniform: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Actions to press Q down at, 3 x [K, B, A], and their log densities [B, 3 K].
+
+    The policy's come first, then the uniform ones.
+    """
+    (at_here, log_here), (at_there, log_there) = here.scored(noise[0]), there.scored(noise[1])
     # The uniform density on [-1, 1]^A is 2^-A.
     log_uniform = torch.full_like(log_here, -uniform.shape[-1] * math.log(2.0))
     log_densities = torch.cat([log_here, log_there, log_uniform]).T
-    return [actions_here, actions_there, uniform], log_densities
+    return [at_here.actions, at_there.actions, uniform], log_densities

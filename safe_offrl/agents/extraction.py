@@ -15,7 +15,6 @@ exact.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +25,9 @@ from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
 from safe_offrl.nn.losses import exponential_weight
-from safe_offrl.policies.distributions import (
-    LOG_STD_MAX,
-    LOG_STD_MIN,
-    Gaussian,
-    Policy,
-    Quadrature,
-    normal,
-)
-from safe_offrl.policies.networks import Networks, QFunction, Risk, linear_layers
+from safe_offrl.policies.mlp import linear_layers
+from safe_offrl.policies.networks import Networks, QFunction, Risk
+from safe_offrl.policies.protocol import Behaviour, require_density
 from safe_offrl.types import Batch
 
 
@@ -58,76 +51,6 @@ class ExtractionConfig:
     weight_limit: float = 100.0
 
 
-class MixturePolicy(nn.Module):
-    """Model of the log's behaviour: mixture of K diagonal Gaussians before tanh, p(u | s)."""
-
-    def __init__(
-        self,
-        observation_size: int,
-        action_size: int,
-        hidden: tuple[int, ...],
-        components: int,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__()
-        self.components = components
-        self.action_size = action_size
-        outputs = components * (1 + 2 * action_size)
-        self.layers = linear_layers(observation_size, (*hidden, outputs), generator)
-
-    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Log density of logged actions [B, A], before tanh -> [B]."""
-        # tanh saturates: |a| = 1 has no finite pre-image, so the edge is taken at 1 - 1e-3.
-        return self._log_density(observations, torch.atanh(actions.clamp(-0.999, 0.999)))
-
-    def relative(self, policy: Policy, observations: Tensor, noise: Tensor) -> Quadrature:
-        """The policy's actions, with ``log pi - log mixture`` in the place of ``log pi``."""
-        assert isinstance(policy, Gaussian)
-        mean, log_std = policy
-        pre_tanh = mean + log_std.exp() * noise
-        density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
-        # Both densities are before tanh: its Jacobian cancels in the ratio.
-        log_ratio = density.sum(-1) - self._log_density(observations, pre_tanh)
-        return Quadrature(torch.tanh(pre_tanh), log_ratio)
-
-    def _log_density(self, observations: Tensor, pre_tanh: Tensor) -> Tensor:
-        """Log density of u [B, A] before tanh (no Jacobian) -> [B]."""
-        k, a = self.components, self.action_size
-        out = self.layers(observations)
-        log_weights = torch.log_softmax(out[:, :k], dim=-1)
-        mean, raw = out[:, k:].view(-1, k, 2 * a).chunk(2, dim=-1)
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1.0)
-        noise = (pre_tanh.unsqueeze(1) - mean) / log_std.exp()
-        density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
-        return torch.logsumexp(log_weights + density.sum(-1), dim=-1)
-
-
-class CategoricalMixture(nn.Module):
-    """Model of the log's behaviour where actions are discrete: p(a | s), one-hot a [B, A]."""
-
-    def __init__(
-        self,
-        observation_size: int,
-        action_size: int,
-        hidden: tuple[int, ...],
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__()
-        self.layers = linear_layers(observation_size, (*hidden, action_size), generator)
-
-    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Log probability of logged actions [B, A] -> [B]."""
-        return (self._log_probs(observations) * actions).sum(-1)
-
-    def relative(self, policy: Policy, observations: Tensor, noise: Tensor) -> Quadrature:
-        """All actions, with ``log pi - log p`` in the place of ``log pi``."""
-        every = policy.quadrature(noise)
-        return every._replace(log_probs=every.log_probs - self._log_probs(observations).T.flatten())
-
-    def _log_probs(self, observations: Tensor) -> Tensor:
-        return torch.log_softmax(self.layers(observations), dim=-1)
-
-
 class Extraction:
     """Trains the actor of an offline agent that has values; owns the mixture, both optimisers."""
 
@@ -142,12 +65,13 @@ class Extraction:
         self.actor = networks.actor
         self.config = config
         self.generator = generator
-        sizes = (*networks.layout, networks.sizes.actor_hidden)
-        self.mixture = (
-            CategoricalMixture(*sizes, generator)
-            if self.actor.discrete
-            else MixturePolicy(*sizes, config.components, generator)
-        )
+        user = "The KL from the log in iql, cql and calql"
+        self._density = require_density(self.actor.kind, user)
+        size, a = networks.layout
+        outputs = self._density.behaviour_outputs(a, config.components)
+        widths = (*networks.sizes.actor_hidden, outputs)
+        # Under the name that its parameters have in a checkpoint.
+        self.mixture = nn.ModuleDict({"layers": linear_layers(size, widths, generator)})
         self.mixture_optimizer = Adam(self.mixture.parameters(), config.learning_rate)
         self.actor_optimizer = Adam(self.actor.parameters(), config.learning_rate)
         self._descend_mixture = Descent(self.mixture_loss, self.mixture_optimizer, compute)
@@ -160,6 +84,11 @@ class Extraction:
             "mixture_optimizer": self.mixture_optimizer,
             "actor_optimizer": self.actor_optimizer,
         }
+
+    def behaviour(self, observations: Tensor) -> Behaviour:
+        """The model of the log's behaviour: a mixture, where one policy cannot be one."""
+        outputs = self.mixture["layers"](observations)
+        return self._density.behaviour(outputs, self.config.components)
 
     def mixture_loss(
         self, batch: Batch, advantages: Tensor, risk: Risk, noise: Tensor | None
@@ -180,15 +109,14 @@ class Extraction:
         )
         weight = weight * (-self.config.risk_aversion * danger).exp()
         weight = weight / weight.mean().clamp_min(1e-6)
-        return (-(weight * self.mixture.log_prob(batch.observations, batch.actions)).mean(),)
+        return (-(weight * self.behaviour(batch.observations).log_prob(batch.actions)).mean(),)
 
     def actor_loss(
         self, batch: Batch, noise: Tensor, critics: QFunction, risk: Risk, multiplier: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The objective of this module's docstring; (loss, mean KL estimate)."""
         distribution = self.actor(batch.observations)
-        policy = self.mixture.relative(distribution, batch.observations, noise)
-        log_ratio = policy.log_probs
+        policy, log_ratio = self.behaviour(batch.observations).log_ratio(distribution, noise)
         observations = policy.repeat(batch.observations)
         q = critics(observations, policy.actions).amin(0)
         danger = risk(observations, policy.repeat(batch.time_to_go), policy.actions)
@@ -198,11 +126,11 @@ class Extraction:
 
     def update(self, batch: Batch, advantages: Tensor, steering: Steering) -> dict[str, Tensor]:
         """One step of the mixture, one of the actor."""
-        size, (risk, multiplier) = batch.actions.shape, steering[:2]
+        size, (risk, multiplier) = batch.actions.shape[:-1], steering[:2]
         assert risk is not None
-        relative = normal(size, self.generator) if self.config.relative_risk else None
+        relative = self.actor.noise(size, self.generator) if self.config.relative_risk else None
         (mixture_loss,) = self._descend_mixture(batch, advantages, risk, relative)
-        noise, critics = normal(size, self.generator), self.networks.q
+        noise, critics = self.actor.noise(size, self.generator), self.networks.q
         actor_loss, divergence = self._descend_actor(batch, noise, critics, risk, multiplier)
         return {
             "actor/loss": actor_loss,

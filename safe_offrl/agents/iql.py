@@ -19,6 +19,7 @@ from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part, named
 from safe_offrl.nn.losses import expectile_loss, exponential_weight, td_target
 from safe_offrl.policies.networks import Networks, StackedMLP, polyak_
+from safe_offrl.policies.protocol import require_density
 from safe_offrl.types import Batch
 
 
@@ -112,6 +113,7 @@ class OnlineIQL:
 
     def __init__(self, setup: Setup, config: IQLConfig) -> None:
         self.networks = setup.networks
+        require_density(self.networks.actor.kind, "The regression of iql's actor online")
         self.values = IQLValues(setup.networks, config, setup.generator, setup.compute)
         self.config = config
         self.actor_optimizer = Adam(self.networks.actor.parameters(), config.learning_rate)
@@ -129,7 +131,7 @@ class OnlineIQL:
             weights = exponential_weight(
                 advantages, self.config.inverse_temperature, self.config.weight_limit
             )
-        log_prob = self.networks.actor(batch.observations).log_prob(batch.actions)
+        log_prob = self.networks.actor.density(batch.observations).log_prob(batch.actions)
         return (-(weights * log_prob).mean(),)
 
     def update_critics(self, batch: Batch) -> dict[str, Tensor]:

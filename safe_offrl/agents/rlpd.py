@@ -21,7 +21,6 @@ from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
 from safe_offrl.nn.losses import td_target
-from safe_offrl.policies.distributions import normal
 from safe_offrl.policies.networks import EVERY, Actor, Members, Networks, Risk, polyak_
 from safe_offrl.types import Batch
 
@@ -65,10 +64,11 @@ class RLPD:
         device = next(networks.actor.parameters()).device
         self.log_temperature = torch.tensor(config.temperature_init, device=device).log()
         self.log_temperature.requires_grad_()
+        density = networks.actor.kind.density
         self._target_entropy = (
-            config.discrete_entropy * math.log(action_size)
-            if networks.actor.discrete
-            else config.target_entropy * action_size
+            density.target_entropy(action_size, config.target_entropy, config.discrete_entropy)
+            if density is not None
+            else math.nan  # then it learns values alone, and this is not asked for
         )
         lr = config.learning_rate
         self.actor_optimizer = Adam(networks.actor.parameters(), lr)
@@ -116,12 +116,12 @@ class RLPD:
         Q is divided by its mean magnitude (TD3+BC, arXiv:2106.06860, eq. 5), so that temperature,
         lambda and kl_weight mean the same on every reward scale. Returns (loss, mean log pi).
         """
-        distribution = self.networks.actor(batch.observations)
-        policy = distribution.quadrature(noise)
+        distribution = self.networks.actor.density(batch.observations)
+        policy, log_probs = distribution.scored(noise)
         observations = policy.repeat(batch.observations)
         q = self.networks.q(observations, policy.actions).mean(0)
         scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
-        loss = -q / scale + self.log_temperature.detach().exp() * policy.log_probs
+        loss = -q / scale + self.log_temperature.detach().exp() * log_probs
         if risk is not None:
             time_to_go = policy.repeat(batch.time_to_go)
             loss = loss + multiplier * risk(observations, time_to_go, policy.actions)
@@ -129,8 +129,8 @@ class RLPD:
         if anchor is not None:
             with torch.no_grad():
                 reference = anchor(batch.observations)
-            loss = loss + kl_weight * distribution.kl(reference)
-        return loss.mean(), policy.expect(policy.log_probs).detach().mean()
+            loss = loss + kl_weight * distribution.divergence(reference)
+        return loss.mean(), policy.expect(log_probs).detach().mean()
 
     def temperature_loss(self, log_prob: Tensor) -> tuple[Tensor]:
         """A barrier on ``-log pi`` (scalar mean): too little entropy raises the temperature."""
@@ -139,7 +139,7 @@ class RLPD:
     def update_critics(self, batch: Batch) -> dict[str, Tensor]:
         """One TD step of all critics under the present actor; alone it is value pre-alignment."""
         generator = self.generator
-        noise = normal(batch.actions.shape, generator)
+        noise = self.networks.actor.noise(batch.actions.shape[:-1], generator)
         critics = self.networks.critics.members
         members: Members = EVERY
         if self.config.subset < critics:  # else there is nothing to choose, and nothing to copy
@@ -151,7 +151,7 @@ class RLPD:
 
     def update_actor(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """One actor step and one temperature step."""
-        noise = normal(batch.actions.shape, self.generator)
+        noise = self.networks.actor.noise(batch.actions.shape[:-1], self.generator)
         loss, log_prob = self._descend_actor(batch, noise, *steering)
         self._descend_temperature(log_prob)
         return {

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from scipy import special
 
 from safe_offrl.assess.estimates import Estimates
 from safe_offrl.assess.fitted_evaluation import (
@@ -29,8 +28,6 @@ from safe_offrl.policies.networks import Actor
 
 MOST_ROWS = 200_000  # transitions, about: more of them say little more and take long
 FEWEST_EPISODES = 20
-LIKELY = 0.95  # of the policy's actions: the region whose logged actions are counted
-UNLIKELY = 0.05  # probability below which a discrete action is not one of the policy's
 
 
 def assess_policy(
@@ -43,8 +40,10 @@ def assess_policy(
 ) -> Estimates:
     """Everything that the log says of a policy; minutes at most, ``progress`` is kept informed.
 
-    ``dataset`` as the policy sees it (normalised). DataError if it has too few episodes.
+    ``dataset`` as the policy sees it (normalised). DataError if it has too few episodes,
+    ConfigError for a policy without a density.
     """
+    require_density(actor.kind, "The comparison of logged actions with the policy's")
     if dataset.episodes < FEWEST_EPISODES:
         raise DataError(
             f"The dataset has {dataset.episodes} episodes, too few to assess a policy from. "
@@ -84,15 +83,7 @@ def support(dataset: Dataset, actor: Actor, seed: int, rows: int = 20_000) -> fl
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(dataset.rows), (rows,), generator=generator)
     batch = dataset.layout.unpack(dataset.rows[index])
-    policy = actor(batch.observations)
-    if not isinstance(policy, Gaussian):
-        return float(((policy.log_probs.exp() * batch.actions).sum(-1) >= UNLIKELY).float().mean())
-    size = batch.actions.shape[-1]
-    noise = (torch.atanh(batch.actions.clamp(-1 + 1e-5, 1 - 1e-5)) - policy.mean) / (
-        policy.log_std.exp()
-    )
-    reach = 2.0 * special.gammaincinv(size / 2.0, LIKELY)  # chi-squared
-    return float((noise.square().sum(-1) <= reach).float().mean())
+    return float(actor.density(batch.observations).typical(batch.actions).float().mean())
 
 
 @torch.no_grad()
@@ -103,7 +94,7 @@ def _reweighed(
     assert dataset.behaviour_log_probs is not None
     assert evaluation.q_values is not None
     batch = dataset.transitions
-    ratios = actor(batch.observations).log_prob(batch.actions).double().numpy()
+    ratios = actor.density(batch.observations).log_prob(batch.actions).double().numpy()
     ratios = ratios - dataset.behaviour_log_probs
     accidents = batch.accidents.double().numpy()
     before = np.zeros(len(accidents), dtype=bool)  # whether an accident came before this step

@@ -98,7 +98,7 @@ class Features:
         self._net = net
         self._members = members
         self._actor = actor
-        self._draws = 1 if actor.discrete else draws
+        self._draws = 1 if actor.kind.exact else draws
 
     @torch.no_grad()
     def of(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
@@ -115,8 +115,7 @@ class Features:
         distribution = self._actor(observations)
         total = torch.zeros(())
         for _ in range(self._draws):
-            noise = torch.randn(distribution[0].shape, generator=generator)
-            policy = distribution.quadrature(noise)
+            policy = distribution.quadrature(self._actor.noise(time_to_go.shape, generator))
             rows = policy.repeat(observations), policy.repeat(time_to_go), policy.actions
             total = total + policy.expect(self.of(*rows).T).T
         return total / self._draws
@@ -161,10 +160,8 @@ def learn_features(
         index = torch.randint(rows, (config.batch_size,), generator=generator)
         steps = take(dataset, limit, index)
         with torch.no_grad():
-            distribution = actor(steps.batch.next_observations)
-            policy = distribution.quadrature(
-                torch.randn(distribution[0].shape, generator=generator)
-            )
+            noise = actor.noise(index.shape, generator)
+            policy = actor(steps.batch.next_observations).quadrature(noise)
             ahead = _inputs(
                 policy.repeat(steps.batch.next_observations),
                 policy.repeat(steps.next_time_to_go),

@@ -101,6 +101,7 @@ def export_run(
 def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
     """How the graph is fed and read: sizes, order, units, and an episode in words."""
     o, a, k = env.observation_size, env.action_size, graph.draws
+    kind = graph.actor.kind
     space = env.env.action_space
     parts = [
         {
@@ -117,23 +118,19 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
         parts.append({"name": name, "path": None, "shape": (), "start": o - 1, "stop": o})
     if isinstance(space, spaces.Discrete):
         action = {"kind": "discrete", "count": a, "start": int(space.start)}
-        drawn = "standard Gumbel draws, -log(-log(u))"
         result: dict[str, Any] = {
             "shape": ["batch"],
             "dtype": "int64",
             "meaning": "number of the action; start - 1, which is none, for a NaN observation",
         }
-        zero = "the most probable action"
     else:
         assert isinstance(space, spaces.Box)
         action = {"kind": "box", "shape": space.shape, "low": space.low, "high": space.high}
-        drawn = "standard normal draws"
         result = {
             "shape": ["batch", *space.shape],
             "dtype": "float32",
             "meaning": "in the environment's own units; NaN if the observation is not finite",
         }
-        zero = "the policy's mean"
     return {
         "observation": {
             "size": o,
@@ -157,11 +154,11 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
             },
             {
                 "name": "noise",
-                "shape": ["batch", k, a],
+                "shape": ["batch", k, *graph.actor.noise_shape],
                 "dtype": "float32",
-                "meaning": f"{drawn}, all independent and new at each step; row 0 makes the first "
-                f"choice, the others what the shield may take instead; row 0 all zero makes the "
-                f"first choice {zero}",
+                "meaning": f"{kind.noise_in_words}, all independent and new at each step; row 0 "
+                "makes the first choice, the others what the shield may take instead; row 0 all "
+                f"zero makes the first choice {kind.mean_in_words}",
             },
         ],
         "outputs": [

@@ -196,7 +196,7 @@ def _zeros(graph: PolicyGraph, b: int) -> tuple[torch.Tensor, ...]:
     return Inputs(
         observation=torch.zeros(b, len(graph.mean)),
         time_to_go=torch.zeros(b),
-        noise=torch.zeros(b, graph.draws, graph.action_size),
+        noise=torch.zeros(b, graph.draws, *graph.actor.noise_shape),
     )
 
 

@@ -8,7 +8,6 @@ is an argument, and nothing branches on a value.
 from __future__ import annotations
 
 import copy
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from safe_offrl.deploy.policy import DeployedPolicy
-from safe_offrl.policies.distributions import Categorical
 
 
 class Inputs(NamedTuple):
@@ -24,7 +22,7 @@ class Inputs(NamedTuple):
 
     observation: Tensor  # [B, O] float32, flattened, as the environment gives it
     time_to_go: Tensor  # [B] float32, share of the horizon left: 1 at an episode's first step
-    noise: Tensor  # [B, K, A] float32, independent draws
+    noise: Tensor  # [B, K, *noise_shape] float32, independent draws
 
 
 class Outputs(NamedTuple):
@@ -37,9 +35,9 @@ class Outputs(NamedTuple):
 class PolicyGraph(nn.Module):
     """A frozen copy of policy, shield and scaling of observations.
 
-    ``draws`` is K. Gaussian policies take standard normal noise, discrete ones standard Gumbel
-    noise, -log(-log(u)): a row makes an action, row 0 the first choice. Row 0 all zero makes
-    that the mean action, or the most probable one. A shield that abstains has K = 1.
+    ``draws`` is K. The noise is what the policy's sampler in numpy draws: a row makes an action,
+    row 0 the first choice. Row 0 all zero makes that the mean action, or the most probable one. A
+    shield that abstains has K = 1.
     """
 
     mean: Tensor
@@ -55,11 +53,10 @@ class PolicyGraph(nn.Module):
         self.acts, self.draws, self.margin = shield.acts, shield.draws, shield.margin
         self.register_buffer("mean", torch.tensor(normalizer.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(normalizer.std, dtype=torch.float32))
+        self.start: int | None = None  # the number of the first discrete action
         if isinstance(action_space, spaces.Discrete):
-            self.action_size = int(action_space.n)
             self.start = int(action_space.start)
         else:
-            self.action_size = math.prod(action_space.shape)
             self.register_buffer("low", torch.tensor(action_space.low, dtype=torch.float32))
             self.register_buffer("high", torch.tensor(action_space.high, dtype=torch.float32))
         self.eval()
@@ -98,12 +95,8 @@ class PolicyGraph(nn.Module):
         return torch.cat([(observation - self.mean) / self.std, time_to_go[:, None]], dim=-1)
 
     def _options(self, standardised: Tensor, noise: Tensor) -> Tensor:
-        """Actions that the noise [B, K, A] makes of the policy, [K, B, A]."""
-        policy, noise = self.actor(standardised), noise.transpose(0, 1)
-        if isinstance(policy, Categorical):
-            one_hot = torch.eye(policy.log_probs.shape[-1])
-            return one_hot[(policy.log_probs + noise).argmax(-1)]
-        return torch.tanh(policy.mean + policy.log_std.exp() * noise)
+        """Actions that the noise [B, K, *noise_shape] makes of the policy, [K, B, A]."""
+        return self.actor(standardised).act(noise.transpose(0, 1))
 
     def _risks(self, states: Tensor, options: Tensor) -> Tensor:
         """Q_C of actions [N, B, A] -> [N, B]."""
@@ -113,7 +106,7 @@ class PolicyGraph(nn.Module):
     def _own_action(self, unit: Tensor, finite: Tensor) -> Tensor:
         """As :meth:`safe_offrl.env.adapter.AccidentEnv.own_action`: [B, A] -> [B, ...] or numbers
         [B]."""
-        if self.actor.discrete:
+        if self.start is not None:
             return torch.where(finite, unit.argmax(-1), -1) + self.start
         share = (unit.clamp(-1.0, 1.0).reshape(-1, *self.low.shape) + 1.0) / 2.0
         own = self.low + share * (self.high - self.low)

@@ -9,8 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from safe_offrl.compute.state import arrays_sha256, collect_state, restore_state, seeded
-from safe_offrl.policies.acting import NumpyActor, Sampler, Vector
+from safe_offrl.policies.acting import NumpyActor, Sampler
+from safe_offrl.policies.kinds import KINDS, kind_for
 from safe_offrl.policies.networks import Actor, StackedMLP
+from safe_offrl.policies.protocol import Vector
 from safe_offrl.safety.shield import Shield
 from safe_offrl.types import Normalizer
 
@@ -75,7 +77,7 @@ class DeployedPolicy(NamedTuple):
             "version": self.version,
             "observation_size": actor.observation_size,
             "action_size": actor.action_size,
-            "discrete": actor.discrete,
+            "kind": actor.kind.name,
             "hidden": list(actor.hidden),
             "shield": {
                 "acts": shield.acts,
@@ -94,7 +96,9 @@ class DeployedPolicy(NamedTuple):
         """
         generator = seeded(0)  # of weights that are replaced
         sizes, shielding = (words["observation_size"], words["action_size"]), words["shield"]
-        actor = Actor(*sizes, words["hidden"], generator, discrete=words["discrete"])
+        # Before there was a third kind, its name was not kept.
+        kind = KINDS[words["kind"]] if "kind" in words else kind_for(discrete=words["discrete"])
+        actor = Actor(*sizes, words["hidden"], generator, kind)
         net = None
         if shielding["members"]:
             net = StackedMLP(

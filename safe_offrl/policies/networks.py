@@ -6,17 +6,18 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from safe_offrl.compute.state import Part
-from safe_offrl.policies.distributions import (
-    LOG_STD_MAX,
-    LOG_STD_MIN,
-    Categorical,
-    Gaussian,
-    Policy,
+from safe_offrl.policies.gaussian import GAUSSIAN
+from safe_offrl.policies.protocol import (
+    ActionDistribution,
+    DensityPolicy,
+    Kind,
+    normal,
 )
 from safe_offrl.types import Layout
 
@@ -129,30 +130,8 @@ class StackedMLP(nn.Module):
         return (x * column).sum(-1) + self.output.bias[members].squeeze(-1)
 
 
-def linear_layers(inputs: int, widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
-    """Plain ReLU network: linear layers of these widths with ReLU between them, [B, I] -> [B,
-    O].
-    """
-    layers: list[nn.Module] = []
-    size = inputs
-    for width in widths:
-        linear = nn.Linear(size, width, device=generator.device)
-        bound = 1.0 / math.sqrt(size)
-        with torch.no_grad():
-            linear.weight.uniform_(-bound, bound, generator=generator)
-            linear.bias.uniform_(-bound, bound, generator=generator)
-        layers += [linear, nn.ReLU()]
-        size = width
-    return nn.Sequential(*layers[:-1])
-
-
 class Actor(nn.Module):
-    """The policy's network: observations [B, O] -> a tanh-Gaussian over [-1, 1]^A, or, where
-    actions are ``discrete``, a categorical over A of them.
-
-    The log standard deviation is squashed smoothly into [-5, 2], so its gradient never dies at a
-    clip.
-    """
+    """The policy's network: observations [B, O] -> a distribution of its ``kind`` over actions."""
 
     def __init__(
         self,
@@ -160,26 +139,28 @@ class Actor(nn.Module):
         action_size: int,
         hidden: Sequence[int],
         generator: torch.Generator,
-        *,
-        discrete: bool = False,
+        kind: Kind = GAUSSIAN,
     ) -> None:
         super().__init__()
-        self.discrete = discrete
-        outputs = action_size if discrete else 2 * action_size
-        self.layers = linear_layers(observation_size, (*hidden, outputs), generator)
+        self.kind = kind
+        self.layers = kind.network(observation_size, action_size, hidden, generator)
+        self.noise_shape = kind.noise_shape(action_size)
         self.observation_size, self.action_size, self.hidden = observation_size, action_size, hidden
 
-    def __call__(self, observations: Tensor) -> Policy:
+    def __call__(self, observations: Tensor) -> ActionDistribution:
         """Typed entry to ``forward``; torch declares Any."""
         return super().__call__(observations)
 
-    def forward(self, observations: Tensor) -> Policy:
-        outputs = self.layers(observations)
-        if self.discrete:
-            return Categorical(torch.log_softmax(outputs, dim=-1))
-        mean, raw = outputs.chunk(2, dim=-1)
-        half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
-        return Gaussian(mean, LOG_STD_MIN + half_range * (torch.tanh(raw) + 1.0))
+    def forward(self, observations: Tensor) -> ActionDistribution:
+        return self.kind.distribution(self.layers, observations)
+
+    def density(self, observations: Tensor) -> DensityPolicy:
+        """The same, for whoever has asked for a density by :func:`protocol.require_density`."""
+        return cast(DensityPolicy, self(observations))
+
+    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """What drives the actions of observations [*shape, O]: [*shape, *noise_shape]."""
+        return normal((*shape, *self.noise_shape), generator)
 
 
 @torch.no_grad()
@@ -211,14 +192,11 @@ class Networks:
         action_size: int,
         config: NetworkConfig,
         generator: torch.Generator,
-        *,
-        discrete: bool = False,
+        kind: Kind = GAUSSIAN,
     ) -> None:
         self.layout = Layout(observation_size, action_size)
         self.sizes = config
-        self.actor = Actor(
-            observation_size, action_size, config.actor_hidden, generator, discrete=discrete
-        )
+        self.actor = Actor(observation_size, action_size, config.actor_hidden, generator, kind)
         self.critics = StackedMLP(
             config.critics,
             observation_size + action_size,

@@ -103,7 +103,7 @@ def _require_fit(run: RunDir, policy: DeployedPolicy, inputs: RunInputs, env: Ac
             "pretrain again."
         )
     actor = policy.actor
-    learnt = (actor.observation_size, actor.action_size, actor.discrete)
+    learnt = (actor.observation_size, actor.action_size, actor.kind.one_hot)
     found = (env.observation_size, env.action_size, env.discrete)
     if learnt != found:
         kinds = ("numbers of an action", "discrete actions")

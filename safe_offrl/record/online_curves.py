@@ -122,7 +122,7 @@ class OnlineCurves:
         if not math.isnan(self.estimate):
             kl = max(self._decision("kl_forward_mean"), self._decision("kl_reverse_mean"))
             parts += [
-                f"KL {kl:.4f}",
+                f"{self._iteration.get('divergence', 'KL')} {kl:.4f}",
                 estimate,
                 f"accepted {100 * self._accepted / self._iterations:.0f} %",
             ]

@@ -49,6 +49,7 @@ class LoggedDecision(NamedTuple):
     v_deployed: float  # of the policy that acted, measured again in this iteration
     limit: float
     rolled_back: bool = False  # an alarm put an earlier policy back, which was measured as well
+    divergence: tuple[str, str] = ("KL", "nats")  # what ``kl`` is, by name, and its unit
 
     @property
     def measured(self) -> bool:
@@ -316,4 +317,5 @@ def _decision(line: Mapping[str, Any]) -> LoggedDecision:
         v_deployed=float(number["v_previous"]),
         limit=float(number["limit"]),
         rolled_back=bool(line.get("rolled_back", False)),
+        divergence=(line.get("divergence", "KL"), line.get("divergence_unit", "nats")),
     )

@@ -63,6 +63,8 @@ class Decision(NamedTuple):
     kl_reverse_tail: float
     v_previous: float  # upper estimate of what is constrained, deployed policy
     v_candidate: float  # the same for the candidate that was decided on
+    divergence: str = "KL"  # what the fields kl_* hold, of another kind of policy another one
+    divergence_unit: str = "nats"
 
     @property
     def kl_mean(self) -> float:
@@ -84,10 +86,12 @@ def interpolate(previous: Actor, learner: Actor, fraction: float) -> Actor:
 
 
 @torch.no_grad()
-def measure_kl(candidate: Actor, previous: Actor, observations: Tensor, tail: float) -> Tensor:
-    """[4]: mean of KL(c || p), mean of KL(p || c), then both ``tail`` quantiles, over [B, O]."""
+def measure_divergence(
+    candidate: Actor, previous: Actor, observations: Tensor, tail: float
+) -> Tensor:
+    """[4]: mean of D(c || p), mean of D(p || c), then both ``tail`` quantiles, over [B, O]."""
     c, p = candidate(observations), previous(observations)
-    both = torch.stack([c.kl(p), p.kl(c)])
+    both = torch.stack([c.divergence(p), p.divergence(c)])
     return torch.cat([both.mean(1), both.quantile(tail, dim=1)])
 
 
@@ -139,6 +143,8 @@ def measure(
         kl_reverse_tail=kls[3],
         v_previous=v_previous,
         v_candidate=_probability(v_previous + change),
+        divergence=candidate.kind.divergence_name,
+        divergence_unit=candidate.kind.divergence_unit,
     )
 
 
@@ -164,7 +170,7 @@ def decide(
     deployed policy itself is not below the limit, a candidate must have a lower estimate than it.
     Returns the decision and the policy to act.
     """
-    noise = normal(visited.batch.actions.shape, generator)
+    noise = previous.noise(visited.batch.actions.shape[:-1], generator)
     v_previous = _probability(critic.estimate(previous, reference, generator, confidence).upper)
     fraction, decision = 1.0, None
     for _ in range(config.tries):
@@ -182,8 +188,8 @@ def decide(
         if kl_limit is not None:
             tail_limit = config.tail_ratio * kl_limit
             limits += [
-                Constraint("KL", decision.kl_mean, kl_limit),
-                Constraint("KL tail", decision.kl_tail, tail_limit),
+                Constraint(decision.divergence, decision.kl_mean, kl_limit),
+                Constraint(f"{decision.divergence} tail", decision.kl_tail, tail_limit),
             ]
         improves = constrain_safety and decision.v_candidate < v_previous
         if constrain_safety and not improves:

@@ -126,7 +126,7 @@ def calibrate_critic(
     """
     t = held_out.transitions
     risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
-    noise = torch.randn(t.actions.shape, generator=torch.Generator().manual_seed(0))
+    noise = actor.noise(t.actions.shape[:-1], torch.Generator().manual_seed(0))
     values = critic.risk_under(actor, t.observations, t.time_to_go, noise).numpy()
     window = max(1, round(WINDOW_SHARE * held_out.horizon))
     danger = accident_within(held_out, window)

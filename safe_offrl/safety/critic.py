@@ -213,7 +213,7 @@ class SafetyCritic:
         """TD loss + alpha * push-up; reads only.
 
         ``weights`` [B] undo the stratified sampling; ``noise`` drives the policy's actions at next
-        observations [B, A], observations [B, A] and reference states [S, A]; ``spans`` [B] are the
+        observations, observations and reference states; ``spans`` [B] are the
         steps between the two observations, 1 if None.
         Returns (scalar loss, estimate of the pushed members, estimate of the reference members).
         """
@@ -268,11 +268,11 @@ class SafetyCritic:
         ``floor`` is what was really seen (accident rate, or share of the largest cost); the
         estimate is kept above it. ``spans`` are :meth:`loss`'s.
         """
-        size = batch.actions.shape
+        size = batch.actions.shape[:-1]
         noise = (
-            normal(size, generator),
-            normal(size, generator),
-            normal((len(reference.observations), size[-1]), generator),
+            actor.noise(size, generator),
+            actor.noise(size, generator),
+            actor.noise(reference.time_to_go.shape, generator),
         )
         loss, value, plain = self._descend(batch, weights, actor, reference, noise, spans)
         polyak_(self.target, self.net, self.config.tau)
@@ -299,9 +299,8 @@ class SafetyCritic:
         spread between the pushed members, and between states. It is a limit on the critic's own
         uncertainty, not a certificate.
         """
-        distribution = actor(reference.observations)
-        noise = normal(distribution[0].shape, generator)  # [S, A]
-        policy = distribution.quadrature(noise)
+        noise = actor.noise(reference.time_to_go.shape, generator)
+        policy = actor(reference.observations).quadrature(noise)
         logits = self.logits(
             policy.repeat(reference.observations),
             policy.repeat(reference.time_to_go),

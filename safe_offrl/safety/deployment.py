@@ -138,7 +138,7 @@ class Deployment:
             self._critic,
             visited,
             decision.v_previous,
-            normal(visited.batch.actions.shape, generator),
+            self.actor.noise(visited.batch.actions.shape[:-1], generator),
             self.acceptance.tail,
         )
         if not self.proved and not measured.v_candidate < decision.v_previous:

@@ -17,9 +17,8 @@ from safe_offrl.compute.state import arrays_sha256
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import Sampler
 from safe_offrl.policies.networks import StackedMLP
+from safe_offrl.policies.protocol import Vector
 from safe_offrl.safety.critic import SafetyCritic
-
-Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Finetuning:
         policy = self.policy
         if self.config.baseline.from_scratch and self.steps < self.config.warmup_steps:
             actor = policy.actor
-            uniform = UniformActor(actor.action_size, discrete=actor.discrete)
+            uniform = UniformActor(actor.kind, actor.action_size)
             return policy._replace(sampler=uniform)
         return policy
 

@@ -33,6 +33,8 @@ class Iteration(NamedTuple):
     alpha: float
     rolled_back: bool
     metrics: dict[str, float]
+    divergence: str  # what the fields kl_* hold; in lines of earlier versions KL, in nats
+    divergence_unit: str
 
     @classmethod
     def of(

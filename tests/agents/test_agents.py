@@ -23,7 +23,9 @@ from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.state import Part, collect_state, restore_state
-from safe_offrl.policies.distributions import Categorical, Gaussian
+from safe_offrl.policies.categorical import Categorical
+from safe_offrl.policies.gaussian import Gaussian
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import EVERY, Actor, Members, NetworkConfig, Networks
 from safe_offrl.types import Batch, Layout
 from tests.agents.setups import setup_of
@@ -85,7 +87,7 @@ def networks_of(
     layout: Layout, sizes: NetworkConfig, generator: torch.Generator, *, discrete: bool = False
 ) -> Networks:
     return Networks(
-        layout.observation_size, layout.action_size, sizes, generator, discrete=discrete
+        layout.observation_size, layout.action_size, sizes, generator, kind_for(discrete=discrete)
     )
 
 
@@ -636,7 +638,7 @@ def test_rlpd_actor_loss_adds_risk_entropy_and_kl() -> None:
 
     plain = loss(False, None, zero)
     torch.testing.assert_close(loss(True, None, zero), plain + 2.0 * 0.25)
-    distance = policy.kl(anchor(batch.observations)).mean()
+    distance = policy.divergence(anchor(batch.observations)).mean()
     assert distance > 0.0
     torch.testing.assert_close(loss(False, anchor, three), plain + 3.0 * distance)
     torch.testing.assert_close(loss(False, learner.networks.actor, three), plain)
@@ -717,7 +719,7 @@ class TableNetworks(Networks):
 def discrete_networks(probabilities: Table, q: Table, target_q: list[Table]) -> TableNetworks:
     """One state; the policy, Q of all critics and Q of each target critic are given tables."""
     sizes = NetworkConfig((), (), MEMBERS)
-    networks = TableNetworks(1, len(q), sizes, seeded(), discrete=True)
+    networks = TableNetworks(1, len(q), sizes, seeded(), kind_for(discrete=True))
     with torch.no_grad():
         for parameter in networks.actor.parameters():
             parameter.zero_()
@@ -783,7 +785,7 @@ def test_discrete_calql_stops_at_the_return_of_the_log_at_every_action() -> None
 
 
 def test_discrete_cql_advantage_is_over_the_expectation() -> None:
-    networks = Networks(OBSERVATIONS, ACTIONS, SMALL, seeded(), discrete=True)
+    networks = Networks(OBSERVATIONS, ACTIONS, SMALL, seeded(), kind_for(discrete=True))
     agent = ConservativeCritics(networks, CQLConfig(), calibrated=True)
     batch = make_batch(discrete=True)
     advantages, _ = agent.update(batch, seeded(1))
@@ -809,7 +811,7 @@ def test_discrete_rlpd_losses_by_hand() -> None:
     (loss,) = learner.critic_loss(batch, NO_NOISE, torch.tensor([0, 2]))
     assert loss.item() == pytest.approx(MEMBERS * (-2.0 - 1.85) ** 2)
 
-    anchor = Actor(1, 3, (), seeded(), discrete=True)
+    anchor = Actor(1, 3, (), seeded(), kind_for(discrete=True))
     with torch.no_grad():
         for parameter in anchor.parameters():
             parameter.zero_()  # uniform
@@ -884,12 +886,12 @@ def test_discrete_extraction_has_the_closed_form_optimum() -> None:
 
 
 def test_discrete_extraction_compares_state_by_state() -> None:
-    networks = Networks(OBSERVATIONS, ACTIONS, SMALL, seeded(), discrete=True)
+    networks = Networks(OBSERVATIONS, ACTIONS, SMALL, seeded(), kind_for(discrete=True))
     extraction = Extraction(networks, ExtractionConfig(), seeded(1))
     batch = make_batch(discrete=True)
     flat = lambda o, a: a.sum(-1).expand(2, -1)  # noqa: E731
     zero = torch.tensor(0.0)
     _, divergence = extraction.actor_loss(batch, batch.actions, flat, no_risk, zero)
-    behaviour = Categorical(torch.log_softmax(extraction.mixture.layers(batch.observations), -1))
-    expected = categorical(networks.actor, batch.observations).kl(behaviour).mean()
+    behaviour = Categorical(torch.log_softmax(extraction.mixture["layers"](batch.observations), -1))
+    expected = categorical(networks.actor, batch.observations).divergence(behaviour).mean()
     torch.testing.assert_close(divergence, expected.detach())

@@ -20,6 +20,7 @@ from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import Compute
 from safe_offrl.config import read_yaml
 from safe_offrl.errors import ConfigError, EnvError, RunError
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.record.run import RunDir
 from safe_offrl.train.finetune_config import FinetuneConfig
@@ -180,7 +181,7 @@ def test_the_commands_of_the_recipe_run(folder: Path, tiny_dataset: Path) -> Non
 def losses(compute: Compute, *, discrete: bool) -> list[float]:
     """Of three updates on one batch."""
     agent, generator = find_agent("my_agent:crr"), torch.Generator().manual_seed(0)
-    networks = Networks(3, 2, NetworkConfig((8,), (8,), 2), generator, discrete=discrete)
+    networks = Networks(3, 2, NetworkConfig((8,), (8,), 2), generator, kind_for(discrete=discrete))
     built = agent(setup_of(networks, generator, compute=compute), agent.Config())
     batch = networks.layout.unpack(torch.rand(16, networks.layout.width, generator=generator))
     if discrete:

@@ -17,7 +17,6 @@ from safe_offrl.commands.assess import describe, limit_verdict, numbers
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.envs.hazard_line import SIZE
 from safe_offrl.errors import DataError
-from safe_offrl.policies.distributions import Gaussian, log_prob
 from safe_offrl.policies.networks import Actor
 from safe_offrl.stats.fixed import clopper_pearson, clopper_pearson_upper
 
@@ -284,9 +283,7 @@ def test_an_accident_in_mid_episode_counts_once_when_reweighed() -> None:
     batch.accidents[:] = 1.0
     batch.costs[:] = 1.0
     with torch.no_grad():
-        policy = actor(batch.observations)
-        assert isinstance(policy, Gaussian)
-        own = log_prob(*policy, batch.actions).numpy()
+        own = actor.density(batch.observations).log_prob(batch.actions).numpy()
     always = dataclasses.replace(dataset, behaviour_log_probs=own)
     found = assess_policy(always, actor, LIMIT, FittedConfig(steps=20, networks=1, replicates=5))
     assert found.weighted_risk is not None

@@ -231,7 +231,7 @@ def test_a_discrete_policy_is_averaged_over_exactly() -> None:
     dataset = Dataset(
         layout.pack(batch), layout, np.arange(n + 1), np.zeros(n, bool), 5, "x", {"action_count": 2}
     )
-    actor = Actor(1, 2, (), torch.Generator(), discrete=True)
+    actor = Actor(1, 2, (), torch.Generator(), kind_for(discrete=True))
     with torch.no_grad():
         weight, bias = actor.parameters()
         weight.zero_()

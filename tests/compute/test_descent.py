@@ -17,6 +17,7 @@ from safe_offrl.compute.compiler import CompilerFault, compiler_fault
 from safe_offrl.compute.descent import EAGER, Compute, Descent, choose_compute
 from safe_offrl.compute.state import collect_state
 from safe_offrl.errors import ConfigError
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.outlook import AccidentAhead
@@ -179,7 +180,7 @@ def test_compiled_and_eager_agree_where_actions_are_discrete() -> None:
     def metrics(compute: Compute) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         generator = seeded()
         sizes = NetworkConfig((16, 16), (16, 16), 4)
-        networks = Networks(*layout, sizes, generator, discrete=True)
+        networks = Networks(*layout, sizes, generator, kind_for(discrete=True))
         cql = ConservativeCritics(networks, CQLConfig(), compute, calibrated=True)
         extraction = Extraction(networks, ExtractionConfig(), generator, compute)
         learner = RLPD(networks, RLPDConfig(), generator, compute)

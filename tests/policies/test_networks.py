@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from safe_offrl.agents.iql import IQLConfig, IQLValues
-from safe_offrl.policies.distributions import Categorical, Gaussian
+from safe_offrl.policies.categorical import Categorical
+from safe_offrl.policies.gaussian import Gaussian
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import (
     Actor,
     NetworkConfig,
@@ -128,16 +130,19 @@ def test_actor_log_std_stays_in_its_range_with_a_gradient() -> None:
     mean, log_std = gaussian(actor, torch.zeros(1, 3))
     assert mean.tolist() == [[0.0, 0.0]]
     assert log_std.tolist() == [[-1.5, -1.5]]  # the middle of [-5, 2]
-    assert torch.autograd.grad(log_std.sum(), actor.layers[-1].bias)[0][2:].min() > 1.0  # type: ignore[arg-type]
+    *_, bias = actor.parameters()
+    assert torch.autograd.grad(log_std.sum(), bias)[0][2:].min() > 1.0
 
 
 def test_a_discrete_actor_gives_log_probabilities() -> None:
-    actor = Actor(3, 4, (8,), seeded(), discrete=True)
-    assert actor.layers[-1].out_features == 4
+    actor = Actor(3, 4, (8,), seeded(), kind_for(discrete=True))
+    *_, bias = actor.parameters()
+    assert bias.shape == (4,)
     policy = actor(torch.randn(5, 3, generator=seeded(1)))
     assert isinstance(policy, Categorical)
     torch.testing.assert_close(policy.log_probs.exp().sum(-1), torch.ones(5))
-    assert Networks(3, 4, NetworkConfig((8,), (8,), 2), seeded(), discrete=True).actor.discrete
+    networks = Networks(3, 4, NetworkConfig((8,), (8,), 2), seeded(), kind_for(discrete=True))
+    assert networks.actor.kind.name == "categorical"
 
 
 def test_polyak_moves_the_target_by_tau() -> None:

@@ -35,7 +35,9 @@ def shield_bias(deployed: Deployment) -> float:
 
 
 def mean_of(actor: Actor) -> float:
-    return actor(torch.zeros(1, 1))[0].item()
+    policy = actor(torch.zeros(1, 1))
+    assert isinstance(policy, Gaussian)
+    return policy.mean.item()
 
 
 def deployment(epsilon: float = 0.2) -> Deployment:

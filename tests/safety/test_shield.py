@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from safe_offrl.errors import ConfigError
-from safe_offrl.policies.acting import NumpyActor, Rows, Sampler, UniformActor, Vector
+from safe_offrl.policies.acting import NumpyActor, Sampler, UniformActor
+from safe_offrl.policies.gaussian import GAUSSIAN
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Actor
+from safe_offrl.policies.protocol import Rows, Vector
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.safety.shield import Shield, ShieldConfig
 
 OBSERVATION = np.zeros(1, dtype=np.float32)
-UNIFORM = UniformActor(1, discrete=False)
+UNIFORM = UniformActor(GAUSSIAN, 1)
 
 
 def policy(mean: float = 0.0, std: float = 0.8) -> NumpyActor:
@@ -164,9 +167,7 @@ def test_a_risk_that_is_not_a_number_is_never_the_least() -> None:
             rows[0] = np.nan
             return rows
 
-    action, replaced = shield_of(critic_of(1.0)).choose(
-        Broken(1, discrete=False), OBSERVATION, 0.5, rng
-    )
+    action, replaced = shield_of(critic_of(1.0)).choose(Broken(GAUSSIAN, 1), OBSERVATION, 0.5, rng)
     assert np.isfinite(action).all()
     assert replaced
 
@@ -197,7 +198,9 @@ def test_the_critic_is_frozen_when_the_shield_is_made() -> None:
 
 
 def discrete_policy(*probabilities: float) -> NumpyActor:
-    actor = Actor(1, len(probabilities), (), torch.Generator().manual_seed(0), discrete=True)
+    actor = Actor(
+        1, len(probabilities), (), torch.Generator().manual_seed(0), kind_for(discrete=True)
+    )
     with torch.no_grad():
         weight, bias = actor.parameters()
         weight.zero_()

@@ -24,6 +24,7 @@ from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.limits import Limit
 from safe_offrl.policies.acting import NumpyActor, UniformActor
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.safety.multiplier import LagrangianConfig, PIDConfig
@@ -111,13 +112,13 @@ def test_online_iql_weighs_actions_by_their_advantage() -> None:
 
 
 def test_a_categorical_policy_has_the_log_probability_of_the_action_taken() -> None:
-    actor = Actor(1, 3, (), seeded(), discrete=True)
+    actor = Actor(1, 3, (), seeded(), kind_for(discrete=True))
     with torch.no_grad():
         weight, bias = actor.parameters()
         weight.zero_()
         bias.copy_(torch.tensor([0.5, 0.3, 0.2]).log())
     taken = torch.eye(3)[[2, 0]]
-    log_probs = actor(torch.zeros(2, 1)).log_prob(taken)
+    log_probs = actor.density(torch.zeros(2, 1)).log_prob(taken)
     torch.testing.assert_close(log_probs, torch.tensor([0.2, 0.5]).log())
 
 
@@ -142,13 +143,13 @@ def test_online_learners_move_actor_and_critics(name: str) -> None:
 
 def test_uniform_actions_fill_the_box_evenly_and_take_every_choice() -> None:
     rng = np.random.default_rng(0)
-    box = UniformActor(2, discrete=False)
+    box = UniformActor(kind_for(discrete=False), 2)
     drawn = box.draw(np.zeros(3, np.float32), 4000, rng)
     assert drawn.dtype == np.float32
     assert np.abs(drawn).max() <= 1.0
     np.testing.assert_allclose(drawn.mean(0), 0.0, atol=0.05)
     np.testing.assert_allclose(drawn.var(0), 1 / 3, atol=0.02)  # of a uniform law on [-1, 1]
-    choice = UniformActor(3, discrete=True)
+    choice = UniformActor(kind_for(discrete=True), 3)
     counts = choice.draw(np.zeros(3, np.float32), 3000, rng).sum(0)
     np.testing.assert_allclose(counts, 1000, atol=100)
 

@@ -27,7 +27,6 @@ from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.policies.distributions import kl
 from safe_offrl.policies.networks import Actor, NetworkConfig
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.shield import ShieldConfig
@@ -279,7 +278,7 @@ def test_both_constraints_hold_after_every_iteration(
             ).observations
             with torch.no_grad():
                 new, old = tuning.deployment.actor(observations), previous(observations)
-            forward, reverse = kl(*new, *old), kl(*old, *new)
+            forward, reverse = new.divergence(old), old.divergence(new)
             assert forward.mean() < limit
             assert reverse.mean() < limit
             assert forward.quantile(0.95) < config.acceptance.tail_ratio * limit

@@ -54,7 +54,7 @@ def constraint_panels(groups: Sequence[Group]) -> list[Panel]:
             )
         )
     for name, title, shown, value in (
-        ("kl", "KL between consecutive acting policies, over delta", moved, _kl_share),
+        ("kl", _divergence_title(moved), moved, _kl_share),
         ("limit", "Estimate of the acting policy, over its limit", estimated, _estimate_share),
     ):
         if shown:
