@@ -21,6 +21,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.errors import DataError
 from safe_offrl.limits import Limit
+from safe_offrl.policies.protocol import require_density
 from safe_offrl.types import Batch
 
 

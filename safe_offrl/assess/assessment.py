@@ -23,8 +23,8 @@ from safe_offrl.assess.importance_sampling import Weighted, weighted
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import DataError
 from safe_offrl.limits import Limit
-from safe_offrl.policies.distributions import Gaussian
 from safe_offrl.policies.networks import Actor
+from safe_offrl.policies.protocol import require_density
 
 MOST_ROWS = 200_000  # transitions, about: more of them say little more and take long
 FEWEST_EPISODES = 20

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from safe_offrl.errors import ConfigError
 from safe_offrl.limits import Limit
-from safe_offrl.policies.distributions import normal
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.critic import SafetyCritic
 from safe_offrl.types import Constraint, States, Visited
@@ -130,7 +129,7 @@ def measure(
     tail: float,
 ) -> Decision:
     """What a change from the previous policy to the candidate would mean; nothing decided yet."""
-    kls = measure_kl(candidate, previous, visited.batch.observations, tail).tolist()
+    kls = measure_divergence(candidate, previous, visited.batch.observations, tail).tolist()
     change = critic.outlook.change_per_action(visited.per_episode)
     change *= risk_change(candidate, previous, critic, visited, noise)
     return Decision(

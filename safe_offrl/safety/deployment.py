@@ -14,7 +14,6 @@ import torch
 
 from safe_offrl.compute.state import Part
 from safe_offrl.limits import Limit
-from safe_offrl.policies.distributions import normal
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, decide, measure
 from safe_offrl.safety.critic import SafetyCritic

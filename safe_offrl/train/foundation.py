@@ -15,6 +15,7 @@ from safe_offrl.compute.device import Device
 from safe_offrl.compute.state import seeded
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.limits import Limit
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Networks
 from safe_offrl.safety.critic import SafetyCritic, outlook_on
 from safe_offrl.safety.multiplier import Multiplier, PIDConfig, PIDMultiplier
@@ -46,7 +47,7 @@ class Foundation(NamedTuple):
         device: Device,
     ) -> Foundation:
         """Generator and networks for a log and a horizon; ConfigError if its limit cannot bind."""
-        generator = seeded(config.seed, device)
+        generator, kind = seeded(config.seed, device), kind_for(discrete=dataset.discrete)
         limit = config.safety.limit(horizon, dataset.cost_max)
         return cls(
             config,
@@ -55,7 +56,9 @@ class Foundation(NamedTuple):
             dataset.cost_max,
             generator,
             Compute(compiled, config.precision, device),
-            Networks(*dataset.layout, config.networks, generator, discrete=dataset.discrete),
+            Networks(
+                *dataset.layout, config.networks, generator, kind_for(discrete=dataset.discrete)
+            ),
             limit,
             limit.worst_cost(dataset.worst_cost),
         )

@@ -31,6 +31,7 @@ from safe_offrl.assess.fitted_features import (
 )
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.limits import Limit
+from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Actor
 from safe_offrl.types import Batch, Layout
 

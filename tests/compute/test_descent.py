@@ -186,7 +186,7 @@ def test_compiled_and_eager_agree_where_actions_are_discrete() -> None:
         learner = RLPD(networks, RLPDConfig(), generator, compute)
         settings = SafetyCriticConfig(members=3, reference=1, hidden=(16,))
         critic = SafetyCritic(*layout, AccidentAhead(20), settings, generator, compute)
-        anchor = Actor(*layout, (16,), generator, discrete=True)
+        anchor = Actor(*layout, (16,), generator, kind_for(discrete=True))
         two = torch.tensor(2.0)
         steering = Steering(critic.risk, two, anchor, two)
         logged = []

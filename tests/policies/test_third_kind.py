@@ -18,11 +18,12 @@ from torch import Tensor
 from safe_offrl.agents import AGENTS, AgentConfigs, online_agent
 from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.assess.assessment import assess
+from safe_offrl.assess.assessment import assess_policy
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.deploy.graph import PolicyGraph
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError
+from safe_offrl.limits import Limit
 from safe_offrl.policies.acting import NumpyActor
 from safe_offrl.policies.kinds import KINDS, kind_for
 from safe_offrl.policies.mlp import NumpyMLP, linear_layers
@@ -33,8 +34,8 @@ from safe_offrl.report.charts.style import Group, Look
 from safe_offrl.report.run_data import _decision
 from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, decide, measure_divergence
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.safety.shield import Shield, ShieldConfig
-from safe_offrl.spec import Limit
 from safe_offrl.train.iteration import Iteration
 from safe_offrl.types import Batch, Normalizer, States, Visited
 from tests.agents.setups import LIMIT, setup_of
@@ -113,7 +114,7 @@ def policy(mean: float, spread: float) -> Actor:
 
 def critic_of(base: float, slope: float) -> SafetyCritic:
     """Q_C = sigmoid(base + slope * action), all members alike."""
-    critic = SafetyCritic(1, 1, 10, SafetyCriticConfig(hidden=()), seeded())
+    critic = SafetyCritic(1, 1, AccidentAhead(10), SafetyCriticConfig(hidden=()), seeded())
     with torch.no_grad():
         for parameter in critic.net.parameters():
             parameter.zero_()
@@ -252,7 +253,7 @@ def test_so_does_one_that_goes_on_online(name: str) -> None:
 def test_so_does_an_assessment() -> None:
     setup = without_density()
     with pytest.raises(ConfigError, match=REFUSED.format("logged actions.*")):
-        assess(setup.dataset, setup.networks.actor, LIMIT, FittedConfig())
+        assess_policy(setup.dataset, setup.networks.actor, LIMIT, FittedConfig())
 
 
 def test_values_are_learnt_without_a_density() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safe_offrl.errors import ConfigError
 from safe_offrl.limits import Limit
+from safe_offrl.policies.gaussian import Gaussian
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import (
     AcceptanceConfig,

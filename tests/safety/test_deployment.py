@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from safe_offrl.limits import Limit
+from safe_offrl.policies.gaussian import Gaussian
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import AcceptanceConfig, Decision
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig

@@ -78,6 +78,14 @@ def _share_panel(
     )
 
 
+def _divergence_title(groups: Sequence[Group]) -> str:
+    """By its name; its unit, which is delta's, is said where it is not delta's usual one."""
+    found = {d.divergence for group in groups for run in group.runs for d in run.decisions}
+    names, units = (" or ".join(sorted({x[i] for x in found})) for i in (0, 1))
+    delta = "delta" if units in ("", "nats") else f"delta in {units}"
+    return f"{names} between consecutive acting policies, over {delta}"
+
+
 def _kl_share(decision: LoggedDecision) -> float:
     return decision.movement / decision.delta
 
