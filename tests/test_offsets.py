@@ -19,13 +19,13 @@ from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.commands.online import start_loop
 from safe_offrl.compute.state import collect_state
-from safe_offrl.data.content import dataset_sha256
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.offsets import OFFSET, centred, find_offset, in_own_units
 from safe_offrl.data_formats.conversion import convert
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.data_formats.memory_map import write_memory_map
+from safe_offrl.data_formats.stored import dataset_sha256
 from safe_offrl.deploy.episodes import PlayedEpisode, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.make import make_env

@@ -9,9 +9,10 @@ from typing import Any
 from safe_offrl.certify.certificate import Recheck
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.env.adapter import AccidentEnv
-from safe_offrl.env.identity import KEY, differences, log_differences
+from safe_offrl.env.identity import KEY
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import EnvError, RunError
+from safe_offrl.record.environment_changes import differences, log_differences
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RESUMED, RunDir
 from safe_offrl.record.run_config import RunInputs, parse_run_yaml

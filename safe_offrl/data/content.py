@@ -1,138 +1,21 @@
-"""What every dataset format holds: named arrays and metadata, how they are stored, their identity.
-
-A file may come from anywhere: no format reads pickles, follows links or allocates memory before
-the declared sizes have been added up.
-"""
+"""Arrays and metadata of a log in memory, and how much of it is held at once."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from safe_offrl.env.identity import KEY
-from safe_offrl.errors import DataError
 
 # Arrays by name; whatever has shape, dtype and [a:b], as an HDF5 dataset, may stand for one.
 Arrays = Mapping[str, NDArray[Any]]
 Metadata = Mapping[str, Any]
 Flags = NDArray[np.bool_]  # [N]
-RowProgress = Callable[[int, int], None]  # (rows done, rows in all)
-
-
-class Raw(NamedTuple):
-    """What a reader returns; ``remarks``: sentences on what was not used, guessed or repaired.
-
-    ``unsure``: why it is not known which episodes terminated; "" if it is.
-    """
-
-    arrays: dict[str, NDArray[Any]]
-    metadata: dict[str, Any]
-    remarks: tuple[str, ...] = ()
-    unsure: str = ""
-
-
-REQUIRED = (
-    "observations",
-    "next_observations",
-    "actions",
-    "rewards",
-    "costs",
-    "terminals",
-    "timeouts",
-)
-# These metadata say how an earlier load found the source of a file, and are not its content.
-HISTORY = ("remarks", "unsure")
-ATTRIBUTE = "safe_offrl"  # the name under which a container keeps our metadata, as JSON
-# accidents [N] (bool) is the accident rule's verdict, episode_behaviours [M] (int32) the index into
-# metadata["behaviours"] of the behaviour that logged each episode, behaviour_log_probs [N] the log
-# density of each action, as stored, under whoever chose it.
-OPTIONAL = ("accidents", "episode_behaviours", "behaviour_log_probs")
-TABLES = ("observations", "actions", "next_observations")  # two-dimensional
-_BOOLEAN = ("terminals", "timeouts", "accidents")
 MAX_DATASET_BYTES = 8 * 2**30  # the largest public DSRL file fits several times
 CHUNK_ROWS = 65_536  # rows that a streaming pass holds at once
-
-
-def stored_type(key: str) -> np.dtype[Any]:
-    """Type in which an array is stored and hashed."""
-    kind = "?" if key in _BOOLEAN else "<i4" if key == "episode_behaviours" else "<f4"
-    return np.dtype(kind)
 
 
 def chunks(n: int) -> Iterator[slice]:
     """0..n in pieces of :data:`CHUNK_ROWS`."""
     return (slice(start, min(start + CHUNK_ROWS, n)) for start in range(0, n, CHUNK_ROWS))
-
-
-def dataset_sha256(arrays: Arrays, metadata: Metadata) -> str:
-    """Identity of a dataset's content: names, types, shapes and values, and the metadata.
-
-    The bytes of the container do not enter: the same data have the same identity in every format.
-    Nor does that of the environment that they were logged in, which is no part of them.
-    """
-    digest = hashlib.sha256()
-    for key in (*REQUIRED, *OPTIONAL):
-        if key in arrays:
-            array, kind = arrays[key], stored_type(key)
-            digest.update(f"{key} {kind.str} {tuple(array.shape)}\n".encode())
-            for part in chunks(len(array)):
-                digest.update(np.ascontiguousarray(array[part].astype(kind)).data)
-    content = {key: value for key, value in metadata.items() if key not in (KEY, *HISTORY)}
-    digest.update(json.dumps(content, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def metadata_text(metadata: Metadata) -> str:
-    """The JSON that a container keeps."""
-    return json.dumps(metadata, sort_keys=True, allow_nan=False)
-
-
-def parse_metadata(text: Any, name: str = ATTRIBUTE) -> dict[str, Any]:
-    """A JSON object with distinct keys; DataError if it is anything else."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        metadata = json.loads(text, object_pairs_hook=_without_duplicates)
-        if isinstance(metadata, dict):
-            return metadata
-    raise DataError(
-        f'The dataset\'s attribute "{name}" is not a JSON object with distinct keys. '
-        "Log the dataset again, or delete the entry and give the horizon."
-    )
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("duplicate keys")
-    return found
-
-
-def require_size(path: Path, sizes: Iterable[int]) -> None:
-    """Raise DataError if arrays of these many bytes would not fit the limit for one dataset."""
-    size = sum(sizes)
-    if size > MAX_DATASET_BYTES:
-        raise DataError(
-            f'The dataset "{path}" would take {size / 2**30:.0f} GiB, more than the limit of '
-            f"{MAX_DATASET_BYTES / 2**30:.0f} GiB. Split it into smaller files, or, if it is HDF5 "
-            "in the DSRL layout, `safe-offrl convert` it to a memory map (FOLDER.mmap)."
-        )
-
-
-@contextlib.contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes a library raise into one sentence."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # OSError, RuntimeError, KeyError, BadZipFile, struct.error ...
-        raise DataError(
-            f'The dataset "{path}" cannot be read as {kind} ({" ".join(str(error).split())}). '
-            "The file is damaged or of another format; copy or log it again."
-        ) from error

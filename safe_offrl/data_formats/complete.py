@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import HISTORY, REQUIRED, TABLES, Arrays, Metadata, Raw
+from safe_offrl.data.content import Arrays, Metadata
 from safe_offrl.data.offsets import centred
 from safe_offrl.data_formats.actions import unit_actions
 from safe_offrl.data_formats.breaks import unmarked_breaks
@@ -19,6 +19,7 @@ from safe_offrl.data_formats.continuity import doubts, idle_starts, overshot
 from safe_offrl.data_formats.flags import Ends, settled_ends
 from safe_offrl.data_formats.motion import FEWEST, Motion, copies_of_episodes, measure_motion
 from safe_offrl.data_formats.names import ENDS, METADATA_KEYS, near_name
+from safe_offrl.data_formats.stored import HISTORY, REQUIRED, TABLES, Raw
 from safe_offrl.data_formats.validation import check_flags, wrong_shape
 from safe_offrl.errors import DataError
 

@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from safe_offrl.data.content import CHUNK_ROWS, RowProgress
+from safe_offrl.data.content import CHUNK_ROWS
 from safe_offrl.data_formats.loading import FILE_FORMATS, dataset_content, find_dataset, format_of
 from safe_offrl.data_formats.memory_map import verify_memory_map, write_memory_map
 from safe_offrl.data_formats.minari import DATA_FILE, data_folder
+from safe_offrl.data_formats.stored import RowProgress
 from safe_offrl.errors import DataError
 
 

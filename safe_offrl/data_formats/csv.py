@@ -10,20 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import (
+from safe_offrl.data.content import Arrays, Metadata, chunks
+from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
+from safe_offrl.data_formats.names import recognise
+from safe_offrl.data_formats.stored import (
     REQUIRED,
     TABLES,
-    Arrays,
-    Metadata,
     Raw,
     RowProgress,
-    chunks,
     parse_metadata,
     reading,
     require_size,
 )
-from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
-from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import replacing

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.data import derived
-from safe_offrl.data.content import REQUIRED, Arrays, Metadata, Raw, RowProgress, dataset_sha256
+from safe_offrl.data.content import Arrays, Metadata
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.complete import complete
 from safe_offrl.data_formats.csv import read_csv, read_csv_metadata, write_csv
@@ -33,6 +33,7 @@ from safe_offrl.data_formats.minari import (
 )
 from safe_offrl.data_formats.minari_write import write_minari
 from safe_offrl.data_formats.npz import read_npz, read_npz_metadata, write_npz
+from safe_offrl.data_formats.stored import REQUIRED, Raw, RowProgress, dataset_sha256
 from safe_offrl.data_formats.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.spec import SafetySpec

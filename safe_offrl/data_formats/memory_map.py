@@ -24,24 +24,22 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.data import derived
-from safe_offrl.data.content import (
+from safe_offrl.data.content import Arrays, Metadata, chunks
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.offsets import centred
+from safe_offrl.data_formats.complete import complete, taken_history
+from safe_offrl.data_formats.mapped_rows import MappedRows
+from safe_offrl.data_formats.stored import (
     OPTIONAL,
     REQUIRED,
     TABLES,
-    Arrays,
-    Metadata,
     Raw,
     RowProgress,
-    chunks,
     dataset_sha256,
     metadata_text,
     parse_metadata,
     stored_type,
 )
-from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.offsets import centred
-from safe_offrl.data_formats.complete import complete, taken_history
-from safe_offrl.data_formats.mapped_rows import MappedRows
 from safe_offrl.data_formats.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, replacing, write_file

@@ -17,7 +17,6 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import ATTRIBUTE, Raw, parse_metadata, reading, require_size
 from safe_offrl.data_formats.hdf5 import (
     declared_size,
     opened,
@@ -26,6 +25,7 @@ from safe_offrl.data_formats.hdf5 import (
     plain_group,
 )
 from safe_offrl.data_formats.names import near_name
+from safe_offrl.data_formats.stored import ATTRIBUTE, Raw, parse_metadata, reading, require_size
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.errors import DataError
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from safe_offrl.data.content import OPTIONAL, REQUIRED
+from safe_offrl.data_formats.stored import OPTIONAL, REQUIRED
 from safe_offrl.errors import DataError
 
 # Gymnasium, Minari, OmniSafe and CleanRL call arrays so; they are read where ours are missing.

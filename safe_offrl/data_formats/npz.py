@@ -10,11 +10,12 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import (
+from safe_offrl.data.content import Arrays, Metadata
+from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
+from safe_offrl.data_formats.names import recognise
+from safe_offrl.data_formats.stored import (
     OPTIONAL,
     REQUIRED,
-    Arrays,
-    Metadata,
     Raw,
     RowProgress,
     metadata_text,
@@ -23,8 +24,6 @@ from safe_offrl.data.content import (
     require_size,
     stored_type,
 )
-from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
-from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import replacing

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import REQUIRED, TABLES, chunks
+from safe_offrl.data.content import chunks
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.data_formats.stored import REQUIRED, TABLES
 from safe_offrl.errors import DataError
 from safe_offrl.spec import SafetySpec
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.data.content import metadata_text
+from safe_offrl.data_formats.stored import metadata_text
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import cache_folder, unwritable
 from safe_offrl.record.progress import Say

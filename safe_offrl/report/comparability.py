@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from safe_offrl.env.identity import differences
+from safe_offrl.record.environment_changes import differences
 from safe_offrl.report.run_data import RunData
 
 _NAMED = 5  # runs that a note names

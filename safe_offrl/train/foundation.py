@@ -56,9 +56,7 @@ class Foundation(NamedTuple):
             dataset.cost_max,
             generator,
             Compute(compiled, config.precision, device),
-            Networks(
-                *dataset.layout, config.networks, generator, kind_for(discrete=dataset.discrete)
-            ),
+            Networks(*dataset.layout, config.networks, generator, kind),
             limit,
             limit.worst_cost(dataset.worst_cost),
         )

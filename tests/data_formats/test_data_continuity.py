@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Raw
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data_formats.complete import complete
 from safe_offrl.data_formats.continuity import _ranks, _shifted, _stray_starts
 from safe_offrl.data_formats.motion import copies_of_episodes, measure_motion
 from safe_offrl.data_formats.names import ENDS
+from safe_offrl.data_formats.stored import Raw
 from safe_offrl.errors import DataError
 
 Arrays = dict[str, NDArray[Any]]

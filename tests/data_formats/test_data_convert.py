@@ -225,7 +225,7 @@ def test_long_conversions_show_their_progress(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("safe_offrl.commands.convert.LONG_TRANSITIONS", 1)
-    monkeypatch.setattr("safe_offrl.data.content.CHUNK", 2)
+    monkeypatch.setattr("safe_offrl.data.content.CHUNK_ROWS", 2)
     said: list[str] = []
     convert_dataset(source, tmp_path / "log.mmap", say=said.append)
     assert [line.split()[0] for line in said] == [

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from safe_offrl.data.content import dataset_sha256
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.experience import Experience
 from safe_offrl.data.sampling import uniform_batches
@@ -19,6 +18,7 @@ from safe_offrl.data_formats.conversion import convert, file_sha256
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.data_formats.memory_map import _header_sha256, verify_memory_map
+from safe_offrl.data_formats.stored import dataset_sha256
 from safe_offrl.errors import DataError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.safety.critic import SafetyCriticConfig

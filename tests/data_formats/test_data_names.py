@@ -9,10 +9,10 @@ import h5py
 import numpy as np
 import pytest
 
-from safe_offrl.data.content import REQUIRED
 from safe_offrl.data_formats.hdf5 import present_arrays
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.data_formats.names import SYNONYMS, near_name, recognise
+from safe_offrl.data_formats.stored import REQUIRED
 from safe_offrl.errors import DataError
 from safe_offrl.spec import SafetySpec
 

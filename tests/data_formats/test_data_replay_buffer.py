@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
-from safe_offrl.data.content import Raw
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import assemble
 from safe_offrl.data_formats.replay_buffer import from_replay_buffer
+from safe_offrl.data_formats.stored import Raw
 from safe_offrl.errors import DataError
 from safe_offrl.spec import SafetySpec
 

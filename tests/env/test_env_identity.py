@@ -19,8 +19,9 @@ import pytest
 from gymnasium.envs.registration import WrapperSpec
 from gymnasium.wrappers import RescaleAction
 
-from safe_offrl.env.identity import KEY, differences, environment_identity, log_differences
+from safe_offrl.env.identity import KEY, environment_identity
 from safe_offrl.env.make import make_env
+from safe_offrl.record.environment_changes import differences, log_differences
 from safe_offrl.spec import SafetySpec
 from tests.changing_task import CHANGES, Change, enter, task, write_task
 
