@@ -63,9 +63,9 @@ LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime", "PIL"}
 # up, and comes down as the work on this house goes on.
 MOST_AT_THE_TOP = 7  # files directly in safe_offrl/
 MOST_ROOMS = 20
-MOST_OF_RING_1 = 9_800  # lines; 8,500: one builder for both loops, constraints as objects
+MOST_OF_RING_1 = 9_750  # lines; 8,500: one builder for both loops, constraints as objects
 MOST_OF_A_FILE = 430  # lines; 350: the online loop, what a run writes, the safety critic
-MOST_OF_ALL = 27_000  # lines; 21,585: each fact and each option once, experiments as suites
+MOST_OF_ALL = 27_150  # lines; 21,585: each fact and each option once, experiments as suites
 MOST_TWICE = 80  # top-level names; an allow-list: the words, where one name means one thing
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

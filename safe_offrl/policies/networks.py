@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from safe_offrl.compute.state import Part
 from safe_offrl.policies.gaussian import GAUSSIAN
-from safe_offrl.policies.protocol import (
-    ActionDistribution,
-    DensityPolicy,
-    Kind,
-    normal,
-)
+from safe_offrl.policies.protocol import ActionDistribution, DensityPolicy, Kind, normal
 from safe_offrl.types import Layout
 
 # Q(s, a) of all critics: [B, O], [B, A] -> [E, B]
