@@ -361,7 +361,7 @@ def test_a_compressed_bomb_is_refused_by_its_declared_size(
 ) -> None:
     path = tmp_path / "log.npz"
     np.savez_compressed(path, observations=np.zeros((10**6, 2)))  # 16 MB in 16 kB
-    monkeypatch.setattr("safe_offrl.data.content.MAX_DATASET_BYTES", 10**6)
+    monkeypatch.setattr("safe_offrl.data_formats.stored.MAX_DATASET_BYTES", 10**6)
     with pytest.raises(DataError, match="more than the limit"):
         load(path)
 

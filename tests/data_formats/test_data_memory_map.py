@@ -287,7 +287,7 @@ def test_a_failed_conversion_leaves_nothing(folder: Path, tmp_path: Path) -> Non
 def test_conversion_streams_whatever_the_size(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safe_offrl.data.content.MAX_DATASET_BYTES", 1000)
+    monkeypatch.setattr("safe_offrl.data_formats.stored.MAX_DATASET_BYTES", 1000)
     monkeypatch.setattr("safe_offrl.data.content.CHUNK_ROWS", 50)
     with pytest.raises(DataError, match="safe-offrl convert"):
         load_dataset(folder / "log.hdf5", discount=0.97, spec=RULES[0])
