@@ -292,6 +292,7 @@ FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
     "evaluate": [commands.evaluate_run],
     "certify": [commands.certify_run],
     "verify": [commands.verify_certificate],
+    "replay": [commands.replay_run],
     "export": [commands.export_run],
     "ledger": [commands.show_ledger],
     "trust": [commands.trust_run],

@@ -62,7 +62,7 @@ def test_commands_of_the_table_exist() -> None:
     assert {name for name, _ in rows} == {
         *("collect", "inspect", "convert", "check-env"),
         *("pretrain", "assess", "finetune", "evaluate", "certify", "verify", "compare"),
-        *("ledger", "benchmark", "export", "trust", "demo"),
+        *("ledger", "benchmark", "replay", "export", "trust", "demo"),
     }
     for name, text in rows:
         for option in re.findall(r"`(--[a-z-]+)", text):

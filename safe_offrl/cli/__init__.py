@@ -213,6 +213,15 @@ def verify(**given: Any) -> Answer:
 
 
 @command
+def replay(**given: Any) -> Answer:
+    """Play every version that acted in a run again, in simulation: estimates against the truth.
+
+    It is no part of learning, of the budget or of the ledger. Writes replay.json and replay.png.
+    """
+    return Answer(commands.replay_run(**given))
+
+
+@command
 def export(**given: Any) -> Answer:
     """Write a run's final policy and its shield as one graph for use without Python.
 

@@ -22,6 +22,7 @@ from safe_offrl.commands.offline import pretrain_run, resume_pretrain
 from safe_offrl.commands.offline_plan import PretrainPlan, plan_pretrain, pretrain_config
 from safe_offrl.commands.online import finetune_run, resume_finetune
 from safe_offrl.commands.online_plan import FinetunePlan, finetune_config, plan_finetune
+from safe_offrl.commands.replay import replay_run
 from safe_offrl.commands.trust import trust_run
 from safe_offrl.commands.verify import verify_certificate
 
@@ -48,6 +49,7 @@ __all__ = [
     "plan_pretrain",
     "pretrain_config",
     "pretrain_run",
+    "replay_run",
     "resume_finetune",
     "resume_pretrain",
     "say_plain",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from safe_offrl.commands.common import say_plain, stored_pretrain_run
@@ -26,6 +27,7 @@ from safe_offrl.deploy.episodes import Reservation
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
 from safe_offrl.record.checkpoints import fitting
+from safe_offrl.record.kept_versions import keep_version
 from safe_offrl.record.online_curves import OnlineCurves
 from safe_offrl.record.progress import STOP_SECONDS, ProgressLine, Say
 from safe_offrl.record.run import RunDir
@@ -145,6 +147,7 @@ def _drive(
         contextlib.closing(ProgressLine(plan.config.budget, curves.step, show_line)) as progress,
         filming(run, loop, say) as show,
     ):
+        keep = _keeping(run, loop)
         for event in loop.run(run.recorded):
             if isinstance(event, Reservation):
                 if stop.number:
@@ -156,6 +159,7 @@ def _drive(
                 # cut; an environment that failed may not fail again.
                 run.append_episode(event, sync=real or event.outcome != "complete")
                 stop.release()
+                keep(event)
                 show(event)
                 if event.outcome == "fault" and loop.fault:
                     say(f"fault       in episode {event.index:,}: {loop.fault}")
@@ -201,6 +205,22 @@ def _drive(
         save_calibration(run, "online", curves.step, png)
     run.set_status("finished", reason=loop.stopped)
     say(f"finished    {run.path}: {loop.stopped}")
+
+
+def _keeping(run: RunDir, loop: Finetuning) -> Callable[[Episode], None]:
+    """What to call with each episode of an online phase: whoever acted in it is kept, once."""
+    kept: set[int] = set()
+    random = loop.config.baseline.from_scratch  # in the warm-up: nobody's version
+
+    def keep(episode: Episode) -> None:
+        policy = loop.policy
+        if policy.version in kept or policy.version != episode.version:
+            return
+        if not (random and episode.phase == "warmup"):
+            keep_version(run.path, policy)
+            kept.add(policy.version)
+
+    return keep if loop.config.keep_versions else lambda _: None
 
 
 def _answers_alarms(loop: Finetuning) -> bool:

@@ -121,6 +121,7 @@ class FinetuneSettings(Limits, total=False):
     delta: float | None  # limit of the KL, in nats
     accident_budget: int | None
     videos: int | None
+    keep_versions: bool | None
     seed: int | None
     kl: bool | None  # whether it is constrained
     safety_constraint: bool | None

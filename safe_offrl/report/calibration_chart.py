@@ -14,8 +14,8 @@ import numpy as np
 from safe_offrl.limits import QUANTITIES
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.report.charts.style import blank_figure
+from safe_offrl.report.realised import realised
 from safe_offrl.safety.calibration import CalibrationReport
-from safe_offrl.stats.fixed import clopper_pearson, mean_and_error
 from safe_offrl.stats.reliability import EDGES
 from safe_offrl.types import Episode
 
@@ -47,7 +47,7 @@ def report_png(report: CalibrationReport) -> bytes:
             f"Safety critic on {report.episodes:,} held-out episodes, "
             f"{report.accident_episodes:,} with an accident"
         )
-        return _png(figure, title)
+        return figure_png(figure, title)
 
 
 def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
@@ -233,21 +233,14 @@ def online_blocks(
 
 
 def _block(members: Sequence[tuple[Episode, float]], constraint: str) -> Block:
-    n = len(members)
     played = [episode for episode, _ in members]
-    if constraint == "cost":
-        realised, error = mean_and_error([episode.cost for episode in played])
-        low, high = max(0.0, realised - 2.0 * error), realised + 2.0 * error
-    else:
-        accidents = sum(episode.accident for episode in played)
-        realised = accidents / n
-        low, high = clopper_pearson(accidents, n)
+    value, low, high = realised(played, constraint)
     return Block(
         first_step=played[0].total_steps - played[0].steps,
         last_step=played[-1].total_steps,
-        episodes=n,
+        episodes=len(members),
         estimate=statistics.fmean(estimate for _, estimate in members),
-        realised=realised,
+        realised=value,
         low=low,
         high=high,
     )
@@ -262,11 +255,11 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
         figure = blank_figure(9.0, 4.8)
         axis = figure.subplots()
         middle = [(b.first_step + b.last_step) / 2.0 for b in blocks]
-        realised = np.array([b.realised for b in blocks])
-        errors = [realised - [b.low for b in blocks], [b.high for b in blocks] - realised]
+        values = np.array([b.realised for b in blocks])
+        errors = [values - [b.low for b in blocks], [b.high for b in blocks] - values]
         axis.errorbar(
             middle,
-            realised,
+            values,
             yerr=np.clip(errors, 0.0, None),
             fmt="s",
             color=_ORANGE,
@@ -285,10 +278,11 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
         axis.legend(loc="upper center", ncols=3, fontsize=8.5, framealpha=0.85)
         episodes = sum(b.episodes for b in blocks)
         finish(axis, f"{episodes:,} episodes in {len(blocks)} blocks", quantity.per_episode)
-        return _png(figure, "Estimate of the policy that acted, and what happened")
+        return figure_png(figure, "Estimate of the policy that acted, and what happened")
 
 
-def _png(figure: Figure, title: str) -> bytes:
+def figure_png(figure: Figure, title: str) -> bytes:
+    """A figure under its title as a PNG."""
     figure.tight_layout(rect=(0, 0, 1, 0.95), h_pad=1.6, w_pad=2.0)
     figure.text(0.012, 0.985, title, va="top", fontsize=14, fontweight="bold")
     buffer = io.BytesIO()

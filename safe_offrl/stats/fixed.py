@@ -142,6 +142,20 @@ def mean_and_error(values: ArrayLike) -> Mean:
     return Mean(float(x.mean()) if len(x) else math.nan, error)
 
 
+def mean_bounds(values: ArrayLike, confidence: float) -> tuple[float, float]:
+    """Lower and upper bound of a mean, each by itself at ``confidence``, by Student's t.
+
+    Exact where values are normal; of few and skewed ones the upper bound is too low. Without a
+    second value nothing is known: (-inf, inf).
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        return -math.inf, math.inf
+    mean, error = mean_and_error(x)
+    reach = float(special.stdtrit(len(x) - 1, confidence)) * error
+    return mean - reach, mean + reach
+
+
 def standard_errors(confidence: float) -> float:
     """How many standard errors a one-sided normal upper limit lies above the mean.
 

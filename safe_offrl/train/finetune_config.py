@@ -36,12 +36,13 @@ class FinetuneConfig:
     probability of about .98. ``device``, ``compile`` and ``precision`` say how losses are computed,
     see :mod:`safe_offrl.compute.descent`; ``baseline`` is for what our method is compared with.
     ``videos`` is how many accidents are filmed, the first ones of the run, see
-    :mod:`safe_offrl.report.videos`.
+    :mod:`safe_offrl.report.videos`; ``keep_versions`` keeps every version that acted, for replays.
     """
 
     budget: int = 50_000
     accident_budget: int | None = None
     videos: int = 0
+    keep_versions: bool = False
     seed: int = 0
     kl: bool = True
     safety_constraint: bool = True
