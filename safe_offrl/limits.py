@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-T = TypeVar("T")
+Outcome = TypeVar("Outcome")
 
 ALARM_RANGE = 4.0  # limits: an episode that costs more than this counts as this in the alarm
 
@@ -72,7 +72,7 @@ class AccidentProbability:
         """What so many episodes did: accidents per 1000 steps."""
         return 1000.0 * accidents / steps
 
-    def select(self, accident: T, cost: T) -> T:
+    def select(self, accident: Outcome, cost: Outcome) -> Outcome:
         """What is constrained, of an episode, of a step, or of many: the accident."""
         return accident
 
@@ -155,7 +155,7 @@ class ExpectedCost:
         """What so many episodes did: cost per episode."""
         return cost / episodes
 
-    def select(self, accident: T, cost: T) -> T:
+    def select(self, accident: Outcome, cost: Outcome) -> Outcome:
         """What is constrained, of an episode, of a step, or of many: the cost."""
         return cost
 

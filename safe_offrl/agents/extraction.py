@@ -27,7 +27,7 @@ from safe_offrl.compute.state import Part
 from safe_offrl.nn.losses import exponential_weight
 from safe_offrl.policies.mlp import linear_layers
 from safe_offrl.policies.networks import Networks, QFunction, Risk
-from safe_offrl.policies.protocol import Behaviour, require_density
+from safe_offrl.policies.protocol import BehaviourModel, require_density
 from safe_offrl.types import Batch
 
 
@@ -85,7 +85,7 @@ class Extraction:
             "actor_optimizer": self.actor_optimizer,
         }
 
-    def behaviour(self, observations: Tensor) -> Behaviour:
+    def behaviour(self, observations: Tensor) -> BehaviourModel:
         """The model of the log's behaviour: a mixture, where one policy cannot be one."""
         outputs = self.mixture["layers"](observations)
         return self._density.behaviour(outputs, self.config.components)

@@ -68,7 +68,7 @@ def replay_run(
         for line in changed_line(f"that of {run.name}", since_run(run, identity)):
             say(line)
         settings = {"episodes": episodes, "seed": seed, KEY: plain(identity)}
-        rows = _played(run, settings)
+        rows = _known_rows(run, settings)
         history = _history(run)
         progress = f"{len(files):,} versions of {episodes:,} episodes each"
         say(f"replay      {run.name}: {progress}, in {final.env.env_id}")
@@ -79,17 +79,17 @@ def replay_run(
                 policy = load_version(path)
                 if rows.get(policy.version, {}).get("sha256") != _sha256(policy):
                     facts = history.get(policy.version, {})
-                    rows[policy.version] = facts | _row(final, policy, episodes, seed)
-                    _write(run, settings, final, rows)
+                    rows[policy.version] = facts | _play_version(final, policy, episodes, seed)
+                    _keep_result(run, settings, final, rows)
                 heartbeat.beat()
-    result = _write(run, settings, final, rows)
+    result = _keep_result(run, settings, final, rows)
     write_atomic(run.path / PICTURE, replay_png(result))
     say(_summary(result))
     say(f"file        {run.path / PICTURE}")
     return result
 
 
-def _played(run: RunDir, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _known_rows(run: RunDir, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """Rows of an earlier call that was to do the same, by version."""
     try:
         found = json.loads((run.path / REPLAY).read_bytes())
@@ -127,7 +127,9 @@ def _sha256(policy: DeployedPolicy) -> str:
     return f"{policy.sha256} {policy.shield.sha256}"
 
 
-def _row(final: FinalPolicy, policy: DeployedPolicy, episodes: int, seed: int) -> dict[str, Any]:
+def _play_version(
+    final: FinalPolicy, policy: DeployedPolicy, episodes: int, seed: int
+) -> dict[str, Any]:
     played = list(evaluate(final.env, policy, episodes, seed, worst_cost=final.worst_cost))
     constraint, limit = final.limit.constraint, final.limit.value
     lower, upper = one_sided_bounds(played, constraint, final.safety.confidence)
@@ -146,7 +148,7 @@ def _row(final: FinalPolicy, policy: DeployedPolicy, episodes: int, seed: int) -
     }
 
 
-def _write(
+def _keep_result(
     run: RunDir, settings: Mapping[str, Any], final: FinalPolicy, rows: Mapping[int, dict[str, Any]]
 ) -> dict[str, Any]:
     versions = [rows[version] for version in sorted(rows)]

@@ -95,7 +95,7 @@ class DensityPolicy(ActionDistribution, Protocol):
         """Whether given actions are such as the policy takes, [B, A] -> bool [B]."""
 
 
-class Behaviour(Protocol):
+class BehaviourModel(Protocol):
     """A model of the log's behaviour at B observations."""
 
     def log_prob(self, actions: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Density(NamedTuple):
 
     target_entropy: Callable[[int, float, float], float]
     behaviour_outputs: Callable[[int, int], int]
-    behaviour: Callable[[Tensor, int], Behaviour]
+    behaviour: Callable[[Tensor, int], BehaviourModel]
 
 
 class Kind(NamedTuple):

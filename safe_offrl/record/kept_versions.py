@@ -18,7 +18,7 @@ from safe_offrl.errors import RunError
 from safe_offrl.files import write_atomic
 from safe_offrl.record.checkpoints import fitting
 
-FOLDER = "versions"
+VERSIONS_FOLDER = "versions"
 _KEY = "policy"
 
 
@@ -32,14 +32,14 @@ def keep_version(run: Path, policy: DeployedPolicy) -> None:
         for name, tensor in policy.tensors().items()
     }
     data = safetensors.torch.save(tensors, metadata={_KEY: json.dumps(policy.words())})
-    folder = run / FOLDER
+    folder = run / VERSIONS_FOLDER
     folder.mkdir(exist_ok=True)
     write_atomic(folder / f"{policy.version:06d}.safetensors", data)
 
 
 def kept_versions(run: Path) -> list[Path]:
     """The files of all versions that are kept of a run, in the order in which they acted."""
-    return sorted((run / FOLDER).glob("[0-9]*.safetensors"))
+    return sorted((run / VERSIONS_FOLDER).glob("[0-9]*.safetensors"))
 
 
 def load_version(path: Path) -> DeployedPolicy:

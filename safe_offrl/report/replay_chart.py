@@ -13,7 +13,7 @@ from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.report.charts.style import DASHED, blank_figure
 
 _BLUE, _ORANGE = COLOURS[:2]
-_INK = "0.25"
+_GREY = "0.25"
 
 
 def replay_png(result: Mapping[str, Any]) -> bytes:
@@ -34,14 +34,14 @@ def replay_png(result: Mapping[str, Any]) -> bytes:
         over_steps.errorbar(steps, truth, yerr=errors, label=label, **style)
         over_steps.plot(steps, estimate, "o", color=_BLUE, markersize=4.5, label="estimate")
         name = f"{quantity.limit_in_words} {limit:g}"
-        over_steps.axhline(limit, color=_INK, linestyle=DASHED, linewidth=1.2, label=name)
+        over_steps.axhline(limit, color=_GREY, linestyle=DASHED, linewidth=1.2, label=name)
         over_steps.set_ylim(0.0, most)
         over_steps.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
         over_steps.legend(loc="upper center", ncols=3, fontsize=8.5, framealpha=0.85)
         finish(over_steps, "Versions by the step at which they began", quantity.per_episode)
         plane.errorbar(estimate, truth, yerr=errors, **style)
-        plane.plot([0.0, most], [0.0, most], color=_INK, linestyle=DASHED, linewidth=1.1)
-        plane.axhline(limit, color=_INK, linestyle=DASHED, linewidth=1.2)
+        plane.plot([0.0, most], [0.0, most], color=_GREY, linestyle=DASHED, linewidth=1.1)
+        plane.axhline(limit, color=_GREY, linestyle=DASHED, linewidth=1.2)
         plane.set_xlim(0.0, most)
         plane.set_ylim(0.0, most)
         finish(plane, "Truth against estimate", quantity.per_episode, "estimate")

@@ -32,7 +32,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.limits import Limit
 from safe_offrl.nn.losses import accident_td_loss, push_up_loss
 from safe_offrl.policies.networks import EVERY, Actor, Members, StackedMLP, polyak_
-from safe_offrl.safety.outlook import UNLIKELY, AccidentAhead, CostAhead, Outlook
+from safe_offrl.safety.outlook import UNLIKELY_LOGIT, AccidentAhead, CostAhead, Outlook
 from safe_offrl.stats.fixed import standard_errors
 from safe_offrl.types import Batch, States
 
@@ -137,7 +137,7 @@ class SafetyCritic:
             generator=generator,
         )
         self.target = copy.deepcopy(self.net).requires_grad_(False)
-        self.start_from(UNLIKELY)
+        self.start_from(UNLIKELY_LOGIT)
         self.log_alpha = torch.tensor(config.alpha_init, device=generator.device).log()
         self.optimizer = Adam(self.net.parameters(), config.learning_rate, config.weight_decay)
         self.plain, self._pushed = slice(config.reference), slice(config.reference, None)

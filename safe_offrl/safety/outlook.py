@@ -27,7 +27,9 @@ from safe_offrl.nn.losses import cost_rate_target, first_accident_target
 from safe_offrl.types import Batch, States
 
 Floats = NDArray[np.float32]
-UNLIKELY = -3.0  # logit: accidents are rare, so values start from there instead of a coin flip
+UNLIKELY_LOGIT = (
+    -3.0
+)  # logit: accidents are rare, so values start from there instead of a coin flip
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class AccidentAhead:
 
     def first_logit(self, dataset: Dataset) -> float:
         """Where every value begins: unlikely."""
-        return UNLIKELY
+        return UNLIKELY_LOGIT
 
     def within(self, dataset: Dataset, values: Floats, window: int) -> tuple[Floats, Floats]:
         """What follows each logged step within ``window`` steps, [N] in [0, 1], and what of it was
@@ -131,7 +133,7 @@ class CostAhead:
     def first_logit(self, dataset: Dataset) -> float:
         """Where every value begins: at the log's mean cost, or unlikely if that is none or all."""
         costs = dataset.episode_costs.sum() / self.cost_max / len(dataset.rows)
-        return math.log(costs / (1.0 - costs)) if 0.0 < costs < 1.0 else UNLIKELY
+        return math.log(costs / (1.0 - costs)) if 0.0 < costs < 1.0 else UNLIKELY_LOGIT
 
     def within(self, dataset: Dataset, values: Floats, window: int) -> tuple[Floats, Floats]:
         """The same: ``(1 - g) sum_k<W g^k c_k + g^W V(s_W)``, c in units of cost_max."""
