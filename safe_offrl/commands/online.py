@@ -33,6 +33,7 @@ from safe_offrl.record.progress import STOP_SECONDS, ProgressLine, Say
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.trust import require_trusted
 from safe_offrl.record.versions import versions
+from safe_offrl.record.why import Reasons
 from safe_offrl.report.calibration_chart import online_blocks, online_png
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
@@ -142,6 +143,9 @@ def _drive(
     real = plan.config.env.kind == "real"
     show_line = None if say is say_plain else say
     alarmed = loop.monitor.alarm  # one that has sounded was said before a resume
+    reasons = Reasons(plan.config.lagrangian, plan.limit, steered=plan.config.safety_constraint)
+    for line in run.iterations():  # what a resumed run has said already
+        reasons.take(line)
     seen: set[str] = set()  # phases of which an episode was played, and what follows it compiled
     with (
         contextlib.closing(ProgressLine(plan.config.budget, curves.step, show_line)) as progress,
@@ -186,6 +190,8 @@ def _drive(
                     say(f"alarm       step {event.step:,}: {done}; {delta}")
                 alarmed = loop.monitor.alarm
                 decision = {k: v for k, v in plain(event).items() if k != "metrics"}
+                for text in reasons.take(decision):
+                    say(f"why         step {event.step:,}: {text}")
                 run.log_iteration(decision)
                 curves.add_iteration(decision)
                 run.log(event.step, {**_decision_values(event), **curves.trust(), **event.metrics})

@@ -1,0 +1,68 @@
+"""One line where a run does what people ask about: what it means, and what to change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from safe_offrl.limits import Limit
+from safe_offrl.safety.multiplier import LagrangianConfig
+
+PATIENCE = 10  # decisions in a row that refuse, before a line says so
+
+
+class Reasons:
+    """Looks at each decision of an online phase; says a reason when its cause begins.
+
+    ``steered``: the safety constraint is on. A cause that ends and begins again is said again.
+    """
+
+    def __init__(self, config: LagrangianConfig, limit: Limit, *, steered: bool) -> None:
+        self._config, self._limit, self._steered = config, limit, steered
+        self._standing: set[str] = set()
+        self._refusals: list[str] = []
+
+    def take(self, iteration: Mapping[str, Any]) -> list[str]:
+        """Lines about this decision, a line of iterations.jsonl; [] if there is nothing to say."""
+        replaced = iteration["accepted"] or iteration["rolled_back"]
+        refusals = [] if replaced else [*self._refusals, iteration["reason"]]
+        self._refusals = refusals[-PATIENCE:]
+        found = self._of_lambda(float(iteration["multiplier"])) if self._steered else {}
+        if len(self._refusals) == PATIENCE:
+            found["refused"] = self._of_refusals(iteration.get("divergence", "KL"))
+        said = [text for cause, text in found.items() if cause not in self._standing]
+        self._standing = set(found)
+        return said
+
+    def _of_lambda(self, value: float) -> dict[str, str]:
+        aim, maximum = self._config.aim, self._config.maximum
+        aimed = self._limit.quantity.text(aim * self._limit.value)
+        if value <= 0.0:
+            return {
+                "zero": f"lambda is 0: what it follows has stayed below {aimed} (lagrangian.aim x "
+                "the limit), so risk does not steer the learner any more; lower lagrangian.aim for "
+                "a wider margin"
+            }
+        if value >= maximum:
+            return {
+                "cap": f"lambda is at its cap of {maximum:g} (lagrangian.maximum): what it follows "
+                f"stays above {aimed} although nothing may weigh more; raise the cap, or ask "
+                "`safe-offrl inspect` whether anybody in the log keeps the limit"
+            }
+        return {}
+
+    def _of_refusals(self, divergence: str) -> str:
+        # "KL tail 0.3 is not below 0.25" is for "KL tail"; an alarm refuses by itself.
+        named = Counter(
+            reason.partition(" is not below ")[0].rpartition(" ")[0] or reason
+            for reason in self._refusals
+        )
+        name, times = named.most_common(1)[0]
+        if name == f"{divergence} tail":
+            advice = "on a few states the learner moves too far: raise acceptance.tail_ratio"
+        elif name == divergence:
+            advice = "the learner moves further than delta allows: raise safety.delta"
+        else:
+            advice = "lower lagrangian.aim or raise lagrangian.maximum, so that it is more careful"
+        return f"the last {PATIENCE} proposals were refused, {times} of them for {name}: {advice}"

@@ -1,0 +1,75 @@
+"""A run says why, once, where it does what people ask about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safe_offrl.limits import Limit
+from safe_offrl.record.why import PATIENCE, Reasons
+from safe_offrl.safety.multiplier import LagrangianConfig
+
+LIMIT = Limit("cost", 0.025, 1000.0)
+
+
+def decision(multiplier: float = 1.0, reason: str = "", **more: Any) -> dict[str, Any]:
+    accepted = not reason
+    found = {"accepted": accepted, "rolled_back": False, "reason": reason or "every constraint"}
+    return found | {"multiplier": multiplier, "divergence": "KL"} | more
+
+
+def reasons(*, steered: bool = True) -> Reasons:
+    return Reasons(LagrangianConfig(aim=0.6, maximum=20.0), LIMIT, steered=steered)
+
+
+def test_lambda_at_zero_and_at_its_cap_is_said_when_it_begins() -> None:
+    run = reasons()
+    assert run.take(decision(1.0)) == []
+    (text,) = run.take(decision(0.0))
+    assert "lambda is 0" in text
+    assert "below 15" in text  # .6 of 25
+    assert run.take(decision(0.0)) == []  # said already
+    assert run.take(decision(0.1)) == []
+    assert len(run.take(decision(0.0))) == 1  # it began again
+    (text,) = run.take(decision(20.0))
+    assert "cap of 20" in text
+    assert run.take(decision(19.9)) == []
+
+
+def test_without_the_safety_constraint_lambda_means_nothing() -> None:
+    assert reasons(steered=False).take(decision(0.0)) == []
+
+
+def test_ten_refusals_in_a_row_name_what_most_of_them_were_for() -> None:
+    run = reasons()
+    for _ in range(4):
+        assert run.take(decision(reason="KL 0.09 is not below 0.05")) == []
+    assert run.take(decision()) == []  # accepted: they begin anew
+    for _ in range(6):
+        assert run.take(decision(reason="KL tail 0.3 is not below 0.25")) == []
+    for _ in range(PATIENCE - 7):
+        assert run.take(decision(reason="expected cost 31 is not below 25")) == []
+    (text,) = run.take(decision(reason="KL 0.06 is not below 0.05"))
+    assert "the last 10 proposals were refused, 6 of them for KL tail" in text
+    assert "acceptance.tail_ratio" in text
+    assert run.take(decision(reason="KL 0.06 is not below 0.05")) == []
+    assert run.take(decision(reason="alarm: the pretrained policy already acts")) == []
+
+
+def test_each_cause_has_its_advice() -> None:
+    for reason, advice in (
+        ("KL nan is not below 0.05", "safety.delta"),
+        ("expected cost 31 is not below 25", "lagrangian.aim"),
+        ("alarm: the policy to go back to is shown to exceed the limit", "lagrangian.aim"),
+    ):
+        run = reasons()
+        said = [line for _ in range(PATIENCE) for line in run.take(decision(reason=reason))]
+        assert len(said) == 1
+        assert advice in said[0]
+
+
+def test_a_roll_back_ends_a_row_of_refusals() -> None:
+    run = reasons()
+    for _ in range(PATIENCE - 1):
+        run.take(decision(reason="KL 0.09 is not below 0.05"))
+    assert run.take(decision(reason="alarm: rolled back", rolled_back=True)) == []
+    assert run.take(decision(reason="KL 0.09 is not below 0.05")) == []
