@@ -44,15 +44,18 @@ def run_jobs(
     job, everything runs in this process. An exception of a job is raised here; the other jobs end
     at once then, and with this process.
     """
+    # Jobs in this process.
     tell = progress or (lambda _message: None)
     if min(workers, len(jobs)) <= 1:
         return [work(job, tell) for job in jobs]
+    # Worker processes.
     context = multiprocessing.get_context("spawn")  # torch does not survive a fork
     messages = context.Queue()
     theirs, ours = context.Pipe(duplex=False)  # ends with this process, however that comes about
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)), mp_context=context, initializer=_begin, initargs=(messages, theirs)
     )
+    # Messages and results.
     try:
         futures = [pool.submit(_work, work, job) for job in jobs]
         waiting = set(futures)
@@ -69,6 +72,7 @@ def run_jobs(
     finally:
         pool.shutdown(cancel_futures=True)
         theirs.close()
+    # Last messages.
     _drain(messages, tell)
     ours.close()
     messages.close()
