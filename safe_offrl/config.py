@@ -121,6 +121,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
 
     Raises ConfigError on a wrong type, NaN or infinity.
     """
+    # Optional values.
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~")):
@@ -129,10 +130,12 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
             raise _wrong(key, value, "a value")
         (inner,) = (a for a in arguments if a is not type(None))
         return coerce(inner, value, key)
+    # Choices.
     if origin is typing.Literal:
         if value not in arguments:
             raise _wrong(key, value, "one of " + ", ".join(map(str, arguments)))
         return value
+    # Lists.
     if origin is tuple:
         items = value
         if isinstance(value, str):
@@ -140,11 +143,13 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(items, list | tuple):
             raise _wrong(key, value, "a list such as [256,256]")
         return tuple(coerce(arguments[0], item, key) for item in items)
+    # Mappings.
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(key, value, "a mapping of keys to values")
         # What else an entry must be is known to whoever the dict is for.
         return {str(k): coerce(str, v, key) if isinstance(v, str) else v for k, v in value.items()}
+    # Truth values.
     if hint is bool:
         words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
         if isinstance(value, str) and value.lower() in words:
@@ -152,6 +157,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, bool):
             raise _wrong(key, value, "true or false")
         return value
+    # Numbers.
     if hint is int:
         if isinstance(value, str):
             sign = -1 if value.startswith("-") else 1
@@ -167,6 +173,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         if not math.isfinite(number):
             raise _wrong(key, value, "a finite number")
         return number
+    # Text.
     if hint is str:
         if not isinstance(value, str):
             raise _wrong(key, value, "text")
@@ -265,6 +272,7 @@ def load_config(
     not given) <- ``overrides`` ("a.b=c"). A preset comes after its base, if it names one. Unknown
     keys and wrong values raise ConfigError.
     """
+    # Preset, or the file in its place.
     known = schema_keys(schema)
     if preset is None:
         file_values = load_preset(env_id)
@@ -278,14 +286,17 @@ def load_config(
                 raise ConfigError(
                     f'Unknown key "{name}" in "{preset}". {suggestion(name, SECTIONS)}'
                 )
+    # The section, and that of its bases.
     chosen = [part.get(section) or {} for part in _with_bases(file_values)]
     if not all(isinstance(part, Mapping) for part in chosen):
         raise ConfigError(f'"{section}" of the preset holds no key: value pairs. Correct it.')
+    # Layers, the last of which wins.
     words = [*chosen, logged or {}] if preset is None else [logged or {}, *chosen]
     layers = [inherited or {}, *words]
     layers.append({k: v for k, v in (flags or {}).items() if v is not None})
     layers += [_parse_override(text) for text in overrides]
 
+    # Settings.
     flat: dict[str, Any] = {}
     for layer in layers:
         for key, value in _flatten(layer, known).items():

@@ -43,19 +43,23 @@ def assess_policy(
     ``dataset`` as the policy sees it (normalised). DataError if it has too few episodes,
     ConfigError for a policy without a density.
     """
+    # What cannot be assessed.
     require_density(actor.kind, "The comparison of logged actions with the policy's")
     if dataset.episodes < FEWEST_EPISODES:
         raise DataError(
             f"The dataset has {dataset.episodes} episodes, too few to assess a policy from. "
             f"Log at least {FEWEST_EPISODES - dataset.episodes} more."
         )
+    # Episodes that are assessed.
     logged, return_range = dataset.episodes, dataset.return_range
     dataset = dataset.sample(MOST_ROWS, seed)
     # Of an episode that was cut off there is nothing to reweigh.
     known = dataset.behaviour_log_probs is not None and bool(whole_episodes(dataset).all())
+    # Fitted Q evaluation.
     evaluation = evaluate_fitted(
         dataset, actor, limit, config, seed, with_q=known, progress=progress
     )
+    # Reweighed episodes, where the log says how likely its own actions were.
     found: tuple[Weighted | None, Weighted | None] = (None, None)
     if known:
         found = _reweighed(dataset, actor, limit, evaluation, config.replicates, seed)

@@ -136,6 +136,7 @@ def learn_features(
     alone (``half_of_row`` [N]). The squared error, not the cross-entropy: the features are to be
     linear in a probability.
     """
+    # Networks and optimiser.
     members = 2 * HALVES * config.networks
     rows = len(dataset.rows)
     fewest = int(torch.bincount(half_of_row, minlength=HALVES).min())
@@ -155,8 +156,10 @@ def learn_features(
     scale = torch.tensor([_spread(x) for x in episode_totals(dataset, limit)])
     half_of_member = torch.arange(HALVES).repeat_interleave(config.networks).repeat(2)
     for step in range(config.steps):
+        # Learning rate, which falls to 0 over the second half.
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, 2.0 * (1.0 - step / config.steps))
+        # Batch and targets.
         index = torch.randint(rows, (config.batch_size,), generator=generator)
         steps = take(dataset, limit, index)
         with torch.no_grad():
@@ -171,10 +174,12 @@ def learn_features(
             scaled = values * scale.view(2, 1, 1)
             targets = steps.targets(scaled, limit) / scale.view(2, 1, 1)
             targets[RISK].clamp_(0.0, 1.0 / float(scale[RISK]))
+        # Squared errors, each member's on its own half.
         mine = HALVES * (half_of_row[index] == half_of_member.unsqueeze(1)).float()
         batch = steps.batch
         learnt = net(_inputs(batch.observations, batch.time_to_go, batch.actions))
         errors = F.mse_loss(learnt, targets.flatten(0, 1), reduction="none")
+        # Gradient step.
         gradients = torch.autograd.grad((errors * mine).mean(1).sum(), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -157,6 +157,7 @@ def _phase(
     from safe_offrl.record.run_names import require_runs_folder
 
     writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
+    # A run that goes on.
     if resume is not None:
         if given := [s for s in (*settings.values(), name, preset, *overrides) if s is not None]:
             raise UserError(
@@ -164,9 +165,11 @@ def _phase(
                 "Leave it out, or start a new run."
             )
         return Answer(answer(go_on(resume, threads=threads, **writing)))
+    # Settings of a new run.
     config = configure(**settings, preset=preset, overrides=overrides)
     if print_config:
         return _settings(config)
+    # Plan and run.
     if not dry_run:
         require_runs_folder(runs, name)
     planned = plan(config, threads=threads or 1, say=say)

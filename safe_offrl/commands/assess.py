@@ -72,11 +72,13 @@ def assess_runs(
     ``out`` all that is returned goes into this file instead, and nothing into the runs. The limits
     are those that the runs were pretrained with, unless given here.
     """
+    # Runs, and where the answer goes.
     found = [find_run(reference, Path(runs), "pretrain") for reference in references]
     for run in found if out is None else ():
         run.require_writable("Give --out FILE to write elsewhere.")
     if out is not None:
         require_output(Path(out))
+    # Estimates of each run.
     estimates: dict[str, Estimates] = {}
     bounds: dict[str, tuple[float, float]] = {}
     results: dict[str, Any] = {}
@@ -102,6 +104,7 @@ def assess_runs(
             "estimates": estimates[key].as_dict(),
         }
         say(describe(run.name, estimates[key], limit, safety.confidence))
+    # Choice among the runs.
     say(GO_BY)
     answer: dict[str, Any] = {"runs": plain(results)}
     if len(found) > 1:
@@ -114,6 +117,7 @@ def assess_runs(
             else f"choice      none is shown to be below its limit; the lowest upper limit of risk "
             f"is that of {name}"
         )
+    # File.
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(out), json_bytes(answer))
@@ -159,10 +163,12 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
         if store:
             run.lock()  # before the work, not after it
             writing.enter_context(run)
+        # Policy and limit.
         policy = stored_policy(run, subject.checkpoint)
         # Returns are estimated in the environment's unit.
         normalizer = policy.normalizer._replace(reward_scale=1.0)
         limit = subject.safety.limit(dataset.horizon, dataset.cost_max)
+        # Estimates.
         say(f"assess      {run.path}: the policy, without its shield, from the log alone")
         line = ProgressLine(100, 0, None if say is say_plain else say, "%")
         with contextlib.closing(line):
@@ -173,6 +179,7 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
                 CONFIG,
                 progress=lambda done: line.update(round(100 * done), "fitted Q evaluation"),
             )
+        # File.
         content = {
             **_assessed_facts(subject),
             "estimates": estimates.as_dict(),

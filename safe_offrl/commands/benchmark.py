@@ -151,23 +151,27 @@ def benchmark_run(
     anything. The comparison lies beside the runs, as a page, tables, chart and JSON. RunError in
     the end if a run failed.
     """
+    # Runs that are missing.
     say(benchmark_text(suite, root))
     require_runs_folder(root)
     (root / "logs").mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(suite, root)
     state = _Progress(suite, root, workers, _unfinished(jobs, suite))
     state.done = {j.folder for j in jobs} - {j.folder for j in state.waiting}
+    # Their execution.
     with StopSignal() as stop:
         try:
             _run_jobs(state, stop, say)
         finally:
             _end_all(state)
+    # Interruption.
     if stop.number:
         raise Interrupted(
             stop.number,
             f"Interrupted with {len(state.done)} of {len(jobs)} runs done. The same command goes "
             "on from there.",
         )
+    # Comparison and failures.
     results = {env: _compare(state, env, say) for env in suite.environments}
     if state.failed:
         names = ", ".join(job.label for job in state.failed)

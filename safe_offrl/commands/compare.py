@@ -31,13 +31,16 @@ def compare_runs(
     A reference is a run, or a folder of runs: the seeds of one method, named like the folder.
     ``by_run``: whether the printed tables list each run; None: unless there are many.
     """
+    # Tables.
     comparison = report.compare(references, group_by=group_by, root=Path(runs))
     say(tables.format_table(comparison, by_run=by_run))
+    # Charts.
     figures = [Path(path) for path in (png, svg) if path is not None]
     for path in figures:
         path.parent.mkdir(parents=True, exist_ok=True)
         charts.write_figure(comparison, path)
         say(f"figure      {path}")
+    # Documents.
     if markdown is not None:
         Path(markdown).parent.mkdir(parents=True, exist_ok=True)
         write_markdown(comparison, Path(markdown), figures)

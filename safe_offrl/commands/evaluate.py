@@ -46,6 +46,7 @@ def evaluate_run(
     first ``videos`` accidents are filmed. ConfigError where the environment is real: these episodes
     are on no record, those of :func:`certify_run` are.
     """
+    # Run and target.
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")
     run = find_run(reference, Path(runs))
@@ -53,6 +54,7 @@ def evaluate_run(
     if out is None:
         run.require_writable("Give --out FILE to write elsewhere.")
     require_output(target)
+    # Policy and environment, which must not be real.
     final = final_policy(run)
     if final.environment.kind == "real":
         final.env.close()
@@ -64,6 +66,7 @@ def evaluate_run(
     safety, identity = final.safety, final.env.identity()
     for line in changed_line(f"that of {run.name}", since_run(run, identity)):
         say(line)
+    # Episodes.
     played: list[Episode] = []
     with (
         contextlib.closing(final.env),
@@ -81,6 +84,7 @@ def evaluate_run(
             worst_cost=final.worst_cost,
         ):
             played.append(episode)  # noqa: PERF402  # its length is shown meanwhile
+    # Outcomes.
     accidents = sum(episode.accident for episode in played)
     returns = [e.episode_return for e in played if e.outcome == "complete"]
     mean, error = _mean_and_error(returns)
@@ -90,6 +94,7 @@ def evaluate_run(
     counted = different if situations.few else played
     seen = sum(episode.accident for episode in counted)
     low, high = clopper_pearson(seen, len(counted), safety.confidence)
+    # Result.
     result: dict[str, Any] = {
         "episodes": episodes,
         "distinct_episodes": len(different),
@@ -109,6 +114,7 @@ def evaluate_run(
         "checkpoint_sha256": final.checkpoint_sha256,
         KEY: identity,
     }
+    # Summary and file.
     gain = f"{mean:.2f} +- {error:.2f}" if returns else "unknown: no episode came to its end"
     say(
         f"{run.name}: {accidents} accidents in {episodes} episodes, "

@@ -38,6 +38,7 @@ def export_run(
     A pretrained policy has no shield, as in :func:`safe_offrl.load_policy`. The file is run and
     compared with the policy before it is written: RunError, and nothing written, if they differ.
     """
+    # Run and files.
     chosen = require_format(file_format)
     run = find_run(reference, Path(runs))
     path = Path(out) if out is not None else run.path / EXPORTS / f"policy{chosen.suffix}"
@@ -48,6 +49,7 @@ def export_run(
         if unwritable(run.path) is None:
             run.lock()  # no newer checkpoint between the policy and its hashes
             stack.enter_context(run)
+        # Policy.
         final = final_policy(run)
         policy, env = final.policy, final.env
         with contextlib.closing(env):
@@ -57,6 +59,7 @@ def export_run(
                     "an offset, and a graph takes float32. Subtract a constant in the environment "
                     "and make the runs again, or act with safe_offrl.load_policy."
                 )
+            # Graph, compared with the policy.
             space = env.env.action_space
             assert isinstance(space, spaces.Box | spaces.Discrete)  # others are refused
             graph = PolicyGraph(policy, space)
@@ -68,6 +71,7 @@ def export_run(
                     f"{found.difference:g} at {found.observations} observations. Nothing was "
                     "written; try another --format, or the versions of constraints.txt."
                 )
+            # Manifest.
             content = {
                 "format": MANIFEST_FORMAT,
                 "file": {
@@ -82,10 +86,12 @@ def export_run(
     manifest: dict[str, Any] = plain(content)
     packages = manifest["versions"]["packages"]
     packages |= {name: importlib.metadata.version(name) for name in chosen.packages}
+    # Files.
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     beside = path.with_name(f"{path.name}.json")
     write_atomic(beside, json_bytes(manifest))
+    # Summary.
     guard = f"acts, in {found.interventions} of them" if policy.shield.acts else "abstains"
     say(
         f"exported    {run.name} (version {policy.version}) as {file_format}\n"
@@ -103,6 +109,7 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
     o, a, k = env.observation_size, env.action_size, graph.draws
     kind = graph.actor.kind
     space = env.env.action_space
+    # Observation.
     parts = [
         {
             "name": part.name,
@@ -116,6 +123,7 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
     if env.sums_cost:
         name = "min(cost of the episode so far / cost_threshold, 2)"
         parts.append({"name": name, "path": None, "shape": (), "start": o - 1, "stop": o})
+    # Action.
     if isinstance(space, spaces.Discrete):
         action = {"kind": "discrete", "count": a, "start": int(space.start)}
         result: dict[str, Any] = {
@@ -131,6 +139,7 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
             "dtype": "float32",
             "meaning": "in the environment's own units; NaN if the observation is not finite",
         }
+    # All of it.
     return {
         "observation": {
             "size": o,

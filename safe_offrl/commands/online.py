@@ -89,6 +89,7 @@ def resume_finetune(
     """
     found = unfinished("finetune", FinetuneConfig, reference, runs, threads)
     with found as (run, inputs, config):
+        # Plan, as when the run began.
         require_trusted(run, inputs, config.safety, config.baseline.learner)
         plan = plan_finetune(
             stored_pretrain_run(inputs),
@@ -98,6 +99,7 @@ def resume_finetune(
             compile_mode=stored_mode(inputs),
             accept_risk=True,  # it was settled when the run began
         )
+        # The same policy and environment.
         if plan.pretrained.sha256 != inputs.pretrained_sha256:
             raise RunError(
                 f'The pretrain run "{inputs.pretrained}" has changed since "{run.name}" started '
@@ -106,6 +108,7 @@ def resume_finetune(
         with contextlib.closing(plan.env):
             require_same_environment(run, plan.env, accept_risk, say)
             loop = start_loop(plan)
+            # Loop, from the newest checkpoint on.
             with writing(run, say) as stop:
                 checkpoint = bring_back(run, loop)
                 # Its policy is not the one that the run will end with.
@@ -135,6 +138,7 @@ def start_loop(plan: FinetunePlan) -> Finetuning:
 def _drive(
     run: RunDir, plan: FinetunePlan, loop: Finetuning, curves: OnlineCurves, saver: Saver, say: Say
 ) -> None:
+    # State between events.
     run.board.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     stop = saver.stop
     real = plan.config.env.kind == "real"
@@ -147,6 +151,7 @@ def _drive(
     ):
         for event in loop.run(run.recorded):
             if isinstance(event, Reservation):
+                # An episode that begins.
                 if stop.number:
                     saver.save_if_due(curves.step)
                 run.reserve_episode(event.worst)  # on disk before the first of its steps
@@ -176,6 +181,7 @@ def _drive(
                     # plays them again from the last checkpoint.
                     raise interrupted(run, stop.number, event.total_steps)
             else:
+                # A decision on a candidate.
                 if alarmed and not loop.monitor.alarm:
                     done = event.reason.removeprefix("alarm: ")
                     delta = f"delta is {event.delta:g} from here on"
@@ -186,6 +192,7 @@ def _drive(
                 curves.add_iteration(decision)
                 run.log(event.step, {**_decision_values(event), **curves.trust(), **event.metrics})
                 saver.save_if_due(event.step)
+    # End of the run.
     stop.hold()
     if alarmed and _answers_alarms(loop):
         say(

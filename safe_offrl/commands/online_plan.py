@@ -67,6 +67,7 @@ class FinetunePlan:
     @property
     def header(self) -> str:
         """What a person should know before it starts, above all what the budget can prove."""
+        # What is active.
         config, safety = self.config, self.config.safety
         shield = "shield" if not self.shield_refusals else "shield (abstains)"
         parts = {
@@ -76,12 +77,14 @@ class FinetunePlan:
         }
         on = [name for name, active in parts.items() if active]
         why = f"; abstains for {'; '.join(self.shield_refusals)}" if config.shield else ""
+        # Warm-up.
         limit = config.accident_budget
         warm_up = f"{config.warmup_steps:,} steps of the pretrained policy, then learning"
         if config.warmup_steps >= config.budget:
             warm_up = "the whole budget: nothing will be learnt (set warmup_steps)"
         elif config.warmup_steps + config.iteration_steps > config.budget and not config.untested:
             warm_up += ", of which nothing will act: the first proposal comes after the budget"
+        # Lines.
         return "\n".join(
             [
                 f"finetune    {self.inputs.env_id}, budget {config.budget:,} steps"
@@ -138,6 +141,7 @@ def finetune_config(
 
     ``preset`` is a YAML file that takes the place of the environment's, see :func:`load_config`.
     """
+    # The pretrain run.
     inputs, source = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
@@ -148,6 +152,7 @@ def finetune_config(
     for key, value in settings.items():
         if value is not None:
             flags[f"safety.{key}" if key in of_safety else key] = value
+    # Settings.
     config = load_config(
         FinetuneConfig,
         section="finetune",
@@ -157,6 +162,7 @@ def finetune_config(
         flags=flags,
         overrides=overrides,
     )
+    # The rule that the critic learnt under.
     for key in ("accident", "cost_threshold", "constraint", "horizon"):
         learnt, asked = getattr(source.safety, key), getattr(config.safety, key)
         if learnt != asked:
@@ -164,6 +170,7 @@ def finetune_config(
                 f'safety.{key} is {asked}, but the critic of "{pretrained.name}" learnt under '
                 f"{learnt}. Leave it out, or pretrain with it."
             )
+    # Discount and learner.
     config = _with_own_settings(config)
     _require_one_discount(config, discount_of(source), pretrained.name)
     learner = config.baseline.learner
@@ -172,6 +179,7 @@ def finetune_config(
             f'baseline.learner is {learner}, but "{pretrained.name}" was pretrained by '
             f"{source.agent}, which has not its values. Pretrain with --agent {learner}."
         )
+    # Sizes of the networks.
     shapes = ("members", "reference", "hidden")
     if config.networks != source.networks or any(
         getattr(config.critic, key) != getattr(source.critic, key) for key in shapes
@@ -220,12 +228,14 @@ def plan_finetune(
     if it has not been), ``accept_risk`` is given or the constraint is off. ``device`` and
     ``compile_mode`` take the place of the configured ones.
     """
+    # Compute.
     configure(threads)
     updates = config.budget // config.update_every * config.utd
     device = find_device(device or config.device)
     compute, compiling = choose_compute(
         compile_mode or config.compile, config.precision, updates, device
     )
+    # The pretrain run.
     source, source_config = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
@@ -236,6 +246,7 @@ def plan_finetune(
             f'The run "{pretrained.name}" is not finished. '
             f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
         )
+    # Environment.
     env = make_env(source.env_id, config.safety, timeout=config.env.timeout)
     try:
         if source.horizon not in (None, env.horizon):
@@ -244,12 +255,14 @@ def plan_finetune(
                 f'"{pretrained.name}" learnt what happens within {source.horizon}. Register the '
                 "environment as it was, or pretrain again."
             )
+        # Dataset and limit.
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
         limit = config.safety.limit(env.horizon, dataset.cost_max)
         if config.videos:
             require_pictures(env)
+        # Pretrained policy and shield.
         checkpoint = pretrained.load_checkpoint()
         refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
         if "shield_acts" not in checkpoint.info:
@@ -264,10 +277,12 @@ def plan_finetune(
             accepted = "not limited"
         subject = Subject(pretrained, config.safety, dataset, checkpoint, source_config, source)
         risk = gate(subject, accepted=accepted, say=say)
+        # Changes of the environment.
         identity = env.identity()
         changes = learnt_lines(since_log(dataset, identity), since_run(pretrained, identity))
         if changes:
             risk = f"{risk}; judged in another environment"
+        # Plan.
         inputs = replace(
             source,
             threads=threads,

@@ -160,6 +160,7 @@ def writing(run: RunDir, say: Say, *, new: bool = False) -> Iterator[StopSignal]
         except Interrupted:
             raise
         except StopNow:
+            # A stop at once.
             stop.hold()
             run.set_status("interrupted")
             raise Interrupted(
@@ -168,6 +169,7 @@ def writing(run: RunDir, say: Say, *, new: bool = False) -> Iterator[StopSignal]
                 f"{_continue(run)}",
             ) from None
         except BaseException as error:
+            # A refusal or a failure.
             stop.hold()
             refused = isinstance(error, UserError) and not isinstance(error, EnvError)
             if new and refused and run.is_blank:

@@ -54,6 +54,7 @@ def save_checkpoint(
     FloatingPointError, with nothing touched, if a tensor is not finite: three of these would leave
     no checkpoint that is worth continuing from.
     """
+    # Finite tensors.
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(
@@ -64,12 +65,14 @@ def save_checkpoint(
     copies = {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
     }
+    # Content.
     state = safetensors.torch.save(copies)
     info_bytes = json_bytes(dict(info))
     hashes = {"state.safetensors": _digest(state), "info.json": _digest(info_bytes)}
     manifest: dict[str, Any] = {"step": step, "sha256": hashes, "counts": dict(counts)}
     manifest["crc32"] = zlib.crc32(json_bytes(manifest))
 
+    # Folder.
     target = folder / f"step-{step:09d}"
     files = {
         "state.safetensors": state,
@@ -84,6 +87,7 @@ def save_checkpoint(
         fsync_folder(temporary)
         if target.exists():
             shutil.rmtree(target)
+    # Checkpoints that are not kept.
     older = [p for p in _complete(folder) if p.name < target.name]
     for path in _complete(folder):
         if path.name > target.name or path in older[: -(KEPT_CHECKPOINTS - 1)]:

@@ -90,12 +90,14 @@ def parse_ledger(data: bytes, where: str, start: str = "") -> Ledger:
 
     Damage anywhere else raises RunError, in which ``where`` names the ledger.
     """
+    # What has been read.
     episodes: list[Episode] = []
     reserved: Episode | None = None
     lines = chained = used = 0
     head = start
     for line in data.split(b"\n")[:-1]:
         lines += 1
+        # A line that follows the one before it.
         try:
             episode, head, stated = _parse_line(line, head)
             if episode.index != len(episodes) or (reserved and not _closes(episode, reserved)):
@@ -110,6 +112,7 @@ def parse_ledger(data: bytes, where: str, start: str = "") -> Ledger:
                 f"The ledger {where} is damaged in line {lines} ({what}). "
                 "Restore it from a backup; it is never repaired silently."
             ) from error
+        # Its episode.
         if episode.outcome == "reserved":
             reserved = episode
         else:
