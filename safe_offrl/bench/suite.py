@@ -60,21 +60,21 @@ class Job:
         return (*start, *options, *self.overrides)
 
 
-def load_suite(reference: str) -> Suite:
+def load_suite(asked: str) -> Suite:
     """The suite of this name, or of this YAML file; ConfigError says what is wrong with it."""
     folder = importlib.resources.files("safe_offrl.configs") / "suites"
     known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[0] != "_")
-    if reference in known:
-        text, name = (folder / f"{reference}.yaml").read_text(encoding="utf-8"), reference
-    elif not reference.endswith((".yaml", ".yml")):
+    if asked in known:
+        text, name = (folder / f"{asked}.yaml").read_text(encoding="utf-8"), asked
+    elif not asked.endswith((".yaml", ".yml")):
         raise ConfigError(
-            f'There is no suite "{reference}". There are {", ".join(known)}; or give a YAML file.'
+            f'There is no suite "{asked}". There are {", ".join(known)}; or give a YAML file.'
         )
     else:
         try:
-            text, name = Path(reference).read_text(encoding="utf-8"), Path(reference).stem
+            text, name = Path(asked).read_text(encoding="utf-8"), Path(asked).stem
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f'The suite "{reference}" cannot be read ({error}).') from error
+            raise ConfigError(f'The suite "{asked}" cannot be read ({error}).') from error
     return parse_suite(text, name)
 
 

@@ -107,20 +107,20 @@ def finetune(*, arguments: list[str] | None, accept_risk: bool, **given: Any) ->
     from safe_offrl.record.find_run import find_run
 
     # Both are optional and positional: what holds no "=" is the run.
-    references = [text for text in arguments or [] if "=" not in text]
+    run_names = [text for text in arguments or [] if "=" not in text]
     keys = [text for text in arguments or [] if "=" in text]
-    commands.parse_overrides(references[1:])
+    commands.parse_overrides(run_names[1:])
     source: Any = None  # a run that goes on knows its own
     if given["resume"] is None:
-        source = find_run(references[0] if references else None, given["runs"], "pretrain")
-        references = []
+        source = find_run(run_names[0] if run_names else None, given["runs"], "pretrain")
+        run_names = []
     return _phase(
         partial(commands.finetune_config, source),
         partial(commands.plan_finetune, source, accept_risk=accept_risk),
         commands.finetune_run,
         partial(commands.resume_finetune, accept_risk=accept_risk),
         _tally,
-        overrides=[*references, *keys],
+        overrides=[*run_names, *keys],
         **given,
     )
 

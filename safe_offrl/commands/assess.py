@@ -58,7 +58,7 @@ class Subject(NamedTuple):
 
 
 def assess_runs(
-    references: Sequence[str | Path],
+    run_names: Sequence[str | Path],
     *,
     confidence: float | None = None,
     out: str | Path | None = None,
@@ -73,7 +73,7 @@ def assess_runs(
     are those that the runs were pretrained with, unless given here.
     """
     # Runs, and where the answer goes.
-    found = [find_run(reference, Path(runs), "pretrain") for reference in references]
+    found = [find_run(run_name, Path(runs), "pretrain") for run_name in run_names]
     for run in found if out is None else ():
         run.require_writable("Give --out FILE to write elsewhere.")
     if out is not None:

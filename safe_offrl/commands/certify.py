@@ -57,7 +57,7 @@ MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
 
 
 def certify_run(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     confidence: float | None = None,
     episodes: int | None = None,
@@ -74,7 +74,7 @@ def certify_run(
     and pays for it. ConfigError where every seed of the environment plays the same episode.
     """
     # A finished run that can be written to.
-    run = find_run(reference, Path(runs))
+    run = find_run(run_name, Path(runs))
     if run.state["status"] != "finished":
         raise RunError(
             f'The run "{run.name}" is not finished. Finish it with '

@@ -25,7 +25,7 @@ from safe_offrl.types import Episode
 
 
 def evaluate_run(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     episodes: int = 100,
     mean_action: bool = False,
@@ -49,7 +49,7 @@ def evaluate_run(
     # Run and target.
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")
-    run = find_run(reference, Path(runs))
+    run = find_run(run_name, Path(runs))
     target = Path(out) if out is not None else run.path / "evaluation.json"
     if out is None:
         run.require_writable("Give --out FILE to write elsewhere.")

@@ -26,7 +26,7 @@ MANIFEST_FORMAT = 1  # of the manifest
 
 
 def export_run(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     file_format: str = "onnx",
     out: str | Path | None = None,
@@ -40,7 +40,7 @@ def export_run(
     """
     # Run and files.
     chosen = require_format(file_format)
-    run = find_run(reference, Path(runs))
+    run = find_run(run_name, Path(runs))
     path = Path(out) if out is not None else run.path / EXPORTS / f"policy{chosen.suffix}"
     if out is None:
         run.require_writable("Give --out FILE to write elsewhere.")

@@ -20,7 +20,7 @@ COLUMNS = ("episodes", "steps", "accidents", "unknown", "cost")
 
 
 def show_ledger(
-    reference: str | Path, *, runs: str | Path = "runs", say: Say = say_plain
+    run_name: str | Path, *, runs: str | Path = "runs", say: Say = say_plain
 ) -> dict[str, Any]:
     """Verify a run's ledger and print what it counts; returns it as plain values.
 
@@ -29,7 +29,7 @@ def show_ledger(
     ``result["intact"]`` says whether all of it holds, ``result["problem"]`` what does not.
     """
     # Checks.
-    run = find_run(reference, Path(runs))
+    run = find_run(run_name, Path(runs))
     try:
         ledger = run.ledger()
         _check_against_run(run, ledger)

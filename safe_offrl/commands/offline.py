@@ -59,7 +59,7 @@ def pretrain_run(
 
 
 def resume_pretrain(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     runs: str | Path = "runs",
     threads: int | None = None,
@@ -67,7 +67,7 @@ def resume_pretrain(
     say: Say = say_plain,
 ) -> RunDir:
     """Continue an interrupted offline phase; the result is bitwise that of an uninterrupted one."""
-    found = unfinished("pretrain", PretrainConfig, reference, runs, threads)
+    found = unfinished("pretrain", PretrainConfig, run_name, runs, threads)
     with found as (run, inputs, config):
         if ":" in config.agent:
             require_trusted(run, inputs, config.safety, config.agent)

@@ -71,7 +71,7 @@ def finetune_run(
 
 
 def resume_finetune(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     runs: str | Path = "runs",
     threads: int | None = None,
@@ -87,7 +87,7 @@ def resume_finetune(
     ledger has them; the result is bitwise that of an uninterrupted run. In reality, they are
     counted as the ledger has them, and one that was cut off counts as an accident.
     """
-    found = unfinished("finetune", FinetuneConfig, reference, runs, threads)
+    found = unfinished("finetune", FinetuneConfig, run_name, runs, threads)
     with found as (run, inputs, config):
         # Plan, as when the run began.
         require_trusted(run, inputs, config.safety, config.baseline.learner)

@@ -88,14 +88,14 @@ def new_run(
 
 @contextlib.contextmanager
 def unfinished(
-    kind: str, schema: type[Config], reference: str | Path, runs: str | Path, threads: int | None
+    kind: str, schema: type[Config], run_name: str | Path, runs: str | Path, threads: int | None
 ) -> Iterator[tuple[RunDir, RunInputs, Config]]:
     """A run to go on with, locked, and what it was made with.
 
     RunError if there is nothing left of it to do. ConfigError if it is to go on with another number
     of threads; None: as it was.
     """
-    run = find_run(reference, Path(runs), kind)
+    run = find_run(run_name, Path(runs), kind)
     run.lock()
     with run:
         if run.state["status"] == "finished":

@@ -68,7 +68,7 @@ class Comparison:
 
 
 def compare(
-    references: Sequence[str | Path | Source],
+    run_names: Sequence[str | Path | Source],
     *,
     group_by: str | None = None,
     root: Path = Path("runs"),
@@ -78,7 +78,7 @@ def compare(
     A folder that holds runs directly is one method, named like the folder.
     """
     # Runs by method and environment.
-    sources = [source for reference in references for source in find_runs(reference, root)]
+    sources = [source for run_name in run_names for source in find_runs(run_name, root)]
     if not sources:
         raise RunError("There is no run to compare. Name at least one run folder.")
     data, apart, differing = separated(_read_runs(sources, group_by))

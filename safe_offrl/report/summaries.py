@@ -91,15 +91,15 @@ class Row:
         return math.nan if self.satisfied is None else self.satisfied / self.iterations
 
 
-def scales_of(reference: Sequence[RunData]) -> dict[str, float]:
-    """By environment, the return that is called 1: the mean of the reference method's runs there.
+def scales_of(baseline: Sequence[RunData]) -> dict[str, float]:
+    """By environment, the return that is called 1: the mean of the baseline's runs there.
 
     Returns of different environments differ in scale, so only these scores are pooled. A mean that
     is not positive cannot be a unit and makes the scores NaN.
     """
     means = {}
-    for environment in {run.env_id for run in reference}:
-        returns = [outcome(run) for run in reference if run.env_id == environment]
+    for environment in {run.env_id for run in baseline}:
+        returns = [outcome(run) for run in baseline if run.env_id == environment]
         mean = mean_and_error(returns).value
         means[environment] = mean if mean > 0 else math.nan
     return means
