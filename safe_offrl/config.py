@@ -157,23 +157,11 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, bool):
             raise _wrong(key, value, "true or false")
         return value
-    # Numbers.
+    # Numbers and text.
     if hint is int:
-        if isinstance(value, str):
-            sign = -1 if value.startswith("-") else 1
-            return sign * parse_count(value.removeprefix("-"))
-        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
-            raise _wrong(key, value, "a whole number (200, 50k, 1.5M)")
-        return int(value)
+        return _whole_number(value, key)
     if hint is float:
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            raise _wrong(key, value, "a number") from None
-        if not math.isfinite(number):
-            raise _wrong(key, value, "a finite number")
-        return number
-    # Text.
+        return _number(value, key)
     if hint is str:
         if not isinstance(value, str):
             raise _wrong(key, value, "text")
@@ -184,6 +172,25 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
             )
         return value
     raise TypeError(f"field {key} has a type that settings cannot have: {hint}")
+
+
+def _whole_number(value: Any, key: str) -> int:
+    if isinstance(value, str):
+        sign = -1 if value.startswith("-") else 1
+        return sign * parse_count(value.removeprefix("-"))
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+        raise _wrong(key, value, "a whole number (200, 50k, 1.5M)")
+    return int(value)
+
+
+def _number(value: Any, key: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise _wrong(key, value, "a number") from None
+    if not math.isfinite(number):
+        raise _wrong(key, value, "a finite number")
+    return number
 
 
 def _build(schema: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:

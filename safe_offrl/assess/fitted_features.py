@@ -162,18 +162,7 @@ def learn_features(
         # Batch and targets.
         index = torch.randint(rows, (config.batch_size,), generator=generator)
         steps = take(dataset, limit, index)
-        with torch.no_grad():
-            noise = actor.noise(index.shape, generator)
-            policy = actor(steps.batch.next_observations).quadrature(noise)
-            ahead = _inputs(
-                policy.repeat(steps.batch.next_observations),
-                policy.repeat(steps.next_time_to_go),
-                policy.actions,
-            )
-            values = policy.expect(target(ahead)).view(2, -1, config.batch_size)
-            scaled = values * scale.view(2, 1, 1)
-            targets = steps.targets(scaled, limit) / scale.view(2, 1, 1)
-            targets[RISK].clamp_(0.0, 1.0 / float(scale[RISK]))
+        targets = _targets(steps, actor, limit, target, scale, generator)
         # Squared errors, each member's on its own half.
         mine = HALVES * (half_of_row[index] == half_of_member.unsqueeze(1)).float()
         batch = steps.batch
@@ -188,6 +177,27 @@ def learn_features(
         if (step + 1) % 200 == 0:
             progress((step + 1) / config.steps)
     return net
+
+
+@torch.no_grad()
+def _targets(
+    steps: Steps,
+    actor: Actor,
+    limit: Limit,
+    target: StackedMLP,
+    scale: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """What the members of the networks learn, [2, M / 2, B], in units of ``scale`` [2]."""
+    batch = steps.batch
+    noise = actor.noise(batch.time_to_go.shape, generator)
+    policy = actor(batch.next_observations).quadrature(noise)
+    ahead = policy.repeat(batch.next_observations), policy.repeat(steps.next_time_to_go)
+    values = policy.expect(target(_inputs(*ahead, policy.actions))).unflatten(0, (2, -1))
+    unit = scale.view(2, 1, 1)
+    targets = steps.targets(values * unit, limit) / unit
+    targets[RISK].clamp_(0.0, 1.0 / float(scale[RISK]))
+    return targets
 
 
 def _inputs(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:

@@ -107,21 +107,9 @@ def build_dataset(
         metadata = {**_metadata(env, spec, config, behaviours, arrays), KEY: identity}
     # Warnings.
     share = metadata["unsafe_share"]
-    warnings = []
     if log.dropped.count:
         metadata["dropped_episodes"] = log.dropped.count
-        warnings.append(
-            f"{log.dropped.count:,} of {log.dropped.count + len(log.behaviours):,} episodes were "
-            "left out, because the environment failed in them; whether there was an accident is "
-            f"not known. The last time so: {log.dropped.last}"
-        )
-    if abs(share - config.unsafe_share) > SHARE_TOLERANCE:
-        warnings.append(
-            f"{share:.1%} of the episodes {_unsafe_phrase(spec)}, not the "
-            f"{config.unsafe_share:.0%} aimed at: the nearest mixture that the pilot found comes "
-            "no closer."
-        )
-    if warnings:
+    if warnings := _warnings(log, share, config.unsafe_share, spec):
         metadata["warning"] = " ".join(warnings)
     for warning in warnings:
         tell(progress, f"warning: {warning}")
@@ -135,6 +123,23 @@ def build_dataset(
         f"episodes, {share:.1%} {_unsafe_phrase(spec)}: {path}",
     )
     return Path(path)
+
+
+def _warnings(log: Log, share: float, wanted: float, spec: SafetySpec) -> list[str]:
+    """What whoever learns from a log must know, of which a ``share`` of the episodes is unsafe."""
+    warnings = []
+    if log.dropped.count:
+        warnings.append(
+            f"{log.dropped.count:,} of {log.dropped.count + len(log.behaviours):,} episodes were "
+            "left out, because the environment failed in them; whether there was an accident is "
+            f"not known. The last time so: {log.dropped.last}"
+        )
+    if abs(share - wanted) > SHARE_TOLERANCE:
+        warnings.append(
+            f"{share:.1%} of the episodes {_unsafe_phrase(spec)}, not the {wanted:.0%} aimed at: "
+            "the nearest mixture that the pilot found comes no closer."
+        )
+    return warnings
 
 
 @contextlib.contextmanager

@@ -83,18 +83,10 @@ def assess_runs(
     bounds: dict[str, tuple[float, float]] = {}
     results: dict[str, Any] = {}
     for run in found:
-        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
-        configure(inputs.threads)
-        require_own_limit(config.safety, limits)
-        given = {k: v for k, v in {**limits, "confidence": confidence}.items() if v is not None}
-        safety = dataclasses.replace(config.safety, **given)  # type: ignore[arg-type]
-        dataset = stored_dataset(inputs, safety, discount_of(config))
-        if run.environments:
-            for line in learnt_lines(since_log(dataset, run.environments[-1])):
-                say(line)
-        subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
+        subject = _subject(run, limits, confidence, say)
+        safety, dataset = subject.safety, subject.dataset
         limit = safety.limit(dataset.horizon, dataset.cost_max).value
-        for line in warning_lines(dataset, safety, config.held_out):
+        for line in warning_lines(dataset, safety, subject.config.held_out):
             say(line)
         key = str(run.path)
         estimates[key] = assessed(subject, say, store=out is None)
@@ -152,6 +144,20 @@ def stored_estimates(subject: Subject) -> Estimates | None:
     except (RunError, KeyError, TypeError, ValueError):
         pass  # damaged: it can be made again
     return None
+
+
+def _subject(run: RunDir, limits: Limits, confidence: float | None, say: Say) -> Subject:
+    """What a run has to be judged; its own limits and confidence where none are given."""
+    inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
+    configure(inputs.threads)
+    require_own_limit(config.safety, limits)
+    given = {k: v for k, v in {**limits, "confidence": confidence}.items() if v is not None}
+    safety = dataclasses.replace(config.safety, **given)  # type: ignore[arg-type]
+    dataset = stored_dataset(inputs, safety, discount_of(config))
+    if run.environments:
+        for line in learnt_lines(since_log(dataset, run.environments[-1])):
+            say(line)
+    return Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
 
 
 def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:

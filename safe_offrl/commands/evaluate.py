@@ -17,7 +17,7 @@ from safe_offrl.deploy.evaluate import evaluate
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError
 from safe_offrl.files import json_bytes, plain, write_atomic
-from safe_offrl.record.final_policy import final_policy
+from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.find_run import find_run
 from safe_offrl.record.progress import Heartbeat, Say
 from safe_offrl.stats.fixed import clopper_pearson
@@ -54,15 +54,9 @@ def evaluate_run(
     if out is None:
         run.require_writable("Give --out FILE to write elsewhere.")
     require_output(target)
-    # Policy and environment, which must not be real.
+    # Policy and environment.
     final = final_policy(run)
-    if final.environment.kind == "real":
-        final.env.close()
-        raise ConfigError(
-            f'The environment of "{run.name}" is real, where every episode must be on record and '
-            "evaluate keeps no record. Use "
-            f"`safe-offrl certify {run.name} --episodes {episodes}`, which does."
-        )
+    _require_simulation(final, episodes)
     safety, identity = final.safety, final.env.identity()
     for line in changed_line(f"that of {run.name}", since_run(run, identity)):
         say(line)
@@ -131,6 +125,18 @@ def evaluate_run(
     if out is not None:
         say(f"file        {target}")
     return result
+
+
+def _require_simulation(final: FinalPolicy, episodes: int) -> None:
+    """ConfigError, and the environment closed, if it is a real one."""
+    if final.environment.kind == "real":
+        final.env.close()
+        name = final.run.name
+        raise ConfigError(
+            f'The environment of "{name}" is real, where every episode must be on record and '
+            "evaluate keeps no record. Use "
+            f"`safe-offrl certify {name} --episodes {episodes}`, which does."
+        )
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -192,7 +192,6 @@ def _drive(
                 curves.add_iteration(decision)
                 run.log(event.step, {**_decision_values(event), **curves.trust(), **event.metrics})
                 saver.save_if_due(event.step)
-    # End of the run.
     stop.hold()
     if alarmed and _answers_alarms(loop):
         say(
@@ -201,13 +200,18 @@ def _drive(
         )
     # The last line comes after the last checkpoint, so that a resume from it writes it once.
     saver.save(curves.step)
+    _finish(run, plan, curves, loop.stopped, say)
+
+
+def _finish(run: RunDir, plan: FinetunePlan, curves: OnlineCurves, stopped: str, say: Say) -> None:
+    """Last line, calibration and status of a run whose last checkpoint is written."""
     run.log(curves.step, curves.values())
     constraint = plan.limit.constraint
     if blocks := online_blocks(run.episodes(), run.iterations(), constraint):
         png = online_png(blocks, constraint, plan.limit.value)
         save_calibration(run, "online", curves.step, png)
-    run.set_status("finished", reason=loop.stopped)
-    say(f"finished    {run.path}: {loop.stopped}")
+    run.set_status("finished", reason=stopped)
+    say(f"finished    {run.path}: {stopped}")
 
 
 def _answers_alarms(loop: Finetuning) -> bool:

@@ -241,20 +241,11 @@ def plan_finetune(
     )
     require_trusted(pretrained, source, source_config.safety)
     config = _with_own_settings(config)
-    if pretrained.state["status"] != "finished":
-        raise RunError(
-            f'The run "{pretrained.name}" is not finished. '
-            f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
-        )
+    _require_finished(pretrained)
     # Environment.
     env = make_env(source.env_id, config.safety, timeout=config.env.timeout)
     try:
-        if source.horizon not in (None, env.horizon):
-            raise ConfigError(
-                f'An episode of "{source.env_id}" has {env.horizon} steps now, but '
-                f'"{pretrained.name}" learnt what happens within {source.horizon}. Register the '
-                "environment as it was, or pretrain again."
-            )
+        _require_same_horizon(source, env, pretrained.name)
         # Dataset and limit.
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
@@ -263,13 +254,7 @@ def plan_finetune(
         if config.videos:
             require_pictures(env)
         # Pretrained policy and shield.
-        checkpoint = pretrained.load_checkpoint()
-        refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
-        if "shield_acts" not in checkpoint.info:
-            raise RunError(
-                f'The run "{pretrained.name}" is of an earlier version, whose shield worked by a '
-                "threshold. Pretrain again."
-            )
+        checkpoint, refusals = _pretrained_policy(pretrained)
         provable = certifiable(config.budget, env.horizon, limit, config.safety.confidence)
         # Last, for it may take a minute: every other mistake is found before.
         accepted = "accepted by --accept-risk" if accept_risk else None
@@ -309,3 +294,33 @@ def plan_finetune(
     except BaseException:
         env.close()
         raise
+
+
+def _require_finished(pretrained: RunDir) -> None:
+    if pretrained.state["status"] != "finished":
+        raise RunError(
+            f'The run "{pretrained.name}" is not finished. '
+            f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
+        )
+
+
+def _require_same_horizon(source: RunInputs, env: AccidentEnv, name: str) -> None:
+    """ConfigError if episodes have another length than those that the run ``name`` learnt from."""
+    if source.horizon not in (None, env.horizon):
+        raise ConfigError(
+            f'An episode of "{source.env_id}" has {env.horizon} steps now, but '
+            f'"{name}" learnt what happens within {source.horizon}. Register the '
+            "environment as it was, or pretrain again."
+        )
+
+
+def _pretrained_policy(pretrained: RunDir) -> tuple[Checkpoint, tuple[str, ...]]:
+    """What an online phase begins with, and why its shield abstains, if it does."""
+    checkpoint = pretrained.load_checkpoint()
+    refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
+    if "shield_acts" not in checkpoint.info:
+        raise RunError(
+            f'The run "{pretrained.name}" is of an earlier version, whose shield worked by a '
+            "threshold. Pretrain again."
+        )
+    return checkpoint, refusals
