@@ -36,7 +36,7 @@ def parse_count(text: str) -> int:
     """
     match = _COUNT.fullmatch(text.strip())
     value = math.nan
-    if match is not None and match[1].replace("_", "").isdecimal():  # a float has 16 digits
+    if match is not None and match[1].replace("_", "").isdecimal():  # A float has 16 digits.
         return int(match[1]) * _FACTORS[match[2].lower()]
     if match is not None:
         value = float(match[1].replace("_", "")) * _FACTORS[match[2].lower()]
@@ -67,7 +67,7 @@ def schema_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
 
 def suggestion(key: object, known: Iterable[str]) -> str:
     """The known key that was probably meant: same last part first, then similar spelling."""
-    key, known = str(key), list(known)  # YAML has keys that are no text
+    key, known = str(key), list(known)  # YAML has keys that are no text.
     leaf = key.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -219,7 +219,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Parse YAML into plain values; resolvers (``${...}``) are refused, not resolved."""
     try:
         value = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except AssertionError:  # OmegaConf's, of a number or a truth value by itself
+    except AssertionError:  # OmegaConf raises it for a lone number or truth value.
         value = None
     except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

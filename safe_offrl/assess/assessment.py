@@ -101,7 +101,7 @@ def _reweighed(
     ratios = actor.density(batch.observations).log_prob(batch.actions).double().numpy()
     ratios = ratios - dataset.behaviour_log_probs
     accidents = batch.accidents.double().numpy()
-    before = np.zeros(len(accidents), dtype=bool)  # whether an accident came before this step
+    before = np.zeros(len(accidents), dtype=bool)  # It is true after an accident.
     for first, end in zip(dataset.episode_starts[:-1], dataset.episode_starts[1:], strict=True):
         before[first:end] = np.cumsum(accidents[first:end]) > accidents[first:end]
     weights = bootstrap_weights(replicates, dataset.episodes, np.random.default_rng(seed)).numpy()

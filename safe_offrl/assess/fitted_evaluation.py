@@ -147,7 +147,7 @@ def solve(moments: Moments, weights: Tensor, ridge: float) -> Solution:
     eye = torch.eye(size, dtype=torch.float64)
     first = torch.empty(2, size, dtype=torch.float64)
     total = moments.gram.sum(0).diagonal().double()
-    strength = ridge * total.mean() / total[-1]  # the last feature is 1: steps
+    strength = ridge * total.mean() / total[-1]  # The last feature is 1 and counts steps.
     flat = moments.gram.flatten(1)
     # Each quantity.
     for quantity in (RISK, RETURN):
@@ -247,7 +247,7 @@ def evaluate_fitted(
     members = torch.arange(net.members).view(2, HALVES, -1)
     # Fits on each half, by features that the other one taught.
     results = []
-    aside = torch.Generator().manual_seed(seed)  # asking for q_values must not change the rest
+    aside = torch.Generator().manual_seed(seed)  # Asking for q_values must not change the rest.
     q_values = torch.empty(2, 2, len(dataset.rows), dtype=torch.float64)
     for half, episodes in enumerate(halves):
         features = Features(net, members[:, 1 - half].flatten(), actor, config.actions)
@@ -287,7 +287,7 @@ def _fitted(both: _Half, quantity: int, least: float, most: float) -> Fitted:
     """One quantity from both halves. Its mean over the log lies between ``least`` and ``most``."""
     values = both.values[..., quantity]  # [2, 1 + R]
     value, first = values.mean(0), values[:, 0]
-    # Half the central 68 %: one replicate whose system is nearly singular must not decide.
+    # It is half the central 68 %: one replicate whose system is nearly singular must not decide.
     low, high = np.quantile(value[1:].numpy(), [0.16, 0.84])
     logged = float(both.logged[:, quantity].mean())
     return Fitted(

@@ -152,7 +152,7 @@ def learn_features(
     target = copy.deepcopy(net).requires_grad_(False)
     parameters = list(net.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
-    # Both quantities in units of their spread over episodes, so that one learning rate fits both.
+    # One learning rate fits both quantities in units of their spread over episodes.
     scale = torch.tensor([_spread(x) for x in episode_totals(dataset, limit)])
     half_of_member = torch.arange(HALVES).repeat_interleave(config.networks).repeat(2)
     for step in range(config.steps):

@@ -143,7 +143,7 @@ def contribution(claim: Claim, episode: Episode) -> float:
     ConfigError if it cost more than an episode can: nothing could be certified then.
     """
     value = QUANTITIES[claim.quantity].select(float(episode.accident), episode.cost)
-    if value > claim.scale:  # of accidents the scale is 1
+    if value > claim.scale:  # The scale of accidents is 1.
         raise ConfigError(
             f"Episode {episode.index} cost {episode.cost:g}, but the log says that none costs more "
             f"than {claim.scale:g}, so its mean cannot be certified. Log such episodes first."

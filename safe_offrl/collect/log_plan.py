@@ -140,7 +140,7 @@ def bounded(config: CollectConfig, env: AccidentEnv, scripted: int, steps: int) 
         fits = plan_log(_scaled(config, middle), env, scripted).total <= steps
         low, high = (middle, high) if fits else (low, middle)
     found = _scaled(config, low)
-    if _trains(config) and not _trains(found):  # what the trainings leave is the log's
+    if _trains(config) and not _trains(found):  # What the trainings leave is the log's.
         untrained = replace(config, learners=_scaled(config, 0.0).learners)
         return bounded(untrained, env, scripted, steps)
     return found

@@ -142,7 +142,7 @@ def stored_estimates(subject: Subject) -> Estimates | None:
             # An earlier version did not keep it.
             return dataclasses.replace(found, return_range=subject.dataset.return_range)
     except (RunError, KeyError, TypeError, ValueError):
-        pass  # damaged: it can be made again
+        pass  # It is damaged, and can be made again.
     return None
 
 
@@ -167,7 +167,7 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
     run, dataset = subject.run, subject.dataset
     with contextlib.ExitStack() as writing:
         if store:
-            run.lock()  # before the work, not after it
+            run.lock()  # It is locked before the work, not after it.
             writing.enter_context(run)
         # Policy and limit.
         policy = stored_policy(run, subject.checkpoint)
@@ -281,7 +281,7 @@ def gate(subject: Subject, *, accepted: str | None, say: Say) -> str:
         stored = stored_estimates(subject)
         known = numbers(stored, limit, safety.confidence) if stored else "not assessed"
         return f"{accepted}; {known}"
-    # A pretrain run that is shared, say, and not ours: all of it counts but for being stored.
+    # In a pretrain run that is shared, say, and not ours, all of it counts but is not stored.
     kept = unwritable(subject.run.path) is None
     estimates = assessed(subject, say, store=kept)
     if estimates.shows_below(limit, safety.confidence):

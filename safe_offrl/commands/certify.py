@@ -91,7 +91,7 @@ def certify_run(
         with contextlib.closing(final.env):
             claim = _claim(final, limits, confidence, episodes, seed)
             subject = subject_of(final)
-            situations = None  # on a real machine nothing is played that is not on record
+            situations = None  # On a real machine every episode is on record.
             if final.environment.kind != "real":
                 with _stopped_before_it_began():
                     situations = find_situations(final.env)
@@ -111,7 +111,7 @@ def certify_run(
         shown = page(content).encode()
         certificate = sealed({**content, "page_sha256": hashlib.sha256(shown).hexdigest()})
         write_atomic(folder / PAGE, shown)
-        write_atomic(folder / CERTIFICATE, json_bytes(certificate))  # last: it ends the attempt
+        write_atomic(folder / CERTIFICATE, json_bytes(certificate))  # Its file ends the attempt.
     say(f"{summary(certificate)}\n{folder / CERTIFICATE}\n{folder / PAGE}")
     return certificate
 
@@ -161,7 +161,7 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
     # Attempts before this one.
     folders = {int(p.name): p for p in (run.path / CERTIFICATES).glob("*") if p.name.isdecimal()}
     asked = {**dataclasses.asdict(claim), **identity}
-    differing: dict[int, list[str]] = {}  # of the unfinished attempts: what they have otherwise
+    differing: dict[int, list[str]] = {}  # It says what unfinished ones have otherwise.
     # An interrupted one that is this one.
     for number, folder in folders.items():
         if (folder / CLAIM).is_file() and not (folder / CERTIFICATE).is_file():

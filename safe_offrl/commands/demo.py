@@ -95,7 +95,7 @@ def _run_together(commands: dict[str, list[str]], say: Say) -> None:
         codes = {label: process.wait() for label, process in processes.items()}
     except BaseException:
         for process in processes.values():
-            process.terminate()  # they save themselves and name their --resume command
+            process.terminate()  # They save themselves and name their --resume command.
         raise
     finally:
         for process, reader in zip(processes.values(), readers, strict=True):

@@ -47,7 +47,7 @@ def export_run(
     require_output(path)
     with contextlib.ExitStack() as stack:
         if unwritable(run.path) is None:
-            run.lock()  # no newer checkpoint between the policy and its hashes
+            run.lock()  # No newer checkpoint comes between policy and hashes.
             stack.enter_context(run)
         # Policy.
         final = final_policy(run)
@@ -56,7 +56,7 @@ def export_run(
             _require_float32(env, run.name)
             # Graph, compared with the policy.
             space = env.env.action_space
-            assert isinstance(space, spaces.Box | spaces.Discrete)  # others are refused
+            assert isinstance(space, spaces.Box | spaces.Discrete)  # Others are refused.
             graph = PolicyGraph(policy, space)
             data = chosen.write(graph)
             found = compare(chosen.open(data), graph, env, policy)

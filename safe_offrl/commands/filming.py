@@ -27,7 +27,7 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
     after the checkpoint, but not filmed again.
     """
     # Films that are still wanted.
-    accidents = loop.monitor.accidents  # before the checkpoint that this goes on from
+    accidents = loop.monitor.accidents  # They came before the checkpoint that this goes on from.
     if accidents >= loop.config.videos:
         yield lambda _: None
         return

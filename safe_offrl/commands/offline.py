@@ -73,7 +73,7 @@ def resume_pretrain(
             require_trusted(run, inputs, config.safety, config.agent)
         config = replace(config, agents=with_own_settings(config.agent, config.agents))
         configure(inputs.threads)
-        device = find_device(inputs.device)  # as the next line, refuses what cannot go on
+        device = find_device(inputs.device)  # This and the next line refuse what cannot go on.
         choose_compute(stored_mode(inputs), config.precision, config.steps, device)
         dataset = stored_dataset(inputs, config.safety, discount_of(config))
         loop = _loop(config, dataset, inputs)
@@ -94,7 +94,7 @@ def _drive(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> None:
     with contextlib.closing(ProgressLine(loop.total_steps, loop.step, show)) as progress:
         for record in loop.steps():
             if loop.step - 1 in begun:
-                progress.restart()  # the first step of each part compiles
+                progress.restart()  # The first step of each part compiles.
             if record is not None:
                 run.log(record.step, record.values)
             progress.update(loop.step, record and _offline_line(record))

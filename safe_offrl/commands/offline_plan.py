@@ -110,7 +110,7 @@ def pretrain_config(
     if config.dataset is not None:
         try:
             stated = stated_metadata(config.dataset)
-        except DataError:  # what is not there or damaged is refused by whoever loads it
+        except DataError:  # Whoever loads it refuses it.
             stated = {}
         config = with_logged_rule(config, stated, resolve)
     return replace(config, agents=with_own_settings(config.agent, config.agents))
@@ -162,7 +162,7 @@ def plan_pretrain(
         check_matches_env(dataset, config.env, *sizes, discrete=env.discrete)
         check_learnable(dataset, config.safety)
         require_both_outcomes(dataset, path, config.safety)
-        config.safety.limit(dataset.horizon, dataset.cost_max)  # refuses one that cannot bind
+        config.safety.limit(dataset.horizon, dataset.cost_max)  # This refuses one that cannot bind.
         env_versions, env_identity = env.versions(), env.identity()
         units = _assumed_units(dataset, env)
     finally:

@@ -97,7 +97,7 @@ def resume_finetune(
             threads=inputs.threads,
             device=inputs.device,
             compile_mode=stored_mode(inputs),
-            accept_risk=True,  # it was settled when the run began
+            accept_risk=True,  # It was settled when the run began.
         )
         # The same policy and environment.
         if plan.pretrained.sha256 != inputs.pretrained_sha256:
@@ -143,7 +143,7 @@ def _drive(
     stop = saver.stop
     real = plan.config.env.kind == "real"
     show_line = None if say is say_plain else say
-    alarmed = loop.monitor.alarm  # one that has sounded was said before a resume
+    alarmed = loop.monitor.alarm  # One that has sounded was said before a resume.
     seen: set[str] = set()  # phases of which an episode was played, and what follows it compiled
     with (
         contextlib.closing(ProgressLine(plan.config.budget, curves.step, show_line)) as progress,
@@ -154,11 +154,11 @@ def _drive(
                 # An episode that begins.
                 if stop.number:
                     saver.save_if_due(curves.step)
-                run.reserve_episode(event.worst)  # on disk before the first of its steps
-                stop.hold()  # what is cut off in reality counts as an accident
+                run.reserve_episode(event.worst)  # It is on disk before its first step.
+                stop.hold()  # What is cut off in reality counts as an accident.
             elif isinstance(event, Episode):
-                # Before anything else can happen. What can be played again need not outlive a power
-                # cut; an environment that failed may not fail again.
+                # An ended episode is on record before anything else can happen. What can be played
+                # again need not outlive a power cut; an environment that failed may not fail again.
                 run.append_episode(event, sync=real or event.outcome != "complete")
                 stop.release()
                 show(event)

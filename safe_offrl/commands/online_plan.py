@@ -256,7 +256,7 @@ def plan_finetune(
         # Pretrained policy and shield.
         checkpoint, refusals = _pretrained_policy(pretrained)
         provable = certifiable(config.budget, env.horizon, limit, config.safety.confidence)
-        # Last, for it may take a minute: every other mistake is found before.
+        # The risk comes last, for it may take a minute: every other mistake is found before.
         accepted = "accepted by --accept-risk" if accept_risk else None
         if not config.safety_constraint:
             accepted = "not limited"

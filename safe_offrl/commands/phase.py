@@ -178,7 +178,7 @@ def writing(run: RunDir, say: Say, *, new: bool = False) -> Iterator[StopSignal]
             else:
                 # Of an environment that failed everything is on record. Of a disk nobody knows.
                 run.set_status("interrupted", count=isinstance(error, EnvError))
-                if not isinstance(error, FloatingPointError):  # it would end the same
+                if not isinstance(error, FloatingPointError):  # It would end the same.
                     error.add_note(_continue(run))
             raise
 

@@ -45,7 +45,7 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Rechec
     run = path.resolve().parent.parent.parent
     if record.is_file() and (run / "run.json").is_file():
         checks.append(environment_check(certificate, RunDir(run)))
-        if checks[-1].passed:  # in another one the policy may not even fit
+        if checks[-1].passed:  # In another one the policy may not even fit.
             checks.append(_policy_check(certificate, RunDir(run)))
     # Findings.
     for check in checks:

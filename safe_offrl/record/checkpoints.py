@@ -61,7 +61,7 @@ def save_checkpoint(
                 f'"{name}" is not finite at step {step:,}: learning diverged. The checkpoints are '
                 "from before. Start again with a lower learning rate"
             )
-    # Contiguous clones, because safetensors refuses tensors that share storage.
+    # These are contiguous clones, because safetensors refuses tensors that share storage.
     copies = {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
     }
@@ -81,7 +81,7 @@ def save_checkpoint(
     }
     with replacing(target) as temporary:
         temporary.mkdir()
-        # At once: three fsyncs together take less time than one after the other.
+        # Three fsyncs at once take less time than one after the other.
         with ThreadPoolExecutor(len(files)) as pool:
             list(pool.map(write_file, map(temporary.joinpath, files), files.values()))
         fsync_folder(temporary)

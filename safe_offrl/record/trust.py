@@ -41,7 +41,7 @@ def trust_own(
 def trust_log(metadata: Mapping[str, Any]) -> None:
     """Remember what a log that was made here says of itself, if that would import anything."""
     if any(":" in str(metadata.get(key, "")) for key in ("env_id", "accident")):
-        with contextlib.suppress(RunError):  # where nothing can be remembered, it is asked for
+        with contextlib.suppress(RunError):  # Where nothing can be remembered, trust is asked for.
             remember(metadata_text(metadata))
 
 

@@ -73,7 +73,7 @@ def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
         label="outcome, 95 % interval",
     )
     # The logged part of them.
-    visible = seen > floor  # a zero has no place on this axis
+    visible = seen > floor  # A zero has no place on this axis.
     axis.plot(
         x[visible],
         seen[visible],

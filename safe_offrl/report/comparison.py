@@ -88,7 +88,7 @@ def compare(
     environments = list(dict.fromkeys(run.env_id for run in data))
     where = {e: f", {e}" if len(environments) > 1 else "" for e in environments}
     # Groups and pairs, across environments where these can be compared.
-    if apart:  # nothing beyond one environment
+    if apart:  # Nothing is compared beyond one environment.
         parts = {end: _within(methods, environment) for environment, end in where.items()}
         scales, pooled = None, [group for part in parts.values() for group in part.values()]
         pairings = [

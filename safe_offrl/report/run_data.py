@@ -179,7 +179,7 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
             method = method_label(settings) if kind == "finetune" else "pretrained (frozen)"
         evaluated = _evaluation_file(run)
         # The policy that pairs are made by.
-        if kind == "pretrain":  # it is paired with what started from it
+        if kind == "pretrain":  # It is paired with what started from it.
             origin = evaluated.get("checkpoint_sha256")
         else:
             origin = inputs.get("pretrained_sha256") or inputs.get("pretrained")

@@ -187,7 +187,7 @@ def row_of(
         recovering=sum(d.recovering for d in decisions),
         constraint=runs[0].constraint,
         estimate=_NO_MEAN if several else mean_and_error([run.estimate for run in runs]),
-        # Written so that a single NaN among the estimates counts as above.
+        # A single NaN among the estimates counts as above.
         above_limit=sum(not d.v_deployed < d.limit for d in decisions)
         if any(not math.isnan(d.v_deployed) for d in decisions)
         else None,

@@ -87,7 +87,7 @@ def write_figure(comparison: Comparison, path: Path) -> None:
             "None of the runs has an online episode to draw. Name a fine-tuning run as well."
         )
     vector = path.suffix.lower() == ".svg"
-    # With a salt, names inside an SVG are no random ones.
+    # With a salt, names inside an SVG are not random.
     with mpl.rc_context({**LIGHT, "svg.hashsalt": "safe-offrl"}):
         figure = _figure(comparison)
         if vector:
