@@ -159,7 +159,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         return value
     # Numbers and text.
     if hint is int:
-        return _whole_number(value, key)
+        return _integer(value, key)
     if hint is float:
         return _number(value, key)
     if hint is str:
@@ -174,7 +174,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     raise TypeError(f"field {key} has a type that settings cannot have: {hint}")
 
 
-def _whole_number(value: Any, key: str) -> int:
+def _integer(value: Any, key: str) -> int:
     if isinstance(value, str):
         sign = -1 if value.startswith("-") else 1
         return sign * parse_count(value.removeprefix("-"))

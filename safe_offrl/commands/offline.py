@@ -54,7 +54,7 @@ def pretrain_run(
         say(f"run         {run.path}")
         loop = _loop(plan.config, plan.dataset, plan.inputs)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
-        _drive(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
+        _drive_offline(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
 
@@ -80,7 +80,7 @@ def resume_pretrain(
         with writing(run, say) as stop:
             checkpoint = bring_back(run, loop)
             say(f"resume      {run.path} from step {checkpoint.step:,}")
-            _drive(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
+            _drive_offline(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
 
@@ -88,7 +88,7 @@ def _loop(config: PretrainConfig, dataset: Dataset, inputs: RunInputs) -> Pretra
     return Pretraining(config, dataset, compiled=inputs.compiled, device=inputs.device)
 
 
-def _drive(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> None:
+def _drive_offline(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> None:
     show = None if say is say_plain else say
     begun = {loop.step, loop.config.steps}
     with contextlib.closing(ProgressLine(loop.total_steps, loop.step, show)) as progress:
