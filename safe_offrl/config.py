@@ -36,7 +36,7 @@ def parse_count(text: str) -> int:
     """
     match = _COUNT.fullmatch(text.strip())
     value = math.nan
-    if match is not None and match[1].replace("_", "").isdecimal():  # a float has 16 digits
+    if match is not None and match[1].replace("_", "").isdecimal():  # A float has 16 digits.
         return int(match[1]) * _FACTORS[match[2].lower()]
     if match is not None:
         value = float(match[1].replace("_", "")) * _FACTORS[match[2].lower()]
@@ -67,7 +67,7 @@ def schema_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
 
 def suggestion(key: object, known: Iterable[str]) -> str:
     """The known key that was probably meant: same last part first, then similar spelling."""
-    key, known = str(key), list(known)  # YAML has keys that are no text
+    key, known = str(key), list(known)  # YAML has keys that are no text.
     leaf = key.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -121,6 +121,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
 
     Raises ConfigError on a wrong type, NaN or infinity.
     """
+    # Optional values.
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~")):
@@ -129,10 +130,12 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
             raise _wrong(key, value, "a value")
         (inner,) = (a for a in arguments if a is not type(None))
         return coerce(inner, value, key)
+    # Choices.
     if origin is typing.Literal:
         if value not in arguments:
             raise _wrong(key, value, "one of " + ", ".join(map(str, arguments)))
         return value
+    # Lists.
     if origin is tuple:
         items = value
         if isinstance(value, str):
@@ -140,11 +143,13 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(items, list | tuple):
             raise _wrong(key, value, "a list such as [256,256]")
         return tuple(coerce(arguments[0], item, key) for item in items)
+    # Mappings.
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(key, value, "a mapping of keys to values")
         # What else an entry must be is known to whoever the dict is for.
         return {str(k): coerce(str, v, key) if isinstance(v, str) else v for k, v in value.items()}
+    # Truth values.
     if hint is bool:
         words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
         if isinstance(value, str) and value.lower() in words:
@@ -152,21 +157,11 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, bool):
             raise _wrong(key, value, "true or false")
         return value
+    # Numbers and text.
     if hint is int:
-        if isinstance(value, str):
-            sign = -1 if value.startswith("-") else 1
-            return sign * parse_count(value.removeprefix("-"))
-        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
-            raise _wrong(key, value, "a whole number (200, 50k, 1.5M)")
-        return int(value)
+        return _integer(value, key)
     if hint is float:
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            raise _wrong(key, value, "a number") from None
-        if not math.isfinite(number):
-            raise _wrong(key, value, "a finite number")
-        return number
+        return _number(value, key)
     if hint is str:
         if not isinstance(value, str):
             raise _wrong(key, value, "text")
@@ -177,6 +172,25 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
             )
         return value
     raise TypeError(f"field {key} has a type that settings cannot have: {hint}")
+
+
+def _integer(value: Any, key: str) -> int:
+    if isinstance(value, str):
+        sign = -1 if value.startswith("-") else 1
+        return sign * parse_count(value.removeprefix("-"))
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+        raise _wrong(key, value, "a whole number (200, 50k, 1.5M)")
+    return int(value)
+
+
+def _number(value: Any, key: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise _wrong(key, value, "a number") from None
+    if not math.isfinite(number):
+        raise _wrong(key, value, "a finite number")
+    return number
 
 
 def _build(schema: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
@@ -205,7 +219,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Parse YAML into plain values; resolvers (``${...}``) are refused, not resolved."""
     try:
         value = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except AssertionError:  # OmegaConf's, of a number or a truth value by itself
+    except AssertionError:  # OmegaConf raises it for a lone number or truth value.
         value = None
     except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -265,6 +279,7 @@ def load_config(
     not given) <- ``overrides`` ("a.b=c"). A preset comes after its base, if it names one. Unknown
     keys and wrong values raise ConfigError.
     """
+    # Preset, or the file in its place.
     known = schema_keys(schema)
     if preset is None:
         file_values = load_preset(env_id)
@@ -278,14 +293,17 @@ def load_config(
                 raise ConfigError(
                     f'Unknown key "{name}" in "{preset}". {suggestion(name, SECTIONS)}'
                 )
+    # The section, and that of its bases.
     chosen = [part.get(section) or {} for part in _with_bases(file_values)]
     if not all(isinstance(part, Mapping) for part in chosen):
         raise ConfigError(f'"{section}" of the preset holds no key: value pairs. Correct it.')
+    # Layers, the last of which wins.
     words = [*chosen, logged or {}] if preset is None else [logged or {}, *chosen]
     layers = [inherited or {}, *words]
     layers.append({k: v for k, v in (flags or {}).items() if v is not None})
     layers += [_parse_override(text) for text in overrides]
 
+    # Settings.
     flat: dict[str, Any] = {}
     for layer in layers:
         for key, value in _flatten(layer, known).items():

@@ -47,13 +47,16 @@ class Policy:
         "episode_cost" the policy also sees ``episode_cost``, what the episode has cost so far.
         EnvError for an observation that does not fit the space.
         """
+        # One observation, or a stack.
         shape = getattr(self.observation_space, "shape", None)
         stacked = shape is not None and np.ndim(observation) == len(shape) + 1
         observations = list(observation) if stacked else [observation]
+        # Steps of the episodes so far.
         steps = list(state) if state is not None else [0] * len(observations)
         if episode_start is not None:
             started = np.atleast_1d(np.asarray(episode_start, dtype=bool))
             steps = [0 if begins else k for begins, k in zip(started, steps, strict=True)]
+        # Actions.
         actions = []
         for one, k in zip(observations, steps, strict=True):
             flat = self._policy.normalizer(self._env.observe(one, episode_cost))

@@ -43,19 +43,23 @@ def assess_policy(
     ``dataset`` as the policy sees it (normalised). DataError if it has too few episodes,
     ConfigError for a policy without a density.
     """
+    # What cannot be assessed.
     require_density(actor.kind, "The comparison of logged actions with the policy's")
     if dataset.episodes < FEWEST_EPISODES:
         raise DataError(
             f"The dataset has {dataset.episodes} episodes, too few to assess a policy from. "
             f"Log at least {FEWEST_EPISODES - dataset.episodes} more."
         )
+    # Episodes that are assessed.
     logged, return_range = dataset.episodes, dataset.return_range
     dataset = dataset.sample(MOST_ROWS, seed)
     # Of an episode that was cut off there is nothing to reweigh.
     known = dataset.behaviour_log_probs is not None and bool(whole_episodes(dataset).all())
+    # Fitted Q evaluation.
     evaluation = evaluate_fitted(
         dataset, actor, limit, config, seed, with_q=known, progress=progress
     )
+    # Reweighed episodes, where the log says how likely its own actions were.
     found: tuple[Weighted | None, Weighted | None] = (None, None)
     if known:
         found = _reweighed(dataset, actor, limit, evaluation, config.replicates, seed)
@@ -97,7 +101,7 @@ def _reweighed(
     ratios = actor.density(batch.observations).log_prob(batch.actions).double().numpy()
     ratios = ratios - dataset.behaviour_log_probs
     accidents = batch.accidents.double().numpy()
-    before = np.zeros(len(accidents), dtype=bool)  # whether an accident came before this step
+    before = np.zeros(len(accidents), dtype=bool)  # It is true after an accident.
     for first, end in zip(dataset.episode_starts[:-1], dataset.episode_starts[1:], strict=True):
         before[first:end] = np.cumsum(accidents[first:end]) > accidents[first:end]
     weights = bootstrap_weights(replicates, dataset.episodes, np.random.default_rng(seed)).numpy()

@@ -111,7 +111,7 @@ class Estimates:
     @property
     def doubts(self) -> tuple[str, ...]:
         """Why none of this is to be relied on, each a clause; empty if nothing is known."""
-        # Written so that a NaN is a doubt.
+        # It is written so that a NaN is a doubt.
         demands = {
             "the evaluation did not come to a finite number": bool(
                 np.isfinite([self.risk.error, self.returns.error, self.risk.value]).all()

@@ -140,18 +140,21 @@ def solve(moments: Moments, weights: Tensor, ridge: float) -> Solution:
     occupancy of the policy over that of the log: its Kish share ``(sum mu)^2 / (N sum mu^2)`` says
     how much of the log speaks of the policy.
     """
+    # Sizes, and what the ridge is relative to.
     values = torch.empty(len(weights), 2, dtype=torch.float64)
     shares = torch.empty(2, dtype=torch.float64)
     size = moments.gram.shape[-1]
     eye = torch.eye(size, dtype=torch.float64)
     first = torch.empty(2, size, dtype=torch.float64)
     total = moments.gram.sum(0).diagonal().double()
-    strength = ridge * total.mean() / total[-1]  # the last feature is 1: steps
+    strength = ridge * total.mean() / total[-1]  # The last feature is 1 and counts steps.
     flat = moments.gram.flatten(1)
+    # Each quantity.
     for quantity in (RISK, RETURN):
         differences = flat - moments.following[quantity].flatten(1)
         outcomes = moments.outcomes[quantity].double()
         for part in torch.arange(len(weights)).split(20):
+            # Values of a part of the weights.
             w = weights[part]
             systems = (w.float() @ differences).double().unflatten(1, (size, size))
             systems = systems + strength * eye
@@ -159,6 +162,7 @@ def solve(moments: Moments, weights: Tensor, ridge: float) -> Solution:
             solution = torch.linalg.solve(systems, w @ outcomes)
             values[part, quantity] = (solution * starts).sum(1)
             if part[0] == 0:
+                # Kish share, of the first row of weights alone.
                 first[quantity] = solution[0]
                 ratio = torch.linalg.solve(systems[0].T, starts[0])
                 gram = (w[0].float() @ flat).double().unflatten(0, (size, size))
@@ -180,6 +184,7 @@ def gather(
     """
     parts, own = [], []
     for episodes in groups:
+        # Steps of a group, and features of what follows them.
         index = torch.from_numpy(_rows_of(dataset, episodes))
         steps = take(dataset, limit, index)
         batch = steps.batch
@@ -188,14 +193,17 @@ def gather(
         going_on = steps.continuation(limit).unsqueeze(2)
         ahead = going_on * features.under_policy(*there, generator)
         logged = going_on * features.of(*there, steps.next_actions)
+        # Start states.
         starts = torch.from_numpy(dataset.episode_starts[episodes])
         first = dataset.layout.unpack(dataset.rows[starts])
         at_start = features.under_policy(first.observations, first.time_to_go, generator)
         at_logged = features.of(first.observations, first.time_to_go, first.actions)
+        # Moments.
         count = torch.tensor(float(len(episodes)))
         gram, outcomes = here.T @ here, steps.outcomes @ here
         parts.append((gram, here.T @ ahead, outcomes, at_start.sum(0), count))
         own.append((here.T @ logged, at_logged.sum(0)))
+    # All groups under the policy, and their sum under the log's own actions.
     gram, following, outcomes, starts, counts = map(torch.stack, zip(*parts, strict=True))
     under_policy = Moments(
         gram, following.transpose(0, 1), outcomes.transpose(0, 1), starts, counts
@@ -227,16 +235,19 @@ def evaluate_fitted(
 
     The risk is in units of ``limit.scale``. Memory maps are drawn from, never copied.
     """
+    # Halves of the episodes.
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     halves = np.array_split(rng.permutation(dataset.episodes), HALVES)
     half_of_episode = np.isin(np.arange(dataset.episodes), halves[1])
     half_of_row = torch.from_numpy(np.repeat(half_of_episode, dataset.episode_lengths)).long()
+    # Features, learnt from each half.
     net = learn_features(
         dataset, actor, limit, half_of_row, config, generator, lambda done: progress(0.8 * done)
     )
     members = torch.arange(net.members).view(2, HALVES, -1)
+    # Fits on each half, by features that the other one taught.
     results = []
-    aside = torch.Generator().manual_seed(seed)  # asking for q_values must not change the rest
+    aside = torch.Generator().manual_seed(seed)  # Asking for q_values must not change the rest.
     q_values = torch.empty(2, 2, len(dataset.rows), dtype=torch.float64)
     for half, episodes in enumerate(halves):
         features = Features(net, members[:, 1 - half].flatten(), actor, config.actions)
@@ -247,6 +258,7 @@ def evaluate_fitted(
         by_each = _by_each_network(under_policy, config).mean(0)
         logged = solve(own, ALONE, config.ridge).values[0]
         results.append(_Half(solution.values, by_each, logged, solution.shares * len(episodes)))
+        # Values of each logged step, for whoever reweighs them.
         for group in groups if with_q else ():
             rows = torch.from_numpy(_rows_of(dataset, group))
             batch = dataset.layout.unpack(dataset.rows[rows])
@@ -255,6 +267,7 @@ def evaluate_fitted(
             for k, phi in enumerate((taken, features.under_policy(*seen, aside))):
                 q_values[k, :, rows] = solution.weights @ phi.T.double()
         progress(0.9 + 0.1 * half)
+    # Both halves together.
     both = _Half(*(torch.stack(column) for column in zip(*results, strict=True)))
     means = logged_means(dataset, limit)
     risk, returns = (_fitted(both, quantity, *means[quantity]) for quantity in (RISK, RETURN))
@@ -274,7 +287,7 @@ def _fitted(both: _Half, quantity: int, least: float, most: float) -> Fitted:
     """One quantity from both halves. Its mean over the log lies between ``least`` and ``most``."""
     values = both.values[..., quantity]  # [2, 1 + R]
     value, first = values.mean(0), values[:, 0]
-    # Half the central 68 %: one replicate whose system is nearly singular must not decide.
+    # It is half the central 68 %: one replicate whose system is nearly singular must not decide.
     low, high = np.quantile(value[1:].numpy(), [0.16, 0.84])
     logged = float(both.logged[:, quantity].mean())
     return Fitted(

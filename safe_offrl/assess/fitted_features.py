@@ -136,6 +136,7 @@ def learn_features(
     alone (``half_of_row`` [N]). The squared error, not the cross-entropy: the features are to be
     linear in a probability.
     """
+    # Networks and optimiser.
     members = 2 * HALVES * config.networks
     rows = len(dataset.rows)
     fewest = int(torch.bincount(half_of_row, minlength=HALVES).min())
@@ -151,30 +152,23 @@ def learn_features(
     target = copy.deepcopy(net).requires_grad_(False)
     parameters = list(net.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
-    # Both quantities in units of their spread over episodes, so that one learning rate fits both.
+    # One learning rate fits both quantities in units of their spread over episodes.
     scale = torch.tensor([_spread(x) for x in episode_totals(dataset, limit)])
     half_of_member = torch.arange(HALVES).repeat_interleave(config.networks).repeat(2)
     for step in range(config.steps):
+        # Learning rate, which falls to 0 over the second half.
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, 2.0 * (1.0 - step / config.steps))
+        # Batch and targets.
         index = torch.randint(rows, (config.batch_size,), generator=generator)
         steps = take(dataset, limit, index)
-        with torch.no_grad():
-            noise = actor.noise(index.shape, generator)
-            policy = actor(steps.batch.next_observations).quadrature(noise)
-            ahead = _inputs(
-                policy.repeat(steps.batch.next_observations),
-                policy.repeat(steps.next_time_to_go),
-                policy.actions,
-            )
-            values = policy.expect(target(ahead)).view(2, -1, config.batch_size)
-            scaled = values * scale.view(2, 1, 1)
-            targets = steps.targets(scaled, limit) / scale.view(2, 1, 1)
-            targets[RISK].clamp_(0.0, 1.0 / float(scale[RISK]))
+        targets = _targets(steps, actor, limit, target, scale, generator)
+        # Squared errors, each member's on its own half.
         mine = HALVES * (half_of_row[index] == half_of_member.unsqueeze(1)).float()
         batch = steps.batch
         learnt = net(_inputs(batch.observations, batch.time_to_go, batch.actions))
         errors = F.mse_loss(learnt, targets.flatten(0, 1), reduction="none")
+        # Gradient step.
         gradients = torch.autograd.grad((errors * mine).mean(1).sum(), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -183,6 +177,27 @@ def learn_features(
         if (step + 1) % 200 == 0:
             progress((step + 1) / config.steps)
     return net
+
+
+@torch.no_grad()
+def _targets(
+    steps: Steps,
+    actor: Actor,
+    limit: Limit,
+    target: StackedMLP,
+    scale: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """What the members of the networks learn, [2, M / 2, B], in units of ``scale`` [2]."""
+    batch = steps.batch
+    noise = actor.noise(batch.time_to_go.shape, generator)
+    policy = actor(batch.next_observations).quadrature(noise)
+    ahead = policy.repeat(batch.next_observations), policy.repeat(steps.next_time_to_go)
+    values = policy.expect(target(_inputs(*ahead, policy.actions))).unflatten(0, (2, -1))
+    unit = scale.view(2, 1, 1)
+    targets = steps.targets(values * unit, limit) / unit
+    targets[RISK].clamp_(0.0, 1.0 / float(scale[RISK]))
+    return targets
 
 
 def _inputs(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:

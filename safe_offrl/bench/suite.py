@@ -60,26 +60,27 @@ class Job:
         return (*start, *options, *self.overrides)
 
 
-def load_suite(reference: str) -> Suite:
+def load_suite(asked: str) -> Suite:
     """The suite of this name, or of this YAML file; ConfigError says what is wrong with it."""
     folder = importlib.resources.files("safe_offrl.configs") / "suites"
     known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[0] != "_")
-    if reference in known:
-        text, name = (folder / f"{reference}.yaml").read_text(encoding="utf-8"), reference
-    elif not reference.endswith((".yaml", ".yml")):
+    if asked in known:
+        text, name = (folder / f"{asked}.yaml").read_text(encoding="utf-8"), asked
+    elif not asked.endswith((".yaml", ".yml")):
         raise ConfigError(
-            f'There is no suite "{reference}". There are {", ".join(known)}; or give a YAML file.'
+            f'There is no suite "{asked}". There are {", ".join(known)}; or give a YAML file.'
         )
     else:
         try:
-            text, name = Path(reference).read_text(encoding="utf-8"), Path(reference).stem
+            text, name = Path(asked).read_text(encoding="utf-8"), Path(asked).stem
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f'The suite "{reference}" cannot be read ({error}).') from error
+            raise ConfigError(f'The suite "{asked}" cannot be read ({error}).') from error
     return parse_suite(text, name)
 
 
 def parse_suite(text: str, name: str) -> Suite:
     """A suite from YAML; unknown keys and methods are refused with a suggestion."""
+    # Keys of a suite.
     values = read_yaml(text, f"The suite {name}")
     known = {
         "environments": tuple[str, ...],
@@ -89,17 +90,20 @@ def parse_suite(text: str, name: str) -> Suite:
         "evaluation_episodes": int,
     }
     mappings = ("pretrain", "finetune", "settings", "datasets")
+    # Unknown and missing keys.
     for key in values:
         if key not in (*known, *mappings):
             raise ConfigError(f'Unknown key "{key}". {suggestion(key, [*known, *mappings])}')
     for key in known:
         if key not in values:
             raise ConfigError(f'The suite {name} does not say "{key}". Add it.')
+    # Values by type.
     plain: dict[str, Any] = {key: coerce(hint, values[key], key) for key, hint in known.items()}
     nested: dict[str, Any] = {key: values.get(key) or {} for key in mappings}
     for key, value in nested.items():
         if not isinstance(value, dict):
             raise ConfigError(f'"{key}" of the suite {name} holds no key: value pairs. Correct it.')
+    # Methods and their settings.
     for method in (*plain["methods"], *nested["settings"]):
         if method not in METHODS:
             raise ConfigError(f'There is no method "{method}". {suggestion(method, METHODS)}')
@@ -113,8 +117,10 @@ def parse_suite(text: str, name: str) -> Suite:
                 raise ConfigError(
                     f'"settings.{method}.{phase}" holds no key: value pairs. Correct it.'
                 )
+    # Files of logs.
     for env_id, path in nested["datasets"].items():
         coerce(str, path, f"datasets.{env_id}")
+    # Sizes, and environments whose ids name folders.
     if plain["seeds"] > MOST_SEEDS:
         raise ConfigError(f"The suite {name} has more than {MOST_SEEDS:,} seeds. Lower the number.")
     for env_id in plain["environments"]:
@@ -160,6 +166,7 @@ def jobs_of(suite: Suite, root: Path) -> list[Job]:
         for env in suite.environments:
             base = root / folder_name(env)
             for name in suite.methods:
+                # Offline run, shared by the methods that have the same settings there.
                 offline, online = settings_of(suite, name)
                 pretrained = base / f"pretrained-{_variant(suite, name)}" / str(seed)
                 source: dict[str, Any] = {"env": env, "seed": seed}
@@ -175,6 +182,7 @@ def jobs_of(suite: Suite, root: Path) -> list[Job]:
                         overrides=tuple(offline),
                     ),
                 )
+                # Online run.
                 folder = base / name / str(seed)
                 jobs[folder] = Job(
                     label=str(folder.relative_to(root)),

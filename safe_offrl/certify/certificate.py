@@ -143,7 +143,7 @@ def contribution(claim: Claim, episode: Episode) -> float:
     ConfigError if it cost more than an episode can: nothing could be certified then.
     """
     value = QUANTITIES[claim.quantity].select(float(episode.accident), episode.cost)
-    if value > claim.scale:  # of accidents the scale is 1
+    if value > claim.scale:  # The scale of accidents is 1.
         raise ConfigError(
             f"Episode {episode.index} cost {episode.cost:g}, but the log says that none costs more "
             f"than {claim.scale:g}, so its mean cannot be certified. Log such episodes first."
@@ -221,9 +221,11 @@ def make_certificate(
     "shield", "environment", "versions" and "created", all JSON-able. ``situations`` is what is
     known of the environment's seeds, None where none can be tried.
     """
+    # What the episodes show.
     episodes = list(episodes)
     total = math.fsum(contribution(claim, episode) for episode in episodes)
     finding = judge(claim, total, len(episodes))
+    # Content.
     return {
         "format": CERTIFICATE_FORMAT,
         "verdict": finding.verdict,
@@ -278,6 +280,7 @@ def recheck(
     A certificate of an earlier version holds no hash of its page, which is not checked then. Raises
     ConfigError if it is not a certificate at all, RunError if the record is damaged.
     """
+    # What the certificate states.
     try:
         claim = Claim(**certificate["claim"])
         finding = judge(claim, certificate["total_outcome"], certificate["episodes"])
@@ -287,6 +290,7 @@ def recheck(
         counts = certificate["episodes"], certificate["accidents"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{where} is no certificate of safe-offrl ({error!r}).") from error
+    # Content and arithmetic.
     same = all(
         math.isclose(a, b, rel_tol=1e-9) for a, b in zip(stated[1:], finding[1:], strict=True)
     )
@@ -298,10 +302,12 @@ def recheck(
             f"{finding.verdict}, {bounds_in_words(claim, finding)}",
         ),
     ]
+    # Page.
     if page is not None and "page_sha256" in certificate:
         shown = hashlib.sha256(page).hexdigest() == certificate["page_sha256"]
         detail = "is as it was written" if shown else "was changed, or belongs to another one"
         checks.append(Recheck("page", shown, f"the page beside it {detail}"))
+    # Record.
     if record is None:
         return checks
     intact = hashlib.sha256(record).hexdigest() == record_sha256

@@ -58,6 +58,7 @@ def _independence(certificate: dict[str, Any]) -> str:
 
 def page(certificate: dict[str, Any]) -> str:
     """A certificate as a self-contained HTML page, for light and dark screens."""
+    # Rows of the table.
     claim = Claim(**certificate["claim"])
     policy, shield, env = (certificate[key] for key in ("policy", "shield", "environment"))
     packages = certificate["versions"]["packages"]
@@ -80,11 +81,13 @@ def page(certificate: dict[str, Any]) -> str:
         "Record": f"{RECORD}, sha256 {certificate['record_sha256']}",
         "Made": f"{certificate['created']} with {made_with}",
     }
+    # Table and list.
     table = "\n".join(
         f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(value)}</td></tr>'
         for key, value in rows.items()
     )
     left_out = "\n".join(f"<li>{html.escape(text)}</li>" for text in certificate["does_not_cover"])
+    # Page.
     return f"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">

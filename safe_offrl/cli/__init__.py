@@ -50,7 +50,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., Answer]:
     """Add a command of the function's name and docstring; it takes its options and ``say``."""
 
     def call(*, debug: bool, as_json: bool = False, **given: Any) -> None:
-        global commands  # known to all of them from here on, and not imported for --help
+        global commands  # It is known to all from here on, and not imported for --help.
         from safe_offrl import commands
         from safe_offrl.record.json_answer import give
 
@@ -59,7 +59,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., Answer]:
         to_stderr = partial(print, file=sys.stderr, flush=True)
         answer = function(**given, say=to_stderr if as_json else commands.say_plain)
         if as_json:
-            give(json.dumps(answer.value, allow_nan=False))  # printed at the command's end
+            give(json.dumps(answer.value, allow_nan=False))  # It is printed at the command's end.
         else:
             print(answer.text, end="")
         if answer.exit_code:
@@ -107,20 +107,20 @@ def finetune(*, arguments: list[str] | None, accept_risk: bool, **given: Any) ->
     from safe_offrl.record.find_run import find_run
 
     # Both are optional and positional: what holds no "=" is the run.
-    references = [text for text in arguments or [] if "=" not in text]
+    run_names = [text for text in arguments or [] if "=" not in text]
     keys = [text for text in arguments or [] if "=" in text]
-    commands.parse_overrides(references[1:])
-    source: Any = None  # a run that goes on knows its own
+    commands.parse_overrides(run_names[1:])
+    source: Any = None  # A run that goes on knows its own.
     if given["resume"] is None:
-        source = find_run(references[0] if references else None, given["runs"], "pretrain")
-        references = []
+        source = find_run(run_names[0] if run_names else None, given["runs"], "pretrain")
+        run_names = []
     return _phase(
         partial(commands.finetune_config, source),
         partial(commands.plan_finetune, source, accept_risk=accept_risk),
         commands.finetune_run,
         partial(commands.resume_finetune, accept_risk=accept_risk),
         _tally,
-        overrides=[*references, *keys],
+        overrides=[*run_names, *keys],
         **given,
     )
 
@@ -157,6 +157,7 @@ def _phase(
     from safe_offrl.record.run_names import require_runs_folder
 
     writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
+    # A run that goes on.
     if resume is not None:
         if given := [s for s in (*settings.values(), name, preset, *overrides) if s is not None]:
             raise UserError(
@@ -164,9 +165,11 @@ def _phase(
                 "Leave it out, or start a new run."
             )
         return Answer(answer(go_on(resume, threads=threads, **writing)))
+    # Settings of a new run.
     config = configure(**settings, preset=preset, overrides=overrides)
     if print_config:
         return _settings(config)
+    # Plan and run.
     if not dry_run:
         require_runs_folder(runs, name)
     planned = plan(config, threads=threads or 1, say=say)
@@ -330,7 +333,7 @@ def main() -> None:
             raise
         print(f"error: {error}", *getattr(error, "__notes__", ()), file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a full disk: not the input
+    except OSError as error:  # A full disk, say, is no mistake in the input.
         if "--debug" in sys.argv:
             raise
         if isinstance(error, IsADirectoryError):
@@ -343,16 +346,16 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    except FloatingPointError as error:  # learning diverged, at once or after days
+    except FloatingPointError as error:  # Learning diverged, at once or after days.
         if "--debug" in sys.argv:
             raise
         print(f"error: {error}.", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        from safe_offrl.record.progress import Interrupted  # not at the top: it needs torch
+        from safe_offrl.record.progress import Interrupted  # Its import takes torch's seconds.
 
         if not isinstance(error, Interrupted):
             raise
         print(error, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(error.exit_code)  # everything is closed; taking Python apart would take seconds
+        os._exit(error.exit_code)  # All is closed; taking Python apart takes seconds.

@@ -87,7 +87,7 @@ def _only_json(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
-RUN = argument("reference", str, "RUN", "A pretrain or finetune run.")
+RUN = argument("run_name", str, "RUN", "A pretrain or finetune run.")
 RUNS = Option("runs", Path, "Folder that holds the runs.", Path("runs"))
 OUT = file("out", "Where to write; into the run if left out.")
 SEED = Option("seed", int, "Seed of everything random.", least=0)
@@ -138,7 +138,7 @@ TAKEN: dict[str, tuple[Option, ...]] = {
         DEBUG,
     ),
     "assess": (
-        argument("references", list[str], "RUN...", "Pretrain runs."),
+        argument("run_names", list[str], "RUN...", "Pretrain runs."),
         EPSILON._replace(help="Limit of P(accident); each run's own if left out."),
         *(COST_LIMIT, CONFIDENCE, OUT, RUNS, JSON, DEBUG),
     ),
@@ -196,7 +196,7 @@ TAKEN: dict[str, tuple[Option, ...]] = {
     "trust": (RUN._replace(help="A run folder or its name."), RUNS, DEBUG),
     "compare": (
         argument(
-            "references", list[str], "RUN_OR_GROUP...", "Runs, and folders of runs: one method."
+            "run_names", list[str], "RUN_OR_GROUP...", "Runs, and folders of runs: one method."
         ),
         file("png", "Write the charts."),
         file("svg", "Write the charts as vectors."),

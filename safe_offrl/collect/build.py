@@ -71,6 +71,7 @@ def build_dataset(
     out; after too many in a row EnvError is raised, and what is logged by then is kept beside
     ``path``.
     """
+    # Environment, settings and behaviours.
     config = config or CollectConfig()
     form = FILE_FORMATS[target_format(Path(path))]
     with contextlib.closing(make_env(env_id, spec)) as env:
@@ -86,9 +87,11 @@ def build_dataset(
             workers=config.workers,
             progress=progress,
         )
+        # Pilot.
         tell(progress, f"pilot: how often is each of {len(behaviours)} behaviours unsafe?")
         each = math.ceil(config.pilot_share * config.transitions / len(behaviours))
         pilot = [_pilot(env, behaviour, spec, each, config.seed) for behaviour in behaviours]
+        # Log.
         log = Log()
         with _kept_if_broken_off(log, env, spec, config, behaviours, Path(path), progress):
             log_episodes(
@@ -102,25 +105,15 @@ def build_dataset(
             )
         arrays = log.arrays(env)
         metadata = {**_metadata(env, spec, config, behaviours, arrays), KEY: identity}
+    # Warnings.
     share = metadata["unsafe_share"]
-    warnings = []
     if log.dropped.count:
         metadata["dropped_episodes"] = log.dropped.count
-        warnings.append(
-            f"{log.dropped.count:,} of {log.dropped.count + len(log.behaviours):,} episodes were "
-            "left out, because the environment failed in them; whether there was an accident is "
-            f"not known. The last time so: {log.dropped.last}"
-        )
-    if abs(share - config.unsafe_share) > SHARE_TOLERANCE:
-        warnings.append(
-            f"{share:.1%} of the episodes {_unsafe_phrase(spec)}, not the "
-            f"{config.unsafe_share:.0%} aimed at: the nearest mixture that the pilot found comes "
-            "no closer."
-        )
-    if warnings:
+    if warnings := _warnings(log, share, config.unsafe_share, spec):
         metadata["warning"] = " ".join(warnings)
     for warning in warnings:
         tell(progress, f"warning: {warning}")
+    # File and summary.
     for lost in form.write(Path(path), arrays, metadata, None):
         tell(progress, f"warning: the format of {path} cannot hold {lost}")
     tell(progress, behaviour_table(metadata["behaviours"]))
@@ -130,6 +123,23 @@ def build_dataset(
         f"episodes, {share:.1%} {_unsafe_phrase(spec)}: {path}",
     )
     return Path(path)
+
+
+def _warnings(log: Log, share: float, wanted: float, spec: SafetySpec) -> list[str]:
+    """What whoever learns from a log must know, of which a ``share`` of the episodes is unsafe."""
+    warnings = []
+    if log.dropped.count:
+        warnings.append(
+            f"{log.dropped.count:,} of {log.dropped.count + len(log.behaviours):,} episodes were "
+            "left out, because the environment failed in them; whether there was an accident is "
+            f"not known. The last time so: {log.dropped.last}"
+        )
+    if abs(share - wanted) > SHARE_TOLERANCE:
+        warnings.append(
+            f"{share:.1%} of the episodes {_unsafe_phrase(spec)}, not the {wanted:.0%} aimed at: "
+            "the nearest mixture that the pilot found comes no closer."
+        )
+    return warnings
 
 
 @contextlib.contextmanager
@@ -189,6 +199,7 @@ def default_dataset(
     the sources that log it, so a change of any of them builds a new file. Processes that ask at the
     same time wait for one of them to build it.
     """
+    # What the file's content depends on.
     spec, config = spec or SafetySpec(), config or CollectConfig()
     env = make_env(env_id, spec)
     key = {
@@ -206,11 +217,13 @@ def default_dataset(
         ],
     }
     env.close()
+    # Place in the cache.
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder()
     path = folder / f"{env_id.rpartition(':')[2].replace('/', '-')}-{digest}.hdf5"
     if path.is_file():
         return path
+    # Log, once for all processes that ask.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -268,12 +281,14 @@ def _metadata(
     arrays: Mapping[str, NDArray[Any]],
 ) -> dict[str, Any]:
     """What the log is, how it came about, and who logged what."""
+    # Episodes.
     starts, who = _starts(arrays), arrays["episode_behaviours"]
     unsafe = _unsafe_episodes(arrays, spec)
     accidents = np.logical_or.reduceat(arrays["accidents"], starts)
     returns = np.add.reduceat(arrays["rewards"], starts, dtype=np.float64)
     costs = np.add.reduceat(arrays["costs"], starts, dtype=np.float64)
 
+    # Behaviours.
     def described(index: int, behaviour: Behaviour) -> dict[str, Any]:
         mine = who == index
         entry = {"name": behaviour.name, **behaviour.origin, "episodes": int(mine.sum())}
@@ -285,6 +300,7 @@ def _metadata(
             }
         return entry
 
+    # The log as a whole.
     return {
         "env_id": env.env_id,
         "accident": spec.accident,

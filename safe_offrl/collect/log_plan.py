@@ -140,7 +140,7 @@ def bounded(config: CollectConfig, env: AccidentEnv, scripted: int, steps: int) 
         fits = plan_log(_scaled(config, middle), env, scripted).total <= steps
         low, high = (middle, high) if fits else (low, middle)
     found = _scaled(config, low)
-    if _trains(config) and not _trains(found):  # what the trainings leave is the log's
+    if _trains(config) and not _trains(found):  # What the trainings leave is the log's.
         untrained = replace(config, learners=_scaled(config, 0.0).learners)
         return bounded(untrained, env, scripted, steps)
     return found
@@ -170,12 +170,14 @@ def fitted(
     progress: Say | None,
 ) -> CollectConfig:
     """The settings spelt out and within the bound; says what they take before anything begins."""
+    # Settings, spelt out and within the bound.
     whole = config = spelt_out(config, env, spec, scripted)
     rate = steps_per_second(env)
     if minutes is not None:
         steps = math.floor(60.0 * minutes * rate)
     if steps is not None:
         config = bounded(config, env, scripted, steps)
+    # Plan.
     plan = plan_log(config, env, scripted)
     speed = f"at {rate:,.0f} steps a second"
     tell(progress, f"plan: {plan}; {duration(plan.total / rate)} {speed}, learning apart")
@@ -184,6 +186,7 @@ def fitted(
             progress,
             f"for a shorter one: safe-offrl collect --env {env.env_id} --minutes 30 --out FILE",
         )
+    # What the bound takes away.
     if config != whole:
         full = plan_log(whole, env, scripted)
         tell(

@@ -59,10 +59,12 @@ def log_episodes(
     ``accidents`` and ``episode_behaviours`` included; observations are float64 where the
     environment's are. They are in ``log`` too, whatever is raised.
     """
+    # What has been done so far.
     log = Log() if log is None else log
     done = np.zeros(len(behaviours))
     index = accident_episodes = told = 0
     while len(log.rewards) < transitions and (episodes is None or index < episodes):
+        # An episode of the behaviour that is furthest behind.
         k = int(np.argmax(np.asarray(shares) * (index + 1) - done))
         rng = np.random.default_rng(episode_seed(seed, index, f"{stream} behaviour"))
         accident_episodes += log.episode(
@@ -70,6 +72,7 @@ def log_episodes(
         )
         done[k] += 1
         index += 1
+        # Progress, after each tenth.
         if 10 * len(log.rewards) >= (told + 1) * transitions:
             told = 10 * len(log.rewards) // transitions
             logged = max(1, len(log.behaviours))

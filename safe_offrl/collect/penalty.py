@@ -39,7 +39,7 @@ class Account:
             return
         cost = float(np.mean([cost for _, cost in self.episodes[self._seen :]]))
         self._seen = len(self.episodes)
-        # In units of the limit; of a limit of 0 any cost is far above it.
+        # The excess is in units of the limit; any cost is far above a limit of 0.
         excess = (cost - self._limit) / self._limit if self._limit > 0.0 else 2.0 * (cost > 0.0)
         excess = min(2.0, excess)
         self._integral = max(0.0, self._integral + INTEGRAL * self._unit * excess)

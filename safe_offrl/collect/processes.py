@@ -44,15 +44,18 @@ def run_jobs(
     job, everything runs in this process. An exception of a job is raised here; the other jobs end
     at once then, and with this process.
     """
+    # Jobs in this process.
     tell = progress or (lambda _message: None)
     if min(workers, len(jobs)) <= 1:
         return [work(job, tell) for job in jobs]
-    context = multiprocessing.get_context("spawn")  # torch does not survive a fork
+    # Worker processes.
+    context = multiprocessing.get_context("spawn")  # Torch does not survive a fork.
     messages = context.Queue()
-    theirs, ours = context.Pipe(duplex=False)  # ends with this process, however that comes about
+    theirs, ours = context.Pipe(duplex=False)  # The pipe ends with this process, whatever ends it.
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)), mp_context=context, initializer=_begin, initargs=(messages, theirs)
     )
+    # Messages and results.
     try:
         futures = [pool.submit(_work, work, job) for job in jobs]
         waiting = set(futures)
@@ -60,15 +63,16 @@ def run_jobs(
             done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
             _drain(messages, tell)
             for future in done:
-                future.result()  # raises at once what the job raised
+                future.result()  # This raises at once what the job raised.
         results = [future.result() for future in futures]
-    except BaseException:  # nobody waits for what the others do
+    except BaseException:  # Nobody waits for what the others do.
         _drain(messages, tell)
         ours.close()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
         theirs.close()
+    # Last messages.
     _drain(messages, tell)
     ours.close()
     messages.close()
@@ -78,7 +82,7 @@ def run_jobs(
 def _begin(messages: Any, parent: Connection) -> None:
     global _messages
     _messages = messages
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -151,9 +151,11 @@ def learnt_behaviours(
     generators and the thread count are the caller's again afterwards. SAC needs continuous actions
     and is left out, with a message, where they are discrete.
     """
+    # Trainings on the reward alone.
     plain = [_Job(name, env_id, spec, config, seed) for name in ("PPO", "SAC")]
     plain = [job for job in plain if job.settings.steps and not _unable(job, progress)]
     trained = run_jobs(_train, plain, workers=workers, progress=progress)
+    # Trainings that go on from them, with the cost penalised or limited.
     strengths: list[tuple[float | None, float | None]] = [(p, None) for p in config.penalties]
     strengths += [(None, limit) for limit in config.cost_limits or ()]
     further = [
@@ -223,6 +225,7 @@ def _unable(job: _Job, progress: Say | None) -> bool:
 
 def _train(job: _Job, progress: Say) -> _Trained:
     """One training; its policies are named after the steps that led to them."""
+    # Account of penalties and costs.
     account = Account(penalty=job.penalty or 0.0, limit=job.cost_limit, unit=job.unit)
     steps = job.settings.steps if job.start is None else job.settings.penalised_steps
     behaviours = []
@@ -234,6 +237,7 @@ def _train(job: _Job, progress: Say) -> _Trained:
     with _isolated_torch():
         from stable_baselines3.common.vec_env import DummyVecEnv
 
+        # Environments and learner.
         envs = DummyVecEnv(
             [
                 lambda: Penalised(make_env(job.env_id, job.spec), account)
@@ -242,6 +246,7 @@ def _train(job: _Job, progress: Say) -> _Trained:
         )
         model = _model(job, envs)
         begun = model.num_timesteps
+        # Stages, each frozen.
         for stage in TRAINING_STAGES:
             missing = _steps_until(stage, steps, model.num_timesteps - begun)
             model.learn(missing, reset_num_timesteps=False, callback=each_step)
@@ -260,6 +265,7 @@ def _train(job: _Job, progress: Say) -> _Trained:
                 f"training {job.label}: {done:,} of {steps:,} steps, return {mean_return:.2f}, "
                 f"cost {mean_cost:.2f} per episode"
             )
+        # Dropped episodes, and the learner as it is saved.
         envs.close()
         if account.dropped.count:
             progress(
@@ -278,6 +284,7 @@ def _model(job: _Job, envs: Any) -> Any:
     """The learner of a job, new or as it was saved."""
     from stable_baselines3 import PPO, SAC  # here, because the import takes seconds
 
+    # A learner that was saved.
     if job.start is not None:
         learner = PPO if job.algorithm == "PPO" else SAC
         model: Any = learner.load(io.BytesIO(job.start), env=envs, device="cpu")
@@ -288,6 +295,7 @@ def _model(job: _Job, envs: Any) -> Any:
         if isinstance(model, SAC):  # its replay buffer, of unpenalised rewards, was not saved
             model.learning_starts = model.num_timesteps + SAC_START
         return model
+    # A new learner.
     settings = job.settings
     common: dict[str, Any] = {
         "policy": "MlpPolicy",

@@ -58,7 +58,7 @@ class Subject(NamedTuple):
 
 
 def assess_runs(
-    references: Sequence[str | Path],
+    run_names: Sequence[str | Path],
     *,
     confidence: float | None = None,
     out: str | Path | None = None,
@@ -72,27 +72,21 @@ def assess_runs(
     ``out`` all that is returned goes into this file instead, and nothing into the runs. The limits
     are those that the runs were pretrained with, unless given here.
     """
-    found = [find_run(reference, Path(runs), "pretrain") for reference in references]
+    # Runs, and where the answer goes.
+    found = [find_run(run_name, Path(runs), "pretrain") for run_name in run_names]
     for run in found if out is None else ():
         run.require_writable("Give --out FILE to write elsewhere.")
     if out is not None:
         require_output(Path(out))
+    # Estimates of each run.
     estimates: dict[str, Estimates] = {}
     bounds: dict[str, tuple[float, float]] = {}
     results: dict[str, Any] = {}
     for run in found:
-        inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
-        configure(inputs.threads)
-        require_own_limit(config.safety, limits)
-        given = {k: v for k, v in {**limits, "confidence": confidence}.items() if v is not None}
-        safety = dataclasses.replace(config.safety, **given)  # type: ignore[arg-type]
-        dataset = stored_dataset(inputs, safety, discount_of(config))
-        if run.environments:
-            for line in learnt_lines(since_log(dataset, run.environments[-1])):
-                say(line)
-        subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
+        subject = _subject(run, limits, confidence, say)
+        safety, dataset = subject.safety, subject.dataset
         limit = safety.limit(dataset.horizon, dataset.cost_max).value
-        for line in warning_lines(dataset, safety, config.held_out):
+        for line in warning_lines(dataset, safety, subject.config.held_out):
             say(line)
         key = str(run.path)
         estimates[key] = assessed(subject, say, store=out is None)
@@ -102,6 +96,7 @@ def assess_runs(
             "estimates": estimates[key].as_dict(),
         }
         say(describe(run.name, estimates[key], limit, safety.confidence))
+    # Choice among the runs.
     say(GO_BY)
     answer: dict[str, Any] = {"runs": plain(results)}
     if len(found) > 1:
@@ -114,6 +109,7 @@ def assess_runs(
             else f"choice      none is shown to be below its limit; the lowest upper limit of risk "
             f"is that of {name}"
         )
+    # File.
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(out), json_bytes(answer))
@@ -146,8 +142,22 @@ def stored_estimates(subject: Subject) -> Estimates | None:
             # An earlier version did not keep it.
             return dataclasses.replace(found, return_range=subject.dataset.return_range)
     except (RunError, KeyError, TypeError, ValueError):
-        pass  # damaged: it can be made again
+        pass  # It is damaged, and can be made again.
     return None
+
+
+def _subject(run: RunDir, limits: Limits, confidence: float | None, say: Say) -> Subject:
+    """What a run has to be judged; its own limits and confidence where none are given."""
+    inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
+    configure(inputs.threads)
+    require_own_limit(config.safety, limits)
+    given = {k: v for k, v in {**limits, "confidence": confidence}.items() if v is not None}
+    safety = dataclasses.replace(config.safety, **given)  # type: ignore[arg-type]
+    dataset = stored_dataset(inputs, safety, discount_of(config))
+    if run.environments:
+        for line in learnt_lines(since_log(dataset, run.environments[-1])):
+            say(line)
+    return Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
 
 
 def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
@@ -157,12 +167,14 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
     run, dataset = subject.run, subject.dataset
     with contextlib.ExitStack() as writing:
         if store:
-            run.lock()  # before the work, not after it
+            run.lock()  # It is locked before the work, not after it.
             writing.enter_context(run)
+        # Policy and limit.
         policy = stored_policy(run, subject.checkpoint)
         # Returns are estimated in the environment's unit.
         normalizer = policy.normalizer._replace(reward_scale=1.0)
         limit = subject.safety.limit(dataset.horizon, dataset.cost_max)
+        # Estimates.
         say(f"assess      {run.path}: the policy, without its shield, from the log alone")
         line = ProgressLine(100, 0, None if say is say_plain else say, "%")
         with contextlib.closing(line):
@@ -173,6 +185,7 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
                 CONFIG,
                 progress=lambda done: line.update(round(100 * done), "fitted Q evaluation"),
             )
+        # File.
         content = {
             **_assessed_facts(subject),
             "estimates": estimates.as_dict(),
@@ -268,7 +281,7 @@ def gate(subject: Subject, *, accepted: str | None, say: Say) -> str:
         stored = stored_estimates(subject)
         known = numbers(stored, limit, safety.confidence) if stored else "not assessed"
         return f"{accepted}; {known}"
-    # A pretrain run that is shared, say, and not ours: all of it counts but for being stored.
+    # In a pretrain run that is shared, say, and not ours, all of it counts but is not stored.
     kept = unwritable(subject.run.path) is None
     estimates = assessed(subject, say, store=kept)
     if estimates.shows_below(limit, safety.confidence):

@@ -85,7 +85,7 @@ def benchmark_text(suite: Suite, root: Path) -> str:
 def _require_same_settings(jobs: Sequence[Job]) -> None:
     """RunError unless each run that has begun was made with the settings that its job has now."""
     sources: dict[Path, PretrainConfig] = {}
-    for job in jobs:  # each comes after what it needs
+    for job in jobs:  # Each comes after what it needs.
         if job.needs is None:
             sources[job.folder] = pretrain_config(**job.options, overrides=job.overrides)
         if not (job.folder / "run.json").is_file():
@@ -151,23 +151,27 @@ def benchmark_run(
     anything. The comparison lies beside the runs, as a page, tables, chart and JSON. RunError in
     the end if a run failed.
     """
+    # Runs that are missing.
     say(benchmark_text(suite, root))
     require_runs_folder(root)
     (root / "logs").mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(suite, root)
     state = _Progress(suite, root, workers, _unfinished(jobs, suite))
     state.done = {j.folder for j in jobs} - {j.folder for j in state.waiting}
+    # Their execution.
     with StopSignal() as stop:
         try:
             _run_jobs(state, stop, say)
         finally:
             _end_all(state)
+    # Interruption.
     if stop.number:
         raise Interrupted(
             stop.number,
             f"Interrupted with {len(state.done)} of {len(jobs)} runs done. The same command goes "
             "on from there.",
         )
+    # Comparison and failures.
     results = {env: _compare(state, env, say) for env in suite.environments}
     if state.failed:
         names = ", ".join(job.label for job in state.failed)
@@ -200,14 +204,14 @@ def _launch(state: _Progress) -> None:
     for job in ready:
         state.waiting.remove(job)
         command = _next_command(job, state.suite)
-        assert command is not None  # it would be done
+        assert command is not None  # It would be done.
         with _log_of(job, state.root).open("ab") as log:
             process = subprocess.Popen(
                 [*own_command("cli"), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a signal of the terminal reaches it through us alone
+                start_new_session=True,  # A terminal's signal reaches it through us alone.
             )
         state.running.append(_Running(job, command, process, time.monotonic()))
 
@@ -300,7 +304,7 @@ def _state_line(state: _Progress) -> str:
 def _compare(state: _Progress, env: str, say: Say) -> dict[str, Any]:
     """Each method's folder is a group: its settings alone may be those of another method."""
     base = state.root / folder_name(env)
-    # Not whole folders: they may hold other seeds, and runs that have not ended.
+    # Whole folders may hold other seeds, and runs that have not ended.
     sources = [
         Source(job.folder, job.folder.parent)
         for job in jobs_of(state.suite, state.root)

@@ -57,7 +57,7 @@ MOST_EPISODES = 10_000  # of a claim that is looked at after every episode
 
 
 def certify_run(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     confidence: float | None = None,
     episodes: int | None = None,
@@ -73,7 +73,8 @@ def certify_run(
     the same call for the same policy, shield and environment; any other call is a further attempt,
     and pays for it. ConfigError where every seed of the environment plays the same episode.
     """
-    run = find_run(reference, Path(runs))
+    # A finished run that can be written to.
+    run = find_run(run_name, Path(runs))
     if run.state["status"] != "finished":
         raise RunError(
             f'The run "{run.name}" is not finished. Finish it with '
@@ -85,15 +86,17 @@ def certify_run(
     )
     run.lock()
     with run:
+        # Claim, subject and situations.
         final = final_policy(run)
         with contextlib.closing(final.env):
             claim = _claim(final, limits, confidence, episodes, seed)
             subject = subject_of(final)
-            situations = None  # on a real machine nothing is played that is not on record
+            situations = None  # On a real machine every episode is on record.
             if final.environment.kind != "real":
                 with _stopped_before_it_began():
                     situations = find_situations(final.env)
                 require_situations(final.env.env_id, situations)
+            # Attempt and its episodes.
             claim, folder = _attempt(run, claim, _attempt_facts(subject), say)
             say(_header(final, claim, situations))
             for line in changed_line(
@@ -101,13 +104,14 @@ def certify_run(
             ):
                 say(line)
             played = _play(final, claim, folder / RECORD, say)
+        # Certificate and page.
         _require_distinct(claim, played, situations, str(folder / RECORD))
         record = (folder / RECORD).read_bytes()
         content = make_certificate(claim, played, record, subject, situations)
         shown = page(content).encode()
         certificate = sealed({**content, "page_sha256": hashlib.sha256(shown).hexdigest()})
         write_atomic(folder / PAGE, shown)
-        write_atomic(folder / CERTIFICATE, json_bytes(certificate))  # last: it ends the attempt
+        write_atomic(folder / CERTIFICATE, json_bytes(certificate))  # Its file ends the attempt.
     say(f"{summary(certificate)}\n{folder / CERTIFICATE}\n{folder / PAGE}")
     return certificate
 
@@ -154,9 +158,11 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
 
     A new one has the number after the highest, so that no number before that is used twice.
     """
+    # Attempts before this one.
     folders = {int(p.name): p for p in (run.path / CERTIFICATES).glob("*") if p.name.isdecimal()}
     asked = {**dataclasses.asdict(claim), **identity}
-    differing: dict[int, list[str]] = {}  # of the unfinished attempts: what they have otherwise
+    differing: dict[int, list[str]] = {}  # It says what unfinished ones have otherwise.
+    # An interrupted one that is this one.
     for number, folder in folders.items():
         if (folder / CLAIM).is_file() and not (folder / CERTIFICATE).is_file():
             stored = json.loads((folder / CLAIM).read_bytes())
@@ -164,6 +170,7 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
             differing[number] = [key for key in wanted if wanted[key] != stored.get(key)]
             if not differing[number]:
                 return dataclasses.replace(claim, attempt=number), folder
+    # A new attempt, whose claim must be within reach.
     last = max(folders, default=0)
     number = last + 1
     folder = run.path / CERTIFICATES / str(number)
@@ -174,11 +181,13 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
             f"{claim.episodes:,} episodes cannot show {quantity(claim)} in attempt {number}, even "
             f"without an accident: it takes {needed:,}. Nothing was played."
         )
+    # What an unfinished one had otherwise.
     if last in differing:
         say(
             f"Attempt {last} is not finished, but differs in {', '.join(differing[last])}. "
             f"This is attempt {number}."
         )
+    # Claim on disk.
     folder.mkdir(parents=True)
     write_atomic(folder / CLAIM, json_bytes(asked | {"attempt": number}))
     return claim, folder

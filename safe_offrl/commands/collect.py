@@ -35,6 +35,7 @@ def collect_run(
 
     ``steps`` or ``minutes`` bound what is done in the environment, see :func:`build_dataset`.
     """
+    # Settings and bounds.
     env_id = env or DEFAULT_ENV
     safety, config = collect_config(
         env_id,
@@ -50,6 +51,7 @@ def collect_run(
         raise ConfigError(f"--minutes is {minutes:g}, but a number above 0 is needed. Try 20.")
     with contextlib.closing(Heartbeat(say, "collect     at work, {} so far".format)) as heart:
         if out is None:
+            # The cached default.
             if any(given is not None for given in (transitions, seed, steps, minutes)):
                 raise ConfigError(
                     "The cached default dataset has its own size and seed. "
@@ -57,6 +59,7 @@ def collect_run(
                 )
             path = default_dataset(env_id, safety, config=config, progress=heart.say)
         else:
+            # A file of one's own.
             if Path(out).exists():
                 raise DataError(f'"{out}" exists already. Remove it, or give another name.')
             require_output(Path(out))
@@ -69,6 +72,7 @@ def collect_run(
                 minutes=minutes,
                 progress=heart.say,
             )
+    # Trust, since the log was made here.
     trust_log(stated_metadata(path))
     say(f"dataset     {path}")
     return Path(path)

@@ -15,7 +15,7 @@ from safe_offrl.report.markdown import write_markdown
 
 
 def compare_runs(
-    references: Sequence[str | Path | Source],
+    run_names: Sequence[str | Path | Source],
     *,
     png: str | Path | None = None,
     svg: str | Path | None = None,
@@ -28,16 +28,19 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Print the comparison of runs, write what is asked for; returns it as plain values.
 
-    A reference is a run, or a folder of runs: the seeds of one method, named like the folder.
+    Each name is that of a run, or of a folder of runs: the seeds of a method named like it.
     ``by_run``: whether the printed tables list each run; None: unless there are many.
     """
-    comparison = report.compare(references, group_by=group_by, root=Path(runs))
+    # Tables.
+    comparison = report.compare(run_names, group_by=group_by, root=Path(runs))
     say(tables.format_table(comparison, by_run=by_run))
+    # Charts.
     figures = [Path(path) for path in (png, svg) if path is not None]
     for path in figures:
         path.parent.mkdir(parents=True, exist_ok=True)
         charts.write_figure(comparison, path)
         say(f"figure      {path}")
+    # Documents.
     if markdown is not None:
         Path(markdown).parent.mkdir(parents=True, exist_ok=True)
         write_markdown(comparison, Path(markdown), figures)

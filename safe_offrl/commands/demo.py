@@ -30,6 +30,7 @@ def demo_run(
     Both fine-tunings start from the same policy, as two processes of one thread each. Returns the
     three runs.
     """
+    # Offline phase.
     runs = Path(runs)
     require_runs_folder(runs)
     plan = plan_pretrain(pretrain_config(steps=steps, seed=seed), say=say)
@@ -40,6 +41,7 @@ def demo_run(
         )
     name = _free_demo_name(runs)
     pretrained = pretrain_run(plan, name=name, runs=runs, say=say)
+    # Online phases.
     base = [*own_command("cli"), "finetune", str(pretrained.path)]
     base += ["--runs", str(runs), "--seed", str(seed), "--budget", str(budget), "--videos", "5"]
     # The point of it is to see how the constraints bring down what the log cannot show to be safe.
@@ -52,6 +54,7 @@ def demo_run(
         },
         say,
     )
+    # Comparison.
     names = [name, f"{name}-constrained", f"{name}-unconstrained"]
     png = runs / f"{name}-comparison.png"
     say("")
@@ -69,6 +72,7 @@ def _free_demo_name(runs: Path) -> str:
 
 def _run_together(commands: dict[str, list[str]], say: Say) -> None:
     """Run commands at the same time; every line they print is shown with its label in front."""
+    # Processes.
     width = max(map(len, commands))
     processes = {
         label: subprocess.Popen(
@@ -77,19 +81,21 @@ def _run_together(commands: dict[str, list[str]], say: Say) -> None:
         for label, command in commands.items()
     }
 
+    # What they print.
     def show(label: str, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             say(f"{label:<{width}} | {line.rstrip()}")
 
     readers = [threading.Thread(target=show, args=item) for item in processes.items()]
+    # Their end, or that of all when one waits no more.
     try:
         for reader in readers:
             reader.start()
         codes = {label: process.wait() for label, process in processes.items()}
     except BaseException:
         for process in processes.values():
-            process.terminate()  # they save themselves and name their --resume command
+            process.terminate()  # They save themselves and name their --resume command.
         raise
     finally:
         for process, reader in zip(processes.values(), readers, strict=True):
@@ -97,6 +103,7 @@ def _run_together(commands: dict[str, list[str]], say: Say) -> None:
             reader.join()
             if process.stdout is not None:
                 process.stdout.close()
+    # Failures.
     failed = [label for label, code in codes.items() if code]
     if failed:
         raise RunError(f"The {failed[0]} run did not finish; its output above says why.")

@@ -21,7 +21,7 @@ from safe_offrl.record.trust import require_trusted
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain_config import PretrainConfig
 
-# In versions.json beside KEY, where they are others than it.
+# They stand in versions.json beside KEY, where they are others than it.
 LOGGED, PRETRAINED = f"logged_{KEY}", f"pretrained_{KEY}"
 
 
@@ -99,7 +99,7 @@ def environment_check(certificate: Mapping[str, Any], run: RunDir) -> Recheck:
     with contextlib.closing(env):
         if KEY in stated:
             changes = differences(stated[KEY], env.identity())
-        else:  # of an earlier version, which says no more than these
+        else:  # An earlier version says no more than these.
             source = rule_source(config.safety.accident)
             now = {"horizon": env.horizon, **source, **env.versions()}
             before = {**stated, **certificate.get("versions", {}).get("environment", {})}

@@ -17,7 +17,7 @@ from safe_offrl.deploy.evaluate import evaluate
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError
 from safe_offrl.files import json_bytes, plain, write_atomic
-from safe_offrl.record.final_policy import final_policy
+from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.find_run import find_run
 from safe_offrl.record.progress import Heartbeat, Say
 from safe_offrl.stats.fixed import clopper_pearson
@@ -25,7 +25,7 @@ from safe_offrl.types import Episode
 
 
 def evaluate_run(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     episodes: int = 100,
     mean_action: bool = False,
@@ -46,24 +46,21 @@ def evaluate_run(
     first ``videos`` accidents are filmed. ConfigError where the environment is real: these episodes
     are on no record, those of :func:`certify_run` are.
     """
+    # Run and target.
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes cannot be evaluated. Ask for at least 1.")
-    run = find_run(reference, Path(runs))
+    run = find_run(run_name, Path(runs))
     target = Path(out) if out is not None else run.path / "evaluation.json"
     if out is None:
         run.require_writable("Give --out FILE to write elsewhere.")
     require_output(target)
+    # Policy and environment.
     final = final_policy(run)
-    if final.environment.kind == "real":
-        final.env.close()
-        raise ConfigError(
-            f'The environment of "{run.name}" is real, where every episode must be on record and '
-            "evaluate keeps no record. Use "
-            f"`safe-offrl certify {run.name} --episodes {episodes}`, which does."
-        )
+    _require_simulation(final, episodes)
     safety, identity = final.safety, final.env.identity()
     for line in changed_line(f"that of {run.name}", since_run(run, identity)):
         say(line)
+    # Episodes.
     played: list[Episode] = []
     with (
         contextlib.closing(final.env),
@@ -81,6 +78,7 @@ def evaluate_run(
             worst_cost=final.worst_cost,
         ):
             played.append(episode)  # noqa: PERF402  # its length is shown meanwhile
+    # Outcomes.
     accidents = sum(episode.accident for episode in played)
     returns = [e.episode_return for e in played if e.outcome == "complete"]
     mean, error = _mean_and_error(returns)
@@ -90,6 +88,7 @@ def evaluate_run(
     counted = different if situations.few else played
     seen = sum(episode.accident for episode in counted)
     low, high = clopper_pearson(seen, len(counted), safety.confidence)
+    # Result.
     result: dict[str, Any] = {
         "episodes": episodes,
         "distinct_episodes": len(different),
@@ -109,6 +108,7 @@ def evaluate_run(
         "checkpoint_sha256": final.checkpoint_sha256,
         KEY: identity,
     }
+    # Summary and file.
     gain = f"{mean:.2f} +- {error:.2f}" if returns else "unknown: no episode came to its end"
     say(
         f"{run.name}: {accidents} accidents in {episodes} episodes, "
@@ -125,6 +125,18 @@ def evaluate_run(
     if out is not None:
         say(f"file        {target}")
     return result
+
+
+def _require_simulation(final: FinalPolicy, episodes: int) -> None:
+    """ConfigError, and the environment closed, if it is a real one."""
+    if final.environment.kind == "real":
+        final.env.close()
+        name = final.run.name
+        raise ConfigError(
+            f'The environment of "{name}" is real, where every episode must be on record and '
+            "evaluate keeps no record. Use "
+            f"`safe-offrl certify {name} --episodes {episodes}`, which does."
+        )
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any
 from gymnasium import spaces
 
 from safe_offrl.commands.common import require_output, say_plain
-from safe_offrl.deploy.export import compare, require_format
+from safe_offrl.deploy.export import Comparison, compare, require_format
 from safe_offrl.deploy.graph import PolicyGraph
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError, RunError
@@ -26,7 +26,7 @@ MANIFEST_FORMAT = 1  # of the manifest
 
 
 def export_run(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     file_format: str = "onnx",
     out: str | Path | None = None,
@@ -38,36 +38,30 @@ def export_run(
     A pretrained policy has no shield, as in :func:`safe_offrl.load_policy`. The file is run and
     compared with the policy before it is written: RunError, and nothing written, if they differ.
     """
+    # Run and files.
     chosen = require_format(file_format)
-    run = find_run(reference, Path(runs))
+    run = find_run(run_name, Path(runs))
     path = Path(out) if out is not None else run.path / EXPORTS / f"policy{chosen.suffix}"
     if out is None:
         run.require_writable("Give --out FILE to write elsewhere.")
     require_output(path)
     with contextlib.ExitStack() as stack:
         if unwritable(run.path) is None:
-            run.lock()  # no newer checkpoint between the policy and its hashes
+            run.lock()  # No newer checkpoint comes between policy and hashes.
             stack.enter_context(run)
+        # Policy.
         final = final_policy(run)
         policy, env = final.policy, final.env
         with contextlib.closing(env):
-            if env.offset is not None:
-                raise ConfigError(
-                    f'The policy of "{run.name}" sees observations that float32 cannot hold, less '
-                    "an offset, and a graph takes float32. Subtract a constant in the environment "
-                    "and make the runs again, or act with safe_offrl.load_policy."
-                )
+            _require_float32(env, run.name)
+            # Graph, compared with the policy.
             space = env.env.action_space
-            assert isinstance(space, spaces.Box | spaces.Discrete)  # others are refused
+            assert isinstance(space, spaces.Box | spaces.Discrete)  # Others are refused.
             graph = PolicyGraph(policy, space)
             data = chosen.write(graph)
             found = compare(chosen.open(data), graph, env, policy)
-            if not found.same:
-                raise RunError(
-                    f"The exported policy is not the run's: actions differ by up to "
-                    f"{found.difference:g} at {found.observations} observations. Nothing was "
-                    "written; try another --format, or the versions of constraints.txt."
-                )
+            _require_same(found)
+            # Manifest.
             content = {
                 "format": MANIFEST_FORMAT,
                 "file": {
@@ -82,10 +76,12 @@ def export_run(
     manifest: dict[str, Any] = plain(content)
     packages = manifest["versions"]["packages"]
     packages |= {name: importlib.metadata.version(name) for name in chosen.packages}
+    # Files.
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     beside = path.with_name(f"{path.name}.json")
     write_atomic(beside, json_bytes(manifest))
+    # Summary.
     guard = f"acts, in {found.interventions} of them" if policy.shield.acts else "abstains"
     say(
         f"exported    {run.name} (version {policy.version}) as {file_format}\n"
@@ -98,43 +94,34 @@ def export_run(
     return manifest
 
 
+def _require_float32(env: AccidentEnv, name: str) -> None:
+    """ConfigError if float32, which a graph takes, cannot hold the observations."""
+    if env.offset is not None:
+        raise ConfigError(
+            f'The policy of "{name}" sees observations that float32 cannot hold, less '
+            "an offset, and a graph takes float32. Subtract a constant in the environment "
+            "and make the runs again, or act with safe_offrl.load_policy."
+        )
+
+
+def _require_same(found: Comparison) -> None:
+    """RunError if the file does something else than the policy."""
+    if not found.same:
+        raise RunError(
+            f"The exported policy is not the run's: actions differ by up to "
+            f"{found.difference:g} at {found.observations} observations. Nothing was "
+            "written; try another --format, or the versions of constraints.txt."
+        )
+
+
 def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
     """How the graph is fed and read: sizes, order, units, and an episode in words."""
-    o, a, k = env.observation_size, env.action_size, graph.draws
     kind = graph.actor.kind
-    space = env.env.action_space
-    parts = [
-        {
-            "name": part.name,
-            "path": part.path,
-            "shape": part.box.shape,
-            "start": part.start,
-            "stop": part.stop,
-        }
-        for part in env.layout
-    ]
-    if env.sums_cost:
-        name = "min(cost of the episode so far / cost_threshold, 2)"
-        parts.append({"name": name, "path": None, "shape": (), "start": o - 1, "stop": o})
-    if isinstance(space, spaces.Discrete):
-        action = {"kind": "discrete", "count": a, "start": int(space.start)}
-        result: dict[str, Any] = {
-            "shape": ["batch"],
-            "dtype": "int64",
-            "meaning": "number of the action; start - 1, which is none, for a NaN observation",
-        }
-    else:
-        assert isinstance(space, spaces.Box)
-        action = {"kind": "box", "shape": space.shape, "low": space.low, "high": space.high}
-        result = {
-            "shape": ["batch", *space.shape],
-            "dtype": "float32",
-            "meaning": "in the environment's own units; NaN if the observation is not finite",
-        }
+    action, result = _action(env)
     return {
         "observation": {
-            "size": o,
-            "order": parts,
+            "size": env.observation_size,
+            "order": _observation_parts(env),
             "meaning": "the environment's own numbers, not scaled, part by part: at the keys and "
             "positions of its path, a matrix row by row",
         },
@@ -142,7 +129,7 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
         "inputs": [
             {
                 "name": "observation",
-                "shape": ["batch", o],
+                "shape": ["batch", env.observation_size],
                 "dtype": "float32",
                 "meaning": 'in the order of "observation"',
             },
@@ -154,7 +141,7 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
             },
             {
                 "name": "noise",
-                "shape": ["batch", k, *graph.actor.noise_shape],
+                "shape": ["batch", graph.draws, *graph.actor.noise_shape],
                 "dtype": "float32",
                 "meaning": f"{kind.noise_in_words}, all independent and new at each step; row 0 "
                 "makes the first choice, the others what the shield may take instead; row 0 all "
@@ -175,3 +162,44 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
         "certificate": "A certificate with the same sha256 of policy and of shield is about this "
         "file, as long as noise is drawn.",
     }
+
+
+def _observation_parts(env: AccidentEnv) -> list[dict[str, Any]]:
+    """Where each part of the observation space lies in a row of numbers."""
+    parts: list[dict[str, Any]] = [
+        {
+            "name": part.name,
+            "path": part.path,
+            "shape": part.box.shape,
+            "start": part.start,
+            "stop": part.stop,
+        }
+        for part in env.layout
+    ]
+    if env.sums_cost:
+        name = "min(cost of the episode so far / cost_threshold, 2)"
+        size = env.observation_size
+        parts.append({"name": name, "path": None, "shape": (), "start": size - 1, "stop": size})
+    return parts
+
+
+def _action(env: AccidentEnv) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The environment's actions, and how the graph gives them."""
+    space = env.env.action_space
+    action: dict[str, Any]
+    if isinstance(space, spaces.Discrete):
+        action = {"kind": "discrete", "count": env.action_size, "start": int(space.start)}
+        result: dict[str, Any] = {
+            "shape": ["batch"],
+            "dtype": "int64",
+            "meaning": "number of the action; start - 1, which is none, for a NaN observation",
+        }
+    else:
+        assert isinstance(space, spaces.Box)
+        action = {"kind": "box", "shape": space.shape, "low": space.low, "high": space.high}
+        result = {
+            "shape": ["batch", *space.shape],
+            "dtype": "float32",
+            "meaning": "in the environment's own units; NaN if the observation is not finite",
+        }
+    return action, result

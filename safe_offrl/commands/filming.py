@@ -26,10 +26,12 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
     episode that is played again after a resume is shown again, since TensorBoard forgets what came
     after the checkpoint, but not filmed again.
     """
-    accidents = loop.monitor.accidents  # before the checkpoint that this goes on from
+    # Films that are still wanted.
+    accidents = loop.monitor.accidents  # They came before the checkpoint that this goes on from.
     if accidents >= loop.config.videos:
         yield lambda _: None
         return
+    # Camera.
     folder = run.path / FOLDER
     env_id, safety = loop.env.env_id, loop.config.safety
     with contextlib.closing(AccidentCamera(env_id, safety, loop.normalizer, say)) as camera:

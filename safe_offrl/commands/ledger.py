@@ -20,7 +20,7 @@ COLUMNS = ("episodes", "steps", "accidents", "unknown", "cost")
 
 
 def show_ledger(
-    reference: str | Path, *, runs: str | Path = "runs", say: Say = say_plain
+    run_name: str | Path, *, runs: str | Path = "runs", say: Say = say_plain
 ) -> dict[str, Any]:
     """Verify a run's ledger and print what it counts; returns it as plain values.
 
@@ -28,13 +28,15 @@ def show_ledger(
     number of episodes against run.json and the newest checkpoint, and the totals of steps.
     ``result["intact"]`` says whether all of it holds, ``result["problem"]`` what does not.
     """
-    run = find_run(reference, Path(runs))
+    # Checks.
+    run = find_run(run_name, Path(runs))
     try:
         ledger = run.ledger()
         _check_against_run(run, ledger)
     except RunError as error:
         say(f"BROKEN      {error}")
         return {"run": str(run.path), "intact": False, "problem": str(error)}
+    # Counts.
     counted = ledger.counted
     result = {
         "run": str(run.path),
@@ -98,12 +100,14 @@ def _totals_by(episodes: Sequence[Episode], key: str) -> list[dict[str, Any]]:
 
 def _lines(run: RunDir, ledger: Ledger, result: dict[str, Any]) -> list[str]:
     """The report for people."""
+    # Integrity.
     total, unchained = result["total"], ledger.lines - ledger.chained
     intact = f"{ledger.lines:,} lines, checksums and hash chain intact, head {ledger.head[:16]}"
     if unchained == ledger.lines:
         intact = f"{ledger.lines:,} lines, checksums intact; not chained"
     elif unchained:
         intact += f" (the first {unchained:,} lines were written by a version without a chain)"
+    # Totals.
     lines = [
         f"ledger      {run.path / 'ledger.jsonl'}",
         f"verified    {intact}",
@@ -113,6 +117,7 @@ def _lines(run: RunDir, ledger: Ledger, result: dict[str, Any]) -> list[str]:
     ]
     if result["open"]:
         lines.append("open        the last episode has no end on record: in progress, or lost")
+    # Counts by phase, and by version of the policy.
     versions = result["versions"]
     for key, groups in (("phase", result["phases"]), ("version", versions[-SHOWN_VERSIONS:])):
         lines.append(f"\n{key:<10}" + "".join(f"{name:>11}" for name in COLUMNS))
@@ -124,6 +129,7 @@ def _lines(run: RunDir, ledger: Ledger, result: dict[str, Any]) -> list[str]:
         ]
     if len(versions) > SHOWN_VERSIONS:
         lines.append(f"(the last {SHOWN_VERSIONS} of {len(versions)} versions; --json has all)")
+    # Last episodes.
     lines.append("\nlast episodes")
     for episode in result["last"]:
         lines.append(

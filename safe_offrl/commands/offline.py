@@ -54,12 +54,12 @@ def pretrain_run(
         say(f"run         {run.path}")
         loop = _loop(plan.config, plan.dataset, plan.inputs)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
-        _drive(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
+        _drive_offline(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
 
 def resume_pretrain(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     runs: str | Path = "runs",
     threads: int | None = None,
@@ -67,20 +67,20 @@ def resume_pretrain(
     say: Say = say_plain,
 ) -> RunDir:
     """Continue an interrupted offline phase; the result is bitwise that of an uninterrupted one."""
-    found = unfinished("pretrain", PretrainConfig, reference, runs, threads)
+    found = unfinished("pretrain", PretrainConfig, run_name, runs, threads)
     with found as (run, inputs, config):
         if ":" in config.agent:
             require_trusted(run, inputs, config.safety, config.agent)
         config = replace(config, agents=with_own_settings(config.agent, config.agents))
         configure(inputs.threads)
-        device = find_device(inputs.device)  # as the next line, refuses what cannot go on
+        device = find_device(inputs.device)  # This and the next line refuse what cannot go on.
         choose_compute(stored_mode(inputs), config.precision, config.steps, device)
         dataset = stored_dataset(inputs, config.safety, discount_of(config))
         loop = _loop(config, dataset, inputs)
         with writing(run, say) as stop:
             checkpoint = bring_back(run, loop)
             say(f"resume      {run.path} from step {checkpoint.step:,}")
-            _drive(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
+            _drive_offline(run, loop, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
 
@@ -88,13 +88,13 @@ def _loop(config: PretrainConfig, dataset: Dataset, inputs: RunInputs) -> Pretra
     return Pretraining(config, dataset, compiled=inputs.compiled, device=inputs.device)
 
 
-def _drive(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> None:
+def _drive_offline(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> None:
     show = None if say is say_plain else say
     begun = {loop.step, loop.config.steps}
     with contextlib.closing(ProgressLine(loop.total_steps, loop.step, show)) as progress:
         for record in loop.steps():
             if loop.step - 1 in begun:
-                progress.restart()  # the first step of each part compiles
+                progress.restart()  # The first step of each part compiles.
             if record is not None:
                 run.log(record.step, record.values)
             progress.update(loop.step, record and _offline_line(record))

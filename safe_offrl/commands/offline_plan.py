@@ -86,6 +86,7 @@ def pretrain_config(
     ``preset`` is a YAML file that takes the place of the environment's, see :func:`load_config`.
     Environment and accident rule are the dataset's own where nothing else is said.
     """
+    # What is given.
     env = env or _logged_env(dataset, overrides)
     named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
     flags = {"env": env, "dataset": dataset, "agent": agent, "steps": steps, "seed": seed}
@@ -105,10 +106,11 @@ def pretrain_config(
         resolve = with_costs
     else:
         config = resolve()
+    # The log's own rule.
     if config.dataset is not None:
         try:
             stated = stated_metadata(config.dataset)
-        except DataError:  # what is not there or damaged is refused by whoever loads it
+        except DataError:  # Whoever loads it refuses it.
             stated = {}
         config = with_logged_rule(config, stated, resolve)
     return replace(config, agents=with_own_settings(config.agent, config.agents))
@@ -140,10 +142,12 @@ def plan_pretrain(
     ``preset`` is the file that ``config`` was read from, if it was: its section "collect" says how
     the default dataset is logged.
     """
+    # Compute.
     configure(threads)
     updates = config.steps + config.alignment_steps
     device = find_device(config.device)
     compute, compiling = choose_compute(config.compile, config.precision, updates, device)
+    # Environment and dataset.
     config = _with_logged_horizon(config)
     env = make_env(config.env, config.safety)
     try:
@@ -153,15 +157,17 @@ def plan_pretrain(
         dataset = load_dataset(
             path, discount=discount_of(config), spec=config.safety, horizon=env.horizon
         )
+        # Fit of both, and of the constraint.
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, config.env, *sizes, discrete=env.discrete)
         check_learnable(dataset, config.safety)
         require_both_outcomes(dataset, path, config.safety)
-        config.safety.limit(dataset.horizon, dataset.cost_max)  # refuses one that cannot bind
+        config.safety.limit(dataset.horizon, dataset.cost_max)  # This refuses one that cannot bind.
         env_versions, env_identity = env.versions(), env.identity()
         units = _assumed_units(dataset, env)
     finally:
         env.close()
+    # What the run remembers.
     inputs = RunInputs(
         env_id=config.env,
         dataset=str(path),

@@ -74,7 +74,7 @@ def finetune_run(
 
 
 def resume_finetune(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     runs: str | Path = "runs",
     threads: int | None = None,
@@ -90,8 +90,9 @@ def resume_finetune(
     ledger has them; the result is bitwise that of an uninterrupted run. In reality, they are
     counted as the ledger has them, and one that was cut off counts as an accident.
     """
-    found = unfinished("finetune", FinetuneConfig, reference, runs, threads)
+    found = unfinished("finetune", FinetuneConfig, run_name, runs, threads)
     with found as (run, inputs, config):
+        # Plan, as when the run began.
         require_trusted(run, inputs, config.safety, config.baseline.learner)
         plan = plan_finetune(
             stored_pretrain_run(inputs),
@@ -99,8 +100,9 @@ def resume_finetune(
             threads=inputs.threads,
             device=inputs.device,
             compile_mode=stored_mode(inputs),
-            accept_risk=True,  # it was settled when the run began
+            accept_risk=True,  # It was settled when the run began.
         )
+        # The same policy and environment.
         if plan.pretrained.sha256 != inputs.pretrained_sha256:
             raise RunError(
                 f'The pretrain run "{inputs.pretrained}" has changed since "{run.name}" started '
@@ -109,6 +111,7 @@ def resume_finetune(
         with contextlib.closing(plan.env):
             require_same_environment(run, plan.env, accept_risk, say)
             loop = start_loop(plan)
+            # Loop, from the newest checkpoint on.
             with writing(run, say) as stop:
                 checkpoint = bring_back(run, loop)
                 # Its policy is not the one that the run will end with.
@@ -138,6 +141,7 @@ def start_loop(plan: FinetunePlan) -> Finetuning:
 def _drive(
     run: RunDir, plan: FinetunePlan, loop: Finetuning, curves: OnlineCurves, saver: Saver, say: Say
 ) -> None:
+    # State between events.
     run.board.describe({"agent": plan.agent, **to_dict(plan.config)}, FINAL_CURVES)
     stop = saver.stop
     real = plan.config.env.kind == "real"
@@ -154,13 +158,14 @@ def _drive(
         keep = _keeping(run, loop)
         for event in loop.run(run.recorded):
             if isinstance(event, Reservation):
+                # An episode that begins.
                 if stop.number:
                     saver.save_if_due(curves.step)
-                run.reserve_episode(event.worst)  # on disk before the first of its steps
-                stop.hold()  # what is cut off in reality counts as an accident
+                run.reserve_episode(event.worst)  # It is on disk before its first step.
+                stop.hold()  # What is cut off in reality counts as an accident.
             elif isinstance(event, Episode):
-                # Before anything else can happen. What can be played again need not outlive a power
-                # cut; an environment that failed may not fail again.
+                # An ended episode is on record before anything else can happen. What can be played
+                # again need not outlive a power cut; an environment that failed may not fail again.
                 run.append_episode(event, sync=real or event.outcome != "complete")
                 stop.release()
                 keep(event)
@@ -184,6 +189,7 @@ def _drive(
                     # plays them again from the last checkpoint.
                     raise interrupted(run, stop.number, event.total_steps)
             else:
+                # A decision on a candidate.
                 if alarmed and not loop.monitor.alarm:
                     done = event.reason.removeprefix("alarm: ")
                     delta = f"delta is {event.delta:g} from here on"
@@ -204,13 +210,18 @@ def _drive(
         )
     # The last line comes after the last checkpoint, so that a resume from it writes it once.
     saver.save(curves.step)
+    _finish(run, plan, curves, loop.stopped, say)
+
+
+def _finish(run: RunDir, plan: FinetunePlan, curves: OnlineCurves, stopped: str, say: Say) -> None:
+    """Last line, calibration and status of a run whose last checkpoint is written."""
     run.log(curves.step, curves.values())
     constraint = plan.limit.constraint
     if blocks := online_blocks(run.episodes(), run.iterations(), constraint):
         png = online_png(blocks, constraint, plan.limit.value)
         save_calibration(run, "online", curves.step, png)
-    run.set_status("finished", reason=loop.stopped)
-    say(f"finished    {run.path}: {loop.stopped}")
+    run.set_status("finished", reason=stopped)
+    say(f"finished    {run.path}: {stopped}")
 
 
 def _keeping(run: RunDir, loop: Finetuning) -> Callable[[Episode], None]:

@@ -67,6 +67,7 @@ class FinetunePlan:
     @property
     def header(self) -> str:
         """What a person should know before it starts, above all what the budget can prove."""
+        # What is active.
         config, safety = self.config, self.config.safety
         shield = "shield" if not self.shield_refusals else "shield (abstains)"
         parts = {
@@ -76,12 +77,14 @@ class FinetunePlan:
         }
         on = [name for name, active in parts.items() if active]
         why = f"; abstains for {'; '.join(self.shield_refusals)}" if config.shield else ""
+        # Warm-up.
         limit = config.accident_budget
         warm_up = f"{config.warmup_steps:,} steps of the pretrained policy, then learning"
         if config.warmup_steps >= config.budget:
             warm_up = "the whole budget: nothing will be learnt (set warmup_steps)"
         elif config.warmup_steps + config.iteration_steps > config.budget and not config.untested:
             warm_up += ", of which nothing will act: the first proposal comes after the budget"
+        # Lines.
         return "\n".join(
             [
                 f"finetune    {self.inputs.env_id}, budget {config.budget:,} steps"
@@ -139,6 +142,7 @@ def finetune_config(
 
     ``preset`` is a YAML file that takes the place of the environment's, see :func:`load_config`.
     """
+    # The pretrain run.
     inputs, source = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
@@ -149,6 +153,7 @@ def finetune_config(
     for key, value in settings.items():
         if value is not None:
             flags[f"safety.{key}" if key in of_safety else key] = value
+    # Settings.
     config = load_config(
         FinetuneConfig,
         section="finetune",
@@ -158,6 +163,7 @@ def finetune_config(
         flags=flags,
         overrides=overrides,
     )
+    # The rule that the critic learnt under.
     for key in ("accident", "cost_threshold", "constraint", "horizon"):
         learnt, asked = getattr(source.safety, key), getattr(config.safety, key)
         if learnt != asked:
@@ -165,6 +171,7 @@ def finetune_config(
                 f'safety.{key} is {asked}, but the critic of "{pretrained.name}" learnt under '
                 f"{learnt}. Leave it out, or pretrain with it."
             )
+    # Discount and learner.
     config = _with_own_settings(config)
     _require_one_discount(config, discount_of(source), pretrained.name)
     learner = config.baseline.learner
@@ -173,6 +180,7 @@ def finetune_config(
             f'baseline.learner is {learner}, but "{pretrained.name}" was pretrained by '
             f"{source.agent}, which has not its values. Pretrain with --agent {learner}."
         )
+    # Sizes of the networks.
     shapes = ("members", "reference", "hidden")
     if config.networks != source.networks or any(
         getattr(config.critic, key) != getattr(source.critic, key) for key in shapes
@@ -221,54 +229,46 @@ def plan_finetune(
     if it has not been), ``accept_risk`` is given or the constraint is off. ``device`` and
     ``compile_mode`` take the place of the configured ones.
     """
+    # Compute.
     configure(threads)
     updates = config.budget // config.update_every * config.utd
     device = find_device(device or config.device)
     compute, compiling = choose_compute(
         compile_mode or config.compile, config.precision, updates, device
     )
+    # The pretrain run.
     source, source_config = parse_run_yaml(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
     require_trusted(pretrained, source, source_config.safety)
     config = _with_own_settings(config)
-    if pretrained.state["status"] != "finished":
-        raise RunError(
-            f'The run "{pretrained.name}" is not finished. '
-            f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
-        )
+    _require_finished(pretrained)
+    # Environment.
     env = make_env(source.env_id, config.safety, timeout=config.env.timeout)
     try:
-        if source.horizon not in (None, env.horizon):
-            raise ConfigError(
-                f'An episode of "{source.env_id}" has {env.horizon} steps now, but '
-                f'"{pretrained.name}" learnt what happens within {source.horizon}. Register the '
-                "environment as it was, or pretrain again."
-            )
+        _require_same_horizon(source, env, pretrained.name)
+        # Dataset and limit.
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
         limit = config.safety.limit(env.horizon, dataset.cost_max)
         if config.videos:
             require_pictures(env)
-        checkpoint = pretrained.load_checkpoint()
-        refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
-        if "shield_acts" not in checkpoint.info:
-            raise RunError(
-                f'The run "{pretrained.name}" is of an earlier version, whose shield worked by a '
-                "threshold. Pretrain again."
-            )
+        # Pretrained policy and shield.
+        checkpoint, refusals = _pretrained_policy(pretrained)
         provable = certifiable(config.budget, env.horizon, limit, config.safety.confidence)
-        # Last, for it may take a minute: every other mistake is found before.
+        # The risk comes last, for it may take a minute: every other mistake is found before.
         accepted = "accepted by --accept-risk" if accept_risk else None
         if not config.safety_constraint:
             accepted = "not limited"
         subject = Subject(pretrained, config.safety, dataset, checkpoint, source_config, source)
         risk = gate(subject, accepted=accepted, say=say)
+        # Changes of the environment.
         identity = env.identity()
         changes = learnt_lines(since_log(dataset, identity), since_run(pretrained, identity))
         if changes:
             risk = f"{risk}; judged in another environment"
+        # Plan.
         inputs = replace(
             source,
             threads=threads,
@@ -295,3 +295,33 @@ def plan_finetune(
     except BaseException:
         env.close()
         raise
+
+
+def _require_finished(pretrained: RunDir) -> None:
+    if pretrained.state["status"] != "finished":
+        raise RunError(
+            f'The run "{pretrained.name}" is not finished. '
+            f"Finish it with `safe-offrl pretrain --resume {pretrained.name}`."
+        )
+
+
+def _require_same_horizon(source: RunInputs, env: AccidentEnv, name: str) -> None:
+    """ConfigError if episodes have another length than those that the run ``name`` learnt from."""
+    if source.horizon not in (None, env.horizon):
+        raise ConfigError(
+            f'An episode of "{source.env_id}" has {env.horizon} steps now, but '
+            f'"{name}" learnt what happens within {source.horizon}. Register the '
+            "environment as it was, or pretrain again."
+        )
+
+
+def _pretrained_policy(pretrained: RunDir) -> tuple[Checkpoint, tuple[str, ...]]:
+    """What an online phase begins with, and why its shield abstains, if it does."""
+    checkpoint = pretrained.load_checkpoint()
+    refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
+    if "shield_acts" not in checkpoint.info:
+        raise RunError(
+            f'The run "{pretrained.name}" is of an earlier version, whose shield worked by a '
+            "threshold. Pretrain again."
+        )
+    return checkpoint, refusals

@@ -88,14 +88,14 @@ def new_run(
 
 @contextlib.contextmanager
 def unfinished(
-    kind: str, schema: type[Config], reference: str | Path, runs: str | Path, threads: int | None
+    kind: str, schema: type[Config], run_name: str | Path, runs: str | Path, threads: int | None
 ) -> Iterator[tuple[RunDir, RunInputs, Config]]:
     """A run to go on with, locked, and what it was made with.
 
     RunError if there is nothing left of it to do. ConfigError if it is to go on with another number
     of threads; None: as it was.
     """
-    run = find_run(reference, Path(runs), kind)
+    run = find_run(run_name, Path(runs), kind)
     run.lock()
     with run:
         if run.state["status"] == "finished":
@@ -160,6 +160,7 @@ def writing(run: RunDir, say: Say, *, new: bool = False) -> Iterator[StopSignal]
         except Interrupted:
             raise
         except StopNow:
+            # A stop at once.
             stop.hold()
             run.set_status("interrupted")
             raise Interrupted(
@@ -168,6 +169,7 @@ def writing(run: RunDir, say: Say, *, new: bool = False) -> Iterator[StopSignal]
                 f"{_continue(run)}",
             ) from None
         except BaseException as error:
+            # A refusal or a failure.
             stop.hold()
             refused = isinstance(error, UserError) and not isinstance(error, EnvError)
             if new and refused and run.is_blank:
@@ -176,7 +178,7 @@ def writing(run: RunDir, say: Say, *, new: bool = False) -> Iterator[StopSignal]
             else:
                 # Of an environment that failed everything is on record. Of a disk nobody knows.
                 run.set_status("interrupted", count=isinstance(error, EnvError))
-                if not isinstance(error, FloatingPointError):  # it would end the same
+                if not isinstance(error, FloatingPointError):  # It would end the same.
                     error.add_note(_continue(run))
             raise
 

@@ -15,12 +15,12 @@ from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain_config import PretrainConfig
 
 
-def trust_run(reference: str | Path, *, runs: str | Path = "runs", say: Say = say_plain) -> None:
+def trust_run(run_name: str | Path, *, runs: str | Path = "runs", say: Say = say_plain) -> None:
     """Let a run from elsewhere, and the pretrain run it began at, import what their settings name.
 
     Once for a run: its settings do not change.
     """
-    run = find_run(reference, Path(runs))
+    run = find_run(run_name, Path(runs))
     inputs, safety, _ = stored_facts(run)
     names = named_modules(inputs, safety, _agent(run))
     if names:

@@ -22,6 +22,7 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Rechec
     Beside its run it must also be about the environment as it is now: in another one nothing is
     proved. Raises RunError if any check fails, after saying all of them.
     """
+    # Certificate.
     path = Path(path)
     try:
         certificate = json.loads(path.read_bytes())
@@ -32,6 +33,7 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Rechec
         ) from error
     if not isinstance(certificate, dict):
         raise ConfigError(f'"{path}" holds no JSON object, so it is no certificate.')
+    # What it says of itself.
     record, shown = path.with_name(RECORD), path.with_name(PAGE)
     checks = recheck(
         certificate,
@@ -39,11 +41,13 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Rechec
         f'"{path}"',
         shown.read_bytes() if shown.is_file() else None,
     )
+    # What its run says of it.
     run = path.resolve().parent.parent.parent
     if record.is_file() and (run / "run.json").is_file():
         checks.append(environment_check(certificate, RunDir(run)))
-        if checks[-1].passed:  # in another one the policy may not even fit
+        if checks[-1].passed:  # In another one the policy may not even fit.
             checks.append(_policy_check(certificate, RunDir(run)))
+    # Findings.
     for check in checks:
         say(f"{'ok    ' if check.passed else 'FAILED'} {check.name:<12}{check.detail}")
     if shown.is_file() and "page_sha256" not in certificate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,3 +20,8 @@ CHUNK_ROWS = 65_536  # rows that a streaming pass holds at once
 def chunks(n: int) -> Iterator[slice]:
     """0..n in pieces of :data:`CHUNK_ROWS`."""
     return (slice(start, min(start + CHUNK_ROWS, n)) for start in range(0, n, CHUNK_ROWS))
+
+
+def metadata_text(metadata: Metadata) -> str:
+    """The JSON that a container keeps."""
+    return json.dumps(metadata, sort_keys=True, allow_nan=False)

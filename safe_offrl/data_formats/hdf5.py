@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays, Metadata, chunks
+from safe_offrl.data.content import Arrays, Metadata, chunks, metadata_text
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.stored import (
@@ -25,7 +25,6 @@ from safe_offrl.data_formats.stored import (
     OPTIONAL,
     REQUIRED,
     Raw,
-    metadata_text,
     parse_metadata,
     reading,
     require_size,

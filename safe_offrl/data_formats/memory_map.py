@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.data import derived
-from safe_offrl.data.content import Arrays, Metadata, chunks
+from safe_offrl.data.content import Arrays, Metadata, chunks, metadata_text
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.offsets import centred
 from safe_offrl.data_formats.complete import complete, taken_history
@@ -36,7 +36,6 @@ from safe_offrl.data_formats.stored import (
     Raw,
     RowProgress,
     dataset_sha256,
-    metadata_text,
     parse_metadata,
     stored_type,
 )

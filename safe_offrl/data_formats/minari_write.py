@@ -11,11 +11,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from safe_offrl.data.content import Arrays, Metadata
+from safe_offrl.data.content import Arrays, Metadata, metadata_text
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.minari import DATA_FILE, INFOS, datasets_folder
-from safe_offrl.data_formats.stored import ATTRIBUTE, RowProgress, metadata_text
+from safe_offrl.data_formats.stored import ATTRIBUTE, RowProgress
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.files import json_bytes, replacing, write_file
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays, Metadata
+from safe_offrl.data.content import Arrays, Metadata, metadata_text
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.stored import (
@@ -18,7 +18,6 @@ from safe_offrl.data_formats.stored import (
     REQUIRED,
     Raw,
     RowProgress,
-    metadata_text,
     parse_metadata,
     reading,
     require_size,

@@ -79,11 +79,6 @@ def dataset_sha256(arrays: Arrays, metadata: Metadata) -> str:
     return digest.hexdigest()
 
 
-def metadata_text(metadata: Metadata) -> str:
-    """The JSON that a container keeps."""
-    return json.dumps(metadata, sort_keys=True, allow_nan=False)
-
-
 def parse_metadata(text: Any, name: str = ATTRIBUTE) -> dict[str, Any]:
     """A JSON object with distinct keys; DataError if it is anything else."""
     with contextlib.suppress(ValueError, TypeError, RecursionError):

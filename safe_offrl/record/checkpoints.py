@@ -54,22 +54,25 @@ def save_checkpoint(
     FloatingPointError, with nothing touched, if a tensor is not finite: three of these would leave
     no checkpoint that is worth continuing from.
     """
+    # Finite tensors.
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(
                 f'"{name}" is not finite at step {step:,}: learning diverged. The checkpoints are '
                 "from before. Start again with a lower learning rate"
             )
-    # Contiguous clones, because safetensors refuses tensors that share storage.
+    # These are contiguous clones, because safetensors refuses tensors that share storage.
     copies = {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
     }
+    # Content.
     state = safetensors.torch.save(copies)
     info_bytes = json_bytes(dict(info))
     hashes = {"state.safetensors": _digest(state), "info.json": _digest(info_bytes)}
     manifest: dict[str, Any] = {"step": step, "sha256": hashes, "counts": dict(counts)}
     manifest["crc32"] = zlib.crc32(json_bytes(manifest))
 
+    # Folder.
     target = folder / f"step-{step:09d}"
     files = {
         "state.safetensors": state,
@@ -78,12 +81,13 @@ def save_checkpoint(
     }
     with replacing(target) as temporary:
         temporary.mkdir()
-        # At once: three fsyncs together take less time than one after the other.
+        # Three fsyncs at once take less time than one after the other.
         with ThreadPoolExecutor(len(files)) as pool:
             list(pool.map(write_file, map(temporary.joinpath, files), files.values()))
         fsync_folder(temporary)
         if target.exists():
             shutil.rmtree(target)
+    # Checkpoints that are not kept.
     older = [p for p in _complete(folder) if p.name < target.name]
     for path in _complete(folder):
         if path.name > target.name or path in older[: -(KEPT_CHECKPOINTS - 1)]:

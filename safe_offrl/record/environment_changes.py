@@ -23,7 +23,7 @@ def differences(before: object, now: object) -> list[str]:
     for section in ("environment", "rule"):
         found += _of_section(_mapping(before, section), _mapping(now, section))
     found += _changes(before, now, ["horizon"])
-    return list(dict.fromkeys(found))  # one module may hold the environment and the rule
+    return list(dict.fromkeys(found))  # One module may hold both.
 
 
 def log_differences(metadata: Mapping[str, Any], now: object) -> list[str]:
@@ -43,7 +43,7 @@ def log_differences(metadata: Mapping[str, Any], now: object) -> list[str]:
 
 
 def _of_section(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    if not before or not now:  # not on record
+    if not before or not now:  # It is not on record.
         return []
     found = _changes(before, now, ["id", "entry_point", "max_episode_steps"])
     found += _changes(before, now, ["accident"]) or _changes(before, now, ["cost_threshold"])
@@ -52,7 +52,7 @@ def _of_section(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     # The wrappers of the registration are among those around the environment, and are named once.
     found += _changes(before, now, ["additional_wrappers"]) or _changes(before, now, ["wrappers"])
     old, new = (_mapping(part, "sources") for part in (before, now))
-    if not {"sources", "packages"} <= before.keys() & now.keys():  # settings alone
+    if not {"sources", "packages"} <= before.keys() & now.keys():  # These are settings alone.
         return found
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     found += [_printable(f"the source of {name}") for name in changed]

@@ -42,6 +42,7 @@ def final_policy(run: RunDir) -> FinalPolicy:
     elsewhere that is not trusted, a checkpoint of an earlier version, and an environment that the
     policy does not fit.
     """
+    # A finished run that is trusted.
     inputs, safety, environment = stored_facts(run)
     require_trusted(run, inputs, safety)
     if run.kind == "pretrain" and run.state["status"] != "finished":
@@ -49,9 +50,11 @@ def final_policy(run: RunDir) -> FinalPolicy:
             f'The run "{run.name}" is not finished. '
             f"Finish it with `safe-offrl pretrain --resume {run.name}`."
         )
+    # Environment.
     configure(inputs.threads)
     env = make_env(inputs.env_id, safety, timeout=environment.timeout)
     try:
+        # Policy.
         checkpoint = run.load_checkpoint()
         policy, info = stored_policy(run, checkpoint), checkpoint.info
         _require_fit(run, policy, inputs, env)

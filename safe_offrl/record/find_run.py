@@ -17,10 +17,10 @@ class Source(NamedTuple):
     group: Path | None = None
 
 
-def find_run(reference: str | Path | None, root: Path, kind: str | None = None) -> RunDir:
+def find_run(run_name: str | Path | None, root: Path, kind: str | None = None) -> RunDir:
     """Find a run by path, by name under ``root``, or (None) the newest finished one of ``kind``."""
-    if reference is not None:
-        path = Path(reference)
+    if run_name is not None:
+        path = Path(run_name)
         run = RunDir(path if (path / "run.json").is_file() else Path(root) / path)
         if kind is not None and run.kind != kind:
             raise RunError(f'The run "{run.name}" is a {run.kind} run, but a {kind} run is needed.')
@@ -36,21 +36,21 @@ def find_run(reference: str | Path | None, root: Path, kind: str | None = None) 
     return max(runs, key=lambda r: int(r.state["created_ns"]))
 
 
-def find_runs(reference: str | Path | Source, root: Path) -> list[Source]:
+def find_runs(run_name: str | Path | Source, root: Path) -> list[Source]:
     """The run, or every run directly in the folder, that a path or a name under ``root`` means.
 
     RunError if it is neither.
     """
-    if isinstance(reference, Source):
-        return [reference]
-    for path in (Path(reference), Path(root) / reference):
+    if isinstance(run_name, Source):
+        return [run_name]
+    for path in (Path(run_name), Path(root) / run_name):
         if (path / "run.json").is_file():
             return [Source(path)]
         runs = sorted((p.parent for p in path.glob("*/run.json")), key=_natural)
         if runs:
             return [Source(run, path) for run in runs]
     raise RunError(
-        f'"{reference}" is not a run folder, and holds none. Give the name or the path of a run, '
+        f'"{run_name}" is not a run folder, and holds none. Give the name or the path of a run, '
         "or of a folder whose folders are the runs of one method."
     )
 

@@ -25,7 +25,7 @@ def only_answer() -> Iterator[None]:
     greet, warn and take their leave.
     """
     with contextlib.ExitStack() as stack:
-        stack.callback(_print)  # the last to run: then standard output is what it was
+        stack.callback(_print)  # It runs last, when standard output is what it was.
         if _is_descriptor_1(sys.stdout):
             stack.enter_context(_descriptor_1_to_stderr())
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -36,7 +36,7 @@ def _print() -> None:
     while _given:
         print(_given.pop(0), flush=True)
     if _is_descriptor_1(sys.stdout):
-        atexit.register(os.dup2, 2, 1)  # what comes now is no part of it
+        atexit.register(os.dup2, 2, 1)  # What comes now is no part of it.
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def _descriptor_1_to_stderr() -> Iterator[None]:
     finally:
         sys.stdout.flush()
         if os.name == "posix":
-            ctypes.CDLL(None).fflush(None)  # what C code has printed and not yet written
+            ctypes.CDLL(None).fflush(None)  # C code may have printed what is not yet written.
         os.dup2(kept, 1)
         os.close(kept)
 

@@ -74,14 +74,14 @@ def _parse_line(line: bytes, previous: str) -> tuple[Episode, str, bool]:
     if tail != f'{zlib.crc32(framed):08x}"}}'.encode():
         raise ValueError("checksum")
     body, stated, chain = framed.rpartition(b',"chain":"')
-    if not stated:  # written before there was a chain; a later line's chain covers it
+    if not stated:  # It is older than the chain; a later line's chain covers it.
         body = framed
     expected = _link(previous, body)
     if stated and chain != f'{expected}"'.encode():
         raise ValueError("chain")
     try:
         return Episode(**json.loads(body + b"}")), expected, bool(stated)
-    except (TypeError, ValueError) as error:  # intact, but not an episode of this version
+    except (TypeError, ValueError) as error:  # It is intact, but no episode of this version.
         raise ValueError("content") from error
 
 
@@ -90,12 +90,14 @@ def parse_ledger(data: bytes, where: str, start: str = "") -> Ledger:
 
     Damage anywhere else raises RunError, in which ``where`` names the ledger.
     """
+    # What has been read.
     episodes: list[Episode] = []
     reserved: Episode | None = None
     lines = chained = used = 0
     head = start
     for line in data.split(b"\n")[:-1]:
         lines += 1
+        # A line that follows the one before it.
         try:
             episode, head, stated = _parse_line(line, head)
             if episode.index != len(episodes) or (reserved and not _closes(episode, reserved)):
@@ -110,6 +112,7 @@ def parse_ledger(data: bytes, where: str, start: str = "") -> Ledger:
                 f"The ledger {where} is damaged in line {lines} ({what}). "
                 "Restore it from a backup; it is never repaired silently."
             ) from error
+        # Its episode.
         if episode.outcome == "reserved":
             reserved = episode
         else:
@@ -155,7 +158,7 @@ class LedgerWriter:
         self.reserved = ledger.reserved
         self._head = ledger.head
         self._failed = False
-        self._synced = not path.is_file()  # whoever wrote it may have been killed before its fsync
+        self._synced = not path.is_file()  # Its writer may have been killed before its fsync.
 
     def append(self, episode: Episode, *, sync: bool = True) -> None:
         """Write how an episode ended; without ``sync`` it is durable after :meth:`sync` only."""
@@ -200,7 +203,7 @@ class LedgerWriter:
         self._head = head
 
     def _require_sound(self) -> None:
-        if self._failed:  # half a line may be there, and a failed fsync cannot be made good
+        if self._failed:  # Half a line may be there, and a failed fsync cannot be made good.
             raise RuntimeError("a write to this ledger failed; read it anew before another one")
 
     def _to_disk(self, data: bytes, *, sync: bool) -> None:

@@ -41,7 +41,7 @@ class OnlineCurves:
     def add_episode(self, episode: Episode) -> bool:
         """Take in an episode that the monitor has counted; whether a point of the curves is due."""
         before, self.step = self.step, episode.total_steps
-        if episode.outcome == "complete":  # nobody knows what another would have brought
+        if episode.outcome == "complete":  # Nobody knows what another would have brought.
             self._returns.append(episode.episode_return)
         self._costs.append(episode.cost)
         return before // LOG_EVERY != self.step // LOG_EVERY

@@ -62,7 +62,7 @@ class StopSignal:
             return
         left = self.since + self._patience - time.monotonic()
         self._previous.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._overdue))
-        # And again each second: what is raised in a destructor, say, gets lost.
+        # It comes again each second: what is raised in a destructor, say, gets lost.
         signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), 1.0)
 
     def _overdue(self, number: int, frame: FrameType | None) -> None:
@@ -81,7 +81,8 @@ class StopSignal:
         self._wait()
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # else Python forbids handlers
+        # Python forbids handlers elsewhere.
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -125,7 +126,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._ended.wait(max(0.01, self._said + TELL_SECONDS - time.monotonic())):
-            with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            with contextlib.suppress(OSError, ValueError):  # Nobody reads any more.
                 self.beat()
 
     def close(self) -> None:

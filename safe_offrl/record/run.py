@@ -309,7 +309,7 @@ class RunDir:
     ) -> Checkpoint:
         """Write a checkpoint whole or not at all; see :mod:`safe_offrl.record.checkpoints`."""
         self._require_lock()
-        self._sync_lines()  # before a checkpoint counts them
+        self._sync_lines()  # They are on disk before a checkpoint counts them.
         counts = {
             "metrics": self._metrics.count,
             "iterations": self._iterations.count,

@@ -49,7 +49,7 @@ def new_folder(root: Path, name: str | None, stem: str) -> Path:
         path = root / name
         try:
             path.mkdir()
-        except FileExistsError as error:  # just now
+        except FileExistsError as error:  # Another process has just made it.
             raise _taken(root, name) from error
         return path
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem)[:56]

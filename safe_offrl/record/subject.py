@@ -56,6 +56,6 @@ def rule_source(accident: str) -> dict[str, str]:
     module = import_user_module(name, f'accident rule "{accident}"')
     try:
         source = hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # in a zip file, or in C
+    except (OSError, TypeError):  # The module lies in a zip file or is written in C.
         source = "unknown"
     return {"accident_source": source}

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.data_formats.stored import metadata_text
+from safe_offrl.data.content import metadata_text
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import cache_folder, unwritable
 from safe_offrl.record.progress import Say
@@ -41,7 +41,7 @@ def trust_own(
 def trust_log(metadata: Mapping[str, Any]) -> None:
     """Remember what a log that was made here says of itself, if that would import anything."""
     if any(":" in str(metadata.get(key, "")) for key in ("env_id", "accident")):
-        with contextlib.suppress(RunError):  # where nothing can be remembered, it is asked for
+        with contextlib.suppress(RunError):  # Where nothing can be remembered, trust is asked for.
             remember(metadata_text(metadata))
 
 

@@ -51,12 +51,14 @@ def report_png(report: CalibrationReport) -> bytes:
 
 
 def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
+    # Bins that hold enough episodes.
     bins = [b for b in report.bins if b.episodes >= MIN_BIN_EPISODES]
     x = np.array([b.predicted for b in bins])
     y = np.array([b.outcome for b in bins])
     seen = np.array([b.seen for b in bins])
     errors = [y - [b.low for b in bins], [b.high for b in bins] - y]
     floor = _floor(report)
+    # Outcomes against the diagonal.
     axis.plot([1e-9, 1.0], [1e-9, 1.0], color=_INK, linestyle=_DASHED, label="as estimated")
     axis.errorbar(
         x,
@@ -70,7 +72,8 @@ def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
         markersize=5,
         label="outcome, 95 % interval",
     )
-    visible = seen > floor  # a zero has no place on this axis
+    # The logged part of them.
+    visible = seen > floor  # A zero has no place on this axis.
     axis.plot(
         x[visible],
         seen[visible],
@@ -80,6 +83,7 @@ def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
         markersize=7,
         label="the logged part of it",
     )
+    # Axes.
     axis.set_yscale("log")
     axis.set_ylim(floor, 1.05)
     _risk_axis(axis, floor)
@@ -154,6 +158,7 @@ def _draw_ranking(axis: Axes, report: CalibrationReport) -> None:
 
 
 def _draw_start(axis: Axes, report: CalibrationReport) -> None:
+    # Estimates.
     quantity = QUANTITIES[report.constraint]
     logged = quantity.select(report.behaviour_accident_rate, report.behaviour_cost)
     rows = {
@@ -162,6 +167,7 @@ def _draw_start(axis: Axes, report: CalibrationReport) -> None:
         "plain TD": (report.estimate_plain_td, _INK),
         "logged behaviour": (logged, _INK),
     }
+    # Limit.
     axis.axvline(report.limit, color=_ORANGE, linestyle=_DASHED, linewidth=1.3)
     axis.annotate(
         f"{quantity.limit_in_words} {report.limit:g}",
@@ -172,6 +178,7 @@ def _draw_start(axis: Axes, report: CalibrationReport) -> None:
         fontsize=9,
         color=_ORANGE,
     )
+    # A line for each estimate.
     for y, (value, colour) in enumerate(rows.values()):
         axis.plot([0.0, value], [y, y], color=colour, linewidth=1.2, alpha=0.5)
         axis.plot([value], [y], "o", color=colour, markersize=7)
@@ -185,6 +192,7 @@ def _draw_start(axis: Axes, report: CalibrationReport) -> None:
             color=colour,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
         )
+    # Axes.
     largest = max(report.limit, *(v for v, _ in rows.values() if math.isfinite(v)))
     axis.set_xlim(0.0, 1.25 * largest)
     axis.set_ylim(-0.5, len(rows) - 0.2)
@@ -254,6 +262,7 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
     with mpl.rc_context(LIGHT):
         figure = blank_figure(9.0, 4.8)
         axis = figure.subplots()
+        # What was realised.
         middle = [(b.first_step + b.last_step) / 2.0 for b in blocks]
         values = np.array([b.realised for b in blocks])
         errors = [values - [b.low for b in blocks], [b.high for b in blocks] - values]
@@ -268,10 +277,12 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
             markersize=6,
             label=f"realised, {quantity.interval}",
         )
+        # Estimates and limit.
         estimates = [b.estimate for b in blocks]
         axis.plot(middle, estimates, "o-", color=_BLUE, linewidth=1.6, label="estimated before")
         name = quantity.limit_in_words
         axis.axhline(limit, color=_INK, linestyle=_DASHED, label=f"{name} {limit:g}")
+        # Axes.
         axis.set_xlim(0, 1.02 * blocks[-1].last_step)
         axis.set_ylim(0, 1.25 * max(limit, *estimates, *(b.high for b in blocks)))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")

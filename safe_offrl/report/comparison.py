@@ -68,7 +68,7 @@ class Comparison:
 
 
 def compare(
-    references: Sequence[str | Path | Source],
+    run_names: Sequence[str | Path | Source],
     *,
     group_by: str | None = None,
     root: Path = Path("runs"),
@@ -77,7 +77,8 @@ def compare(
 
     A folder that holds runs directly is one method, named like the folder.
     """
-    sources = [source for reference in references for source in find_runs(reference, root)]
+    # Runs by method and environment.
+    sources = [source for run_name in run_names for source in find_runs(run_name, root)]
     if not sources:
         raise RunError("There is no run to compare. Name at least one run folder.")
     data, apart, differing = separated(_read_runs(sources, group_by))
@@ -86,7 +87,8 @@ def compare(
         methods.setdefault(run.method, []).append(run)
     environments = list(dict.fromkeys(run.env_id for run in data))
     where = {e: f", {e}" if len(environments) > 1 else "" for e in environments}
-    if apart:  # nothing beyond one environment
+    # Groups and pairs, across environments where these can be compared.
+    if apart:  # Nothing is compared beyond one environment.
         parts = {end: _within(methods, environment) for environment, end in where.items()}
         scales, pooled = None, [group for part in parts.values() for group in part.values()]
         pairings = [
@@ -97,6 +99,7 @@ def compare(
     else:
         scales = scales_of(next(iter(methods.values()))) if len(environments) > 1 else None
         pooled, pairings = list(methods.values()), _pairings(methods, scales)
+    # Comparison.
     several = any(len(group) > 1 for group in pooled)
     return Comparison(
         runs=data,
@@ -189,6 +192,7 @@ def _notes(
     data: Sequence[RunData], methods: Methods, scales: Mapping[str, float] | None
 ) -> list[str]:
     """What the reader must know before believing the table."""
+    # Differences between runs.
     notes = []
     for what, values in (
         ("environments", {run.env_id for run in data}),
@@ -197,18 +201,21 @@ def _notes(
     ):
         if len(values) > 1:
             notes.append(f"The runs differ in {what}: {', '.join(sorted(values))}.")
+    # Units of scores.
     if scales is not None:
         units = ", ".join(f"{e} {unit:.4g}" for e, unit in sorted(scales.items()))
         notes.append(
             f"Over all environments a return is a score: divided by the mean of {data[0].method} "
             f"in its environment ({units}; it must be positive)."
         )
+    # Runs that did not finish or did not learn.
     notes += [f"{run.name} is {run.status}." for run in data if run.status != "finished"]
     notes += [
         f"{run.name} took no step online."
         for run in data
         if run.episodes and not learned_online(run)
     ]
+    # Copies of a seed.
     for method, group in methods.items():
         copies = Counter((run.env_id, run.pretrained, run.seed) for run in group)
         notes += [
@@ -217,6 +224,7 @@ def _notes(
             for (env, _, seed), n in copies.items()
             if n > 1
         ]
+    # Missing seeds.
     online = {m: g for m, g in methods.items() if any(run.episodes for run in g)}
     keys = {m: {(run.env_id, run.seed) for run in g} for m, g in online.items()}
     for method, own in keys.items():
@@ -224,5 +232,6 @@ def _notes(
         if others - own:
             seeds = ", ".join(str(seed) for seed in sorted({seed for _, seed in others - own}))
             notes.append(f"{method} has no run of seed: {seeds}.")
+    # Evaluations.
     notes += evaluation_notes(methods)
     return notes

@@ -53,12 +53,14 @@ def _draw_all(dataset: Dataset, summary: DatasetSummary, path: Path) -> None:
 
 
 def _draw_episodes(axis: Axes, dataset: Dataset, summary: DatasetSummary) -> None:
+    # Behaviours.
     index = dataset.episode_behaviours
     if index is None:
         index = np.zeros(dataset.episodes, dtype=int)
         names = ["episodes"]
     else:
         names = [str(b.get("name")) for b in dataset.metadata["behaviours"]]
+    # Episodes.
     for k in np.unique(index):
         members = index == k
         axis.scatter(
@@ -73,6 +75,7 @@ def _draw_episodes(axis: Axes, dataset: Dataset, summary: DatasetSummary) -> Non
     if len(names) > MAX_GROUPS + 1:
         label = f"{len(names) - MAX_GROUPS} more"
         axis.scatter([], [], s=14, color=COLOURS[MAX_GROUPS], label=label)
+    # Limit.
     if summary.constraint == "cost":
         axis.axvline(summary.limit, color="0.25", linestyle=(0, (4, 3)), linewidth=1.1)
         axis.annotate(
@@ -84,6 +87,7 @@ def _draw_episodes(axis: Axes, dataset: Dataset, summary: DatasetSummary) -> Non
             fontsize=8.5,
             color="0.25",
         )
+    # Legend and title.
     axis.legend(fontsize=8, framealpha=0.85)
     finish(axis, "Return against cost, one dot an episode", "return", "cost of the episode")
 

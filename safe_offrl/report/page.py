@@ -91,6 +91,7 @@ def write_html(comparison: Comparison, path: Path) -> None:
 
 def html_page(comparison: Comparison) -> str:
     """The page as text: notes, methods, charts, and every run at the end."""
+    # Head.
     count = len(comparison.runs)
     methods = len({run.method for run in comparison.runs})
     title = f"{', '.join(comparison.environments)}: {count} run{'s' * (count > 1)} compared"
@@ -99,6 +100,7 @@ def html_page(comparison: Comparison) -> str:
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{methods} method{'s' * (methods > 1)}; a column is sorted by its head.</p>",
     ]
+    # Notes, methods and runs.
     if comparison.notes:
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in comparison.notes)
         parts.append(f"<h2>Before you believe it</h2><ul>{notes}</ul>")
@@ -108,6 +110,7 @@ def html_page(comparison: Comparison) -> str:
     parts += _charts(comparison)
     parts += _every_run(tables, folded=bool(comparison.groups), open_=count <= MANY_RUNS)
     parts.append(f'<p class="small">{html.escape(LEGEND)}</p>')
+    # Page.
     body = "\n".join(parts)
     version = importlib.metadata.version("safe-offrl")
     return f"""<!DOCTYPE html>

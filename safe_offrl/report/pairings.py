@@ -56,6 +56,7 @@ def pair(
 
     ``scales``: what returns are divided by in each environment, where there are several.
     """
+    # Pairs.
     pairs, same_policy = _matched(first, second)
     if not pairs:
         return None
@@ -66,6 +67,7 @@ def pair(
         return None
     unit = scales or {}
 
+    # Differences and ratios.
     def difference(chosen: Pairs, value: Callable[[RunData], float]) -> Interval:
         strata = _paired_values(chosen, lambda run: value(run) / unit.get(run.env_id, 1.0))
         return _interval(strata, lambda x: float((x[:, 0] - x[:, 1]).mean()), confidence)
@@ -77,6 +79,7 @@ def pair(
             return NOTHING
         return _interval(strata, lambda x: float(x[:, 0].sum() / x[:, 1].sum()), confidence)
 
+    # Comparison.
     online = _Totals.of(learned, lambda run: (run.accidents, run.episodes[-1].total_steps))
     final = _Totals.of(played, lambda run: (_played(run).accidents, _played(run).episodes))
     return Pairing(

@@ -164,11 +164,13 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
     ``group_by``: dotted key of the stored settings ("utd", "safety.epsilon") to group runs by,
     instead of ``group``, the folder's label, or else :func:`method_label`.
     """
+    # Settings.
     run = RunDir(Path(path))
     kind, status = run.kind, str(run.state.get("status", "unknown"))
     settings, inputs = _read_config(run, kind)
     safety = settings.get("safety") or {}
     try:
+        # Method.
         if group_by is not None:
             method = f"{group_by}={_lookup(settings, group_by, run.name)}"
         elif group is not None:
@@ -176,10 +178,12 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
         else:
             method = method_label(settings) if kind == "finetune" else "pretrained (frozen)"
         evaluated = _evaluation_file(run)
-        if kind == "pretrain":  # it is paired with what started from it
+        # The policy that pairs are made by.
+        if kind == "pretrain":  # It is paired with what started from it.
             origin = evaluated.get("checkpoint_sha256")
         else:
             origin = inputs.get("pretrained_sha256") or inputs.get("pretrained")
+        # Record.
         decisions = [_decision(line) for line in run.iterations()]
         constraint = str(safety.get("constraint", "accident"))
         return RunData(

@@ -91,15 +91,15 @@ class Row:
         return math.nan if self.satisfied is None else self.satisfied / self.iterations
 
 
-def scales_of(reference: Sequence[RunData]) -> dict[str, float]:
-    """By environment, the return that is called 1: the mean of the reference method's runs there.
+def scales_of(baseline: Sequence[RunData]) -> dict[str, float]:
+    """By environment, the return that is called 1: the mean of the baseline's runs there.
 
     Returns of different environments differ in scale, so only these scores are pooled. A mean that
     is not positive cannot be a unit and makes the scores NaN.
     """
     means = {}
-    for environment in {run.env_id for run in reference}:
-        returns = [outcome(run) for run in reference if run.env_id == environment]
+    for environment in {run.env_id for run in baseline}:
+        returns = [outcome(run) for run in baseline if run.env_id == environment]
         mean = mean_and_error(returns).value
         means[environment] = mean if mean > 0 else math.nan
     return means
@@ -117,18 +117,22 @@ def row_of(
     ``scales``: for runs of several environments, what to divide the returns of each by; costs and
     estimates, whose limits differ, are not pooled then.
     """
+    # Units of returns.
     environments = list(dict.fromkeys(run.env_id for run in runs))
     several = len(environments) > 1 or scales is not None
     unit = {e: (scales or {}).get(e, math.nan) if several else 1.0 for e in environments}
+    # Online phases.
     online = [run for run in runs if run.episodes]
     episodes = [episode for run in runs for episode in run.episodes]
     accidents, steps = sum(e.accident for e in episodes), sum(e.steps for e in episodes)
     confidence = min(run.confidence for run in runs)
     decisions = [decision for run in runs for decision in run.decisions]
+    # Evaluations.
     played = [run for run in runs if run.evaluation is not None]
     evaluations = [run.evaluation for run in runs if run.evaluation is not None]
     evaluated = sum(e.episodes for e in evaluations)
     evaluated_accidents = sum(e.accidents for e in evaluations)
+    # Final episodes.
     last = {id(run): final_episodes(run) for run in online}
     counts = [float(run.accidents) for run in online]
     upper = run_level_upper(accidents, confidence) / len(episodes) if episodes else 1.0
@@ -143,6 +147,7 @@ def row_of(
         environment=ALL_ENVIRONMENTS if several else environments[0],
         pooled=pooled,
         seeds=[run.seed for run in runs],
+        # Accidents.
         episodes=len(episodes),
         steps=steps,
         accidents=accidents,
@@ -152,10 +157,12 @@ def row_of(
         certified_rate=min(1.0, upper),
         accidents_iqm=_iqm(online, counts, confidence),
         most_accidents=int(max(counts)) if counts else None,
+        # Costs and returns.
         cost=_NO_MEAN if several else _over_runs([_costs(run.episodes) for run in online]),
         final_cost=_NO_MEAN if several else _over_runs([_costs(last[id(run)]) for run in online]),
         final_return=_over_runs(final),
         final_return_iqm=_iqm(online, [m.value for m in final], confidence),
+        # Evaluations.
         evaluated_return=_over_runs(shown),
         evaluated_return_iqm=_iqm(played, [m.value for m in shown], confidence),
         evaluated_cost=_NO_MEAN
@@ -168,6 +175,7 @@ def row_of(
         if evaluated
         else NOTHING,
         evaluated_episodes=evaluated,
+        # Decisions.
         iterations=len(decisions),
         accepted=sum(d.accepted for d in decisions),
         satisfied=sum(d.satisfied for d in decisions)
@@ -179,7 +187,7 @@ def row_of(
         recovering=sum(d.recovering for d in decisions),
         constraint=runs[0].constraint,
         estimate=_NO_MEAN if several else mean_and_error([run.estimate for run in runs]),
-        # Written so that a single NaN among the estimates counts as above.
+        # A single NaN among the estimates counts as above.
         above_limit=sum(not d.v_deployed < d.limit for d in decisions)
         if any(not math.isnan(d.v_deployed) for d in decisions)
         else None,

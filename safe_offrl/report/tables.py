@@ -38,6 +38,7 @@ below the limit."""
 
 def tables_of(comparison: Comparison) -> list[Table]:
     """Over seeds and paired (both only with several runs), then accidents, returns, constraints."""
+    # Tables with a line for each run.
     confidence = comparison.confidence
     per_row: list[tuple[str, str, Callable[[Row], list[str]]]] = [
         (
@@ -58,11 +59,13 @@ def tables_of(comparison: Comparison) -> list[Table]:
             _constraint_cells,
         ),
     ]
+    # Seeds together.
     tables = []
     if comparison.groups:
         title = f"Over seeds (interquartile means over runs, {confidence} bootstrap intervals)"
         header = "run|method|final return|eval. return|accidents a run|worst run|both held"
         tables.append(_table(title, header, groups=map(_seed_cells, comparison.groups)))
+    # Pairs.
     if pairings := comparison.pairings:
         what = "Paired comparison (same pretrained policy, same seed)"
         title = f"{what}: accidents while learning, ratio of totals per step"

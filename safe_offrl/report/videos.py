@@ -120,7 +120,7 @@ def as_gif(frames: Sequence[Frame], frame_ms: float) -> bytes:
     for side in SIDES:
         images = [Image.fromarray(frame) for frame in frames]
         for image in images:
-            image.thumbnail((side, side))  # shrinks, never enlarges
+            image.thumbnail((side, side))  # It shrinks and never enlarges.
         buffer = io.BytesIO()
         images[0].save(
             buffer,
@@ -154,7 +154,7 @@ class AccidentCamera:
             self._env.offset = normalizer.offset
             self._env.reset(seed=0)
             picture(self._env)
-        except Exception as error:  # whatever the environment or its renderer raises
+        except Exception as error:  # The environment or its renderer may raise anything.
             self._give_up(error)
 
     def clip(self, seed: int, episode: Batch) -> bytes | None:
@@ -163,7 +163,7 @@ class AccidentCamera:
             return None
         try:
             return film(self._env, self._normalizer, seed, episode)
-        except Exception as error:  # whatever the environment or its renderer raises
+        except Exception as error:  # The environment or its renderer may raise anything.
             self._give_up(error)
             return None
 

@@ -87,7 +87,7 @@ def write_figure(comparison: Comparison, path: Path) -> None:
             "None of the runs has an online episode to draw. Name a fine-tuning run as well."
         )
     vector = path.suffix.lower() == ".svg"
-    # With a salt, names inside an SVG are no random ones.
+    # With a salt, names inside an SVG are not random.
     with mpl.rc_context({**LIGHT, "svg.hashsalt": "safe-offrl"}):
         figure = _figure(comparison)
         if vector:
@@ -100,12 +100,14 @@ def _figure(comparison: Comparison) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+    # Panels.
     by_environment = {
         environment: [panel for section in sections for panel in section.panels]
         for environment, sections in itertools.groupby(
             sections_of(comparison), lambda section: section.environment
         )
     }
+    # Layout.
     looks = legend_of(comparison)
     head = 0.35 + 0.28 * -(-len(looks) // _ENTRIES)
     heights = [0.45 + _ROW * -(-len(panels) // 2) for panels in by_environment.values()]
@@ -115,6 +117,7 @@ def _figure(comparison: Comparison) -> Figure:
     parts = figure.subfigures(
         2 + len(heights), 1, squeeze=False, height_ratios=[head, *heights, foot]
     )
+    # Legend.
     top, *middle, bottom = parts.ravel()
     names = _counted(comparison)
     top.legend(
@@ -125,6 +128,7 @@ def _figure(comparison: Comparison) -> Figure:
         frameon=False,
         handlelength=3.5,
     )
+    # Environments and caption.
     for part, (environment, panels) in zip(middle, by_environment.items(), strict=True):
         _draw_environment(part, environment, panels)
     bottom.text(0.012, 0.5, CAPTION, va="center", fontsize=9)

@@ -34,10 +34,12 @@ def constraint_panels(groups: Sequence[Group]) -> list[Panel]:
 
     Of the policy that acts, as measured; a quantity that no run measured has no panel.
     """
+    # Runs that measured them.
     measured = _those(groups, lambda d: 0.0 if d.measured else math.nan)
     moved = _those(groups, _kl_share)
     estimated = _those(groups, _estimate_share)
     panels = []
+    # Share of iterations that held both.
     if measured:
         shares = {
             g.label: f"{np.mean([d.satisfied for r in g.runs for d in r.decisions]):.1%}"
@@ -53,6 +55,7 @@ def constraint_panels(groups: Sequence[Group]) -> list[Panel]:
                 f"Of all iterations: {in_words(shares)}.",
             )
         )
+    # Divergence and estimate over their limits.
     for name, title, shown, value in (
         ("kl", _divergence_title(moved), moved, _kl_share),
         ("limit", "Estimate of the acting policy, over its limit", estimated, _estimate_share),

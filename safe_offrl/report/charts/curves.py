@@ -46,6 +46,7 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
     Of runs with at least one episode each. Where the expected cost is constrained, cost per episode
     takes the place of the accident rate.
     """
+    # Numbers of the captions.
     window, short = quantity_of(groups).select((_LONG_WINDOW, _WINDOW), (_COST_WINDOW,) * 2)
     ends = {g.label: f"{iqm([final_return(r) for r in g.runs]):.4g}" for g in groups}
     totals = {g.label: f"{np.mean([r.accidents for r in g.runs]):.3g}" for g in groups}
@@ -58,6 +59,7 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
         for g in groups
         if (known := [r.estimate for r in g.runs if not math.isnan(r.estimate)])
     }
+    # Accident rate or cost.
     confidence = f"{100 * min(run.confidence for g in groups for run in g.runs):g} %"
     rate = quantity_of(groups).select(
         Panel(
@@ -74,6 +76,7 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
             f"Cost per episode over environment steps. Mean of all episodes: {in_words(costs)}.",
         ),
     )
+    # Panels.
     return [
         Panel(
             "return",

@@ -25,20 +25,24 @@ def outcome_panels(groups: Sequence[Group]) -> list[Panel]:
     out; a method is on the front if no other has both a higher mean return and less harm. A profile
     is the share of a method's runs that reach a return (Agarwal et al. 2021, arXiv:2108.13264).
     """
+    # Runs with an outcome.
     quantity = quantity_of(groups)
     shown = [g._replace(runs=r) for g in groups if (r := _finite(g.runs, quantity))]
     if not shown:
         return []
+    # Plane and front.
     centres = {g.label: _centre(g.runs, quantity) for g in shown}
     front = pareto_front(list(centres.values()))
     on_front = [label for label, centre in centres.items() if centre in front]
     words = in_words(
         {label: f"{gain:.4g} at {harm:.3g}" for label, (harm, gain) in centres.items()}
     )
+    # Profile.
     best = {
         g.label: f"{min(map(outcome, g.runs)):.4g} to {max(map(outcome, g.runs)):.4g}"
         for g in shown
     }
+    # Panels.
     panels = [
         Panel(
             "plane",
@@ -54,6 +58,7 @@ def outcome_panels(groups: Sequence[Group]) -> list[Panel]:
             f"Share of each method's runs that reach a final return. Returns: {in_words(best)}.",
         ),
     ]
+    # Estimates against evaluations.
     judged = [g._replace(runs=r) for g in groups if (r := [x for x in g.runs if _judged(x)])]
     if judged:
         pairs = {g.label: _judgement(g.runs, quantity) for g in judged}
