@@ -30,7 +30,7 @@ REPLAY, PICTURE = "replay.json", "replay.png"
 
 
 def replay_run(
-    reference: str | Path,
+    run_name: str | Path,
     *,
     episodes: int = 20,
     seed: int = 0,
@@ -49,7 +49,7 @@ def replay_run(
     """
     if episodes < 2:
         raise ConfigError(f"{episodes} episodes show nothing of a version. Ask for at least 2.")
-    run = find_run(reference, Path(runs), "finetune")
+    run = find_run(run_name, Path(runs), "finetune")
     files = kept_versions(run.path)
     if not files:
         raise RunError(
