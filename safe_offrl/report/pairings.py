@@ -77,8 +77,8 @@ def pair(
             return NOTHING
         return _interval(strata, lambda x: float(x[:, 0].sum() / x[:, 1].sum()), confidence)
 
-    online = _Totals.of(learned, lambda run: (run.accidents, run.episodes[-1].total_steps))
-    final = _Totals.of(played, lambda run: (_played(run).accidents, _played(run).episodes))
+    online = _Totals.from_pairs(learned, lambda run: (run.accidents, run.episodes[-1].total_steps))
+    final = _Totals.from_pairs(played, lambda run: (_played(run).accidents, _played(run).episodes))
     return Pairing(
         first=pairs[0][0].method,
         second=pairs[0][1].method,
@@ -104,7 +104,9 @@ class _Totals:
     strata: list[Rows]
 
     @classmethod
-    def of(cls, pairs: Pairs, count: Callable[[RunData], tuple[int, int]]) -> _Totals | None:
+    def from_pairs(
+        cls, pairs: Pairs, count: Callable[[RunData], tuple[int, int]]
+    ) -> _Totals | None:
         if not pairs:
             return None
         return cls([np.array([[*count(a), *count(b)] for a, b in g]) for g in _grouped(pairs)])

@@ -34,9 +34,9 @@ def constraint_panels(groups: Sequence[Group]) -> list[Panel]:
 
     Of the policy that acts, as measured; a quantity that no run measured has no panel.
     """
-    measured = _those(groups, lambda d: 0.0 if d.measured else math.nan)
-    moved = _those(groups, _kl_share)
-    estimated = _those(groups, _estimate_share)
+    measured = _with_measurements(groups, lambda d: 0.0 if d.measured else math.nan)
+    moved = _with_measurements(groups, _kl_share)
+    estimated = _with_measurements(groups, _estimate_share)
     panels = []
     if measured:
         shares = {
@@ -100,7 +100,9 @@ def _curve(run: RunData, value: Callable[[LoggedDecision], float]) -> Curve:
     return np.array([x for x, _ in known], float), np.array([y for _, y in known], float)
 
 
-def _those(groups: Sequence[Group], value: Callable[[LoggedDecision], float]) -> list[Group]:
+def _with_measurements(
+    groups: Sequence[Group], value: Callable[[LoggedDecision], float]
+) -> list[Group]:
     """The groups, and of them the runs, that measured it; without measurement KL is not 0."""
     found = []
     for group in groups:
