@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from safe_offrl.data.dataset import FLOAT32_EPS, Dataset
 from safe_offrl.limits import Limit
 from safe_offrl.nn.losses import first_accident_target, td_target
-from safe_offrl.policies.networks import Actor, StackedMLP, polyak_
+from safe_offrl.policies.networks import Actor, StackedMLP, polyak_, timed_inputs
 from safe_offrl.types import Batch
 
 RISK, RETURN = 0, 1  # the two quantities, in this order wherever there is an axis of them
@@ -103,7 +103,7 @@ class Features:
     @torch.no_grad()
     def of(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
         """[B, O], [B], [B, A] -> [B, D]; the last feature is 1."""
-        seen = self._net.features(_inputs(observations, time_to_go, actions), self._members)
+        seen = self._net.features(timed_inputs(observations, time_to_go, actions), self._members)
         flat = seen.transpose(0, 1).flatten(1)
         return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
 
@@ -162,7 +162,7 @@ def learn_features(
         with torch.no_grad():
             noise = actor.noise(index.shape, generator)
             policy = actor(steps.batch.next_observations).quadrature(noise)
-            ahead = _inputs(
+            ahead = timed_inputs(
                 policy.repeat(steps.batch.next_observations),
                 policy.repeat(steps.next_time_to_go),
                 policy.actions,
@@ -173,7 +173,7 @@ def learn_features(
             targets[RISK].clamp_(0.0, 1.0 / float(scale[RISK]))
         mine = HALVES * (half_of_row[index] == half_of_member.unsqueeze(1)).float()
         batch = steps.batch
-        learnt = net(_inputs(batch.observations, batch.time_to_go, batch.actions))
+        learnt = net(timed_inputs(batch.observations, batch.time_to_go, batch.actions))
         errors = F.mse_loss(learnt, targets.flatten(0, 1), reduction="none")
         gradients = torch.autograd.grad((errors * mine).mean(1).sum(), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -183,10 +183,6 @@ def learn_features(
         if (step + 1) % 200 == 0:
             progress((step + 1) / config.steps)
     return net
-
-
-def _inputs(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
-    return torch.cat([observations, time_to_go.unsqueeze(-1), actions], dim=-1)
 
 
 def episode_totals(dataset: Dataset, limit: Limit) -> tuple[np.ndarray, np.ndarray]:
