@@ -40,6 +40,7 @@ class SafetySpec:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range; comparisons are written so that NaN is refused too."""
+        # Probabilities, and the bound of the KL.
         if not 0.0 < self.epsilon < 1.0:
             raise ConfigError(
                 f"safety.epsilon is {self.epsilon}, but a probability strictly between 0 and 1 is "
@@ -55,6 +56,7 @@ class SafetySpec:
                 f"safety.confidence is {self.confidence}, but a number in [0.5, 1) is needed. "
                 "Try confidence 0.95."
             )
+        # What an accident is, and within how many steps.
         if self.horizon is not None and self.horizon < 1:
             raise ConfigError(
                 f"safety.horizon is {self.horizon}, but at least 1 step is needed. "
@@ -75,6 +77,7 @@ class SafetySpec:
                 'The accident rule "episode_cost" needs the cost that an episode may have. Set '
                 "safety.cost_threshold above 0, for example 25."
             )
+        # The constraint and its limit.
         if self.constraint not in ("accident", "cost"):
             raise ConfigError(
                 f'safety.constraint is "{self.constraint}", but only "accident" (below epsilon) '

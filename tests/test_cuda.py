@@ -148,12 +148,12 @@ def learnt(device: Device, *, compiled: bool, precision: Precision) -> list[Tens
         noise = [torch.randn(64, 2, generator=drawn) for _ in range(4)]
         many = [torch.randn(2, 64, 2, generator=drawn).tanh() for _ in range(3)]
         weights = torch.rand(64, generator=drawn)
-        reference = States.at_start(torch.randn(16, 6, generator=drawn))
+        states = States.at_start(torch.randn(16, 6, generator=drawn))
         members = torch.randperm(4, generator=drawn)[:2]
         values += descents[0](*place(batch, noise[0], members))
         values += descents[1](*place(batch, noise[1], (many[0], many[1]), many[2]))
         values += descents[2](
-            *place(batch, weights), nets.actor, *place(reference, (*noise[:2], noise[2][:16]), None)
+            *place(batch, weights), nets.actor, *place(states, (*noise[:2], noise[2][:16]), None)
         )
         values += descents[3](
             *place(batch, noise[3]), risky.plain_risk, *place(torch.tensor(1.0), None, weights[0])

@@ -87,7 +87,7 @@ def test_cost_rate_target_by_hand() -> None:
 
 
 @pytest.mark.parametrize("length", [HORIZON, 7])
-def test_reference_states_give_the_cost_of_an_episode_exactly(length: int) -> None:
+def test_estimate_states_give_the_cost_of_an_episode_exactly(length: int) -> None:
     # Whatever the costs: with true values at its states the weighted sum is the episode's cost.
     costs = np.random.default_rng(length).random(length) * 2.0
     values, following = np.zeros(length), 0.0
@@ -95,7 +95,7 @@ def test_reference_states_give_the_cost_of_an_episode_exactly(length: int) -> No
         values[k] = following = 0.1 * costs[k] / 2.0 + 0.9 * following
     zeros, column = torch.zeros(length), torch.arange(length, dtype=torch.float32).unsqueeze(-1)
     visited = Batch(column, column, zeros, zeros, zeros, column, zeros, zeros, zeros)
-    states = critic_of().outlook.reference_states(column[:1], visited, float(length))
+    states = critic_of().outlook.estimate_states(column[:1], visited, float(length))
     at = t(*values)[states.observations[:, 0].long()]
     assert float(states.total(at)) * HORIZON * 2.0 == pytest.approx(costs.sum(), rel=1e-5)
 
@@ -116,7 +116,7 @@ def test_fixed_point_is_the_mean_cost_and_the_pushed_members_stand_above(steps: 
     batch = batch._replace(costs=batch.costs * d / 0.1)  # the same cost at every step of a span
     spans = torch.full((64,), float(steps))
     generator = torch.Generator().manual_seed(0)
-    states = critic.outlook.reference_states(torch.zeros(4, 1), batch, 20.0)
+    states = critic.outlook.estimate_states(torch.zeros(4, 1), batch, 20.0)
     for _ in range(800):
         critic.log_alpha.fill_(math.log(0.01))
         critic.update(batch, torch.ones(64), actor, states, generator, spans=spans)
@@ -355,7 +355,7 @@ def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
     ones, column = torch.ones(50), torch.zeros(50, 1)
     batch = Batch(column, column, ones, ones, ones, column, ones, ones, ones)
     visited = Visited(batch, ones, 20.0)
-    reference = critic.outlook.reference_states(column[:5], batch, 20.0)
+    states = critic.outlook.estimate_states(column[:5], batch, 20.0)
     assert risk_change(learner, previous, critic, visited, column) == 0.0
     decisions = [
         decide(
@@ -363,7 +363,7 @@ def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
             learner,
             critic,
             visited,
-            reference,
+            states,
             Limit("cost", cost / 40.0, 40.0),
             AcceptanceConfig(),
             kl_limit=None,

@@ -93,7 +93,7 @@ def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]
     generator = torch.Generator().manual_seed(0)
     networks = Networks(*LAYOUT, SIZES, generator)
     setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
-    agent = AGENTS[name](setup, CONFIGS.of(AGENTS[name]))
+    agent = AGENTS[name](setup, CONFIGS.settings_for(AGENTS[name]))
     steering = Steering(risk, torch.tensor(2.0))
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
     return lambda batch: agent.update(batch, steering), parts

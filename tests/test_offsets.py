@@ -235,7 +235,7 @@ def test_a_checkpoint_holds_the_offset_and_an_early_one_none(
     plain = normalizer._replace(offset=None)
 
     def sha256(normalizer: Normalizer) -> str:
-        return DeployedPolicy.of(actor, Shield.abstaining(), normalizer, 0).sha256
+        return DeployedPolicy.from_actor(actor, Shield.abstaining(), normalizer, 0).sha256
 
     assert sha256(normalizer) != sha256(moved)
     assert sha256(plain) == sha256(plain._replace(reward_scale=1.0))

@@ -94,8 +94,8 @@ def sac(
                     learner.update_critics(batch)
                 if safety:
                     batch, weights, _ = risky.draw(BATCH, 0.125, generator)
-                    reference = States.at_start(batch.observations[:32])
-                    critic.update(batch, weights, store.networks.actor, reference, generator)
+                    states = States.at_start(batch.observations[:32])
+                    critic.update(batch, weights, store.networks.actor, states, generator)
                 risk = critic.plain_risk if steering else None
                 learner.update_actor(batches[-1], Steering(risk, nothing))
             _finish()

@@ -61,7 +61,7 @@ class AgentConfigs:
         of_its_type = (f.name for f in fields(self) if type(getattr(self, f.name)) is agent.Config)
         return next(of_its_type, "own")
 
-    def of(self, agent: type[Agent]) -> Any:
+    def settings_for(self, agent: type[Agent]) -> Any:
         """The settings that this agent is built with."""
         key = self.key(agent)
         return agent.Config(**self.own) if key == "own" else getattr(self, key)
@@ -73,7 +73,7 @@ class AgentConfigs:
         """
         agent = AGENTS.get(name.rpartition(":")[2])
         if agent is not None and self.key(agent) != "own":
-            return self.of(agent).discount
+            return self.settings_for(agent).discount
         discount = self.own.get("discount", agent.Config().discount if agent else None)
         return None if discount is None else float(discount)
 
@@ -83,4 +83,4 @@ def online_agent(name: str, setup: Setup, configs: AgentConfigs) -> OnlineAgent:
     if name == "rlpd":
         require_density(setup.networks.actor.kind, "The entropy that rlpd keeps online")
         return RLPD(setup.networks, setup.learner, setup.generator, setup.compute)
-    return find_online(name)(setup, configs.of(find_agent(name)))
+    return find_online(name)(setup, configs.settings_for(find_agent(name)))

@@ -29,15 +29,15 @@ from safe_offrl.policies.networks import Networks, polyak_
 from safe_offrl.policies.protocol import DensityPolicy, require_density
 from safe_offrl.types import Batch
 
-PART_STATES = 64  # at a time: their 31 actions and 10 critics make 20 MiB a layer
+PART_ROWS = 64  # transitions at a time: their 31 actions and 10 critics make 20 MiB a layer
 
 
 @dataclass(frozen=True)
 class CQLConfig:
-    """Reference settings of CQL without the Lagrange version; shared by Cal-QL.
+    """Settings of CQL as published, without the Lagrange version; shared by Cal-QL.
 
     ``alpha`` weighs the conservative gap (5 on AntMaze, 1 on Adroit in Cal-QL); ``actions`` are
-    drawn per state from each of: uniform, policy at s, policy at s'. Discrete actions are not
+    drawn per observation from each of: uniform, policy at s, policy at s'. Discrete actions are not
     drawn but enumerated.
     """
 
@@ -52,12 +52,7 @@ class ConservativeCritics:
     """The critics of CQL; ``calibrated``, those of Cal-QL."""
 
     def __init__(
-        self,
-        networks: Networks,
-        config: CQLConfig,
-        compute: Compute = EAGER,
-        *,
-        calibrated: bool,
+        self, networks: Networks, config: CQLConfig, compute: Compute = EAGER, *, calibrated: bool
     ) -> None:
         self.networks = networks
         require_density(networks.actor.kind, "The log-integral over actions in cql and calql")
@@ -82,19 +77,19 @@ class ConservativeCritics:
         """
         actor = self.networks.actor
         with torch.no_grad():
+            # Bellman target.
             here = actor.density(batch.observations)
             there = actor.density(batch.next_observations)
             following = there.quadrature(next_noise)
-            next_q = self.networks.target_q(
-                following.repeat(batch.next_observations), following.actions
-            ).amin(0)
-            next_value = following.expect(next_q)
+            next_value = self.networks.target_value(batch.next_observations, following)
             target = td_target(batch.rewards, batch.terminated, next_value, self.config.discount)
+            # Actions of the gap, the logged one first.
             if self._enumerated:
                 proposed, log_densities = _every_action(here, next_noise)
             else:
                 proposed, log_densities = _proposals(here, there, noise, uniform)
             actions = torch.cat([batch.actions[None], *proposed])
+        # Critics at all of them, calibrated for Cal-QL.
         q = self.networks.q_of_actions(batch.observations, actions)
         logged, sampled = q[:, 0], q[:, 1:].transpose(1, 2)
         if self.calibrated:
@@ -102,6 +97,7 @@ class ConservativeCritics:
             sampled = torch.cat(
                 [calibrate(sampled[..., :n], batch.return_to_go), sampled[..., n:]], -1
             )
+        # Conservative gap and squared error.
         gap = conservative_gap(sampled, log_densities, logged)
         mse = (logged - target).square()
         return (mse + self.config.alpha * gap).mean(-1).sum(), gap.detach().mean()
@@ -112,8 +108,7 @@ class ConservativeCritics:
         with torch.no_grad():
             policy = self.networks.actor(batch.observations).quadrature(noise)
             logged = self.networks.target_q(batch.observations, batch.actions).amin(0)
-            q = self.networks.target_q(policy.repeat(batch.observations), policy.actions).amin(0)
-            advantages = logged - policy.expect(q)
+            advantages = logged - self.networks.target_value(batch.observations, policy)
         return advantages, metrics
 
     def update_critics(
@@ -190,12 +185,12 @@ class CalQL:
 def _parts(
     batch: Batch, next_noise: Tensor, noise: tuple[Tensor, Tensor], uniform: Tensor
 ) -> list[tuple[float, tuple[object, ...]]]:
-    """The arguments of ``critic_loss`` for PART_STATES states at a time, and their shares.
+    """The arguments of ``critic_loss`` for PART_ROWS transitions at a time, and their shares.
 
     On a GPU all at a time: there is no such cache to overflow.
     """
     b = len(batch.rewards)
-    n = b if batch.rewards.is_cuda else PART_STATES
+    n = b if batch.rewards.is_cuda else PART_ROWS
     fields = zip(*(field.split(n) for field in batch), strict=True)
     by_state = [x.split(n, dim=1) for x in (*noise, uniform)]
     return [

@@ -70,7 +70,7 @@ class Extraction:
         size, a = networks.layout
         outputs = self._density.behaviour_outputs(a, config.components)
         widths = (*networks.sizes.actor_hidden, outputs)
-        # Under the name that its parameters have in a checkpoint.
+        # The name is that which its parameters have in a checkpoint.
         self.mixture = nn.ModuleDict({"layers": linear_layers(size, widths, generator)})
         self.mixture_optimizer = Adam(self.mixture.parameters(), config.learning_rate)
         self.actor_optimizer = Adam(self.actor.parameters(), config.learning_rate)

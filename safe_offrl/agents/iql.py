@@ -25,7 +25,7 @@ from safe_offrl.types import Batch
 
 @dataclass(frozen=True)
 class IQLConfig:
-    """Reference settings of IQL on MuJoCo; expectile .9 on AntMaze.
+    """Settings of IQL as published for MuJoCo; expectile .9 on AntMaze.
 
     ``inverse_temperature`` and ``weight_limit`` are those of the actor online (AWR); offline
     extraction has its own.
@@ -96,10 +96,7 @@ class IQLValues:
         value_loss, target_q = self._descend_value(batch)
         critic_loss, value = self._descend_critics(batch)
         polyak_(self.networks.target_critics, self.networks.critics, self.config.tau)
-        return target_q - value, {
-            "agent/value_loss": value_loss,
-            "agent/critic_loss": critic_loss,
-        }
+        return target_q - value, {"agent/value_loss": value_loss, "agent/critic_loss": critic_loss}
 
 
 class OnlineIQL:

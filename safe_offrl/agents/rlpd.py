@@ -27,7 +27,7 @@ from safe_offrl.types import Batch
 
 @dataclass(frozen=True)
 class RLPDConfig:
-    """Reference settings of RLPD; ``subset`` is 1 for AntMaze and pixels in the paper.
+    """Settings of RLPD as published; ``subset`` is 1 for AntMaze and pixels in the paper.
 
     ``target_entropy`` per action dimension: -0.5 is RLPD's -|A|/2. ``discrete_entropy`` takes its
     place where actions are discrete, as a share of log A, the most there can be. SAC-Discrete's .98
@@ -94,10 +94,7 @@ class RLPD:
         """Sum over members of the mean squared TD error; ``members`` [subset] form the target."""
         with torch.no_grad():
             policy = self.networks.actor(batch.next_observations).quadrature(noise)
-            next_q = self.networks.target_q(
-                policy.repeat(batch.next_observations), policy.actions, members
-            )
-            next_value = policy.expect(next_q.amin(0))
+            next_value = self.networks.target_value(batch.next_observations, policy, members)
             target = td_target(batch.rewards, batch.terminated, next_value, self.config.discount)
         q = self.networks.q(batch.observations, batch.actions)
         return ((q - target).square().mean(-1).sum(),)
@@ -128,8 +125,8 @@ class RLPD:
         loss = policy.expect(loss)
         if anchor is not None:
             with torch.no_grad():
-                reference = anchor(batch.observations)
-            loss = loss + kl_weight * distribution.divergence(reference)
+                anchored = anchor(batch.observations)
+            loss = loss + kl_weight * distribution.divergence(anchored)
         return loss.mean(), policy.expect(log_probs).detach().mean()
 
     def temperature_loss(self, log_prob: Tensor) -> tuple[Tensor]:

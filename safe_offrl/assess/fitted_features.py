@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from safe_offrl.data.dataset import FLOAT32_EPS, Dataset
 from safe_offrl.limits import Limit
 from safe_offrl.nn.losses import first_accident_target, td_target
-from safe_offrl.policies.networks import Actor, StackedMLP, polyak_
+from safe_offrl.policies.networks import Actor, StackedMLP, polyak_, timed_inputs
 from safe_offrl.types import Batch
 
 RISK, RETURN = 0, 1  # the two quantities, in this order wherever there is an axis of them
@@ -103,7 +103,7 @@ class Features:
     @torch.no_grad()
     def of(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
         """[B, O], [B], [B, A] -> [B, D]; the last feature is 1."""
-        seen = self._net.features(_inputs(observations, time_to_go, actions), self._members)
+        seen = self._net.features(timed_inputs(observations, time_to_go, actions), self._members)
         flat = seen.transpose(0, 1).flatten(1)
         return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
 
@@ -166,7 +166,7 @@ def learn_features(
         # Squared errors, each member's on its own half.
         mine = HALVES * (half_of_row[index] == half_of_member.unsqueeze(1)).float()
         batch = steps.batch
-        learnt = net(_inputs(batch.observations, batch.time_to_go, batch.actions))
+        learnt = net(timed_inputs(batch.observations, batch.time_to_go, batch.actions))
         errors = F.mse_loss(learnt, targets.flatten(0, 1), reduction="none")
         # Gradient step.
         gradients = torch.autograd.grad((errors * mine).mean(1).sum(), parameters)

@@ -194,7 +194,7 @@ def reserve(
     worst_cost: float,
 ) -> Reservation:
     """What the ``index``-th episode counts as if it is cut off where none can be played again."""
-    return Reservation.of(
+    return Reservation.for_episode(
         index=index,
         seed=episode_seed(claim.seed, index, claim.stream),
         steps=env.horizon,

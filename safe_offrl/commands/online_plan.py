@@ -205,7 +205,10 @@ def _require_one_discount(config: FinetuneConfig, learnt: float, name: str) -> N
     key, discount = "learner.discount", config.learner.discount
     if config.baseline.learner != "rlpd":
         agent, agents = find_agent(config.baseline.learner), config.baseline.agents
-        key, discount = f"baseline.agents.{agents.key(agent)}.discount", agents.of(agent).discount
+        key, discount = (
+            f"baseline.agents.{agents.key(agent)}.discount",
+            agents.settings_for(agent).discount,
+        )
     if discount != learnt and not config.baseline.from_scratch:
         raise ConfigError(
             f'{key} is {discount}, but the values of "{name}" are discounted by {learnt}. Leave it '

@@ -56,9 +56,7 @@ class Compute:
 EAGER = Compute()
 # Compiling takes up to a minute, once on a machine; so many updates of the default sizes earn it.
 WORTH_COMPILING = 10_000
-FINITE_EVERY = (
-    100  # updates on a GPU between two looks at whether all were finite: it must be waited for
-)
+FINITE_EVERY = 100  # updates on a GPU between two looks at whether all were finite, which wait
 
 
 def choose_compute(

@@ -80,7 +80,7 @@ class Reservation(NamedTuple):
     worst: Episode
 
     @classmethod
-    def of(
+    def for_episode(
         cls,
         *,
         index: int,
@@ -136,6 +136,7 @@ def play_episode(
     try:
         observation = normalizer(ask(env.reset, seed=seed)[0])
         while not ended:
+            # The action, behind the shield.
             time_to_go = 1.0 - len(rows) / env.horizon
             action, replaced = policy.act(observation, time_to_go, rng, mean_action=mean_action)
             if not np.isfinite(action).all():
@@ -143,10 +144,12 @@ def play_episode(
                     "The policy's action is not finite, so nothing was sent to the environment. Go "
                     "back to an earlier checkpoint, or lower the learning rate."
                 )
+            # The step, charged before it is taken.
             steps += 1
             interventions += replaced
             raw, reward, terminated, truncated, info = ask(env.step, action)
             following = normalizer(raw)
+            # The transition, with the executed action.
             accident = bool(info["accident"])
             row = Layout.row(
                 observation,
@@ -160,6 +163,7 @@ def play_episode(
                 return_to_go=0.0,
             )
             rows.append(row)
+            # The totals of the episode.
             observation, ended = following, terminated or truncated
             total += float(reward)
             cost += float(info["cost"])

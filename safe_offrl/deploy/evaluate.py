@@ -30,9 +30,11 @@ def evaluate(
     rng = np.random.default_rng([seed, 1])  # not the stream that the online phase acts with
     steps = faults = 0
     for index in range(episodes):
+        # One episode, on a seed of its own.
         reset_seed = episode_seed(seed, index, "evaluate")
         played = play_episode(env, policy, reset_seed, rng, mean_action=mean_action)
         faults = faults_in_a_row(faults, played.fault)
+        # What is kept of it.
         episode = played.recorded(
             index=index,
             seed=reset_seed,

@@ -122,10 +122,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    run: Runner,
-    graph: PolicyGraph,
-    env: AccidentEnv,
-    policy: DeployedPolicy,
+    run: Runner, graph: PolicyGraph, env: AccidentEnv, policy: DeployedPolicy
 ) -> Comparison:
     """Compare a file with the policy behind its shield at observations like those of the log.
 
@@ -164,10 +161,7 @@ def _examples(graph: PolicyGraph, policy: DeployedPolicy) -> Arrays:
 
 
 def _chosen(
-    arrays: Arrays,
-    rows: NDArray[np.intp],
-    env: AccidentEnv,
-    policy: DeployedPolicy,
+    arrays: Arrays, rows: NDArray[np.intp], env: AccidentEnv, policy: DeployedPolicy
 ) -> Arrays:
     """What the policy behind its shield does at these rows of the examples."""
     chosen: dict[str, list[Any]] = {name: [] for name in Outputs._fields}

@@ -104,8 +104,7 @@ class PolicyGraph(nn.Module):
         return torch.sigmoid(self.risk_net.over_actions(states, options)).mean(0)
 
     def _own_action(self, unit: Tensor, finite: Tensor) -> Tensor:
-        """As :meth:`safe_offrl.env.adapter.AccidentEnv.own_action`: [B, A] -> [B, ...] or numbers
-        [B]."""
+        """As :meth:`safe_offrl.env.adapter.AccidentEnv.own_action`: [B, A] -> [B, ...] or [B]."""
         if self.start is not None:
             return torch.where(finite, unit.argmax(-1), -1) + self.start
         share = (unit.clamp(-1.0, 1.0).reshape(-1, *self.low.shape) + 1.0) / 2.0

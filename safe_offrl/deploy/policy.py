@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from safe_offrl.compute.state import arrays_sha256, collect_state, restore_state, seeded
-from safe_offrl.policies.acting import NumpyActor, Sampler
+from safe_offrl.policies.acting import NumpyActor, Sampler, UniformActor
 from safe_offrl.policies.kinds import KINDS, kind_for
 from safe_offrl.policies.networks import Actor, StackedMLP
 from safe_offrl.policies.protocol import Vector
@@ -31,11 +31,16 @@ class DeployedPolicy(NamedTuple):
     version: int
 
     @classmethod
-    def of(
+    def from_actor(
         cls, actor: Actor, shield: Shield, normalizer: Normalizer, version: int
     ) -> DeployedPolicy:
         """The policy of an actor, whose parameters are shared: as it learns, this one changes."""
         return cls(actor, NumpyActor(actor), shield, normalizer, version)
+
+    def at_random(self) -> DeployedPolicy:
+        """The same behind its shield, but with uniformly random actions."""
+        uniform = UniformActor(self.actor.kind, self.actor.action_size)
+        return self._replace(sampler=uniform)
 
     def act(
         self,
@@ -96,7 +101,7 @@ class DeployedPolicy(NamedTuple):
         """
         generator = seeded(0)  # of weights that are replaced
         sizes, shielding = (words["observation_size"], words["action_size"]), words["shield"]
-        # Before there was a third kind, its name was not kept.
+        # Checkpoints from before there was a third kind do not name theirs.
         kind = KINDS[words["kind"]] if "kind" in words else kind_for(discrete=words["discrete"])
         actor = Actor(*sizes, words["hidden"], generator, kind)
         net = None
@@ -110,4 +115,4 @@ class DeployedPolicy(NamedTuple):
             ).requires_grad_(False)
         restore_state({"deployed": actor, **({} if net is None else {"shield": net})}, tensors)
         shield = Shield(net, shielding["candidates"], shielding["margin"], acts=shielding["acts"])
-        return cls.of(actor, shield, Normalizer.restored(tensors), words["version"])
+        return cls.from_actor(actor, shield, Normalizer.restored(tensors), words["version"])

@@ -57,8 +57,7 @@ def cost_rate_target(
     ``costs`` are the discounted sums of the n = ``steps`` costs on the way to s_n, in units of the
     largest cost of a step. A weighted mean of the costs ahead, so values stay in [0, 1] (costs
     beyond the largest are cut off); over the states of an episode they sum to its cost but for the
-    first 1 / (1 - discount) steps, see
-    :mod:`safe_offrl.safety.outlook`. Shapes: [..., B] -> [..., B].
+    first 1 / (1 - discount) steps, see :mod:`safe_offrl.safety.outlook`. Shapes: [..., B].
     """
     _require_same_shape(costs, terminated, next_time_to_go, next_values, steps)
     steps_left = (next_time_to_go > 1e-6).to(next_values.dtype)
@@ -68,17 +67,13 @@ def cost_rate_target(
 
 
 def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
-    """Asymmetric square ``|expectile - 1(u < 0)| u^2`` (IQL, arXiv:2110.06169, eq. 5). [B] ->
-    [B].
-    """
+    """Asymmetric square ``|expectile - 1(u < 0)| u^2`` (IQL, arXiv:2110.06169, eq. 5), [B]."""
     weight = torch.where(difference < 0.0, 1.0 - expectile, expectile)
     return weight * difference.square()
 
 
 def exponential_weight(advantage: Tensor, inverse_temperature: float, limit: float) -> Tensor:
-    """AWR's ``min(exp(inverse_temperature * A), limit)``, clipped after the exponential. [B] ->
-    [B].
-    """
+    """AWR's ``min(exp(inverse_temperature * A), limit)``, clipped after the exponential, [B]."""
     return (inverse_temperature * advantage).exp().clamp(max=limit)
 
 

@@ -13,9 +13,7 @@ from safe_offrl.policies.protocol import Vector
 
 
 def linear_layers(inputs: int, widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
-    """Plain ReLU network: linear layers of these widths with ReLU between them, [B, I] -> [B,
-    O].
-    """
+    """Linear layers of these widths with ReLU between them, [B, I] -> [B, O]."""
     layers: list[nn.Module] = []
     size = inputs
     for width in widths:

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from safe_offrl.compute.state import Part
 from safe_offrl.policies.gaussian import GAUSSIAN
-from safe_offrl.policies.protocol import (
-    ActionDistribution,
-    DensityPolicy,
-    Kind,
-    normal,
-)
+from safe_offrl.policies.protocol import ActionDistribution, DensityPolicy, Kind, Quadrature, normal
 from safe_offrl.types import Layout
 
 # Q(s, a) of all critics: [B, O], [B, A] -> [E, B]
@@ -26,9 +21,13 @@ QFunction = Callable[[Tensor, Tensor], Tensor]
 # Q_C(s, time to go, a): [B, O], [B], [B, A] -> [B]
 Risk = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
 Members = slice | Tensor
 EVERY = slice(None)
+
+
+def timed_inputs(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+    """What a network takes that sees the time: [B, O], [B], [B, A] -> [B, O + 1 + A]."""
+    return torch.cat([observations, time_to_go.unsqueeze(-1), actions], dim=-1)
 
 
 class StackedLinear(nn.Module):
@@ -36,7 +35,7 @@ class StackedLinear(nn.Module):
 
     def __init__(self, members: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
-        # torch.nn.Linear's own initialisation, uniform in +-1/sqrt(inputs), member by member.
+        # Each member begins as torch.nn.Linear does, uniform in +-1/sqrt(inputs).
         bound = 1.0 / math.sqrt(inputs)
         device = generator.device
         weight = torch.empty(members, inputs, outputs, device=device)
@@ -48,7 +47,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor, members: Members = EVERY) -> Tensor:
         """[M, B, in] -> [M, B, out] for the M ``members`` asked for."""
-        # Not baddbmm: that writes the bias out before it multiplies.
+        # baddbmm would be slower: it writes the bias out before it multiplies.
         return torch.bmm(x, self.weight[members]) + self.bias[members]
 
 
@@ -220,6 +219,13 @@ class Networks:
         """Target critics: [B, O], [B, A] -> [M, B], without gradient."""
         q: Tensor = self.target_critics(torch.cat([observations, actions], dim=-1), members)
         return q
+
+    def target_value(
+        self, observations: Tensor, policy: Quadrature, members: Members = EVERY
+    ) -> Tensor:
+        """E_pi of the least of these target critics, over a policy's actions there, [B]."""
+        q = self.target_q(policy.repeat(observations), policy.actions, members)
+        return policy.expect(q.amin(0))
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""

@@ -65,9 +65,7 @@ class ActionDistribution(Protocol):
     """A policy at B observations."""
 
     def quadrature(self, noise: Tensor) -> Quadrature:
-        """Actions to average over, differentiable, driven by standard normal noise
-        [B, *noise_shape].
-        """
+        """Differentiable actions to average over, driven by normal noise [B, *noise_shape]."""
 
     def act(self, noise: Tensor) -> Tensor:
         """Actions [K, B, A] of noise [K, B, *noise_shape] as ``Kind.draw_noise`` draws it.

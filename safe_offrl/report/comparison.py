@@ -108,7 +108,7 @@ def compare(
         pairings=pairings,
         notes=[
             *differing,
-            *_twice(sources),
+            *_named_twice(sources),
             *_notes(data, methods, scales),
             *_unlike_starts(pairings),
         ],
@@ -174,7 +174,7 @@ def _against(methods: Methods) -> list[tuple[Sequence[RunData], Sequence[RunData
     return [(known[0], other) for other in known[1:]]
 
 
-def _twice(sources: Sequence[Source]) -> list[str]:
+def _named_twice(sources: Sequence[Source]) -> list[str]:
     paths = [source.path.resolve() for source in sources]
     return [f"{p.name} is named twice." for p in sorted(set(paths)) if paths.count(p) > 1]
 

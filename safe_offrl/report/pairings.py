@@ -107,7 +107,9 @@ class _Totals:
     strata: list[Rows]
 
     @classmethod
-    def of(cls, pairs: Pairs, count: Callable[[RunData], tuple[int, int]]) -> _Totals | None:
+    def from_pairs(
+        cls, pairs: Pairs, count: Callable[[RunData], tuple[int, int]]
+    ) -> _Totals | None:
         if not pairs:
             return None
         return cls([np.array([[*count(a), *count(b)] for a, b in g]) for g in _grouped(pairs)])

@@ -3,7 +3,7 @@
 Learner and deployed policy are separate. The learner proposes; the candidate is pulled back towards
 the policy that acts until KL and what is constrained, V_accident(s0) or the expected cost, are
 within their limits, or refused. The constraints hold for MEASURED values: the KL is exact on the
-states visited, the rest is the safety critic's conservative estimate, in the critic's unit.
+visited observations, the rest is the safety critic's conservative estimate, in the critic's unit.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from safe_offrl.types import Constraint, States, Visited
 
 @dataclass(frozen=True)
 class AcceptanceConfig:
-    """``shrink`` and ``tries`` of the backtracking, ``tail`` quantile of the KL over states.
+    """``shrink`` and ``tries`` of the backtracking, ``tail`` quantile of the KL over observations.
 
     The mean KL is bounded by delta in both directions; its ``tail`` quantile by ``tail_ratio``
-    delta, so that a change concentrated on few states does not hide in the mean.
+    delta, so that a change concentrated on few observations does not hide in the mean.
     """
 
     shrink: float = 0.7
@@ -51,7 +51,11 @@ class AcceptanceConfig:
 
 
 class Decision(NamedTuple):
-    """What was measured and decided; ``fraction`` is 0 when the deployed policy stays."""
+    """What was measured and decided; ``fraction`` is 0 when the deployed policy stays.
+
+    ``v_previous`` and ``v_candidate`` are in the safety critic's unit, shares in [0, 1];
+    :class:`safe_offrl.train.iteration.Iteration` has them in the unit of the limit.
+    """
 
     accepted: bool
     fraction: float
@@ -152,7 +156,7 @@ def decide(
     learner: Actor,
     critic: SafetyCritic,
     visited: Visited,
-    reference: States,
+    states: States,
     limit: Limit,
     config: AcceptanceConfig,
     *,
@@ -164,25 +168,19 @@ def decide(
     """Backtrack from the learner towards the deployed policy until both constraints hold.
 
     ``visited`` are transitions of the latest episodes, the deployed policy's and perhaps those of
-    the one or two before it; ``reference`` are the critic's states for an estimate. ``kl_limit``
+    the one or two before it; ``states`` those of the critic's estimate. ``kl_limit``
     None switches the KL constraint off; ``confidence`` is that of the upper estimate. While the
     deployed policy itself is not below the limit, a candidate must have a lower estimate than it.
     Returns the decision and the policy to act.
     """
     noise = previous.noise(visited.batch.actions.shape[:-1], generator)
-    v_previous = _probability(critic.estimate(previous, reference, generator, confidence).upper)
+    v_previous = _probability(critic.estimate(previous, states, generator, confidence).upper)
     fraction, decision = 1.0, None
     for _ in range(config.tries):
         candidate = interpolate(previous, learner, fraction)
-        decision = measure(
-            candidate,
-            previous,
-            critic,
-            visited,
-            v_previous,
-            noise,
-            config.tail,
-        )
+        # The candidate, measured.
+        decision = measure(candidate, previous, critic, visited, v_previous, noise, config.tail)
+        # Limits that it must keep.
         limits = []
         if kl_limit is not None:
             tail_limit = config.tail_ratio * kl_limit
@@ -194,6 +192,7 @@ def decide(
         if constrain_safety and not improves:
             name = limit.quantity.symbol
             limits.append(Constraint(name, decision.v_candidate * limit.scale, limit.value))
+        # The first acceptable candidate acts; another is pulled back further.
         failed = next((limit for limit in limits if not limit.satisfied), None)
         if failed is None:
             exceeds = constrain_safety and not decision.v_candidate < limit.share

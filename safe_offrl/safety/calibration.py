@@ -21,12 +21,12 @@ from safe_offrl.limits import QUANTITIES, Limit
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic
 from safe_offrl.safety.outlook import Floats, accident_within
-from safe_offrl.stats.fixed import clopper_pearson
+from safe_offrl.stats.fixed import clopper_pearson, fewest
 from safe_offrl.stats.reliability import Bin, reliability_bins
 
 CONTRASTS = 201  # that a report keeps: a long log has thousands
 WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
-# With and without accident, among those held out: fewer leave a calibration to chance.
+# So many are needed among those held out: fewer leave a calibration to chance.
 MIN_HELD_OUT_EPISODES = 10
 # What the shield needs before it may act, beside MIN_HELD_OUT_EPISODES with an accident, each with
 # the reason it is refused for.
@@ -124,6 +124,7 @@ def calibrate_critic(
     ``logged`` is the number of all episodes of the log: of what is missing so much more is to be
     logged as a share of it is held out.
     """
+    # What the critic says of the held-out steps, and what followed them.
     t = held_out.transitions
     risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
     noise = actor.noise(t.actions.shape[:-1], torch.Generator().manual_seed(0))
@@ -132,15 +133,15 @@ def calibrate_critic(
     danger = accident_within(held_out, window)
     outcomes, seen = critic.outlook.within(held_out, values, window)
     reliability, ece = _reliability(risk, outcomes)
+    # Ranking of actions at one state, and of all transitions.
     contrasts = _contrasts(critic, held_out, danger)
     concordant, pairs = int((contrasts > 0.0).sum()), len(contrasts)
     ranking_low = clopper_pearson(concordant, pairs, 0.9)[0] if pairs else 0.0
-    episode = np.repeat(np.arange(held_out.episodes), held_out.episode_lengths)
     score = auroc(risk, danger)
+    # Demands that the shield needs met; a NaN meets none of them.
     accident_episodes = int(held_out.episode_accidents.sum())
     missing = max(0, MIN_HELD_OUT_EPISODES - accident_episodes)
     more = -(-missing * logged // held_out.episodes)
-    # Written so that a NaN is a refusal.
     demands = {
         f"{accident_episodes} held-out accident episodes, {MIN_HELD_OUT_EPISODES} needed (log "
         f"about {more:,} more episodes with an accident)": not missing,
@@ -150,6 +151,8 @@ def calibrate_critic(
             ranking_low > MIN_RANKING
         ),
     }
+    # The report, in the unit of the limit.
+    episode = np.repeat(np.arange(held_out.episodes), held_out.episode_lengths)
     return CalibrationReport(
         episodes=held_out.episodes,
         accident_episodes=accident_episodes,
@@ -179,13 +182,7 @@ def _more_to_rank(right: int, pairs: int, accident_episodes: float) -> str:
     """
     if 2 * right <= pairs:
         return ""
-    fewer, enough = pairs, 2 * pairs
-    while not _shows_ranking(right * enough // pairs, enough):
-        fewer, enough = enough, 2 * enough
-    while enough - fewer > 1:
-        middle = (fewer + enough) // 2
-        shown = _shows_ranking(right * middle // pairs, middle)
-        fewer, enough = (fewer, middle) if shown else (middle, enough)
+    enough = fewest(2 * pairs, lambda n: _shows_ranking(right * n // pairs, n))
     more = math.ceil((enough / pairs - 1.0) * accident_episodes)
     return f" (log about {more:,} more episodes with an accident, if {right / pairs:.2f} holds)"
 
@@ -214,18 +211,19 @@ def _by_size(contrasts: Floats) -> Floats:
 
 
 def _contrasts(critic: SafetyCritic, held_out: Dataset, danger: NDArray[np.bool_]) -> Floats:
-    """Risk of dangerous actions less that of others at the SAME states, [P].
+    """Risk of dangerous actions less that of others at the SAME observations, [P].
 
-    Each dangerous transition is paired with the safe transition whose state is nearest
+    Each dangerous transition is paired with the safe transition whose observation is nearest
     (standardised distance, the nearer half of the pairs kept) and whose action differs clearly.
     """
     t = held_out.transitions
     spread, centre = torch.std_mean(t.observations, dim=0)
-    states = (t.observations - centre) / (spread + 1e-6)
+    standardised = (t.observations - centre) / (spread + 1e-6)
     bad, good = torch.from_numpy(np.flatnonzero(danger)), torch.from_numpy(np.flatnonzero(~danger))
     if not len(bad) or not len(good):
         return np.zeros(0, dtype=np.float32)
-    nearest = [torch.cdist(chunk, states[good]).min(dim=1) for chunk in states[bad].split(256)]
+    chunks, others = standardised[bad].split(256), standardised[good]
+    nearest = [torch.cdist(chunk, others).min(dim=1) for chunk in chunks]
     distance = torch.cat([x.values for x in nearest])
     partner = good[torch.cat([x.indices for x in nearest])]
     differs = (t.actions[bad] - t.actions[partner]).norm(dim=-1) > 0.25

@@ -2,11 +2,11 @@
 
 An ensemble of E networks gives logits of Q_C(s, time to go, a); what that is a probability or a
 share of says :mod:`safe_offrl.safety.outlook`. Every member bootstraps from its own target, so
-errors do not leak between them. The first ``reference`` members learn by plain TD;
-the others are also pushed up at the policy's actions with weight alpha, and alpha is found by dual
-ascent such that their V_accident(s0) exceeds the reference's by a stated gap (and, online, the
-accident rate that was really seen). A fixed alpha is a lottery: the same number is nothing on one
-task and makes everything look deadly on the next.
+errors do not leak between them. The first ``reference`` members learn by plain TD; the others are
+also pushed up at the policy's actions with weight alpha, and alpha is found by dual ascent such
+that their V_accident(s0) exceeds the reference members' by a stated gap (and, online, the accident
+rate that was really seen). A fixed alpha is a lottery: the same number is nothing on one task and
+makes everything look deadly on the next.
 
 The pushed members are for judging; the plain ones compare actions, for the shield and for the
 policy that learns online. The push lifts the policy's own actions above their neighbours: so an
@@ -105,7 +105,7 @@ def outlook_on(limit: Limit, horizon: int, cost_max: float, config: SafetyCritic
 
 
 class RiskEstimate(NamedTuple):
-    """The constrained quantity: conservative mean, one-sided upper limit, and plain TD's mean.
+    """The constrained quantity: conservative mean, one-sided upper limit, reference members' mean.
 
     In the critic's unit: V_accident(s0), or the cost of an episode as a share of its largest.
     """
@@ -178,8 +178,7 @@ class SafetyCritic:
         self, observations: Tensor, time_to_go: Tensor, actions: Tensor, members: Members = EVERY
     ) -> Tensor:
         """Accident logits of the members asked for: [B, O], [B], [B, A] -> [M, B]."""
-        inputs = torch.cat([observations, time_to_go.unsqueeze(-1), actions], dim=-1)
-        logits: Tensor = self.net(inputs, members)
+        logits: Tensor = self.net(timed_inputs(observations, time_to_go, actions), members)
         return logits
 
     def risk(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
@@ -205,43 +204,32 @@ class SafetyCritic:
         batch: Batch,
         weights: Tensor,
         actor: Actor,
-        reference: States,
+        states: States,
         noise: tuple[Tensor, Tensor, Tensor],
         spans: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """TD loss + alpha * push-up; reads only.
 
         ``weights`` [B] undo the stratified sampling; ``noise`` drives the policy's actions at next
-        observations, observations and reference states; ``spans`` [B] are the
-        steps between the two observations, 1 if None.
+        observations, observations and the estimate ``states``; ``spans`` [B] are the steps between
+        the two observations, 1 if None.
         Returns (scalar loss, estimate of the pushed members, estimate of the reference members).
         """
         if spans is None:
             spans = torch.ones_like(batch.time_to_go)
         with torch.no_grad():
-            following = actor(batch.next_observations).quadrature(noise[0])
-            next_time_to_go = (batch.time_to_go - spans / self.outlook.horizon).clamp_min(0.0)
-            next_inputs = torch.cat(
-                [
-                    following.repeat(batch.next_observations),
-                    following.repeat(next_time_to_go).unsqueeze(-1),
-                    following.actions,
-                ],
-                dim=-1,
-            )
-            next_values = following.expect(torch.sigmoid(self.target(next_inputs)))
-            targets = self.outlook.targets(batch, next_time_to_go, next_values, spans)
+            # Bellman targets.
+            left = (batch.time_to_go - spans / self.outlook.horizon).clamp_min(0.0)
+            next_values = _values(self.target, actor, batch.next_observations, left, noise[0])
+            targets = self.outlook.targets(batch, left, next_values, spans)
+            # The policy's own actions.
             policy = actor(batch.observations).quadrature(noise[1])
-            there = actor(reference.observations).quadrature(noise[2])
-            logits = self.logits(
-                there.repeat(reference.observations),
-                there.repeat(reference.time_to_go),
-                there.actions,
-            )
-            estimates = reference.total(there.expect(torch.sigmoid(logits)))
+            # Estimates of every member, which the dual ascent on alpha compares.
+            estimates = states.total(_values(self.net, actor, *states[:2], noise[2]))
+        # TD loss at the logged actions.
         logged = self.logits(batch.observations, batch.time_to_go, batch.actions)
         td = accident_td_loss(logged, targets, weights)
-        # The reference members are not pushed: their logits here would be for nothing.
+        # Push-up loss. The reference members are not pushed: their logits would be for nothing.
         acted = self.logits(
             policy.repeat(batch.observations),
             policy.repeat(batch.time_to_go),
@@ -257,7 +245,7 @@ class SafetyCritic:
         batch: Batch,
         weights: Tensor,
         actor: Actor,
-        reference: States,
+        states: States,
         generator: torch.Generator,
         floor: float = 0.0,
         spans: Tensor | None = None,
@@ -267,17 +255,17 @@ class SafetyCritic:
         ``floor`` is what was really seen (accident rate, or share of the largest cost); the
         estimate is kept above it. ``spans`` are :meth:`loss`'s.
         """
+        # Gradient step and Polyak step.
         size = batch.actions.shape[:-1]
         noise = (
             actor.noise(size, generator),
             actor.noise(size, generator),
-            actor.noise(reference.time_to_go.shape, generator),
+            actor.noise(states.time_to_go.shape, generator),
         )
-        loss, value, plain = self._descend(batch, weights, actor, reference, noise, spans)
+        loss, value, plain = self._descend(batch, weights, actor, states, noise, spans)
         polyak_(self.target, self.net, self.config.tau)
+        # Dual ascent on the logarithm of alpha. Unit steps would crawl: the shortfall is in gaps.
         wanted = (plain + self.config.target_gap).clamp(min=floor, max=1.0)
-        # Unit steps would crawl: the shortfall is measured in gaps, and alpha moves in its
-        # logarithm.
         shortfall = ((wanted - value) / self.config.target_gap).clamp(-1.0, 1.0)
         self.log_alpha += self.config.alpha_learning_rate * shortfall
         self.log_alpha.clamp_(LOG_ALPHA_MIN, math.log(self.config.alpha_max))
@@ -290,30 +278,33 @@ class SafetyCritic:
 
     @torch.no_grad()
     def estimate(
-        self, actor: Actor, reference: States, generator: torch.Generator, confidence: float
+        self, actor: Actor, states: States, generator: torch.Generator, confidence: float
     ) -> RiskEstimate:
-        """The constrained quantity under the policy, over a sample of reference states.
+        """The constrained quantity under the policy, over a sample of estimate states.
 
         The upper limit adds the standard errors of a one-sided ``confidence`` (1.645 at 0.95):
         spread between the pushed members, and between states. It is a limit on the critic's own
         uncertainty, not a certificate.
         """
-        noise = actor.noise(reference.time_to_go.shape, generator)
-        policy = actor(reference.observations).quadrature(noise)
-        logits = self.logits(
-            policy.repeat(reference.observations),
-            policy.repeat(reference.time_to_go),
-            policy.actions,
-        )
-        values = policy.expect(torch.sigmoid(logits))
+        noise = actor.noise(states.time_to_go.shape, generator)
+        values = _values(self.net, actor, *states[:2], noise)
         pushed = values[self._pushed]
-        members = reference.total(pushed)
-        variance = pushed.mean(0).var() * reference.squared_weights
+        members = states.total(pushed)
+        variance = pushed.mean(0).var() * states.squared_weights
         if len(members) > 1:
             variance = variance + members.var() / len(members)
         value = members.mean()
         return RiskEstimate(
             value=float(value),
             upper=float(value + standard_errors(confidence) * variance.sqrt()),
-            reference=float(reference.total(values[self.plain]).mean()),
+            reference=float(states.total(values[self.plain]).mean()),
         )
+
+
+def _values(
+    net: StackedMLP, actor: Actor, observations: Tensor, time_to_go: Tensor, noise: Tensor
+) -> Tensor:
+    """E_pi Q_C of every member: [B, O], [B], noise [B, A] of the policy's actions -> [E, B]."""
+    policy = actor(observations).quadrature(noise)
+    inputs = timed_inputs(policy.repeat(observations), policy.repeat(time_to_go), policy.actions)
+    return policy.expect(torch.sigmoid(net(inputs)))

@@ -60,7 +60,7 @@ class Deployment:
         self.delta = torch.tensor(delta, device=device)
         self.kl_weight = torch.tensor(0.1 if kl_limited else 0.0, device=device)
         self._critic = critic
-        self.shield = Shield.of(critic, shielding, limit.share, acts=shield_acts)
+        self.shield = Shield.from_critic(critic, shielding, limit.share, acts=shield_acts)
         self.certified_shield = copy.deepcopy(self.shield)
 
     def deploy(self, actor: Actor, shield: Shield | None = None) -> None:
@@ -69,7 +69,9 @@ class Deployment:
         self.actor.load_state_dict(actor.state_dict())  # in place: a recorded update reads it there
         if shield is None:
             acts = self.shield.acts
-            self.shield = Shield.of(self._critic, self.shielding, self.limit.share, acts=acts)
+            self.shield = Shield.from_critic(
+                self._critic, self.shielding, self.limit.share, acts=acts
+            )
         else:
             self.shield = copy.deepcopy(shield)
 
@@ -77,22 +79,23 @@ class Deployment:
         self,
         learner: Actor,
         visited: Visited,
-        reference: States,
+        states: States,
         monitor: SafetyMonitor,
         generator: torch.Generator,
     ) -> tuple[Decision, bool]:
         """Decide on the learner and deploy what passes; (decision, whether it was a roll-back).
 
-        ``visited`` are transitions of the latest episodes, ``reference`` the critic's states for an
-        estimate. A version that the monitor has certified below the limit is kept for the
-        alarm to go back to. Without the safety constraint an alarm changes nothing.
+        ``visited`` are transitions of the latest episodes, ``states`` those of the critic's
+        estimate. A version that the monitor has certified below the limit is kept for the alarm to
+        go back to. Without the safety constraint an alarm changes nothing.
         """
+        # Measurement and decision.
         decision, candidate = decide(
             self.actor,
             learner,
             self._critic,
             visited,
-            reference,
+            states,
             self.limit,
             self.acceptance,
             kl_limit=float(self.delta) if self.kl_limited else None,
@@ -102,9 +105,11 @@ class Deployment:
         )
         if self.kl_limited:
             self._adapt_kl_weight(decision)
+        # The alarm, which takes precedence over any decision.
         if monitor.alarm and self.safety_limited:
             monitor.reset_alarm()
             return self._on_alarm(decision, visited, monitor, generator)
+        # A certificate of the version that has acted so far.
         if monitor.version_interval(self.version)[1] < self.limit.share:
             self.certified = copy.deepcopy(self.actor)
             self.certified_shield = copy.deepcopy(self.shield)
@@ -125,7 +130,9 @@ class Deployment:
         Until one is certified that is the pretrained policy, but not if it is itself shown to
         exceed the limit, nor unless its estimate is the lower one.
         """
+        # Trust region.
         self.delta.mul_(0.5).clamp_(min=MIN_DELTA_SHARE * self.initial_delta)
+        # Reasons to keep the policy that acts.
         if self.certified_version == self.version:
             which = "last certified" if self.proved else "pretrained"
             return _stays(decision, f"the {which} policy already acts"), False
@@ -142,7 +149,7 @@ class Deployment:
         )
         if not self.proved and not measured.v_candidate < decision.v_previous:
             return _stays(decision, "the pretrained policy is not estimated to be safer"), False
-        # Its own shield too: what was shown is about the two together.
+        # The roll-back. Its own shield returns with it: what was shown is about the two together.
         self.deploy(self.certified, self.certified_shield)
         self.certified_version = self.version
         which = "last certified policy" if self.proved else "pretrained policy: none was certified"

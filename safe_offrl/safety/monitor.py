@@ -60,7 +60,7 @@ class SafetyMonitor:
         self._versions[version] = (k + outcome, n + 1)
         alarming, limit = self.limit.alarm(accident, cost)
         self._alarm_state = alarm_update(self._alarm_state, alarming, limit)
-        # Sticky: crossing the threshold once is the proof, whatever follows.
+        # The alarm is sticky: crossing the threshold once is the proof, whatever follows.
         self._alarm = self._alarm or self.log_evidence >= self.alarm_threshold
 
     # --- the whole run ---
@@ -100,11 +100,6 @@ class SafetyMonitor:
         return sum(self.recent) / len(self.recent)
 
     # --- one version ---
-
-    def version_counts(self, version: int | None = None) -> tuple[float, int]:
-        """(sum of outcomes, episodes) of a version; of the one that acted last by default."""
-        key = self.version if version is None else version
-        return (0.0, 0) if key is None else self._versions.get(key, (0, 0))
 
     def version_interval(self, version: int | None = None) -> tuple[float, float]:
         """Interval of a version's expected outcome, valid for all versions of the run at once.

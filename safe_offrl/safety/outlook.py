@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class AccidentAhead:
         )
         return first_accident_target(accidents, ended, left, next_values)
 
-    def reference_states(
+    def estimate_states(
         self, starts: Tensor, visited: Batch | None, steps_per_episode: float
     ) -> States:
         """States [S] whose weighted sum of Q_C is what is constrained: the start states alone."""
@@ -73,10 +73,7 @@ class AccidentAhead:
         """What follows each logged step within ``window`` steps, [N] in [0, 1], and what of it was
         logged: 1 for an accident, 0 if the episode ends first, else ``values`` [N] of the critic.
         """
-        n = len(values)
-        end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
-        later = np.arange(n) + window
-        outcome = np.where(later < end, values[np.minimum(later, n - 1)], 0.0)
+        outcome = _later(dataset, values, window)
         followed = accident_within(dataset, window)
         return np.where(followed, 1.0, outcome).astype(np.float32), followed.astype(np.float32)
 
@@ -103,7 +100,7 @@ class CostAhead:
         )
         return cost_rate_target(costs, ended, left, next_values, spans, self.discount)
 
-    def reference_states(
+    def estimate_states(
         self, starts: Tensor, visited: Batch | None, steps_per_episode: float
     ) -> States:
         """Start states, and ``visited`` states of the policy's own episodes, of L steps on average.
@@ -143,21 +140,23 @@ class CostAhead:
         )
 
     def _ahead(self, dataset: Dataset, values: Floats, window: int) -> Floats:
-        discount, n = self.discount, len(values)
+        discount = self.discount
         costs = np.clip(dataset.column("costs").numpy() / self.cost_max, 0.0, 1.0)
-        end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
-        outcome = np.zeros(n)
+        outcome = np.zeros(len(values))
         for k in range(window):
-            later = np.arange(n) + k
-            outcome += np.where(
-                later < end, (1.0 - discount) * discount**k * costs[np.minimum(later, n - 1)], 0.0
-            )
-        later = np.arange(n) + window
-        outcome += np.where(later < end, discount**window * values[np.minimum(later, n - 1)], 0.0)
+            outcome += (1.0 - discount) * discount**k * _later(dataset, costs, k)
+        outcome += discount**window * _later(dataset, values, window)
         return outcome.astype(np.float32)
 
 
 Outlook = AccidentAhead | CostAhead
+
+
+def _later(dataset: Dataset, values: NDArray[Any], steps: int) -> NDArray[Any]:
+    """``values`` [N] of so many steps later in the same episode, 0 where it has ended by then."""
+    end = np.repeat(dataset.episode_starts[1:], dataset.episode_lengths)
+    later = np.arange(len(values)) + steps
+    return np.where(later < end, values[np.minimum(later, len(values) - 1)], np.float32(0.0))
 
 
 def accident_within(dataset: Dataset, window: int) -> NDArray[np.bool_]:

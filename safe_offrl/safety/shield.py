@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safe_offrl.compute.state import arrays_sha256
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import Sampler
-from safe_offrl.policies.networks import StackedMLP
+from safe_offrl.policies.networks import StackedMLP, timed_inputs
 from safe_offrl.policies.protocol import Vector
 from safe_offrl.safety.critic import SafetyCritic
 
@@ -64,7 +64,9 @@ class Shield:
         self.acts = acts
 
     @classmethod
-    def of(cls, critic: SafetyCritic, config: ShieldConfig, limit: float, *, acts: bool) -> Shield:
+    def from_critic(
+        cls, critic: SafetyCritic, config: ShieldConfig, limit: float, *, acts: bool
+    ) -> Shield:
         """Of a copy of the critic's plain members; ``limit`` is what is constrained, in its unit.
 
         The others are pushed up at the policy's actions: no comparison of actions.
@@ -118,6 +120,6 @@ class Shield:
         assert self.net is not None
         with torch.no_grad():
             observations = torch.from_numpy(observation).expand(len(actions), -1)
-            left = torch.full((len(actions), 1), time_to_go)
-            inputs = torch.cat([observations, left, torch.from_numpy(actions)], dim=-1)
+            left = torch.full((len(actions),), time_to_go)
+            inputs = timed_inputs(observations, left, torch.from_numpy(actions))
             return torch.sigmoid(self.net(inputs)).mean(0).numpy()

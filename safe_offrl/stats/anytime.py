@@ -146,8 +146,8 @@ def alarm_update(state: AlarmState[Any], accident: Any, epsilon: float) -> Alarm
     The factor of an episode is ``1 + lambda (X - epsilon)``, for an accident (1) or none (0) the
     likelihood ratio ``(q/epsilon)^X ((1-q)/(1-epsilon))^(1-X)``, where the bet q >= epsilon depends
     on the past alone: its mean is at most 1 under the null, also for an X between 0 and 1, so the
-    product is an e-process and reaches 1 / alpha with
-    probability at most alpha. Two choices make it quick when a LATER policy turns bad:
+    product is an e-process and reaches 1 / alpha with probability at most alpha. Two choices make
+    it quick when a LATER policy turns bad:
 
     * q is a forgetting average over 5 / epsilon episodes, and below epsilon nothing is bet;
     * a mixture over the episode at which the trouble begins (Shiryaev-Roberts): weight

@@ -6,6 +6,7 @@ The bounds that hold while one is looking are those of :mod:`safe_offrl.stats.an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -60,22 +61,23 @@ class PerTool(NamedTuple, Generic[Number]):
     run_level: Number  # mean over a run of changing policies, looking all the time
 
 
+def fewest(enough: int, holds: Callable[[int], bool]) -> int:
+    """The smallest number above ``enough // 2`` that ``holds``; so must all that are larger."""
+    fewer = enough // 2
+    while not holds(enough):
+        fewer, enough = enough, 2 * enough
+    while enough - fewer > 1:
+        middle = (fewer + enough) // 2
+        fewer, enough = (fewer, middle) if holds(middle) else (middle, enough)
+    return enough
+
+
 def episodes_needed(epsilon: float, confidence: float = 0.95) -> PerTool[int]:
     """Accident-free episodes after which each tool's upper bound is at most ``epsilon``."""
     alpha = 1.0 - confidence
-    high = 1
-    while betabinomial_sequence(0, high, confidence)[1] > epsilon:
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        if betabinomial_sequence(0, middle, confidence)[1] > epsilon:
-            low = middle
-        else:
-            high = middle
     return PerTool(
         fixed=math.ceil(math.log(alpha) / math.log1p(-epsilon)),
-        anytime=high,
+        anytime=fewest(1, lambda n: betabinomial_sequence(0, n, confidence)[1] <= epsilon),
         run_level=math.ceil(run_level_upper(0, confidence) / epsilon),
     )
 

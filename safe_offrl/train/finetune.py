@@ -18,13 +18,12 @@ from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.device import Device
 from safe_offrl.compute.state import Part, collect_state, named, restore_state
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.derived import fill_returns
+from safe_offrl.data.episode_sums import fill_returns
 from safe_offrl.data.experience import Experience
 from safe_offrl.deploy.episodes import Reservation, faults_in_a_row, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
-from safe_offrl.policies.acting import UniformActor
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.train.finetune_config import FinetuneConfig
@@ -32,8 +31,8 @@ from safe_offrl.train.foundation import Foundation
 from safe_offrl.train.iteration import UNTESTED, Iteration
 from safe_offrl.types import Episode, Normalizer, States
 
-REFERENCE_STATES = 32  # start (and visited) states per update of the safety critic
-ESTIMATE_STATES = 1000  # states behind one estimate of what is constrained
+UPDATE_STATES = 32  # estimate states per update of the safety critic
+DECISION_STATES = 1000  # estimate states behind one decision on a candidate
 
 
 class Finetuning:
@@ -61,7 +60,7 @@ class Finetuning:
         env.offset = self.normalizer.offset
         self.rng = np.random.default_rng(config.seed)
         # What learns, in the order in which it is drawn.
-        self.foundation = base = Foundation.laid(config, dataset, env.horizon, compiled, device)
+        self.foundation = base = Foundation.from_log(config, dataset, env.horizon, compiled, device)
         self.networks, self.limit, self.generator = base.networks, base.limit, base.generator
         logged = dataset.normalised(self.normalizer).on(self.generator.device)
         built_from = (self.networks, logged, self.limit, self.generator, base.compute)
@@ -71,12 +70,9 @@ class Finetuning:
         self.multiplier = base.multiplier(config.baseline.gains)
         if not config.baseline.from_scratch:
             self._go_on_from(pretrained)
-        if not config.safety_constraint:
-            self.multiplier.begin_at(0.0)
-        elif config.baseline.multiplier_init is not None:
-            self.multiplier.begin_at(config.baseline.multiplier_init)
-        else:
-            self.multiplier.begin_at(float(self.multiplier.value))
+        init = config.baseline.multiplier_init
+        start = float(self.multiplier.value) if init is None else init
+        self.multiplier.begin_at(start if config.safety_constraint else 0.0)
         # What it learns from, and what judges it.
         self.experience = Experience(
             logged,
@@ -120,18 +116,14 @@ class Finetuning:
     def policy(self) -> DeployedPolicy:
         """What acts now, and acts on when the loop ends; a baseline's random warm-up apart."""
         deployment = self.deployment
-        return DeployedPolicy.of(
+        return DeployedPolicy.from_actor(
             deployment.actor, deployment.shield, self.normalizer, deployment.version
         )
 
     def _acting(self) -> DeployedPolicy:
         """Who acts in the next episode: the deployed policy, or a baseline's random warm-up."""
-        policy = self.policy
-        if self.config.baseline.from_scratch and self.steps < self.config.warmup_steps:
-            actor = policy.actor
-            uniform = UniformActor(actor.kind, actor.action_size)
-            return policy._replace(sampler=uniform)
-        return policy
+        random = self.config.baseline.from_scratch and self.steps < self.config.warmup_steps
+        return self.policy.at_random() if random else self.policy
 
     def run(self, recorded: Sequence[Episode] = ()) -> Iterator[Episode | Reservation | Iteration]:
         """Interact until the budget cannot hold another episode or accidents are used up.
@@ -144,21 +136,23 @@ class Finetuning:
         config = self.config
         while not self.stopped:
             if self.updated == self.steps:  # else the resumed state is that of an episode's end
-                # Resumed after an episode that the environment failed in, nobody has asked yet.
+                # Of a run resumed after an episode that failed, nobody has asked this yet.
                 self.stopped = self._reason_to_stop() if self.episodes >= len(recorded) else ""
                 if self.stopped:
                     return
                 yield from self._next_episode(recorded)
+            # Updates that the interactions since the last ones pay for.
             previous, self.updated = self.updated, self.steps
             warming_up = previous < config.warmup_steps
             due = self.steps // config.update_every - previous // config.update_every
             if warming_up and config.baseline.from_scratch:
                 due = 0
-            # Of this episode's updates alone: what an earlier one left is not in the checkpoint.
+            # Metrics are this episode's alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
             seen = self.limit.quantity.seen(self.monitor.recent)
             for _ in range(due):
                 metrics |= self._update(seen, critics_only=warming_up)
+            # A proposal, where one is due and there is something to judge it by.
             self.stopped = self._reason_to_stop()
             propose = (config.untested and not warming_up) or self.steps >= self.next_proposal
             if propose and self.experience.buffer.size:
@@ -181,7 +175,7 @@ class Finetuning:
             "worst_cost": self.foundation.worst_cost,
         }
         if real:
-            yield Reservation.of(steps=self.env.horizon, **about)
+            yield Reservation.for_episode(steps=self.env.horizon, **about)
         played = play_episode(self.env, self._acting(), about["seed"], self.rng)
         episode = played.recorded(**about)
         # A failing environment teaches nothing; so a fault that is on record leaves the same state.
@@ -200,20 +194,20 @@ class Finetuning:
             self.experience.buffer.append(rows)
         else:
             self.updated = self.steps
-            # Never the same noise twice: it may be what brought the episode to its end.
+            # The same noise is never used twice: it may be what brought the episode to its end.
             self.rng = np.random.default_rng([self.config.seed, 2, episode.index])
             if episode.version > self.deployment.version:  # lost, with its checkpoint
                 self.deployment.version = episode.version + 1
         self.monitor.update(episode.accident, episode.cost, episode.version)
 
-    def _reference(self, size: int) -> States:
-        """States for an estimate under the deployed policy: starts, and for a cost its visits."""
+    def _estimate_states(self, size: int) -> States:
+        """Estimate states of the deployed policy: starts, and for a cost its visits."""
         visited, length, latest = None, 0.0, self.config.visited_steps
         if self.critic.outlook.over_visits:
             visited = self.experience.buffer.draw_recent(latest, size, self.generator)
             length = self.experience.buffer.mean_episode_length(latest)
         starts = self.experience.draw_start_observations(size, self.generator)
-        return self.critic.outlook.reference_states(starts, visited, length)
+        return self.critic.outlook.estimate_states(starts, visited, length)
 
     def _update(self, seen: float, *, critics_only: bool) -> dict[str, Tensor]:
         """UTD critic updates, one of the safety critic, one of the actor and the multiplier.
@@ -221,24 +215,20 @@ class Finetuning:
         ``seen``: what recent episodes show, in the critic's unit.
         """
         config, generator, experience = self.config, self.generator, self.experience
+        # Critics of the reward.
         metrics: dict[str, Tensor] = {}
         batches = experience.batches(config.utd, config.batch_size, generator)
         for batch in batches:
             metrics |= self.learner.update_critics(batch)
-        # The safety critic learns the value of the policy that ACTS: it is judged by its episodes,
-        # and the learner asks it what a change of one action would do (CPO's advantage).
+        # Safety critic and lambda. The critic is of the policy that ACTS: its episodes are what it
+        # is judged by, and the learner asks it what a change of an action does (CPO's advantage).
         if not config.unconstrained:
             risky, weights, spans = experience.stratified_batch(
                 config.batch_size, config.critic.positive_share, generator
             )
+            actor, states = self.deployment.actor, self._estimate_states(UPDATE_STATES)
             metrics |= self.critic.update(
-                risky,
-                weights,
-                self.deployment.actor,
-                self._reference(REFERENCE_STATES),
-                generator,
-                floor=seen,
-                spans=spans,
+                risky, weights, actor, states, generator, floor=seen, spans=spans
             )
             if config.safety_constraint and not critics_only:
                 # A Lagrangian method steers by what really happened, and by all of it.
@@ -247,6 +237,7 @@ class Finetuning:
                     if config.baseline.multiplier == "ours"
                     else self.multiplier.value.new_tensor(self.monitor.recent_mean)
                 )
+        # Actor.
         if not critics_only:
             steering = Steering(
                 self.critic.plain_risk if config.safety_constraint else None,
@@ -265,6 +256,7 @@ class Finetuning:
         config = self.config
         self.iterations += 1
         self.next_proposal = self.steps + config.iteration_steps
+        # The policy that acts from now on: the learner untested, or what passes.
         if config.untested:
             self.deployment.deploy(self.networks.actor)
             decision, rolled_back = UNTESTED, False
@@ -272,17 +264,15 @@ class Finetuning:
             visited = self.experience.buffer.recent_visits(
                 config.visited_steps, until_accident=self.limit.quantity.until_accident
             )
+            states = self._estimate_states(DECISION_STATES)
             decision, rolled_back = self.deployment.propose(
-                self.networks.actor,
-                visited,
-                self._reference(ESTIMATE_STATES),
-                self.monitor,
-                self.generator,
+                self.networks.actor, visited, states, self.monitor, self.generator
             )
             # The learner goes on from the policy that acts: KL is anchored there, not where it
             # drifted.
             self.networks.actor.load_state_dict(self.deployment.actor.state_dict())
-        return Iteration.of(
+        # The record, in the unit of the limit.
+        return Iteration.from_decision(
             decision,
             self.limit,
             index=self.iterations - 1,

@@ -73,6 +73,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
+        # The budgets, the seed and the videos.
         if self.budget < 1:
             raise ConfigError(
                 f"The budget is {self.budget} steps, too small for one episode. Try 50k."
@@ -91,6 +92,7 @@ class FinetuneConfig:
             )
         if self.videos < 0:
             raise ConfigError(f"videos is {self.videos}, but 0 (none) or more is needed. Try 10.")
+        # The loop and its batches.
         if min(self.warmup_steps, self.iteration_steps, self.utd, self.update_every) < 1:
             raise ConfigError(
                 "warmup_steps, iteration_steps, utd and update_every must be at least 1. Raise the "
@@ -105,6 +107,7 @@ class FinetuneConfig:
                 f"offline_share is {self.offline_share}, but a share in [0, 1) is needed. 0.5 is "
                 "symmetric sampling."
             )
+        # The baselines, each of which leaves some constraint out.
         own = self.baseline.multiplier == "ours"
         if not own and (self.kl or self.shield or not self.safety_constraint):
             raise ConfigError(

@@ -38,7 +38,7 @@ class Foundation(NamedTuple):
     worst_cost: float  # what an episode counts as whose end is unknown
 
     @classmethod
-    def laid(
+    def from_log(
         cls,
         config: PretrainConfig | FinetuneConfig,
         dataset: Dataset,

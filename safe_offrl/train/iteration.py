@@ -10,7 +10,11 @@ from safe_offrl.safety.acceptance import Decision
 
 
 class Iteration(NamedTuple):
-    """One round of collect, update, propose; what was measured and decided."""
+    """One round of collect, update, propose; what was measured and decided.
+
+    ``v_previous`` and ``v_candidate`` are in the unit of the limit, a probability or a cost per
+    episode; :class:`safe_offrl.safety.acceptance.Decision` has them as shares in [0, 1].
+    """
 
     index: int  # type: ignore[assignment]  # tuple has a method of this name
     step: int  # interactions charged so far
@@ -22,7 +26,7 @@ class Iteration(NamedTuple):
     kl_reverse_mean: float
     kl_forward_tail: float
     kl_reverse_tail: float
-    v_previous: float  # both estimates in the unit of the limit: probability, or cost per episode
+    v_previous: float
     v_candidate: float
     constraint: str
     limit: float
@@ -37,7 +41,7 @@ class Iteration(NamedTuple):
     divergence_unit: str
 
     @classmethod
-    def of(
+    def from_decision(
         cls,
         decision: Decision,
         limit: Limit,
@@ -47,16 +51,18 @@ class Iteration(NamedTuple):
         rolled_back: bool,
         **rest: Any,
     ) -> Iteration:
-        """A decision, with its estimates in the unit of the limit; ``rest`` are fields as above.
+        """From a decision, its shares times the scale of the limit; ``rest`` are fields as above.
 
         ``constraints_satisfied`` is about the policy that acts from now on: the candidate, or the
         one that stays as it was, which is at no distance from itself.
         """
+        # Constraints, of the policy that acts from now on.
         if decision.accepted or rolled_back:
             near = decision.kl_mean < delta and decision.kl_tail < tail_ratio * delta
             satisfied = near and decision.v_candidate < limit.share
         else:
             satisfied = decision.v_previous < limit.share
+        # Estimates in the unit of the limit.
         decision = decision._replace(
             v_previous=decision.v_previous * limit.scale,
             v_candidate=decision.v_candidate * limit.scale,

@@ -46,16 +46,18 @@ class Pretraining:
         self.config = config
         self._logged_episodes = dataset.episodes
         train, held_out = dataset.split(config.held_out, config.seed)
-        # A robot's joints, a plant's pressures: no network should have to learn their units.
+        # No network should have to learn the units of a robot's joints or a plant's pressures.
         self.normalizer = train.normalizer()._replace(reward_scale=dataset.reward_scale())
         self.train = train.normalised(self.normalizer)
         self.held_out = held_out.sample(HELD_OUT_ROWS, config.seed).normalised(self.normalizer)
         # What learns, in the order in which it is drawn.
-        self.foundation = base = Foundation.laid(config, dataset, dataset.horizon, compiled, device)
+        self.foundation = base = Foundation.from_log(
+            config, dataset, dataset.horizon, compiled, device
+        )
         self.networks, self.limit, self.generator = base.networks, base.limit, base.generator
         agent = find_agent(config.agent)
         built_from = (self.networks, self.train, self.limit, self.generator, base.compute)
-        self.agent = agent(Setup(*built_from, config.extraction), config.agents.of(agent))
+        self.agent = agent(Setup(*built_from, config.extraction), config.agents.settings_for(agent))
         self.learner = RLPD(self.networks, config.alignment, self.generator, base.compute)
         self.critic = base.critic()
         self.critic.start_from(self.critic.outlook.first_logit(self.train))
@@ -93,7 +95,7 @@ class Pretraining:
             self.step += 1
             last = self.step == self.total_steps
             if last:
-                # Part of the result, and so of the last checkpoint: may the shield act?
+                # Whether the shield may act is part of the result, and so of the last checkpoint.
                 self.report = self._calibrate()
             record = None
             if last or self.step % config.log_every == 0:
@@ -102,6 +104,7 @@ class Pretraining:
             yield record
 
     def _update(self, *, aligning: bool) -> dict[str, Tensor]:
+        # The agent, or, in alignment, the critics alone.
         config, generator = self.config, self.generator
         layout, size = self.train.layout, config.batch_size
         (batch,) = uniform_batches(self._rows, layout, 1, size, generator)
@@ -110,16 +113,17 @@ class Pretraining:
         else:
             steering = Steering(self.critic.risk, self.multiplier.value)
             metrics = self.agent.update(batch, steering)
+        # The safety critic.
         risky, weights, spans = self._risky.draw(
             config.batch_size, config.critic.positive_share, generator
         )
         starts = self._starts[draw_indices(len(self._starts), START_STATES, generator)]
-        reference = self.critic.outlook.reference_states(starts, batch, self._steps_per_episode)
+        states = self.critic.outlook.estimate_states(starts, batch, self._steps_per_episode)
         metrics |= self.critic.update(
-            risky, weights, self.networks.actor, reference, generator, spans=spans
+            risky, weights, self.networks.actor, states, generator, spans=spans
         )
-        # On the log's states the expected cost stays near the log's own whatever the policy does:
-        # dual ascent on it would only wind lambda up. Online the states are the policy's.
+        # Lambda. On the log's observations the expected cost stays near the log's own whatever the
+        # policy does: dual ascent on it would only wind lambda up. Online they are the policy's.
         if not aligning and not self.critic.outlook.over_visits:
             self.multiplier.update(metrics["csc/estimate"])
         return {**metrics, "lambda": self.multiplier.value}
@@ -137,11 +141,11 @@ class Pretraining:
             (logged,) = uniform_batches(
                 self._rows, self.train.layout, 1, ESTIMATE_STATES, generator
             )
-        reference = self.critic.outlook.reference_states(
+        states = self.critic.outlook.estimate_states(
             self._starts[index], logged, self._steps_per_episode
         )
         return self.critic.estimate(
-            self.networks.actor, reference, generator, self.config.safety.confidence
+            self.networks.actor, states, generator, self.config.safety.confidence
         )
 
     def calibration(self) -> CalibrationReport:
@@ -172,7 +176,9 @@ class Pretraining:
     @property
     def policy(self) -> DeployedPolicy:
         """What has been learnt to act, by itself: its accident rate is what is estimated."""
-        return DeployedPolicy.of(self.networks.actor, Shield.abstaining(), self.normalizer, 0)
+        return DeployedPolicy.from_actor(
+            self.networks.actor, Shield.abstaining(), self.normalizer, 0
+        )
 
     def info(self) -> dict[str, Any]:
         """The part of the state that is not tensors; JSON-able."""

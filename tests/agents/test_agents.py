@@ -106,7 +106,7 @@ def offline(
     generator = seeded(seed)
     networks = networks_of(layout, sizes, generator, discrete=discrete)
     built_from = setup_of(networks, generator, extraction=extraction)
-    agent: Any = AGENTS[name](built_from, configs.of(AGENTS[name]))
+    agent: Any = AGENTS[name](built_from, configs.settings_for(AGENTS[name]))
     steering = Steering(no_risk, torch.tensor(1.0))
     own = agent.cql if name == "calql" else agent
 

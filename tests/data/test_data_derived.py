@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from safe_offrl.data import derived
+from safe_offrl.data import derived, episode_sums
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
@@ -76,7 +76,7 @@ def test_a_files_own_verdict_counts_under_the_same_episode_cost_alone(tmp_path: 
     with pytest.raises(DataError, match=r"accidents are not those.*episode_cost. above 4\.0"):
         accidents(4.0)
     assert accidents(2.0) == [0, 1, 1, 1, 1, 1]
-    exceeded = derived.costs_so_far(COSTS, STARTS) + COSTS > 4.0
+    exceeded = episode_sums.costs_so_far(COSTS, STARTS) + COSTS > 4.0
     write(tmp_path / "log.hdf5", rule, accidents=exceeded)
     assert accidents(4.0) == exceeded.tolist()
 
@@ -84,9 +84,9 @@ def test_a_files_own_verdict_counts_under_the_same_episode_cost_alone(tmp_path: 
 def test_returns_and_sums_stay_within_their_episode() -> None:
     rewards = np.array([1, 2, 4, 8, 16, 32], dtype=np.float32)
     # 8 | 4 + 4 | 2 + 4 | 1 + 3; 32, 16 + 16
-    assert derived.returns_to_go(rewards, STARTS, 0.5).tolist() == [4, 6, 8, 8, 32, 32]
-    assert derived.costs_so_far(COSTS, STARTS).tolist() == [0, 0, 3, 3, 0, 4]
-    assert derived.times_to_go(STARTS, 4).tolist() == [1, 0.75, 0.5, 0.25, 1, 0.75]
+    assert episode_sums.returns_to_go(rewards, STARTS, 0.5).tolist() == [4, 6, 8, 8, 32, 32]
+    assert episode_sums.costs_so_far(COSTS, STARTS).tolist() == [0, 0, 3, 3, 0, 4]
+    assert episode_sums.times_to_go(STARTS, 4).tolist() == [1, 0.75, 0.5, 0.25, 1, 0.75]
 
 
 def test_lock_step_equals_a_plain_loop() -> None:
@@ -100,7 +100,7 @@ def test_lock_step_equals_a_plain_loop() -> None:
         for t in range(end - 1, first - 1, -1):
             following = float(rewards[t]) + 0.97 * following
             expected[t] = following
-    assert np.array_equal(derived.returns_to_go(rewards, starts, 0.97), expected)
+    assert np.array_equal(episode_sums.returns_to_go(rewards, starts, 0.97), expected)
 
 
 def dataset_of(costs: list[float], terminated: Sequence[int] = ()) -> Dataset:

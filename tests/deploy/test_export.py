@@ -226,9 +226,11 @@ def by_hand(
         critic.net.output.weight[: config.reference, 2] = slope
         critic.net.output.weight[config.reference :, 2] = -100.0  # they have no say
         critic.net.output.bias.zero_()
-    shield = Shield.of(critic, ShieldConfig(candidates=candidates, margin=0.2), 0.5, acts=True)
+    shield = Shield.from_critic(
+        critic, ShieldConfig(candidates=candidates, margin=0.2), 0.5, acts=True
+    )
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
-    return PolicyGraph(DeployedPolicy.of(actor, shield, Normalizer(zero, one), 0), space)
+    return PolicyGraph(DeployedPolicy.from_actor(actor, shield, Normalizer(zero, one), 0), space)
 
 
 def act(graph: PolicyGraph, *noise: float) -> tuple[Any, bool]:

@@ -162,7 +162,7 @@ def test_its_divergence_is_measured_and_decides() -> None:
 def test_name_and_unit_reach_the_record_and_the_charts() -> None:
     about: dict[str, Any] = {"index": 0, "step": 9, "version": 1, "multiplier": 1.0}
     about |= {"kl_weight": 0.1, "alpha": 0.1, "metrics": {}, "rolled_back": False}
-    line = Iteration.of(
+    line = Iteration.from_decision(
         judge(policy(0.1, 0.5)), LIMIT, delta=0.05, tail_ratio=5.0, **about
     )._asdict()
     assert (line["divergence"], line["divergence_unit"]) == ("W2^2", "squared actions")
@@ -195,9 +195,11 @@ def test_the_safety_critic_averages_over_both_ways() -> None:
 def test_it_acts_behind_the_shield_is_kept_and_exported() -> None:
     actor = policy(0.2, 0.6)
     lower, upper = math.tanh(-0.4), math.tanh(0.8)
-    shield = Shield.of(critic_of(0.0, 4.0), ShieldConfig(candidates=6, margin=0.0), 1.0, acts=True)
+    shield = Shield.from_critic(
+        critic_of(0.0, 4.0), ShieldConfig(candidates=6, margin=0.0), 1.0, acts=True
+    )
     normalizer = Normalizer(np.zeros(1, np.float32), np.ones(1, np.float32))
-    deployed = DeployedPolicy.of(actor, shield, normalizer, 3)
+    deployed = DeployedPolicy.from_actor(actor, shield, normalizer, 3)
     kept = DeployedPolicy.restored(deployed.tensors(), deployed.words())
     assert kept.actor.kind is TWO_WAYS
     assert kept.sha256 == deployed.sha256
@@ -226,7 +228,7 @@ def without_density() -> Setup:
 def test_a_checkpoint_from_before_kinds_had_names_is_read(discrete: bool) -> None:
     actor = Actor(3, 2, (4,), seeded(), kind_for(discrete=discrete))
     normalizer = Normalizer(np.zeros(3, np.float32), np.ones(3, np.float32))
-    policy = DeployedPolicy.of(actor, Shield.abstaining(), normalizer, 0)
+    policy = DeployedPolicy.from_actor(actor, Shield.abstaining(), normalizer, 0)
     words = policy.words() | {"discrete": discrete}
     del words["kind"]
     assert set(policy.tensors()) >= {"deployed/layers.0.weight", "deployed/layers.2.bias"}
@@ -241,7 +243,7 @@ REFUSED = r'{} needs the probability density .* the kind "two_ways" has none\. T
 @pytest.mark.parametrize("name", AGENTS)
 def test_an_agent_that_needs_a_density_says_so_before_it_learns(name: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED.format(f".*{name}.*")):
-        AGENTS[name](without_density(), AgentConfigs().of(AGENTS[name]))
+        AGENTS[name](without_density(), AgentConfigs().settings_for(AGENTS[name]))
 
 
 @pytest.mark.parametrize("name", ["rlpd", "iql", "calql"])

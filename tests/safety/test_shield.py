@@ -48,7 +48,7 @@ def shield_of(
 ) -> Shield:
     """Under a limit of 1, so that a margin is one in risk."""
     config = ShieldConfig(candidates=candidates, margin=margin)
-    return Shield.of(critic, config, 1.0, acts=acts)
+    return Shield.from_critic(critic, config, 1.0, acts=acts)
 
 
 def stream(shield: Shield, actor: Sampler, n: int = 300) -> tuple[np.ndarray, int]:

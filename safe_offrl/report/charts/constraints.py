@@ -103,7 +103,9 @@ def _curve(run: RunData, value: Callable[[LoggedDecision], float]) -> Curve:
     return np.array([x for x, _ in known], float), np.array([y for _, y in known], float)
 
 
-def _those(groups: Sequence[Group], value: Callable[[LoggedDecision], float]) -> list[Group]:
+def _with_measurements(
+    groups: Sequence[Group], value: Callable[[LoggedDecision], float]
+) -> list[Group]:
     """The groups, and of them the runs, that measured it; without measurement KL is not 0."""
     found = []
     for group in groups:
