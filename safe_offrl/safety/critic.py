@@ -31,7 +31,7 @@ from safe_offrl.compute.state import Part
 from safe_offrl.errors import ConfigError
 from safe_offrl.limits import Limit
 from safe_offrl.nn.losses import accident_td_loss, push_up_loss
-from safe_offrl.policies.networks import EVERY, Actor, Members, StackedMLP, polyak_
+from safe_offrl.policies.networks import EVERY, Actor, Members, StackedMLP, polyak_, timed_inputs
 from safe_offrl.safety.outlook import UNLIKELY_LOGIT, AccidentAhead, CostAhead, Outlook
 from safe_offrl.stats.fixed import standard_errors
 from safe_offrl.types import Batch, States

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safe_offrl.collect import penalty
 from safe_offrl.collect import sb3 as module
 from safe_offrl.collect.frozen import freeze
+from safe_offrl.collect.isolation import isolated_torch, narrow_seed
 from safe_offrl.collect.penalty import Account, Penalised
 from safe_offrl.collect.sb3 import LearnersConfig, PPOConfig, SACConfig, learnt_behaviours
 from safe_offrl.env.make import make_env
@@ -74,7 +75,7 @@ def test_what_is_learnt_does_not_depend_on_how_the_caller_multiplies_matrices() 
 
 
 def test_frozen_ppo_policy_equals_the_model() -> None:
-    with module._isolated_torch():
+    with isolated_torch():
         model = model_of(job())
         policy = model.policy
         frozen = freeze(model)
@@ -100,7 +101,7 @@ def test_frozen_ppo_policy_equals_the_model() -> None:
 
 
 def test_frozen_sac_policy_equals_the_model() -> None:
-    with module._isolated_torch():
+    with isolated_torch():
         model = model_of(job("SAC"))
         frozen = freeze(model)
         rng = np.random.default_rng(0)
@@ -116,7 +117,7 @@ def test_frozen_sac_policy_equals_the_model() -> None:
 
 
 def test_frozen_policy_of_discrete_actions_equals_the_model() -> None:
-    with module._isolated_torch():
+    with isolated_torch():
         model = model_of(job(env_id="HazardGrid-v0"))
         with torch.no_grad():
             model.policy.action_net.bias.copy_(torch.tensor([1.0, 0.0, -1.0, 2.0]))
@@ -179,8 +180,8 @@ def test_any_seed_of_0_or_more_trains(seed: int) -> None:
 
 
 def test_narrow_seeds_are_the_seeds_themselves_where_they_fit() -> None:
-    assert [module.narrow_seed(s) for s in (0, 1, 2**32 - 2)] == [0, 1, 2**32 - 2]
-    hashed = {module.narrow_seed(s) for s in range(2**32, 2**32 + 100)}
+    assert [narrow_seed(s, module.PARALLEL_ENVS) for s in (0, 1, 2**32 - 2)] == [0, 1, 2**32 - 2]
+    hashed = {narrow_seed(s, module.PARALLEL_ENVS) for s in range(2**32, 2**32 + 100)}
     assert len(hashed) == 100
     assert max(hashed) < 2**31
 

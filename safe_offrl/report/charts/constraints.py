@@ -35,9 +35,9 @@ def constraint_panels(groups: Sequence[Group]) -> list[Panel]:
     Of the policy that acts, as measured; a quantity that no run measured has no panel.
     """
     # Runs that measured them.
-    measured = _those(groups, lambda d: 0.0 if d.measured else math.nan)
-    moved = _those(groups, _kl_share)
-    estimated = _those(groups, _estimate_share)
+    measured = _with_measurements(groups, lambda d: 0.0 if d.measured else math.nan)
+    moved = _with_measurements(groups, _kl_share)
+    estimated = _with_measurements(groups, _estimate_share)
     panels = []
     # Share of iterations that held both.
     if measured:
