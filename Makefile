@@ -68,7 +68,8 @@ WORKERS ?= 2
 SUITE_RUNS := runs/benchmark-$(SUITE)
 PAGES := docs/results$(if $(filter-out point safety,$(SUITE)),/$(SUITE))
 RECORDS := docs/results/records
-RECORD_FILES := run.json config.yaml versions.json ledger.jsonl iterations.jsonl evaluation.json
+RECORD_FILES := run.json config.yaml versions.json ledger.jsonl iterations.jsonl evaluation.json \
+	replay.json
 RUN := $(BIN)/safe-offrl
 
 results: setup

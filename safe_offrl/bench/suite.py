@@ -21,7 +21,8 @@ class Suite:
     """What to run. ``pretrain`` and ``finetune`` hold for every method, ``settings`` for one.
 
     ``settings`` maps a method to ``{"pretrain": {...}, "finetune": {...}}``: what was tuned for it.
-    ``datasets`` maps an environment to its log; the others use the cached default.
+    ``datasets`` maps an environment to its log; the others use the cached default. With
+    ``replay_episodes`` every version that acted is kept, and played again so often afterwards.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Suite:
     finetune: Settings = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Settings]] = field(default_factory=dict)
     datasets: Mapping[str, str] = field(default_factory=dict)
+    replay_episodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ def parse_suite(text: str, name: str) -> Suite:
         "seeds": int,
         "budget": int,
         "evaluation_episodes": int,
+        "replay_episodes": int,
     }
+    values.setdefault("replay_episodes", 0)
     mappings = ("pretrain", "finetune", "settings", "datasets")
     # Unknown and missing keys.
     for key in values:
@@ -121,6 +125,11 @@ def parse_suite(text: str, name: str) -> Suite:
     for env_id, path in nested["datasets"].items():
         coerce(str, path, f"datasets.{env_id}")
     # Sizes, and environments whose ids name folders.
+    if plain["replay_episodes"] < 0 or plain["replay_episodes"] == 1:
+        raise ConfigError(
+            f"The suite {name} plays each version {plain['replay_episodes']} times again, but that "
+            "takes 2 episodes at least. Set replay_episodes to 20, or leave it out."
+        )
     if plain["seeds"] > MOST_SEEDS:
         raise ConfigError(f"The suite {name} has more than {MOST_SEEDS:,} seeds. Lower the number.")
     for env_id in plain["environments"]:
@@ -162,6 +171,7 @@ def jobs_of(suite: Suite, root: Path) -> list[Job]:
     the outer loop: an interrupted suite has whole pairs.
     """
     jobs: dict[Path, Job] = {}
+    kept = ("keep_versions=true",) if suite.replay_episodes else ()
     for seed in suite.seeds:
         for env in suite.environments:
             base = root / folder_name(env)
@@ -189,7 +199,7 @@ def jobs_of(suite: Suite, root: Path) -> list[Job]:
                     folder=folder,
                     kind="finetune",
                     options={"budget": suite.budget, "seed": seed},
-                    overrides=tuple(online),
+                    overrides=(*online, *kept),
                     needs=pretrained,
                 )
     return list(jobs.values())

@@ -22,6 +22,7 @@ from safe_offrl.config import load_config, to_dict
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
 from safe_offrl.record.find_run import Source
+from safe_offrl.record.kept_versions import REPLAY, kept_versions
 from safe_offrl.record.progress import TELL_SECONDS, Interrupted, Say, StopSignal
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import parse_run_yaml
@@ -32,7 +33,7 @@ from safe_offrl.train.pretrain_config import PretrainConfig
 LOOK_SECONDS = 0.5
 SAVE_SECONDS = 60.0  # that a run has for saving itself
 # Settings that say how a run is made and not which run it is.
-_HOW = {"device", "compile", "videos", "log_every", "env.timeout"}
+_HOW = {"device", "compile", "videos", "keep_versions", "log_every", "env.timeout"}
 
 
 @dataclass
@@ -228,12 +229,14 @@ def _next_command(job: Job, suite: Suite) -> list[str] | None:
     run = RunDir(job.folder)
     if run.state["status"] != "finished":
         return [job.kind, "--resume", str(job.folder), *where]
-    if _evaluated(run, suite.evaluation_episodes, job.seed):
-        return None
     # Episodes of its own, so that the seeds of a method are independent; its partners in pairs,
     # which have the same seed, play the same ones.
-    episodes = ["--episodes", str(suite.evaluation_episodes), "--seed", str(job.seed)]
-    return ["evaluate", str(job.folder), *episodes, *where]
+    own = ["--seed", str(job.seed), *where]
+    if not _evaluated(run, suite.evaluation_episodes, job.seed):
+        return ["evaluate", str(job.folder), "--episodes", str(suite.evaluation_episodes), *own]
+    if not _replayed(run, suite.replay_episodes, job.seed):
+        return ["replay", str(job.folder), "--episodes", str(suite.replay_episodes), *own]
+    return None
 
 
 def _evaluated(run: RunDir, episodes: int, seed: int) -> bool:
@@ -245,6 +248,18 @@ def _evaluated(run: RunDir, episodes: int, seed: int) -> bool:
         return False
     as_wanted = found.get("seed") == seed and not found.get("mean_action")
     return as_wanted or not any(run.path.glob("checkpoints/step-*"))
+
+
+def _replayed(run: RunDir, episodes: int, seed: int) -> bool:
+    """Whether every version was played so often on this seed; of some, if none is left to play."""
+    kept = kept_versions(run.path)
+    if not episodes or not kept:
+        return True
+    if not (run.path / REPLAY).is_file():
+        return False
+    found = run.read_json(REPLAY)
+    wanted = (episodes, seed, len(kept))
+    return (found.get("episodes"), found.get("seed"), len(found.get("versions", ()))) == wanted
 
 
 def _unfinished(jobs: Sequence[Job], suite: Suite) -> list[Job]:

@@ -20,13 +20,13 @@ from safe_offrl.files import json_bytes, plain, write_atomic
 from safe_offrl.limits import QUANTITIES
 from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.find_run import find_run
-from safe_offrl.record.kept_versions import kept_versions, load_version
+from safe_offrl.record.kept_versions import REPLAY, kept_versions, load_version
 from safe_offrl.record.progress import Heartbeat, Say
 from safe_offrl.record.run import RunDir
 from safe_offrl.report.realised import one_sided_bounds, realised
 from safe_offrl.report.replay_chart import replay_png
 
-REPLAY, PICTURE = "replay.json", "replay.png"
+PICTURE = "replay.png"
 
 
 def replay_run(

@@ -19,6 +19,7 @@ from safe_offrl.files import write_atomic
 from safe_offrl.record.checkpoints import fitting
 
 VERSIONS_FOLDER = "versions"
+REPLAY = "replay.json"  # what each of them is in truth, after `safe-offrl replay`
 _KEY = "policy"
 
 

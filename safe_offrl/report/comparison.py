@@ -55,16 +55,16 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain, strict JSON: NaN and infinity are None. The episodes themselves are left out."""
-        rows, groups = (
-            [
-                plain(row)
-                | plain({n: getattr(row, n) for n in ("accepted_share", "satisfied_share")})
-                for row in table
-            ]
-            for table in (self.rows, self.groups)
-        )
+        rows, groups = ([_row_dict(row) for row in table] for table in (self.rows, self.groups))
         pairings = plain(self.pairings)
         return {"runs": rows, "groups": groups, "pairings": pairings, "notes": self.notes}
+
+
+def _row_dict(row: Row) -> dict[str, Any]:
+    values = plain(row) | {n: plain(getattr(row, n)) for n in ("accepted_share", "satisfied_share")}
+    if row.replay is None:
+        del values["replay"]
+    return dict(values)
 
 
 def compare(

@@ -16,6 +16,7 @@ import yaml
 
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import RunError
+from safe_offrl.record.kept_versions import REPLAY
 from safe_offrl.record.run import RunDir
 from safe_offrl.types import Episode
 
@@ -35,6 +36,15 @@ class StoredEvaluation(NamedTuple):
     mean_length: float  # steps; NaN in evaluations from before it was written
     seed: int | None = None  # which episodes were played; this and the next None in old ones
     mean_action: bool | None = None
+
+
+class StoredReplay(NamedTuple):
+    """What `safe-offrl replay` found of the versions that acted, each played again."""
+
+    versions: int
+    above: int  # shown to exceed the limit, one-sided
+    correlation: float  # of estimates with truths over versions; NaN if unknown
+    most_cost: float  # of an episode
 
 
 class LoggedDecision(NamedTuple):
@@ -124,6 +134,7 @@ class RunData:
     evaluation: StoredEvaluation | None
     estimate: float  # of what is constrained, final policy, by the safety critic; NaN if unknown
     question: Question = field(default_factory=Question)
+    replay: StoredReplay | None = None
 
     @property
     def accidents(self) -> int:
@@ -206,6 +217,7 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
             evaluation=_evaluation(evaluated) if evaluated else None,
             estimate=_estimate(run, decisions),
             question=_question(run, safety, inputs.get("horizon"), evaluated),
+            replay=_replay(run),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
@@ -267,6 +279,19 @@ def _evaluation(values: Mapping[str, Any]) -> StoredEvaluation:
         mean_length=math.nan if length is None else float(length),
         seed=None if seed is None else int(seed),
         mean_action=values.get("mean_action"),
+    )
+
+
+def _replay(run: RunDir) -> StoredReplay | None:
+    if not (run.path / REPLAY).is_file():
+        return None
+    values = run.read_json(REPLAY)
+    known, versions = values["correlation"], values["versions"]
+    return StoredReplay(
+        versions=len(versions),
+        above=int(values["above"]),
+        correlation=math.nan if known is None else float(known),
+        most_cost=max(float(version["worst_cost"]) for version in versions),
     )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from safe_offrl.report.run_data import RunData
+from safe_offrl.report.run_data import RunData, StoredReplay
 from safe_offrl.stats.anytime import run_level_interval, run_level_upper
 from safe_offrl.stats.fixed import Mean, clopper_pearson, mean_and_error
 from safe_offrl.stats.resampling import bootstrap_interval, iqm
@@ -35,6 +35,15 @@ class Interval(NamedTuple):
 
 NOTHING = Interval(math.nan, math.nan, math.nan)
 _NO_MEAN = Mean(math.nan, math.nan)
+
+
+class Replays(NamedTuple):
+    """Of the versions that acted in one run or several, as each was played again afterwards."""
+
+    versions: int
+    above: int  # shown to exceed the limit
+    correlation: Mean  # of estimates with truths over a run's versions; mean over runs
+    most_cost: float  # of an episode
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Row:
     estimate: Mean  # for the final policies, to be held against evaluated_rate or evaluated_cost
     # Iterations whose acting policy's estimate was not below the limit; None if never measured.
     above_limit: int | None
+    replay: Replays | None  # None if no run's versions were played again
 
     @property
     def accepted_share(self) -> float:
@@ -191,6 +201,20 @@ def row_of(
         above_limit=sum(not d.v_deployed < d.limit for d in decisions)
         if any(not math.isnan(d.v_deployed) for d in decisions)
         else None,
+        # Replays.
+        replay=_replays([run.replay for run in runs if run.replay is not None]),
+    )
+
+
+def _replays(found: Sequence[StoredReplay]) -> Replays | None:
+    if not found:
+        return None
+    known = [r.correlation for r in found if not math.isnan(r.correlation)]
+    return Replays(
+        versions=sum(r.versions for r in found),
+        above=sum(r.above for r in found),
+        correlation=mean_and_error(known),
+        most_cost=max(r.most_cost for r in found),
     )
 
 

@@ -59,6 +59,10 @@ def tables_of(comparison: Comparison) -> list[Table]:
             _constraint_cells,
         ),
     ]
+    if any(row.replay for row in comparison.rows):
+        title = "Versions that acted, each played again (safe-offrl replay; above: one-sided "
+        header = "run|method|versions|above the limit|estimates correlate|most cost of an episode"
+        per_row.append((f"{title}{confidence})", header, _replay_cells))
     # Seeds together.
     tables = []
     if comparison.groups:
@@ -184,6 +188,19 @@ def _constraint_cells(row: Row) -> list[str]:
             "-" if row.above_limit is None else f"{row.above_limit}",
         ]
     return [*_head_cells(row), _estimate_text(row), *cells]
+
+
+def _replay_cells(row: Row) -> list[str]:
+    found = row.replay
+    if found is None:
+        return [*_head_cells(row), *["-"] * 4]
+    return [
+        *_head_cells(row),
+        f"{found.versions}",
+        f"{found.above} ({found.above / found.versions:.0%})",
+        _plus_minus(found.correlation),
+        f"{found.most_cost:.3g}",
+    ]
 
 
 def _estimate_text(row: Row) -> str:

@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,6 +179,8 @@ def test_only_some_methods_and_other_seeds() -> None:
         ("finetune:", "settings: {ours: {online: {}}}\nfinetune:", '"settings.ours" may hold'),
         ("finetune:", "settings: {ours: {finetune: 1}}\nfinetune:", "no key: value pairs"),
         ("finetune:", "datasets: {HazardLine-v0: 3}\nfinetune:", "text is needed"),
+        ("finetune:", "replay_episodes: 1\nfinetune:", "takes 2 episodes at least"),
+        ("finetune:", "replay_episodes: -5\nfinetune:", "takes 2 episodes at least"),
     ],
 )
 def test_a_wrong_suite_is_one_sentence(old: str, new: str, message: str) -> None:
@@ -353,6 +356,29 @@ def test_the_records_kept_here_are_of_the_suite_as_it_is(tmp_path: Path) -> None
     assert finished(suite, tmp_path) == len(suite.methods) + 4  # nothing is pretrained for nothing
 
 
+def test_versions_are_played_again_after_the_evaluation(tmp_path: Path) -> None:
+    suite = suite_of(**{"finetune:": "replay_episodes: 3\nfinetune:"})
+    offline, online, _ = write_finished(suite, tmp_path)
+    assert "keep_versions=true" in online.arguments
+    assert "keep_versions=true" not in offline.arguments
+    assert _next_command(online, suite) is None  # nothing was kept, so nothing can be played
+    (online.folder / "versions").mkdir()
+    (online.folder / "versions" / "000000.safetensors").touch()
+    wanted = ["replay", str(online.folder), "--episodes", "3", "--seed", "0"]
+    command = _next_command(online, suite)
+    assert command is not None
+    assert command[:6] == wanted
+    run = RunDir(online.folder)
+    found = {"episodes": 3, "seed": 0, "versions": [{}]}
+    run.write_json("replay.json", found)
+    assert _next_command(online, suite) is None
+    other: tuple[dict[str, Any], ...] = ({"episodes": 2}, {"seed": 1}, {"versions": []})
+    for changes in other:
+        run.write_json("replay.json", found | changes)
+        assert _next_command(online, suite) == command
+    assert _next_command(online, suite_of()) is None  # the suite does not ask for it
+
+
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Suite]:
     """Suites whose log is a small file of HazardLine instead of the cached default."""
@@ -407,6 +433,21 @@ def test_a_suite_runs_is_kept_and_goes_on(tmp_path: Path, cached: Callable[[str]
     assert benchmark_run(cached(SMALL), root=elsewhere, workers=2, say=said.append) == result
     assert any("3 in" in line and "3 of them finished" in line for line in said)
     assert not (elsewhere / "HazardLine-v0" / "pretrained-ours").exists()
+
+
+def test_a_suite_says_how_many_versions_were_above_the_limit(
+    tmp_path: Path, cached: Callable[[str], Suite]
+) -> None:
+    said: list[str] = []
+    suite = cached(SMALL.replace("[ours, rlpd]", "[rlpd]") + "replay_episodes: 2\n")
+    result = benchmark_run(suite, root=tmp_path / "bench", workers=1, say=said.append)
+    run = RunDir(tmp_path / "bench" / "HazardLine-v0" / "rlpd" / "0")
+    kept = list((run.path / "versions").iterdir())
+    assert len(kept) > 1
+    (row,) = result["HazardLine-v0"]["runs"]
+    assert row["replay"]["versions"] == len(kept)
+    assert row["replay"]["above"] == run.read_json("replay.json")["above"]
+    assert "played again" in (tmp_path / "bench" / "HazardLine-v0.md").read_text()
 
 
 def test_a_failed_run_is_named_and_the_others_are_compared(

@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -75,3 +76,20 @@ def test_what_never_proposed_has_no_share_of_proposals(write_run):
     text = format_table(compare([write_run("frozen", [0, 1], iterations=[])]))
     assert "nan" not in text
     assert "0/0" not in text
+
+
+def test_versions_that_were_played_again_have_a_table(write_run, write_group):
+    paths = [write_run(f"seed-{k}", [0] * 5, seed=k) for k in (0, 1)]
+    assert not any("played again" in table.title for table in tables_of(compare(paths)))
+    for path, above, correlation in ((paths[0], 1, 0.2), (paths[1], 2, None)):
+        versions = [{"worst_cost": 10.0 * k} for k in range(1, 5)]
+        content = {"above": above, "correlation": correlation, "versions": versions}
+        (path / "replay.json").write_text(json.dumps(content))
+    comparison = compare(paths)
+    (table,) = [t for t in tables_of(comparison) if "played again" in t.title]
+    assert [row[2:] for row in table.rows] == [
+        ["4", "1 (25%)", "0.20", "40"],
+        ["4", "2 (50%)", "-", "40"],
+    ]
+    assert [row[2:] for row in table.groups] == [["8", "3 (38%)", "0.20", "40"]]
+    assert comparison.as_dict()["groups"][0]["replay"]["above"] == 3
