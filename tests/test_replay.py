@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from safe_offrl import commands
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError, RunError
-from safe_offrl.record.kept_versions import kept_versions, load_version
+from safe_offrl.policies.networks import Actor
+from safe_offrl.record.kept_versions import keep_version, kept_versions, load_version
 from safe_offrl.record.run import RunDir
 from safe_offrl.report.realised import one_sided_bounds, realised
+from safe_offrl.safety.shield import Shield
 from safe_offrl.stats.fixed import mean_bounds
 from safe_offrl.types import Episode
 from tests.record.test_final_policy import ONLINE, SMALL, silent
@@ -122,6 +126,18 @@ def test_a_damaged_version_is_named(online: RunDir, tmp_path: Path) -> None:
         path.write_bytes(damage)
         with pytest.raises(RunError, match="000001"):
             load_version(path)
+
+
+def test_a_version_of_another_task_is_refused(online: RunDir) -> None:
+    run = RunDir(shutil.copytree(online.path, online.path.with_name("mixed")))
+    first = load_version(kept_versions(run.path)[0])
+    actor = Actor(3, 2, (4,), torch.Generator().manual_seed(0))
+    scaling = first.normalizer._replace(mean=np.zeros(3), std=np.ones(3), offset=None)
+    keep_version(
+        run.path, DeployedPolicy.from_actor(actor, Shield.abstaining(), scaling, first.version)
+    )
+    with pytest.raises(RunError, match="is not of this run"):
+        commands.replay_run("mixed", episodes=2, runs=run.path.parent, say=silent)
 
 
 def episode(cost: float, *, accident: bool = False) -> Episode:

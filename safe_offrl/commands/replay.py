@@ -77,6 +77,11 @@ def replay_run(
         ) as heartbeat:
             for path in files:
                 policy = load_version(path)
+                if _shape(policy) != _shape(final.policy):
+                    raise RunError(
+                        f'"{path}" is not of this run: its policy has other observations or '
+                        "actions. Restore it, or remove it."
+                    )
                 if rows.get(policy.version, {}).get("sha256") != _sha256(policy):
                     facts = history.get(policy.version, {})
                     rows[policy.version] = facts | _play_version(final, policy, episodes, seed)
@@ -121,6 +126,11 @@ def _history(run: RunDir) -> dict[int, dict[str, Any]]:
     return {
         version: {**facts, "estimate": estimates.get(version)} for version, facts in found.items()
     }
+
+
+def _shape(policy: DeployedPolicy) -> tuple[int, int, bool]:
+    actor = policy.actor
+    return actor.observation_size, actor.action_size, actor.kind.one_hot
 
 
 def _sha256(policy: DeployedPolicy) -> str:
