@@ -13,14 +13,15 @@ PATIENCE = 10  # decisions in a row that refuse, before a line says so
 
 
 class Reasons:
-    """Looks at each decision of an online phase; says a reason when its cause begins.
+    """Looks at each decision of an online phase; says a reason where its cause first appears.
 
-    ``steered``: the safety constraint is on. A cause that ends and begins again is said again.
+    ``steered``: the safety constraint is on. Lambda may leave 0 and come back many times: a line
+    that has been read once says nothing new.
     """
 
     def __init__(self, config: LagrangianConfig, limit: Limit, *, steered: bool) -> None:
         self._config, self._limit, self._steered = config, limit, steered
-        self._standing: set[str] = set()
+        self._said: set[str] = set()  # causes
         self._refusals: list[str] = []
 
     def take(self, iteration: Mapping[str, Any]) -> list[str]:
@@ -31,9 +32,9 @@ class Reasons:
         found = self._of_lambda(float(iteration["multiplier"])) if self._steered else {}
         if len(self._refusals) == PATIENCE:
             found["refused"] = self._of_refusals(iteration.get("divergence", "KL"))
-        said = [text for cause, text in found.items() if cause not in self._standing]
-        self._standing = set(found)
-        return said
+        new = {cause: text for cause, text in found.items() if cause not in self._said}
+        self._said |= set(new)
+        return list(new.values())
 
     def _of_lambda(self, value: float) -> dict[str, str]:
         aim, maximum = self._config.aim, self._config.maximum
