@@ -12,14 +12,18 @@ import pytest
 import torch
 
 from safe_offrl import commands
+from safe_offrl.commands.replay import _truth_of
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
+from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.kept_versions import keep_version, kept_versions, load_version
 from safe_offrl.record.run import RunDir
-from safe_offrl.report.realised import one_sided_bounds, realised
+from safe_offrl.report.realised import realised
+from safe_offrl.report.run_data import read_run
 from safe_offrl.safety.shield import Shield
-from safe_offrl.stats.fixed import mean_bounds
+from safe_offrl.stats.fixed import mean_lower
 from safe_offrl.types import Episode
 from tests.record.test_final_policy import ONLINE, SMALL, silent
 
@@ -141,22 +145,67 @@ def test_a_version_of_another_task_is_refused(online: RunDir) -> None:
 
 
 def episode(cost: float, *, accident: bool = False) -> Episode:
-    return Episode(0, 0, 10, 10, 0.0, cost, accident, int(accident), 0, "evaluate", 0)
+    """Two that are alike are the same episode, as their content says."""
+    flags, content = (accident, int(accident)), f"{cost} {accident}"
+    return Episode(0, 0, 10, 10, 0.0, cost, *flags, 0, "evaluate", 0, content=content)
 
 
 def test_bounds_by_hand() -> None:
     # Mean 3, variance 2 * 4 / 2 = 4, error 2 / sqrt(3); the .95 quantile of t with 2 degrees of
     # freedom is 2.9200.
-    lower, upper = mean_bounds([1.0, 3.0, 5.0], 0.95)
-    assert lower == pytest.approx(3.0 - 2.92 * 2.0 / math.sqrt(3.0), abs=1e-3)
-    assert upper == pytest.approx(3.0 + 2.92 * 2.0 / math.sqrt(3.0), abs=1e-3)
-    assert mean_bounds([1.0], 0.95) == (-math.inf, math.inf)
-    costs = [episode(1.0), episode(3.0), episode(5.0)]
-    assert one_sided_bounds(costs, "cost", 0.95) == (0.0, upper)  # no cost is below 0
-    assert realised(costs, "cost").value == 3.0
-    # No accident in ten episodes: below 1 - .05^(1/10).
-    none = [episode(0.0)] * 10
-    assert list(one_sided_bounds(none, "accident", 0.95)) == pytest.approx([0.0, 1 - 0.05**0.1])
-    one = [episode(0.0, accident=True), *none[:9]]
-    assert realised(one, "accident").value == 0.1
-    assert one_sided_bounds(one, "accident", 0.95)[0] == pytest.approx(1 - 0.95**0.1)
+    assert mean_lower([1.0, 3.0, 5.0], 0.95) == pytest.approx(3.0 - 2.92 * 2.0 / 3**0.5, abs=1e-3)
+    assert mean_lower([31.0, 33.0, 35.0], 0.95) == pytest.approx(33.0 - 3.372, abs=1e-3)
+    assert mean_lower([30.0], 0.95) == -math.inf
+    found = realised([episode(1.0), episode(3.0), episode(5.0)], "cost")
+    assert found.value == 3.0
+    assert found.low == pytest.approx(3.0 - 4.0 / 3**0.5)
+    assert found.at_least == 0.0  # no cost is below 0
+    none = [episode(0.0)] * 9
+    assert realised(none, "accident").at_least == 0.0
+    one = realised([episode(0.0, accident=True), *none], "accident")
+    assert one.value == 0.1
+    assert one.at_least == pytest.approx(1 - 0.95**0.1)
+    assert realised([episode(0.0, accident=True)], "accident", 0.5).at_least == 0.5
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.5])
+def test_a_version_is_above_where_its_lower_bound_is(
+    online: RunDir, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of twenty episodes have an accident: at least .071 with 95 % confidence."""
+    played = [episode(1.0, accident=k < 4) for k in range(20)]
+    monkeypatch.setattr("safe_offrl.commands.replay.evaluate", lambda *_, **__: iter(played))
+    final = final_policy(online)
+    final.env.close()
+    final = final._replace(limit=Limit("accident", limit, 1.0))
+    row = _truth_of(final, final.policy, 20, 0, few=False)
+    assert row["truth"] == 0.2
+    assert row["above"] == (limit == 0.05)
+    # They are two episodes that are played again and again. One of two: at least .025.
+    row = _truth_of(final, final.policy, 20, 0, few=True)
+    assert row["truth"] == 0.2
+    assert not row["above"]
+
+
+def test_what_a_replay_said_is_gone_when_the_run_goes_on(online: RunDir) -> None:
+    run = RunDir(shutil.copytree(online.path, online.path.with_name("further")))
+    commands.replay_run("further", episodes=2, runs=run.path.parent, say=silent)
+    for path in sorted((run.path / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(path)
+    run.lock()
+    with run:
+        run.set_status("interrupted")
+    commands.resume_finetune("further", runs=run.path.parent, say=silent)
+    assert not (run.path / "replay.json").exists()
+
+
+def test_a_replay_that_was_broken_off_is_not_compared(online: RunDir) -> None:
+    run = RunDir(shutil.copytree(online.path, online.path.with_name("partial")))
+    whole = commands.replay_run("partial", episodes=2, runs=run.path.parent, say=silent)
+    found = read_run(run.path).replay
+    assert found is not None
+    assert found.versions == len(whole["versions"])
+    assert found.most_cost == max(row["most_cost"] for row in whole["versions"])
+    part = whole | {"versions": whole["versions"][:-1]}
+    (run.path / "replay.json").write_text(json.dumps(part))
+    assert read_run(run.path).replay is None

@@ -258,8 +258,8 @@ def _replayed(run: RunDir, episodes: int, seed: int) -> bool:
     if not (run.path / REPLAY).is_file():
         return False
     found = run.read_json(REPLAY)
-    wanted = (episodes, seed, len(kept))
-    return (found.get("episodes"), found.get("seed"), len(found.get("versions", ()))) == wanted
+    made = found.get("episodes"), found.get("seed"), len(found.get("versions", ()))
+    return made == (episodes, seed, len(kept))
 
 
 def _unfinished(jobs: Sequence[Job], suite: Suite) -> list[Job]:

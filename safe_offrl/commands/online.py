@@ -27,7 +27,7 @@ from safe_offrl.deploy.episodes import Reservation
 from safe_offrl.errors import RunError
 from safe_offrl.files import plain
 from safe_offrl.record.checkpoints import fitting
-from safe_offrl.record.kept_versions import keep_version
+from safe_offrl.record.kept_versions import REPLAY, keep_version
 from safe_offrl.record.online_curves import OnlineCurves
 from safe_offrl.record.progress import STOP_SECONDS, ProgressLine, Say
 from safe_offrl.record.run import RunDir
@@ -115,7 +115,8 @@ def resume_finetune(
             with writing(run, say) as stop:
                 checkpoint = bring_back(run, loop)
                 # Its policy is not the one that the run will end with.
-                (run.path / "evaluation.json").unlink(missing_ok=True)
+                for stale in ("evaluation.json", REPLAY):
+                    (run.path / stale).unlink(missing_ok=True)
                 curves = OnlineCurves(loop.monitor, config.budget)
                 curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
                 say(f"resume      {run.path} from step {checkpoint.step:,}")

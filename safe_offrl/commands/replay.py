@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from safe_offrl.check.situations import find_situations
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.environment import changed_line, since_run
+from safe_offrl.deploy.episodes import distinct
 from safe_offrl.deploy.evaluate import evaluate
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.identity import KEY
@@ -23,7 +25,7 @@ from safe_offrl.record.find_run import find_run
 from safe_offrl.record.kept_versions import REPLAY, kept_versions, load_version
 from safe_offrl.record.progress import Heartbeat, Say
 from safe_offrl.record.run import RunDir
-from safe_offrl.report.realised import one_sided_bounds, realised
+from safe_offrl.report.realised import realised
 from safe_offrl.report.replay_chart import replay_png
 
 PICTURE = "replay.png"
@@ -42,7 +44,8 @@ def replay_run(
     Writes replay.json and replay.png into the run; returns what the former holds. Every version
     meets the same seeds. What is played is no part of learning, of the budget or of the ledger. The
     same command goes on where it was broken off. A version is above its limit in truth if a
-    one-sided bound at the run's confidence says so, one look at a fixed number for each.
+    one-sided bound at the run's confidence says so, one look at a fixed number for each by itself.
+    Where the environment has few situations, bounds count only episodes that differ.
 
     ConfigError for a real environment, where nothing is played again. RunError for a run that kept
     no versions.
@@ -67,9 +70,12 @@ def replay_run(
         identity = final.env.identity()
         for line in changed_line(f"that of {run.name}", since_run(run, identity)):
             say(line)
-        settings = {"episodes": episodes, "seed": seed, KEY: plain(identity)}
-        rows = _known_rows(run, settings)
-        history = _history(run)
+        # What an earlier call has played of the same, by what acted.
+        settings = {"episodes": episodes, "seed": seed, "kept": len(files), KEY: plain(identity)}
+        known, history = _known_rows(run, settings), _history(run)
+        # Every version in turn.
+        situations = find_situations(final.env)
+        rows: list[dict[str, Any]] = []
         progress = f"{len(files):,} versions of {episodes:,} episodes each"
         say(f"replay      {run.name}: {progress}, in {final.env.env_id}")
         with contextlib.closing(
@@ -77,32 +83,45 @@ def replay_run(
         ) as heartbeat:
             for path in files:
                 policy = load_version(path)
-                if _shape(policy) != _shape(final.policy):
-                    raise RunError(
-                        f'"{path}" is not of this run: its policy has other observations or '
-                        "actions. Restore it, or remove it."
-                    )
-                if rows.get(policy.version, {}).get("sha256") != _sha256(policy):
-                    facts = history.get(policy.version, {})
-                    rows[policy.version] = facts | _play_version(final, policy, episodes, seed)
-                    _keep_result(run, settings, final, rows)
+                _require_own(path, policy, final.policy)
+                sha256 = f"{policy.sha256} {policy.shield.sha256}"
+                truth = known.get(sha256) or _truth_of(
+                    final, policy, episodes, seed, situations.few
+                )
+                known[sha256] = truth  # An alarm may have let it act again, as another version.
+                facts = {"version": policy.version, "sha256": sha256}
+                rows.append(truth | history.get(policy.version, {}) | facts)
+                _save_rows(run, settings, final, rows)
                 heartbeat.beat()
-    result = _keep_result(run, settings, final, rows)
+    result = _save_rows(run, settings, final, rows)
     write_atomic(run.path / PICTURE, replay_png(result))
     say(_summary(result))
+    if situations.few:
+        say(f"warning: {situations}; bounds count the episodes of a version that differ")
     say(f"file        {run.path / PICTURE}")
     return result
 
 
-def _known_rows(run: RunDir, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Rows of an earlier call that was to do the same, by version."""
+def _known_rows(run: RunDir, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier call, by the hash of what acted; none if it was to do something else."""
     try:
         found = json.loads((run.path / REPLAY).read_bytes())
-    except (OSError, ValueError):
+        if any(found[key] != settings[key] for key in ("episodes", "seed", KEY)):
+            return {}
+        return {row["sha256"]: row for row in found["versions"]}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is made again
         return {}
-    if not isinstance(found, dict) or any(found.get(k) != v for k, v in settings.items()):
-        return {}
-    return {row["version"]: row for row in found["versions"]}
+
+
+def _require_own(path: Path, policy: DeployedPolicy, final: DeployedPolicy) -> None:
+    """RunError for a version that cannot have acted in this run."""
+    actors = (policy.actor, final.actor)
+    mine, wanted = ((a.observation_size, a.action_size, a.kind.one_hot) for a in actors)
+    if mine != wanted:
+        raise RunError(
+            f'"{path}" is not of this run: its policy has other observations or actions. Restore '
+            "it, or remove it."
+        )
 
 
 def _history(run: RunDir) -> dict[int, dict[str, Any]]:
@@ -128,51 +147,40 @@ def _history(run: RunDir) -> dict[int, dict[str, Any]]:
     }
 
 
-def _shape(policy: DeployedPolicy) -> tuple[int, int, bool]:
-    actor = policy.actor
-    return actor.observation_size, actor.action_size, actor.kind.one_hot
-
-
-def _sha256(policy: DeployedPolicy) -> str:
-    return f"{policy.sha256} {policy.shield.sha256}"
-
-
-def _play_version(
-    final: FinalPolicy, policy: DeployedPolicy, episodes: int, seed: int
+def _truth_of(
+    final: FinalPolicy, policy: DeployedPolicy, episodes: int, seed: int, few: bool
 ) -> dict[str, Any]:
+    """What a version is in truth; where there are ``few`` situations, bounds count what differs."""
     played = list(evaluate(final.env, policy, episodes, seed, worst_cost=final.worst_cost))
-    constraint, limit = final.limit.constraint, final.limit.value
-    lower, upper = one_sided_bounds(played, constraint, final.safety.confidence)
-    truth = realised(played, constraint)
+    constraint, confidence = final.limit.constraint, final.safety.confidence
+    truth = realised(played, constraint, confidence)
+    if few:
+        truth = realised(distinct(played), constraint, confidence)._replace(value=truth.value)
     returns = [e.episode_return for e in played if e.outcome == "complete"]
     return {
-        "version": policy.version,
-        "sha256": _sha256(policy),
         "truth": truth.value,
         "low": truth.low,
         "high": truth.high,
-        "verdict": "above" if lower > limit else "below" if upper < limit else "undecided",
+        "above": truth.at_least > final.limit.value,
         "return": float(np.mean(returns)) if returns else None,
-        "worst_cost": max(episode.cost for episode in played),
-        "interventions": sum(episode.shield_interventions for episode in played),
+        "most_cost": max(episode.cost for episode in played),
+        "shield_interventions": sum(episode.shield_interventions for episode in played),
     }
 
 
-def _keep_result(
-    run: RunDir, settings: Mapping[str, Any], final: FinalPolicy, rows: Mapping[int, dict[str, Any]]
+def _save_rows(
+    run: RunDir, settings: Mapping[str, Any], final: FinalPolicy, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    versions = [rows[version] for version in sorted(rows)]
     result: dict[str, Any] = {
         **settings,
         "run": run.name,
         "constraint": final.limit.constraint,
         "limit": final.limit.value,
         "confidence": final.safety.confidence,
-        "above": sum(row["verdict"] == "above" for row in versions),
-        "below": sum(row["verdict"] == "below" for row in versions),
-        "over": sum(row["truth"] > final.limit.value for row in versions),
-        "correlation": _correlation(versions),
-        "versions": versions,
+        "above": sum(row["above"] for row in rows),
+        "over": sum(row["truth"] > final.limit.value for row in rows),
+        "correlation": _correlation(rows),
+        "versions": rows,
     }
     write_atomic(run.path / REPLAY, json_bytes(plain(result)))
     return result
@@ -196,7 +204,7 @@ def _summary(result: Mapping[str, Any]) -> str:
     told = result["correlation"]
     lines = [
         f"above       {result['above']:,} of {n:,} versions are shown to exceed {limit} (one-sided "
-        f"{sure}), {result['below']:,} to keep it; of {result['over']:,} the mean lies above",
+        f"{sure}, each by itself); of {result['over']:,} the mean lies above",
         f"last        version {last['version']:,}: {quantity.text(last['truth'])} "
         f"[{quantity.text(last['low'])}, {quantity.text(last['high'])}] {quantity.per_episode}",
     ]

@@ -11,6 +11,7 @@ from safe_offrl.data.content import chunks
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.stored import REQUIRED, TABLES
 from safe_offrl.errors import DataError
+from safe_offrl.limits import COST
 from safe_offrl.spec import SafetySpec
 
 _OPTIONAL_ROWS = ("accidents", "behaviour_log_probs")  # one number for each transition
@@ -203,7 +204,7 @@ def check_learnable(dataset: Dataset, spec: SafetySpec) -> None:
             "Log more episodes, or check that terminals and timeouts mark their ends."
         )
     below = np.flatnonzero(dataset.column("costs").numpy() < 0.0)
-    if spec.quantity.select(False, len(below) > 0):
+    if spec.quantity is COST and len(below):
         raise DataError(
             f"The dataset gives {len(below)} steps a cost below 0, the first in row {below[0]}, "
             "but only costs of 0 or more can be constrained. Correct the costs, or set "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class Board:
         """Open it; events from ``purge_step`` on are hidden: a resumed run writes them anew."""
         from torch.utils.tensorboard import SummaryWriter
 
+        # Event files are read in the order of their names: by second, then by process number as
+        # text. One of this very second might come after the new one.
+        if any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(1.0 - time.time() % 1.0)
         self._writer = SummaryWriter(
             str(folder), purge_step=purge_step, max_queue=1000, flush_secs=10
         )

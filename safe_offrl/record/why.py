@@ -41,14 +41,13 @@ class Reasons:
         aimed = self._limit.quantity.text(aim * self._limit.value)
         if value <= 0.0:
             return {
-                "zero": f"lambda is 0: what it follows has stayed below {aimed} (lagrangian.aim x "
-                "the limit), so risk does not steer the learner any more; lower lagrangian.aim for "
-                "a wider margin"
+                "zero": "lambda is 0: risk does not steer the learner while what lambda follows is "
+                f"below {aimed} (lagrangian.aim x the limit); lower lagrangian.aim for more margin"
             }
         if value >= maximum:
             return {
-                "cap": f"lambda is at its cap of {maximum:g} (lagrangian.maximum): what it follows "
-                f"stays above {aimed} although nothing may weigh more; raise the cap, or ask "
+                "cap": f"lambda is at its cap of {maximum:g} (lagrangian.maximum), where risk can "
+                f"weigh no more; if estimates stay above {aimed}, raise the cap, or ask "
                 "`safe-offrl inspect` whether anybody in the log keeps the limit"
             }
         return {}

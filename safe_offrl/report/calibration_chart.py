@@ -242,7 +242,7 @@ def online_blocks(
 
 def _block(members: Sequence[tuple[Episode, float]], constraint: str) -> Block:
     played = [episode for episode, _ in members]
-    value, low, high = realised(played, constraint)
+    value, low, high, _ = realised(played, constraint)
     return Block(
         first_step=played[0].total_steps - played[0].steps,
         last_step=played[-1].total_steps,

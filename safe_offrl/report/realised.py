@@ -8,39 +8,33 @@ from typing import NamedTuple
 from safe_offrl.stats.fixed import (
     clopper_pearson,
     clopper_pearson_lower,
-    clopper_pearson_upper,
     mean_and_error,
-    mean_bounds,
+    mean_lower,
 )
 from safe_offrl.types import Episode
 
 
 class Realised(NamedTuple):
-    """A value in the unit of what is constrained, and a two-sided interval to draw."""
+    """A value in the unit of what is constrained, with a two-sided 95 % interval to draw.
+
+    ``at_least`` is a one-sided lower bound, for one look at a fixed number of episodes.
+    """
 
     value: float
     low: float
     high: float
+    at_least: float
 
 
-def realised(episodes: Sequence[Episode], constraint: str) -> Realised:
-    """Of an accident rate with Clopper-Pearson's 95 % interval, of a cost with two errors."""
+def realised(episodes: Sequence[Episode], constraint: str, confidence: float = 0.95) -> Realised:
+    """Of an accident rate with bounds of Clopper and Pearson; of a cost two standard errors, and
+    Student's bound, at ``confidence`` as the other.
+    """
     if constraint == "cost":
-        mean, error = mean_and_error([episode.cost for episode in episodes])
-        return Realised(mean, max(0.0, mean - 2.0 * error), mean + 2.0 * error)
-    accidents = sum(episode.accident for episode in episodes)
-    return Realised(accidents / len(episodes), *clopper_pearson(accidents, len(episodes)))
-
-
-def one_sided_bounds(
-    episodes: Sequence[Episode], constraint: str, confidence: float
-) -> tuple[float, float]:
-    """Lower and upper bound, each by itself at ``confidence``; one look at a fixed number."""
-    if constraint == "cost":
-        lower, upper = mean_bounds([episode.cost for episode in episodes], confidence)
-        return max(0.0, lower), upper
+        costs = [episode.cost for episode in episodes]
+        mean, error = mean_and_error(costs)
+        low, high = max(0.0, mean - 2.0 * error), mean + 2.0 * error
+        return Realised(mean, low, high, max(0.0, mean_lower(costs, confidence)))
     accidents, n = sum(episode.accident for episode in episodes), len(episodes)
-    return (
-        clopper_pearson_lower(accidents, n, confidence),
-        clopper_pearson_upper(accidents, n, confidence),
-    )
+    at_least = clopper_pearson_lower(accidents, n, confidence)
+    return Realised(accidents / n, *clopper_pearson(accidents, n), at_least)

@@ -283,15 +283,15 @@ def _evaluation(values: Mapping[str, Any]) -> StoredEvaluation:
 
 
 def _replay(run: RunDir) -> StoredReplay | None:
-    if not (run.path / REPLAY).is_file():
+    values = run.read_json(REPLAY) if (run.path / REPLAY).is_file() else None
+    if values is None or len(values["versions"]) != values["kept"]:  # It was broken off.
         return None
-    values = run.read_json(REPLAY)
     known, versions = values["correlation"], values["versions"]
     return StoredReplay(
         versions=len(versions),
         above=int(values["above"]),
         correlation=math.nan if known is None else float(known),
-        most_cost=max(float(version["worst_cost"]) for version in versions),
+        most_cost=max(float(version["most_cost"]) for version in versions),
     )
 
 

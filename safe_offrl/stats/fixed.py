@@ -144,18 +144,17 @@ def mean_and_error(values: ArrayLike) -> Mean:
     return Mean(float(x.mean()) if len(x) else math.nan, error)
 
 
-def mean_bounds(values: ArrayLike, confidence: float) -> tuple[float, float]:
-    """Lower and upper bound of a mean, each by itself at ``confidence``, by Student's t.
+def mean_lower(values: ArrayLike, confidence: float) -> float:
+    """One-sided lower bound of a mean, by Student's t; -inf without a second value.
 
-    Exact where values are normal; of few and skewed ones the upper bound is too low. Without a
-    second value nothing is known: (-inf, inf).
+    Exact where values are normal. Of costs, most of them small and a few large, it is on the safe
+    side; the upper bound would not be, and there is none here.
     """
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:
-        return -math.inf, math.inf
+        return -math.inf
     mean, error = mean_and_error(x)
-    reach = float(special.stdtrit(len(x) - 1, confidence)) * error
-    return mean - reach, mean + reach
+    return mean - float(special.stdtrit(len(x) - 1, confidence)) * error
 
 
 def standard_errors(confidence: float) -> float:

@@ -17,6 +17,7 @@ import torch
 from safe_offrl.errors import RunError
 from safe_offrl.record.find_run import find_run
 from safe_offrl.record.run import RunDir
+from safe_offrl.record.tensorboard import Board
 from safe_offrl.record.versions import versions
 from safe_offrl.types import Episode
 from tests.conftest import ledger_lines
@@ -232,6 +233,23 @@ def test_tensorboard_shows_metrics_and_layout_and_purges(tmp_path: Path) -> None
     scalars = [(e.step, e.value) for e in events.Scalars("safety/accident_rate")]
     assert scalars == [(10, 0.25), (20, 0.75)]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_the_events_of_a_resume_come_after_those_before_it(tmp_path: Path) -> None:
+    """Files of one second are ordered by their process number, as text."""
+    before = tmp_path / f"events.out.tfevents.{int(time.time())}.zz.99999999.9"
+    before.touch()
+    Board(tmp_path, 0).close()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2
+    assert names[0] == before.name
+
+
+def test_the_clock_may_have_been_set_back(tmp_path: Path) -> None:
+    (tmp_path / f"events.out.tfevents.{int(time.time()) + 10_000}.zz.1.0").touch()
+    begun = time.monotonic()
+    Board(tmp_path, 0).close()
+    assert time.monotonic() - begun < 30.0
 
 
 def test_tensorboard_holds_settings_against_what_they_led_to(tmp_path: Path) -> None:

@@ -82,8 +82,8 @@ def test_versions_that_were_played_again_have_a_table(write_run, write_group):
     paths = [write_run(f"seed-{k}", [0] * 5, seed=k) for k in (0, 1)]
     assert not any("played again" in table.title for table in tables_of(compare(paths)))
     for path, above, correlation in ((paths[0], 1, 0.2), (paths[1], 2, None)):
-        versions = [{"worst_cost": 10.0 * k} for k in range(1, 5)]
-        content = {"above": above, "correlation": correlation, "versions": versions}
+        versions = [{"most_cost": 10.0 * k} for k in range(1, 5)]
+        content = {"above": above, "correlation": correlation, "versions": versions, "kept": 4}
         (path / "replay.json").write_text(json.dumps(content))
     comparison = compare(paths)
     (table,) = [t for t in tables_of(comparison) if "played again" in t.title]
