@@ -147,6 +147,8 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(key, value, "a mapping of keys to values")
+        if arguments[1] not in (Any, object):
+            return {str(k): coerce(arguments[1], v, f"{key}.{k}") for k, v in value.items()}
         # What else an entry must be is known to whoever the dict is for.
         return {str(k): coerce(str, v, key) if isinstance(v, str) else v for k, v in value.items()}
     # Truth values.

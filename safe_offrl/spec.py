@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from safe_offrl.errors import ConfigError
@@ -27,6 +28,10 @@ class SafetySpec:
     ``delta`` bounds KL(pi || pi_prev) in nats; ``confidence`` is that of every reported bound.
     ``horizon`` is the number of steps of an episode within which both count; None takes the
     environment's own time limit.
+
+    ``limits`` are several constraints at once, each kept by every policy that acts: what is limited
+    ("accident", "cost") and its limit. The first is the one that ``constraint`` names; ``epsilon``
+    and ``cost_limit`` are then what it says.
     """
 
     accident: str = "cost"
@@ -37,9 +42,11 @@ class SafetySpec:
     epsilon: float = 0.1
     delta: float = 0.05
     confidence: float = 0.95
+    limits: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values outside their range; comparisons are written so that NaN is refused too."""
+        self._take_limits()
         # Probabilities, and the bound of the KL.
         if not 0.0 < self.epsilon < 1.0:
             raise ConfigError(
@@ -89,9 +96,31 @@ class SafetySpec:
                 "needed. Try 25, the limit of OmniSafe's benchmarks."
             )
 
+    def _take_limits(self) -> None:
+        """Let the short forms say what ``limits`` say; ConfigError for an unknown name."""
+        for name, value in self.limits.items():
+            if name not in QUANTITIES:
+                known = ", ".join(f'"{known}"' for known in QUANTITIES)
+                raise ConfigError(
+                    f'safety.limits has a limit of "{name}", but there are {known} to limit. '
+                    "Correct the name."
+                )
+            object.__setattr__(self, QUANTITIES[name].limit, value)
+        if self.limits:
+            object.__setattr__(self, "constraint", next(iter(self.limits)))
+
+    @property
+    def bounds(self) -> Mapping[str, float]:
+        """Every limit, in its own unit, by the name of what is limited; the first comes first."""
+        return self.limits or {self.constraint: self.limit_value}
+
+    def each(self) -> tuple[SafetySpec, ...]:
+        """The same contract with one limit alone, for each of its limits."""
+        return tuple(replace(self, limits={}, constraint=name) for name in self.bounds)
+
     @property
     def quantity(self) -> Quantity:
-        """What is constrained."""
+        """What is constrained, first of all."""
         return QUANTITIES[self.constraint]
 
     @property
@@ -100,11 +129,18 @@ class SafetySpec:
         return self.epsilon if self.constraint == "accident" else self.cost_limit
 
     def limit(self, horizon: int, cost_max: float) -> Limit:
-        """The constraint in the critic's unit; ``cost_max`` is the largest cost of a step.
+        """The first constraint, see :meth:`all_limits`."""
+        return self.all_limits(horizon, cost_max)[0]
+
+    def all_limits(self, horizon: int, cost_max: float) -> tuple[Limit, ...]:
+        """The constraints in the critic's unit; ``cost_max`` is the largest cost of a step.
 
         Raises ConfigError for a cost limit that no episode could ever exceed.
         """
-        if self.constraint == "accident":
+        return tuple(self._limit(name, horizon, cost_max) for name in self.bounds)
+
+    def _limit(self, constraint: str, horizon: int, cost_max: float) -> Limit:
+        if constraint == "accident":
             return Limit("accident", self.epsilon, 1.0)
         scale = horizon * cost_max
         if self.cost_limit >= scale:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from safe_offrl import cli, commands
 from safe_offrl.cli.options import NEEDED, TAKEN
-from safe_offrl.commands.common import Limits
+from safe_offrl.commands.given_limits import Limits
 from safe_offrl.commands.online_plan import FinetuneSettings
 from safe_offrl.data_formats.hdf5 import write_dataset
 from tests.promises import Record

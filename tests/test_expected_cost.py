@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
-from safe_offrl.agents.steering import Steering
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.commands.offline_plan import pretrain_config
@@ -26,7 +26,7 @@ from safe_offrl.nn.losses import cost_rate_target
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import RunInputs, run_yaml
-from safe_offrl.safety.acceptance import AcceptanceConfig, decide, risk_change
+from safe_offrl.safety.acceptance import AcceptanceConfig, Judge, decide, risk_change
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.monitor import SafetyMonitor, certifiable
 from safe_offrl.safety.outlook import CostAhead
@@ -277,7 +277,7 @@ def begin(data: Dataset, pretraining: Pretraining, **settings: object) -> Finetu
 
 
 def test_the_report_speaks_of_cost(pretraining: Pretraining, data: Dataset) -> None:
-    report = pretraining.calibration()
+    report = pretraining.calibrations()[0]
     assert report.constraint == "cost"
     assert report.estimate == pytest.approx(pretraining.estimate().value * HORIZON * data.cost_max)
     assert "cost        " in str(report)
@@ -339,10 +339,10 @@ def test_lambda_of_a_lagrangian_method_follows_the_mean_cost(
         baseline=BaselineConfig(multiplier=multiplier, multiplier_init=5.0),
     )
     next(e for e in loop.run() if isinstance(e, Iteration))
-    before = float(loop.multiplier.value)
-    loop.monitor.recent = [0.0] * 9 + [20.0 * loop.limit.share]
-    loop._update(COST.seen(loop.monitor.recent), critics_only=False)
-    assert float(loop.multiplier.value) > before
+    before = float(loop.constraints[0].multiplier.value)
+    loop.monitor.recent = [0.0] * 9 + [20.0 * loop.limits[0].share]
+    loop._update([COST.seen(loop.monitor.recent)], critics_only=False)
+    assert float(loop.constraints[0].multiplier.value) > before
 
 
 def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
@@ -361,10 +361,7 @@ def test_a_candidate_above_the_cost_limit_is_refused_in_its_own_unit() -> None:
         decide(
             previous,
             learner,
-            critic,
-            visited,
-            states,
-            Limit("cost", cost / 40.0, 40.0),
+            [Judge(Limit("cost", cost / 40.0, 40.0), critic, visited, states)],
             AcceptanceConfig(),
             kl_limit=None,
             constrain_safety=True,
@@ -429,8 +426,8 @@ def test_relative_risk_leaves_what_every_action_shares_out_of_the_weights() -> N
         rng = torch.Generator().manual_seed(0)
         extraction = Extraction(networks, config, rng)
         networks.q = q  # type: ignore[method-assign]
-        steering = Steering(lambda o, t, a: torch.sigmoid(3.0 * o[:, 0]), torch.tensor(1.0))
-        extraction.update(batch, torch.zeros(64), steering)
+        penalty = Penalty(lambda o, t, a: torch.sigmoid(3.0 * o[:, 0]), torch.tensor(1.0))
+        extraction.update(batch, torch.zeros(64), Steering((penalty,)))
         return [p.detach().clone() for p in extraction.mixture.parameters()]
 
     indifferent = mixture_after(risk_aversion=0.0)

@@ -24,7 +24,7 @@ from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.agents.steering import Steering
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.descent import EAGER, Compute
 from safe_offrl.compute.state import Part, collect_state
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
@@ -94,7 +94,7 @@ def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]
     networks = Networks(*LAYOUT, SIZES, generator)
     setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
     agent = AGENTS[name](setup, CONFIGS.settings_for(AGENTS[name]))
-    steering = Steering(risk, torch.tensor(2.0))
+    steering = Steering((Penalty(risk, torch.tensor(2.0)),))
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
     return lambda batch: agent.update(batch, steering), parts
 
@@ -104,7 +104,7 @@ def rlpd(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     networks = Networks(*LAYOUT, SIZES, generator)
     learner = RLPD(networks, LEARNER, generator, compute)
     anchor = Actor(*LAYOUT, (16, 16), generator)
-    steering = Steering(risk, torch.tensor(2.0), anchor, torch.tensor(0.5))
+    steering = Steering((Penalty(risk, torch.tensor(2.0)),), anchor, torch.tensor(0.5))
 
     def step(batch: Batch) -> dict[str, Tensor]:
         return learner.update_critics(batch) | learner.update_actor(batch, steering)

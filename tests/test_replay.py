@@ -177,7 +177,7 @@ def test_a_version_is_above_where_its_lower_bound_is(
     monkeypatch.setattr("safe_offrl.commands.replay.evaluate", lambda *_, **__: iter(played))
     final = final_policy(online)
     final.env.close()
-    final = final._replace(limit=Limit("accident", limit, 1.0))
+    final = final._replace(limits=(Limit("accident", limit, 1.0),))
     row = _truth_of(final, final.policy, 20, 0, few=False)
     assert row["truth"] == 0.2
     assert row["above"] == (limit == 0.05)

@@ -159,7 +159,8 @@ def test_the_same_policy_is_pretrained_in_every_unit(
             for loop, x in zip((one, other), seen, strict=True)
         )
     assert torch.allclose(mine, theirs, rtol=0.0, atol=0.0 if scale in EXACT else 1e-4)
-    assert one.limit.share == pytest.approx(other.limit.share, rel=1e-6)
+    shares = [loop.foundation.limits[0].share for loop in (one, other)]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-6)
     assert other.estimate().value == pytest.approx(one.estimate().value, rel=1e-3)
 
 
@@ -366,7 +367,7 @@ def test_an_assessment_is_in_the_units_of_the_log(
         data = dataset_of(arrays, "cost", **given)
         loop = pretrained(data, "cost", costs)
         normalised = data.normalised(loop.normalizer._replace(reward_scale=1.0))
-        estimates = assess_policy(normalised, loop.networks.actor, loop.limit, small)
+        estimates = assess_policy(normalised, loop.networks.actor, loop.foundation.limits[0], small)
         found.append(
             [
                 estimates.risk.value * estimates.scale / costs,

@@ -63,7 +63,7 @@ def updater(sizes: Sizes, compute: Compute) -> tuple[Callable[[], None], int]:
     networks = Networks(*LAYOUT, NetworkConfig(hidden, hidden, sizes.critics), generator)
     settings = RLPDConfig(subset=min(2, sizes.critics))
     learner = RLPD(networks, settings, generator, compute)
-    steering = Steering(None, torch.zeros(()))
+    steering = Steering()
 
     def update() -> None:
         batches = uniform_batches(rows, LAYOUT, sizes.utd, sizes.batch, generator)

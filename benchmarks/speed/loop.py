@@ -84,13 +84,13 @@ def online(
     loop = Finetuning(config, env, data, pretrained.state_dict(), info, compiled=True)
     update, inside = loop._update, [0.0]
 
-    def timed(seen: float, *, critics_only: bool) -> dict[str, torch.Tensor]:
+    def timed(seen: list[float], *, critics_only: bool) -> dict[str, torch.Tensor]:
         begin = time.perf_counter()
         metrics = update(seen, critics_only=critics_only)
         inside[0] += time.perf_counter() - begin
         return metrics
 
-    loop._update = timed  # type: ignore[method-assign]
+    loop._update = timed  # type: ignore[method-assign, assignment]
     began, first = 0.0, 0
     for _ in loop.run():
         if not began and loop.steps >= 3 * env.horizon:

@@ -14,7 +14,7 @@ from safe_offrl.agents.cql import CQL, ConservativeCritics, CQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig, OnlineIQL
 from safe_offrl.agents.protocol import Agent, Setup
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.agents.steering import Steering
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.descent import Compute
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
@@ -52,7 +52,8 @@ class Store:
         """What an agent is built from; none of those here asks for the log or the limit."""
         starts, cut = np.array([0, ROWS]), np.zeros(ROWS, bool)
         dataset = Dataset(self.rows, self.layout, starts, cut, 1000, "")
-        return Setup(self.networks, dataset, Limit("accident", 0.1, 1.0), self.generator, compute)
+        limits = (Limit("accident", 0.1, 1.0),)
+        return Setup(self.networks, dataset, limits, self.generator, compute)
 
     def batches(self, n: int) -> list[Batch]:
         """n mini-batches with one draw."""
@@ -96,8 +97,8 @@ def sac(
                     batch, weights, _ = risky.draw(BATCH, 0.125, generator)
                     states = States.at_start(batch.observations[:32])
                     critic.update(batch, weights, store.networks.actor, states, generator)
-                risk = critic.plain_risk if steering else None
-                learner.update_actor(batches[-1], Steering(risk, nothing))
+                penalties = (Penalty(critic.plain_risk, nothing),) if steering else ()
+                learner.update_actor(batches[-1], Steering(penalties))
             _finish()
 
         return run
@@ -111,7 +112,7 @@ def published(name: str, compute: Compute) -> Callable[[Shape], Run]:
     def build(shape: Shape) -> Run:
         store = Store(shape, 2, layer_norm=False)
         generator, networks = store.generator, store.networks
-        steering = Steering(None, torch.zeros((), device=generator.device))
+        steering = Steering()
         iql = OnlineIQL(store.setup(compute), IQLConfig())
         critics = ConservativeCritics(networks, CQLConfig(), compute, calibrated=False)
         actor = RLPD(networks, RLPDConfig(), generator, compute)
@@ -146,7 +147,7 @@ def offline(name: str, compute: Compute) -> Callable[[Shape], Run]:
 
         def run(n: int) -> None:
             for _ in range(n):
-                agent.update(store.batches(1)[0], Steering(risk, no_risk[0]))
+                agent.update(store.batches(1)[0], Steering((Penalty(risk, no_risk[0]),)))
             _finish()
 
         return run

@@ -7,6 +7,7 @@ safety. The critics that the online phase starts from are learnt afterwards, by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,16 +34,18 @@ class BCConfig:
     discount: float | None = None
 
 
-def safe_episodes(dataset: Dataset, limit: Limit) -> Dataset:
-    """The episodes without an accident, or, of a cost constraint, with a cost within the limit.
+def safe_episodes(dataset: Dataset, limits: Sequence[Limit]) -> Dataset:
+    """The episodes within every limit: of an accident limit those without one.
 
     DataError if there is none to imitate.
     """
-    outcomes = limit.quantity.select(dataset.episode_accidents, dataset.episode_costs)
-    safe = outcomes <= limit.value
+    safe = np.ones(dataset.episodes, dtype=bool)
+    for limit in limits:
+        outcomes = limit.quantity.select(dataset.episode_accidents, dataset.episode_costs)
+        safe &= outcomes <= limit.value
     if not safe.any():
         raise DataError(
-            "No episode of the dataset is within the limit, so bc_safe has nothing to imitate. "
+            "No episode of the dataset is within every limit, so bc_safe has nothing to imitate. "
             "Raise the limit, or take another agent."
         )
     return dataset.subset(np.flatnonzero(safe))
@@ -58,7 +61,7 @@ class BC:
         self.actor = setup.networks.actor
         require_density(self.actor.kind, "The likelihood that bc_safe maximises")
         self.generator = setup.generator
-        self.imitated = safe_episodes(setup.dataset, setup.limit).on(self.generator.device)
+        self.imitated = safe_episodes(setup.dataset, setup.limits).on(self.generator.device)
         self.optimizer = Adam(self.actor.parameters(), config.learning_rate)
         self._descend = Descent(self.loss, self.optimizer, setup.compute)
 

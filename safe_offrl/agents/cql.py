@@ -135,7 +135,8 @@ class CQL:
         networks, generator, compute = setup.networks, setup.generator, setup.compute
         self.generator = generator
         self.values = ConservativeCritics(networks, config, compute, calibrated=calibrated)
-        self.extraction = Extraction(networks, setup.extraction, generator, compute)
+        settings = setup.extraction, generator, compute, setup.aversions
+        self.extraction = Extraction(networks, *settings)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""

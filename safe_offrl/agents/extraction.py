@@ -5,7 +5,7 @@ log is imitated by a MIXTURE (a density network, Bishop 1994), which can hold bo
 advantage (AWR, arXiv:1910.00177) and by the chance that the action ends well; and the actor is its
 reverse-KL projection, which picks one mode and stays inside it, tilted by the critics:
 
-    minimise E_{a ~ pi}[ -Q(s, a)/|Q| + lambda Q_C(s, a) ] + weight KL(pi || mixture)
+    minimise E_{a ~ pi}[ -Q(s, a)/|Q| + sum lambda Q_C(s, a) ] + weight KL(pi || mixture)
 
 (BRAC's value-free form, arXiv:1911.11361, with a weighted mixture for the behaviour). An action
 outside the log's support has a log density that no blind spot of a critic can outweigh. Discrete
@@ -15,18 +15,20 @@ exact.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.agents.steering import Steering
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
 from safe_offrl.nn.losses import exponential_weight
 from safe_offrl.policies.mlp import linear_layers
-from safe_offrl.policies.networks import Networks, QFunction, Risk
+from safe_offrl.policies.networks import Networks, QFunction
 from safe_offrl.policies.protocol import BehaviourModel, require_density
 from safe_offrl.types import Batch
 
@@ -50,6 +52,18 @@ class ExtractionConfig:
     relative_risk: bool = False
     weight_limit: float = 100.0
 
+    @property
+    def aversion(self) -> Aversion:
+        """To what one limit is of."""
+        return Aversion(self.risk_aversion, self.relative_risk)
+
+
+class Aversion(NamedTuple):
+    """How much a logged action of risk is to count, of what one limit is of; see the settings."""
+
+    weight: float
+    relative: bool
+
 
 class Extraction:
     """Trains the actor of an offline agent that has values; owns the mixture, both optimisers."""
@@ -60,10 +74,13 @@ class Extraction:
         config: ExtractionConfig,
         generator: torch.Generator,
         compute: Compute = EAGER,
+        aversions: Sequence[Aversion] = (),
     ) -> None:
+        """``aversions`` are one a penalty; without them the settings' is that of the only one."""
         self.networks = networks
         self.actor = networks.actor
         self.config = config
+        self._aversions = tuple(aversions) or (config.aversion,)
         self.generator = generator
         user = "The KL from the log in iql, cql and calql"
         self._density = require_density(self.actor.kind, user)
@@ -91,47 +108,59 @@ class Extraction:
         return self._density.behaviour(outputs, self.config.components)
 
     def mixture_loss(
-        self, batch: Batch, advantages: Tensor, risk: Risk, noise: Tensor | None
+        self,
+        batch: Batch,
+        advantages: Tensor,
+        penalties: tuple[Penalty, ...],
+        noise: Tensor | None,
     ) -> tuple[Tensor]:
         """Negative log likelihood of logged actions, weighted by advantage [B] and against risk.
 
-        With ``noise`` [B, A] the risk is relative to that of the policy's own action.
+        ``noise`` [B, A] drives the policy's own action, to which a relative risk is relative.
         """
+        danger = torch.zeros_like(advantages)
         with torch.no_grad():
-            danger = risk(batch.observations, batch.time_to_go, batch.actions)
-            if noise is not None:
-                policy = self.actor(batch.observations).quadrature(noise)
-                observations = policy.repeat(batch.observations)
-                time_to_go = policy.repeat(batch.time_to_go)
-                danger = danger - policy.expect(risk(observations, time_to_go, policy.actions))
+            for (risk, _), aversion in zip(penalties, self._aversions, strict=True):
+                of_action = risk(batch.observations, batch.time_to_go, batch.actions)
+                if aversion.relative:
+                    assert noise is not None
+                    policy = self.actor(batch.observations).quadrature(noise)
+                    observations = policy.repeat(batch.observations)
+                    time_to_go = policy.repeat(batch.time_to_go)
+                    own = policy.expect(risk(observations, time_to_go, policy.actions))
+                    of_action = of_action - own
+                danger = danger + aversion.weight * of_action
         weight = exponential_weight(
             advantages, self.config.inverse_temperature, self.config.weight_limit
         )
-        weight = weight * (-self.config.risk_aversion * danger).exp()
+        weight = weight * (-danger).exp()
         weight = weight / weight.mean().clamp_min(1e-6)
         return (-(weight * self.behaviour(batch.observations).log_prob(batch.actions)).mean(),)
 
     def actor_loss(
-        self, batch: Batch, noise: Tensor, critics: QFunction, risk: Risk, multiplier: Tensor
+        self, batch: Batch, noise: Tensor, critics: QFunction, penalties: tuple[Penalty, ...]
     ) -> tuple[Tensor, Tensor]:
         """The objective of this module's docstring; (loss, mean KL estimate)."""
         distribution = self.actor(batch.observations)
         policy, log_ratio = self.behaviour(batch.observations).log_ratio(distribution, noise)
         observations = policy.repeat(batch.observations)
         q = critics(observations, policy.actions).amin(0)
-        danger = risk(observations, policy.repeat(batch.time_to_go), policy.actions)
         scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
-        loss = policy.expect(-q / scale + multiplier * danger + self.config.weight * log_ratio)
+        loss = -q / scale
+        for risk, multiplier in penalties:
+            danger = risk(observations, policy.repeat(batch.time_to_go), policy.actions)
+            loss = loss + multiplier * danger
+        loss = policy.expect(loss + self.config.weight * log_ratio)
         return loss.mean(), policy.expect(log_ratio).detach().mean()
 
     def update(self, batch: Batch, advantages: Tensor, steering: Steering) -> dict[str, Tensor]:
         """One step of the mixture, one of the actor."""
-        size, (risk, multiplier) = batch.actions.shape[:-1], steering[:2]
-        assert risk is not None
-        relative = self.actor.noise(size, self.generator) if self.config.relative_risk else None
-        (mixture_loss,) = self._descend_mixture(batch, advantages, risk, relative)
+        size, penalties = batch.actions.shape[:-1], steering.penalties
+        relative = any(aversion.relative for aversion in self._aversions)
+        own = self.actor.noise(size, self.generator) if relative else None
+        (mixture_loss,) = self._descend_mixture(batch, advantages, penalties, own)
         noise, critics = self.actor.noise(size, self.generator), self.networks.q
-        actor_loss, divergence = self._descend_actor(batch, noise, critics, risk, multiplier)
+        actor_loss, divergence = self._descend_actor(batch, noise, critics, penalties)
         return {
             "actor/loss": actor_loss,
             "actor/kl_to_log": divergence,

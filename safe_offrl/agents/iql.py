@@ -150,7 +150,8 @@ class IQL:
     def __init__(self, setup: Setup, config: IQLConfig) -> None:
         networks, generator, compute = setup.networks, setup.generator, setup.compute
         self.values = IQLValues(networks, config, generator, compute)
-        self.extraction = Extraction(networks, setup.extraction, generator, compute)
+        settings = setup.extraction, generator, compute, setup.aversions
+        self.extraction = Extraction(networks, *settings)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from safe_offrl.agents.extraction import ExtractionConfig
+from safe_offrl.agents.extraction import Aversion, ExtractionConfig
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import EAGER, Compute
@@ -23,10 +23,11 @@ class Setup(NamedTuple):
 
     networks: Networks  # actor and critics, which outlive the agent
     dataset: Dataset  # the log, normalised
-    limit: Limit  # of what is constrained
+    limits: tuple[Limit, ...]  # at least one
     generator: torch.Generator  # of all that is drawn
     compute: Compute = EAGER
     extraction: ExtractionConfig = ExtractionConfig()  # where it trains its actor by Extraction
+    aversions: tuple[Aversion, ...] = ()  # its, one a limit; none: the settings' to the only one
     learner: RLPDConfig = RLPDConfig()  # where it trains its actor as RLPD does
 
 

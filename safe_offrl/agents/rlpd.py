@@ -3,9 +3,10 @@ it.
 
 SAC with a LayerNorm critic ensemble: the target is the minimum over a random subset of two members
 drawn without replacement, the actor climbs the MEAN of all, truncation bootstraps. Two additions,
-both off when their weights are zero: lambda times the safety critic's risk in the actor's loss, and
-a KL penalty that keeps the learner within reach of the policy that acts. Where actions are discrete
-every expectation over the policy is exact (SAC-Discrete, Christodoulou 2019, arXiv:1910.07207).
+both off when their weights are zero: in the actor's loss lambda times each safety critic's risk,
+and a KL penalty that keeps the learner within reach of the policy that acts. Where actions are
+discrete every expectation over the policy is exact (SAC-Discrete, Christodoulou 2019,
+arXiv:1910.07207).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from safe_offrl.agents.steering import Steering
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
 from safe_offrl.nn.losses import td_target
-from safe_offrl.policies.networks import EVERY, Actor, Members, Networks, Risk, polyak_
+from safe_offrl.policies.networks import EVERY, Actor, Members, Networks, polyak_
 from safe_offrl.types import Batch
 
 
@@ -103,12 +104,11 @@ class RLPD:
         self,
         batch: Batch,
         noise: Tensor,
-        risk: Risk | None,
-        multiplier: Tensor,
+        penalties: tuple[Penalty, ...],
         anchor: Actor | None,
         kl_weight: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
-        """``E_pi[-Q/|Q| + temperature log pi + lambda Q_C] + kl_weight KL(pi || anchor)``, mean.
+        """``E_pi[-Q/|Q| + temperature log pi + sum lambda Q_C] + kl_weight KL(pi||anchor)``, mean.
 
         Q is divided by its mean magnitude (TD3+BC, arXiv:2106.06860, eq. 5), so that temperature,
         lambda and kl_weight mean the same on every reward scale. Returns (loss, mean log pi).
@@ -119,7 +119,7 @@ class RLPD:
         q = self.networks.q(observations, policy.actions).mean(0)
         scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
         loss = -q / scale + self.log_temperature.detach().exp() * log_probs
-        if risk is not None:
+        for risk, multiplier in penalties:
             time_to_go = policy.repeat(batch.time_to_go)
             loss = loss + multiplier * risk(observations, time_to_go, policy.actions)
         loss = policy.expect(loss)

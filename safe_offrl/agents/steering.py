@@ -9,13 +9,19 @@ from torch import Tensor
 from safe_offrl.policies.networks import Actor, Risk
 
 
-class Steering(NamedTuple):
-    """``multiplier`` times ``risk``, and ``kl_weight`` times ``KL(actor || anchor)``.
+class Penalty(NamedTuple):
+    """What one limit asks of an actor: ``multiplier`` times ``risk``, lambda Q_C."""
 
-    Without a ``risk`` or an ``anchor`` that term is left out; offline there is always a risk.
+    risk: Risk
+    multiplier: Tensor  # lambda, a scalar
+
+
+class Steering(NamedTuple):
+    """``penalties``, one a limit, and ``kl_weight`` times ``KL(actor || anchor)``.
+
+    There is no penalty where safety does not steer; without an ``anchor`` that term is left out.
     """
 
-    risk: Risk | None
-    multiplier: Tensor  # lambda, a scalar
+    penalties: tuple[Penalty, ...] = ()
     anchor: Actor | None = None
     kl_weight: Tensor | float = 0.0

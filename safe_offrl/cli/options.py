@@ -97,6 +97,12 @@ ENV = Option("env", str, 'Gymnasium id or "package.module:Env-v0".', metavar="ID
 BUDGET = count("budget", "Steps in the environment")
 EPSILON = Option("epsilon", float, "Limit of P(accident).")
 COST_LIMIT = Option("cost_limit", float, "Limit of the expected cost per episode.")
+LIMIT = Option(
+    "limit",
+    list[str],
+    "A limit: accident=0.05 or cost=25; once for each.",
+    metavar="NAME=VALUE",
+)
 CONFIDENCE = Option("confidence", float, "Of intervals and limits.")
 OVERRIDES = Option("overrides", list[str], None, metavar="KEY=VALUE", positional=True)
 PRESET = Option(
@@ -132,6 +138,7 @@ TAKEN: dict[str, tuple[Option, ...]] = {
         ENV,
         Option("dataset", str, "A file, a folder or a local Minari id.", metavar="PATH"),
         count("steps", "Gradient steps"),
+        LIMIT,
         SEED,
         *RUNNING,
         JSON,
@@ -144,7 +151,7 @@ TAKEN: dict[str, tuple[Option, ...]] = {
     ),
     "finetune": (
         OVERRIDES._replace(name="arguments", metavar="RUN|KEY=VALUE"),
-        *(BUDGET, EPSILON, COST_LIMIT),
+        *(BUDGET, EPSILON, COST_LIMIT, LIMIT),
         Option("delta", float, "Limit of the KL, in nats."),
         count("accident_budget", "Stop after this many accidents"),
         VIDEOS,

@@ -14,14 +14,13 @@ from safe_offrl.assess.estimates import Estimates, risk_text
 from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.assess.importance_sampling import USABLE
 from safe_offrl.commands.common import (
-    Limits,
     require_output,
-    require_own_limit,
     say_plain,
     stored_dataset,
     warning_lines,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
+from safe_offrl.commands.given_limits import Limits, require_own_limit
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import RunError
@@ -35,6 +34,7 @@ from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import RunInputs, parse_run_yaml
 from safe_offrl.record.versions import versions
 from safe_offrl.spec import SafetySpec
+from safe_offrl.stats.fixed import shared_confidence
 from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 
 ASSESSMENT = "assessment.json"
@@ -83,12 +83,12 @@ def assess_runs(
     bounds: dict[str, tuple[float, float]] = {}
     results: dict[str, Any] = {}
     for run in found:
-        subject = _subject(run, limits, confidence, say)
-        safety, dataset = subject.safety, subject.dataset
-        limit = safety.limit(dataset.horizon, dataset.cost_max).value
-        for line in warning_lines(dataset, safety, subject.config.held_out):
+        first, *further = _subjects(run, limits, confidence, say)
+        safety, dataset = first.safety, first.dataset
+        for line in warning_lines(dataset, first.config.safety, first.config.held_out):
             say(line)
         key = str(run.path)
+        subject, limit = first, _limit_of(first)
         estimates[key] = assessed(subject, say, store=out is None)
         bounds[key] = (limit, safety.confidence)
         results[key] = {
@@ -96,6 +96,14 @@ def assess_runs(
             "estimates": estimates[key].as_dict(),
         }
         say(describe(run.name, estimates[key], limit, safety.confidence))
+        # Limits behind the first.
+        for subject in further:
+            found_too, limit = assessed(subject, say, store=out is None), _limit_of(subject)
+            results[key].setdefault("further", {})[subject.safety.constraint] = {
+                **limit_verdict(found_too, limit, safety.confidence),
+                "estimates": found_too.as_dict(),
+            }
+            say(describe(run.name, found_too, limit, safety.confidence))
     # Choice among the runs.
     say(GO_BY)
     answer: dict[str, Any] = {"runs": plain(results)}
@@ -133,10 +141,11 @@ def _assessed_facts(subject: Subject) -> dict[str, Any]:
 
 def stored_estimates(subject: Subject) -> Estimates | None:
     """Those in the run's assessment.json, if they are of this policy and this log."""
-    if not (subject.run.path / ASSESSMENT).is_file():
+    name = _file_of(subject)
+    if not (subject.run.path / name).is_file():
         return None
     try:
-        stored, identity = subject.run.read_json(ASSESSMENT), _assessed_facts(subject)
+        stored, identity = subject.run.read_json(name), _assessed_facts(subject)
         if {key: stored.get(key) for key in identity} == identity:
             found = Estimates.from_dict(stored["estimates"])
             # An earlier version did not keep it.
@@ -146,18 +155,44 @@ def stored_estimates(subject: Subject) -> Estimates | None:
     return None
 
 
-def _subject(run: RunDir, limits: Limits, confidence: float | None, say: Say) -> Subject:
-    """What a run has to be judged; its own limits and confidence where none are given."""
+def _file_of(subject: Subject) -> str:
+    """Where the assessment of one limit lies in its run: that of the first in ASSESSMENT."""
+    constraint = subject.safety.constraint
+    if constraint == subject.config.safety.constraint:
+        return ASSESSMENT
+    return ASSESSMENT.replace(".", f"_{constraint}.")
+
+
+def _limit_of(subject: Subject) -> float:
+    return subject.safety.limit(subject.dataset.horizon, subject.dataset.cost_max).value
+
+
+def each_subject(subject: Subject, safety: SafetySpec) -> list[Subject]:
+    """The subject under each of the limits alone, at confidences that hold together."""
+    confidence = shared_confidence(safety.confidence, len(safety.bounds))
+    return [
+        subject._replace(safety=dataclasses.replace(single, confidence=confidence))
+        for single in safety.each()
+    ]
+
+
+def _subjects(run: RunDir, limits: Limits, confidence: float | None, say: Say) -> list[Subject]:
+    """What a run has to be judged, by each limit: its own where none is given."""
     inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
     configure(inputs.threads)
     require_own_limit(config.safety, limits)
-    given = {k: v for k, v in {**limits, "confidence": confidence}.items() if v is not None}
-    safety = dataclasses.replace(config.safety, **given)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {**limits, "confidence": confidence}
+    given = {k: v for k, v in asked.items() if v is not None}
+    own = {q.constraint: given[q.limit] for q in QUANTITIES.values() if q.limit in given}
+    if config.safety.limits:
+        given["limits"] = config.safety.limits | own
+    safety = dataclasses.replace(config.safety, **given)
     dataset = stored_dataset(inputs, safety, discount_of(config))
     if run.environments:
         for line in learnt_lines(since_log(dataset, run.environments[-1])):
             say(line)
-    return Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
+    subject = Subject(run, safety, dataset, run.load_checkpoint(), config, inputs)
+    return each_subject(subject, safety)
 
 
 def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
@@ -193,7 +228,9 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
             "versions": versions(),
         }
         if store:
-            write_atomic(run.path / ASSESSMENT, json_bytes(json.loads(json.dumps(plain(content)))))
+            write_atomic(
+                run.path / _file_of(subject), json_bytes(json.loads(json.dumps(plain(content))))
+            )
     return estimates
 
 
@@ -272,24 +309,32 @@ def _choice_table(estimates: dict[str, Estimates], limits: dict[str, tuple[float
 def gate(subject: Subject, *, accepted: str | None, say: Say) -> str:
     """What is known of the risk before the first step, in words; RunError if it is too much.
 
-    ``accepted`` says why the risk is taken as it is, None if it is not: nothing is refused then,
-    and nothing assessed that has not been before.
+    Of every limit. ``accepted`` says why the risk is taken as it is, None if it is not: nothing is
+    refused then, and nothing assessed that has not been before.
     """
-    dataset, safety = subject.dataset, subject.safety
-    limit = safety.limit(dataset.horizon, dataset.cost_max).value
+    subjects = each_subject(subject, subject.safety)
     if accepted is not None:
-        stored = stored_estimates(subject)
-        known = numbers(stored, limit, safety.confidence) if stored else "not assessed"
-        return f"{accepted}; {known}"
+        known = [
+            numbers(stored, _limit_of(each), each.safety.confidence)
+            for each in subjects
+            if (stored := stored_estimates(each)) is not None
+        ]
+        return "; ".join([accepted, *(known or ["not assessed"])])
+    return "; ".join(_shown_below(each, say) for each in subjects)
+
+
+def _shown_below(subject: Subject, say: Say) -> str:
+    """What the log shows of one limit, in words; RunError unless it shows that it is kept."""
+    limit, confidence = _limit_of(subject), subject.safety.confidence
     # In a pretrain run that is shared, say, and not ours, all of it counts but is not stored.
     kept = unwritable(subject.run.path) is None
     estimates = assessed(subject, say, store=kept)
-    if estimates.shows_below(limit, safety.confidence):
-        return numbers(estimates, limit, safety.confidence)
+    if estimates.shows_below(limit, confidence):
+        return numbers(estimates, limit, confidence)
     option = QUANTITIES[estimates.constraint].limit.replace("_", "-")
     raise RunError(
         f'Before the first step of "{subject.run.name}": '
-        f"{numbers(estimates, limit, safety.confidence)}. "
-        f"{estimates.sentence(limit, safety.confidence)} Pretrain on better data, raise "
+        f"{numbers(estimates, limit, confidence)}. "
+        f"{estimates.sentence(limit, confidence)} Pretrain on better data, raise "
         f"--{option}, or start all the same with --accept-risk."
     )

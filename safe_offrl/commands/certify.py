@@ -31,8 +31,9 @@ from safe_offrl.certify.certificate import (
 )
 from safe_offrl.certify.page import page, quantity, seen, summary
 from safe_offrl.check.situations import Situations, find_situations, require_situations
-from safe_offrl.commands.common import Limits, say_plain
+from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.environment import changed_line, since_run
+from safe_offrl.commands.given_limits import Limits
 from safe_offrl.deploy.episodes import distinct, faults_in_a_row
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
@@ -126,8 +127,8 @@ def _claim(
     if len(asked) > 1:
         raise ConfigError("Give --epsilon or --cost-limit: a certificate is about one of them.")
     quantity = next((q for q in QUANTITIES.values() if q.limit in asked), safety.quantity)
-    own = quantity is final.limit.quantity
-    if not own and quantity is COST:
+    own = next((limit for limit in final.limits if limit.quantity is quantity), None)
+    if own is None and quantity is COST:
         raise ConfigError(
             "The run constrains accidents, and how much an episode can cost is not known. "
             "Give --epsilon."
@@ -135,7 +136,7 @@ def _claim(
     return Claim(
         quantity=quantity.constraint,
         limit=asked.get(quantity.limit, safety.limit_value),
-        scale=final.limit.scale if own else 1.0,
+        scale=own.scale if own is not None else 1.0,
         confidence=safety.confidence if confidence is None else confidence,
         method="anytime" if episodes is None else "one look",
         episodes=MOST_EPISODES if episodes is None else episodes,
@@ -264,6 +265,17 @@ def _line(claim: Claim, total: float, episodes: int) -> str:
     return seen(claim, total, episodes) + bounds
 
 
+def _other_limits(final: FinalPolicy, claim: Claim) -> list[str]:
+    """What of the run's limits a certificate of this claim does not speak of."""
+    return [
+        f"limits      of {limit.quantity.limit_text(limit.value)}, another one of this run, this "
+        f"certificate says nothing: certify it too with "
+        f"--{limit.quantity.limit.replace('_', '-')} {limit.value:g}"
+        for limit in final.limits
+        if limit.constraint != claim.quantity and len(final.limits) > 1
+    ]
+
+
 def _header(final: FinalPolicy, claim: Claim, situations: Situations | None) -> str:
     """What a person should know before it starts."""
     many = (
@@ -276,6 +288,7 @@ def _header(final: FinalPolicy, claim: Claim, situations: Situations | None) -> 
         [
             f"certify     {quantity(claim)} of {final.run.name} (version {final.policy.version}), "
             f"confidence {claim.confidence:g}",
+            *_other_limits(final, claim),
             f"method      {CLAIM_METHODS[claim.method]}",
             f"episodes    {many}, in {final.env.env_id}",
             f"error       {attempt}",

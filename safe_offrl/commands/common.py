@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -116,33 +116,16 @@ def stored_pretrain_run(inputs: RunInputs) -> RunDir:
     return RunDir(path)
 
 
-class Limits(TypedDict, total=False):
-    """A limit instead of a run's own; None means not given."""
-
-    epsilon: float | None  # of P(accident)
-    cost_limit: float | None  # of the expected cost per episode
-
-
-def require_own_limit(safety: SafetySpec, limits: Limits) -> None:
-    """ConfigError if a limit is given of what the run does not constrain."""
-    for other in QUANTITIES.values():
-        if other is not safety.quantity and limits.get(other.limit) is not None:
-            raise ConfigError(
-                f'The run was pretrained under the constraint "{safety.constraint}", so '
-                f"{other.limit} means nothing to it. Leave it out, or pretrain under the other "
-                "constraint."
-            )
-
-
 def require_both_outcomes(dataset: Dataset, path: Path, safety: SafetySpec) -> None:
     """Raise DataError if the data cannot tell safe from unsafe: all episodes of one kind."""
-    if safety.constraint == "cost":
+    if "cost" in safety.bounds:
         costs = dataset.episode_costs
         if costs.min() == costs.max():
             raise DataError(
                 f'Every episode of the dataset "{path}" has the cost {costs[0]:g}, so cost cannot '
                 "be learnt from it. Log cheap and expensive episodes, or check the file's costs."
             )
+    if "accident" not in safety.bounds:
         return
     accidents = int(dataset.episode_accidents.sum())
     if accidents in (0, dataset.episodes):
@@ -169,16 +152,20 @@ def warning_lines(dataset: Dataset, safety: SafetySpec, held_out: float) -> list
 
     ``held_out`` is the share of its episodes that the safety critic is calibrated on.
     """
-    limit = safety.limit(dataset.horizon, dataset.cost_max)
-    found = dataset_warnings(dataset.sample(INSPECTED, seed=0), limit, held_out)
-    return [f"warning     {text}" for text in found]
+    sample = dataset.sample(INSPECTED, seed=0)
+    found = [
+        f"warning     {text}"
+        for limit in safety.all_limits(dataset.horizon, dataset.cost_max)
+        for text in dataset_warnings(sample, limit, held_out)
+    ]
+    return list(dict.fromkeys(found))  # what two limits have in common is said once
 
 
 def constraint_line(safety: SafetySpec, horizon: int) -> str:
     """Header line: what is promised."""
-    promised = safety.quantity.promise(safety.limit_value, horizon)
+    promised = [QUANTITIES[name].promise(value, horizon) for name, value in safety.bounds.items()]
     return (
-        f"constraints {promised}, KL < {safety.delta:g} nats (delta), "
+        f"constraints {', '.join(promised)}, KL < {safety.delta:g} nats (delta), "
         f'confidence {safety.confidence:.0%}, accident = "{safety.accident}"'
     )
 

@@ -102,14 +102,17 @@ def _drive_offline(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> No
                 saver.save_if_due(loop.step)
             else:
                 saver.save(loop.step)
-    report = loop.calibration()
+    report, *further = loop.calibrations()
     content = plain(report.as_dict())
     run.write_json("calibration.json", content)
     curves = {k: float(v) for k, v in content.items() if isinstance(v, bool | int | float)}
     run.log(loop.total_steps, {f"offline/calibration/{k}": v for k, v in curves.items()})
     save_calibration(run, "safety_critic", loop.total_steps, report_png(report))
+    for more in further:
+        run.write_json(f"calibration_{more.constraint}.json", plain(more.as_dict()))
     run.set_status("finished")
-    say(str(report))
+    for each in (report, *further):
+        say(str(each))
     say(f"finished    {run.path}")
 
 

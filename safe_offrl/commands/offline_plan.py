@@ -25,6 +25,7 @@ from safe_offrl.commands.common import (
     with_own_settings,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
+from safe_offrl.commands.given_limits import parse_limits
 from safe_offrl.compute.descent import choose_compute
 from safe_offrl.compute.device import configure, find_device
 from safe_offrl.config import load_config
@@ -78,6 +79,7 @@ def pretrain_config(
     agent: str | None = None,
     steps: int | None = None,
     seed: int | None = None,
+    limit: Sequence[str] | None = None,
     preset: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> PretrainConfig:
@@ -89,7 +91,8 @@ def pretrain_config(
     # What is given.
     env = env or _logged_env(dataset, overrides)
     named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
-    flags = {"env": env, "dataset": dataset, "agent": agent, "steps": steps, "seed": seed}
+    flags: dict[str, Any] = {"env": env, "dataset": dataset, "agent": agent, "steps": steps}
+    flags |= {"seed": seed, "safety.limits": parse_limits(limit)}
     resolve = functools.partial(
         load_config,
         PretrainConfig,
@@ -162,7 +165,8 @@ def plan_pretrain(
         check_matches_env(dataset, config.env, *sizes, discrete=env.discrete)
         check_learnable(dataset, config.safety)
         require_both_outcomes(dataset, path, config.safety)
-        config.safety.limit(dataset.horizon, dataset.cost_max)  # This refuses one that cannot bind.
+        # This refuses a limit that cannot bind.
+        config.safety.all_limits(dataset.horizon, dataset.cost_max)
         env_versions, env_identity = env.versions(), env.identity()
         units = _assumed_units(dataset, env)
     finally:

@@ -37,6 +37,7 @@ from safe_offrl.record.why import Reasons
 from safe_offrl.report.calibration_chart import online_blocks, online_png
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.foundation import settings_of
 from safe_offrl.train.iteration import Iteration
 from safe_offrl.types import Episode
 
@@ -68,7 +69,7 @@ def finetune_run(
         say(f"run         {run.path}")
         loop = start_loop(plan)
         run.save_checkpoint(0, loop.state_dict(), loop.info())
-        curves = OnlineCurves(loop.monitor, plan.config.budget)
+        curves = OnlineCurves(loop.monitors, plan.config.budget)
         _drive(run, plan, loop, curves, Saver(run, loop, stop, checkpoint_seconds), say)
     return run
 
@@ -117,7 +118,7 @@ def resume_finetune(
                 # Its policy is not the one that the run will end with.
                 for stale in ("evaluation.json", REPLAY):
                     (run.path / stale).unlink(missing_ok=True)
-                curves = OnlineCurves(loop.monitor, config.budget)
+                curves = OnlineCurves(loop.monitors, config.budget)
                 curves.restore(run.episodes()[: checkpoint.counts["ledger"]], run.iterations())
                 say(f"resume      {run.path} from step {checkpoint.step:,}")
                 _drive(run, plan, loop, curves, Saver(run, loop, stop, checkpoint_seconds), say)
@@ -147,8 +148,13 @@ def _drive(
     stop = saver.stop
     real = plan.config.env.kind == "real"
     show_line = None if say is say_plain else say
-    alarmed = loop.monitor.alarm  # one that has sounded was said before a resume
-    reasons = Reasons(plan.config.lagrangian, plan.limit, steered=plan.config.safety_constraint)
+    alarmed = loop.alarm  # one that has sounded was said before a resume
+    config = plan.config
+    steered = plan.limits if config.safety_constraint else ()
+    reasons = Reasons(
+        (limit, settings_of(config, "lagrangian", limit.quantity, config.lagrangian))
+        for limit in steered
+    )
     for line in run.iterations():  # what a resumed run has said already
         reasons.take(line)
     seen: set[str] = set()  # phases of which an episode was played, and what follows it compiled
@@ -173,9 +179,9 @@ def _drive(
                 show(event)
                 if event.outcome == "fault" and loop.fault:
                     say(f"fault       in episode {event.index:,}: {loop.fault}")
-                if loop.monitor.alarm and not alarmed:
+                if loop.alarm and not alarmed:
                     say(_alarm_line(loop, event))
-                alarmed = loop.monitor.alarm
+                alarmed = loop.alarm
                 if curves.add_episode(event):
                     run.log(event.total_steps, curves.values())
                 progress.update(event.total_steps, curves.line())
@@ -191,12 +197,14 @@ def _drive(
                     raise interrupted(run, stop.number, event.total_steps)
             else:
                 # A decision on a candidate.
-                if alarmed and not loop.monitor.alarm:
+                if alarmed and not loop.alarm:
                     done = event.reason.removeprefix("alarm: ")
                     delta = f"delta is {event.delta:g} from here on"
                     say(f"alarm       step {event.step:,}: {done}; {delta}")
-                alarmed = loop.monitor.alarm
+                alarmed = loop.alarm
                 decision = {k: v for k, v in plain(event).items() if k != "metrics"}
+                if not event.further:
+                    del decision["further"]  # of one limit there is nothing to say
                 for text in reasons.take(decision):
                     say(f"why         step {event.step:,}: {text}")
                 run.log_iteration(decision)
@@ -217,9 +225,10 @@ def _drive(
 def _finish(run: RunDir, plan: FinetunePlan, curves: OnlineCurves, stopped: str, say: Say) -> None:
     """Last line, calibration and status of a run whose last checkpoint is written."""
     run.log(curves.step, curves.values())
-    constraint = plan.limit.constraint
+    first = plan.limits[0]
+    constraint = first.constraint
     if blocks := online_blocks(run.episodes(), run.iterations(), constraint):
-        png = online_png(blocks, constraint, plan.limit.value)
+        png = online_png(blocks, constraint, first.value)
         save_calibration(run, "online", curves.step, png)
     run.set_status("finished", reason=stopped)
     say(f"finished    {run.path}: {stopped}")
@@ -248,7 +257,8 @@ def _answers_alarms(loop: Finetuning) -> bool:
 def _alarm_line(loop: Finetuning, episode: Episode) -> str:
     """What has happened when the monitor's alarm sounds, and what the run does now."""
     safety = loop.config.safety
-    limit = safety.quantity.limit_text(safety.limit_value)
+    exceeded = [monitor.limit for monitor in loop.monitors if monitor.alarm]
+    limit = " and ".join(limit.quantity.limit_text(limit.value) for limit in exceeded)
     then = (
         f"its policy acts on until the next decision, from step {loop.next_proposal:,} on, which "
         "is on going back to an earlier one"
@@ -264,6 +274,11 @@ def _alarm_line(loop: Finetuning, episode: Episode) -> str:
 
 def _decision_values(event: Iteration) -> dict[str, float]:
     """The decision's numbers as curves; its reason stays in iterations.jsonl."""
+    further = {
+        f"safety/{key}/{limit.constraint}": getattr(limit, key)
+        for limit in event.further
+        for key in ("v_previous", "multiplier", "alpha")
+    }
     return {
         "iteration/index": float(event.index),
         "iteration/accepted": float(event.accepted),
@@ -277,4 +292,5 @@ def _decision_values(event: Iteration) -> dict[str, float]:
         "safety/alpha": event.alpha,
         "trust/kl_weight": event.kl_weight,
         "safety/version": float(event.version),
+        **further,
     }

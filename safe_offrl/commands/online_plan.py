@@ -10,17 +10,21 @@ from typing import Any, Unpack
 from safe_offrl.agents import find_agent, find_online
 from safe_offrl.commands.assess import Subject, gate
 from safe_offrl.commands.common import (
-    Limits,
     constraint_line,
     data_line,
     device_line,
-    require_own_limit,
     say_plain,
     stored_dataset,
     warning_lines,
     with_own_settings,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log, since_run
+from safe_offrl.commands.given_limits import (
+    Limits,
+    given_limits,
+    require_own_limit,
+    require_same_limits,
+)
 from safe_offrl.compute.descent import CompileMode, choose_compute
 from safe_offrl.compute.device import Device, configure, find_device
 from safe_offrl.config import load_config, to_dict
@@ -38,6 +42,7 @@ from safe_offrl.record.trust import require_trusted
 from safe_offrl.report.videos import require_pictures
 from safe_offrl.safety.monitor import Certifiable, certifiable
 from safe_offrl.spec import SafetySpec
+from safe_offrl.stats.fixed import shared_confidence
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 
@@ -59,8 +64,8 @@ class FinetunePlan:
     held_out: float  # share of its episodes that the safety critic was calibrated on
     pretrained: Checkpoint
     shield_refusals: tuple[str, ...]
-    limit: Limit  # what is constrained, in the safety critic's unit
-    certifiable: Certifiable  # what the budget can prove at best
+    limits: tuple[Limit, ...]  # what is constrained, in the safety critics' units
+    certifiable: tuple[Certifiable, ...]  # what the budget can prove at best, of each
     compiling: str  # whether, and why, in words
     changes: tuple[str, ...]  # header lines: how the environment differs from those learnt in
 
@@ -72,7 +77,7 @@ class FinetunePlan:
         shield = "shield" if not self.shield_refusals else "shield (abstains)"
         parts = {
             "KL": config.kl,
-            f"{safety.quantity.event} constraint": config.safety_constraint,
+            f"{' and '.join(safety.bounds)} constraint": config.safety_constraint,
             shield: config.shield,
         }
         on = [name for name, active in parts.items() if active]
@@ -98,7 +103,7 @@ class FinetunePlan:
                 + (why if self.shield_refusals else ""),
                 *([REAL_LINE] if config.env.kind == "real" else []),
                 f"warm-up     {warm_up}",
-                f"provable    {self.certifiable}",
+                *(f"provable    {best}" for best in self.certifiable),
                 f"risk        {self.inputs.risk}",
                 device_line(self.inputs, config.precision, self.compiling),
             ]
@@ -125,6 +130,7 @@ class FinetuneSettings(Limits, total=False):
     accident_budget: int | None
     videos: int | None
     keep_versions: bool | None
+    limit: Sequence[str] | None  # NAME=VALUE each
     seed: int | None
     kl: bool | None  # whether it is constrained
     safety_constraint: bool | None
@@ -147,11 +153,13 @@ def finetune_config(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
     require_own_limit(source.safety, settings)
+    given = given_limits(source.safety, settings, overrides)
     of_safety = {field.name for field in fields(SafetySpec)}
     # What an accident is must not change between the phases, so it overrides the preset too.
     flags = {f"safety.{key}": value for key, value in to_dict(source.safety).items()}
+    flags["safety.limits"] = given
     for key, value in settings.items():
-        if value is not None:
+        if value is not None and key != "limit":
             flags[f"safety.{key}" if key in of_safety else key] = value
     # Settings.
     config = load_config(
@@ -171,6 +179,7 @@ def finetune_config(
                 f'safety.{key} is {asked}, but the critic of "{pretrained.name}" learnt under '
                 f"{learnt}. Leave it out, or pretrain with it."
             )
+    require_same_limits(source.safety, config.safety, pretrained.name)
     # Discount and learner.
     config = _with_own_settings(config)
     _require_one_discount(config, discount_of(source), pretrained.name)
@@ -254,12 +263,15 @@ def plan_finetune(
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
-        limit = config.safety.limit(env.horizon, dataset.cost_max)
+        limits = config.safety.all_limits(env.horizon, dataset.cost_max)
         if config.videos:
             require_pictures(env)
         # Pretrained policy and shield.
         checkpoint, refusals = _pretrained_policy(pretrained)
-        provable = certifiable(config.budget, env.horizon, limit, config.safety.confidence)
+        confidence = shared_confidence(config.safety.confidence, len(limits))
+        provable = tuple(
+            certifiable(config.budget, env.horizon, limit, confidence) for limit in limits
+        )
         # The risk comes last, for it may take a minute: every other mistake is found before.
         accepted = "accepted by --accept-risk" if accept_risk else None
         if not config.safety_constraint:
@@ -290,7 +302,7 @@ def plan_finetune(
             held_out=source_config.held_out,
             pretrained=checkpoint,
             shield_refusals=refusals,
-            limit=limit,
+            limits=limits,
             certifiable=provable,
             compiling=compiling,
             changes=tuple(changes),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.online_buffer import OnlineBuffer
-from safe_offrl.data.sampling import RiskSampler, draw_indices, symmetric_batches
+from safe_offrl.data.sampling import Reach, RiskSampler, draw_indices, symmetric_batches
 from safe_offrl.types import Batch
 
 
@@ -24,24 +26,21 @@ class Experience:
         capacity: int,
         offline_share: float,
         *,
-        steps: int = 1,
-        discount: float = 1.0,
+        reaches: Sequence[Reach] = (Reach(),),
         device: torch.device | None = None,
     ) -> None:
-        """Batches for the safety critic span ``steps`` steps, see :class:`RiskSampler`.
+        """``reaches``, one a safety critic, say what its batches span, see :class:`RiskSampler`.
 
         The buffer lies on ``device``, the CPU by default. The generators must be there as well, and
         the rows of the dataset unless they are a memory map.
         """
         self.dataset = dataset
         self.offline_share = offline_share
-        self.buffer = OnlineBuffer(
-            dataset.layout, capacity, steps=steps, discount=discount, device=device
-        )
+        self.buffer = OnlineBuffer(dataset.layout, capacity, reaches=reaches, device=device)
         self._logged_starts = dataset.initial_observations.to(device)
-        self._logged = RiskSampler.from_dataset(
-            dataset, steps=steps, discount=discount, device=device
-        )
+        self._logged = [
+            RiskSampler.from_dataset(dataset, **reach._asdict(), device=device) for reach in reaches
+        ]
 
     def batches(self, updates: int, batch_size: int, generator: torch.Generator) -> list[Batch]:
         """Mini-batches for the reward critics and the actor, each with its exact share of both."""
@@ -56,16 +55,20 @@ class Experience:
         )
 
     def stratified_batch(
-        self, batch_size: int, positive_share: float, generator: torch.Generator
+        self, batch_size: int, positive_share: float, generator: torch.Generator, reach: int = 0
     ) -> tuple[Batch, Tensor, Tensor]:
-        """A batch for the safety critic, see RiskSampler.draw: (transitions, weights, spans).
+        """A batch for the safety critic of one reach, by its place: (transitions, weights, spans).
 
-        Each source is stratified by itself, so a weighted mean is that of a symmetric batch.
+        See RiskSampler.draw. Each source is stratified by itself, so a weighted mean is that of a
+        symmetric batch.
         """
         n = round(batch_size * self.offline_share)
         parts = [
             source.draw(size, positive_share, generator)
-            for source, size in ((self._logged, n), (self.buffer.risk_sampler(), batch_size - n))
+            for source, size in (
+                (self._logged[reach], n),
+                (self.buffer.risk_sampler(reach), batch_size - n),
+            )
         ]
         batches, weights, spans = zip(*parts, strict=True)
         joined = Batch(*(torch.cat(fields) for fields in zip(*batches, strict=True)))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from safe_offrl.data.sampling import RiskSampler, StratifiedSampler, draw_indices, n_step_costs
+from safe_offrl.data.sampling import (
+    Reach,
+    RiskSampler,
+    StratifiedSampler,
+    draw_indices,
+    n_step_costs,
+)
 from safe_offrl.errors import DataError
 from safe_offrl.types import Batch, Layout, Visited
 
@@ -24,18 +30,18 @@ class OnlineBuffer:
         layout: Layout,
         capacity: int,
         *,
-        steps: int = 1,
-        discount: float = 1.0,
+        reaches: Sequence[Reach] = (Reach(),),
         device: torch.device | None = None,
     ) -> None:
-        """Rows are kept on ``device``; for ``steps`` and ``discount`` see :class:`RiskSampler`."""
+        """Rows are kept on ``device``; ``reaches`` are those of :meth:`risk_sampler`."""
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}, but at least one row is needed")
         self.layout = layout
         self.capacity = capacity
-        self._steps, self._discount = steps, discount
+        self._reaches = tuple(reaches)
         self._store = torch.zeros(capacity, layout.width, device=device)
-        self._n_step_costs, self._spans = torch.zeros(2, capacity, device=device)
+        # Costs and spans of each reach.
+        self._ahead = torch.zeros(len(reaches), 2, capacity, device=device)
         self._clear()
 
     def _clear(self) -> None:
@@ -74,13 +80,16 @@ class OnlineBuffer:
         self.start_observations = torch.cat([self.start_observations, initial])
         self._starts = torch.cat([self._starts, first + starts[1:].cpu()])
         # Costs, spans and accidents, which the safety critic learns from.
-        costs, spans = n_step_costs(added.costs, starts, self._steps, self._discount)
-        self._n_step_costs[first:end], self._spans[first:end] = costs, spans
+        for ahead, reach in zip(self._ahead, self._reaches, strict=True):
+            ahead[0, first:end], ahead[1, first:end] = n_step_costs(added.costs, starts, *reach)
         accidents = first + (added.accidents > 0).nonzero().squeeze(1)
         self._accident_rows = torch.cat([self._accident_rows, accidents])
 
-    def risk_sampler(self) -> RiskSampler:
-        """Batches for the safety critic from the rows stored; at least one episode is needed."""
+    def risk_sampler(self, reach: int = 0) -> RiskSampler:
+        """Batches for a safety critic from the rows stored; at least one episode is needed.
+
+        ``reach`` is its place among those that the buffer was made with.
+        """
         if not self.size:
             raise ValueError("no episode has been added yet")
         accidents = self.layout.unpack(self.rows).accidents
@@ -88,9 +97,8 @@ class OnlineBuffer:
             self.rows,
             self.layout,
             StratifiedSampler(accidents, self._accident_rows),
-            self._n_step_costs[: self.size],
-            self._spans[: self.size],
-            steps=self._steps,
+            *self._ahead[reach, :, : self.size],
+            steps=self._reaches[reach].steps,
         )
 
     def recent_transitions(self, steps: int) -> Batch:

@@ -6,6 +6,8 @@ CPU.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,13 @@ def _select(rows: Rows, index: Tensor) -> Tensor:
     if isinstance(rows, Tensor):
         return rows.index_select(0, index)
     return rows[index.cpu()].to(index.device)
+
+
+class Reach(NamedTuple):
+    """What a transition spans that a safety critic learns from: steps, discounted."""
+
+    steps: int = 1
+    discount: float = 1.0
 
 
 class RiskSampler:

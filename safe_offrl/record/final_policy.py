@@ -29,9 +29,14 @@ class FinalPolicy(NamedTuple):
     env: AccidentEnv
     environment: EnvironmentConfig
     safety: SafetySpec
-    limit: Limit
+    limits: tuple[Limit, ...]
     worst_cost: float
     checkpoint_sha256: str
+
+    @property
+    def limit(self) -> Limit:
+        """The first limit."""
+        return self.limits[0]
 
 
 def final_policy(run: RunDir) -> FinalPolicy:
@@ -65,7 +70,7 @@ def final_policy(run: RunDir) -> FinalPolicy:
             env=env,
             environment=environment,
             safety=safety,
-            limit=safety.limit(env.horizon, float(info["cost_max"])),
+            limits=safety.all_limits(env.horizon, float(info["cost_max"])),
             worst_cost=float(info["worst_cost"]),
             checkpoint_sha256=checkpoint.sha256,
         )

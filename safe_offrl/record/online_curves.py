@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safe_offrl.safety.monitor import SafetyMonitor
@@ -19,9 +19,10 @@ class OnlineCurves:
     exactly the same curves.
     """
 
-    def __init__(self, monitor: SafetyMonitor, budget: int) -> None:
-        """``monitor`` is the run's own, and nothing but the run updates it; ``budget`` in steps."""
-        self._monitor = monitor
+    def __init__(self, monitors: Sequence[SafetyMonitor], budget: int) -> None:
+        """``monitors`` are the run's own, one a limit; nothing else updates them."""
+        self._monitor, *self._further = monitors
+        monitor = self._monitor
         self._limit = monitor.limit
         self._budget = budget
         self._returns: list[float] = []
@@ -69,18 +70,27 @@ class OnlineCurves:
     @property
     def estimate(self) -> float:
         """Estimate of the deployed policy: of the one that took its place, else of the old one."""
-        last = self._iteration
-        replaced = last.get("accepted") or last.get("rolled_back")
-        return self._decision("v_candidate" if replaced else "v_previous")
+        return self._estimate(self._iteration)
+
+    def _estimate(self, line: Mapping[str, Any]) -> float:
+        """The same of one limit's part of the last decision."""
+        replaced = self._iteration.get("accepted") or self._iteration.get("rolled_back")
+        value = line.get("v_candidate" if replaced else "v_previous")
+        return math.nan if value is None else float(value)
 
     def values(self) -> dict[str, float]:
         """One point of every curve that moves with the episodes."""
-        monitor, scale = self._monitor, self._limit.scale
+        monitor = self._monitor
         low, high = monitor.accident_rate_bounds
-        cost_bounds = {
-            "safety/cost_mean_lower": monitor.lower_mean * scale,
-            "safety/cost_mean_upper": monitor.upper_mean * scale,
+        further = {
+            f"safety/alarm_log_evidence/{other.limit.name}": other.log_evidence
+            for other in self._further
         }
+        for other in (monitor, *self._further):
+            if other.limit.constraint == "cost":
+                further["safety/cost_mean_lower"] = other.lower_mean * other.limit.scale
+                further["safety/cost_mean_upper"] = other.upper_mean * other.limit.scale
+            further[f"safety/{other.limit.quantity.limit}"] = other.limit.value
         return {
             "safety/accident_rate": monitor.accident_rate,
             "safety/accident_rate_lower": low,
@@ -88,8 +98,7 @@ class OnlineCurves:
             "safety/accidents_total": float(monitor.accidents),
             "safety/cost_mean": monitor.cost_mean,
             "safety/cost_recent": self.recent_cost,
-            **(cost_bounds if self._limit.constraint == "cost" else {}),
-            f"safety/{self._limit.quantity.limit}": self._limit.value,
+            **further,
             "safety/alarm_log_evidence": monitor.log_evidence,
             "online/return": self.recent_return,
             "budget/spent": self.step / self._budget,
@@ -97,8 +106,13 @@ class OnlineCurves:
 
     def trust(self) -> dict[str, float]:
         """Estimate of the policy that acts from here on, and share of accepted candidates."""
+        further = {
+            f"safety/{other.limit.quantity.measure}_estimate": self._estimate(line)
+            for other, line in zip(self._further, self._iteration.get("further", []), strict=True)
+        }
         return {
             f"safety/{self._limit.quantity.measure}_estimate": self.estimate,
+            **further,
             "trust/accepted": self._accepted / self._iterations,
         }
 

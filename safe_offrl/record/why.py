@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safe_offrl.limits import Limit
@@ -15,12 +15,12 @@ PATIENCE = 10  # decisions in a row that refuse, before a line says so
 class Reasons:
     """Looks at each decision of an online phase; says a reason where its cause first appears.
 
-    ``steered``: the safety constraint is on. Lambda may leave 0 and come back many times: a line
-    that has been read once says nothing new.
+    ``steered`` are the limits that steer the learner, each with the settings of its lambda. Lambda
+    may leave 0 and come back many times: a line that has been read once says nothing new.
     """
 
-    def __init__(self, config: LagrangianConfig, limit: Limit, *, steered: bool) -> None:
-        self._config, self._limit, self._steered = config, limit, steered
+    def __init__(self, steered: Iterable[tuple[Limit, LagrangianConfig]]) -> None:
+        self._steered = list(steered)
         self._said: set[str] = set()  # causes
         self._refusals: list[str] = []
 
@@ -29,24 +29,32 @@ class Reasons:
         replaced = iteration["accepted"] or iteration["rolled_back"]
         refusals = [] if replaced else [*self._refusals, iteration["reason"]]
         self._refusals = refusals[-PATIENCE:]
-        found = self._of_lambda(float(iteration["multiplier"])) if self._steered else {}
+        found = {
+            f"{cause} of {limit.name}": text
+            for (limit, config), line in zip(
+                self._steered, [iteration, *iteration.get("further", [])], strict=False
+            )
+            for cause, text in self._of_lambda(limit, config, float(line["multiplier"])).items()
+        }
         if len(self._refusals) == PATIENCE:
             found["refused"] = self._of_refusals(iteration.get("divergence", "KL"))
         new = {cause: text for cause, text in found.items() if cause not in self._said}
         self._said |= set(new)
         return list(new.values())
 
-    def _of_lambda(self, value: float) -> dict[str, str]:
-        aim, maximum = self._config.aim, self._config.maximum
-        aimed = self._limit.quantity.text(aim * self._limit.value)
+    def _of_lambda(self, limit: Limit, config: LagrangianConfig, value: float) -> dict[str, str]:
+        aim, maximum = config.aim, config.maximum
+        aimed = limit.quantity.text(aim * limit.value)
+        name = "lambda" if len(self._steered) == 1 else f"lambda of {limit.name}"
         if value <= 0.0:
             return {
-                "zero": "lambda is 0: risk does not steer the learner while what lambda follows is "
-                f"below {aimed} (lagrangian.aim x the limit); lower lagrangian.aim for more margin"
+                "zero": f"{name} is 0: risk does not steer the learner while what lambda follows "
+                f"is below {aimed} (lagrangian.aim x the limit); lower lagrangian.aim for more "
+                "margin"
             }
         if value >= maximum:
             return {
-                "cap": f"lambda is at its cap of {maximum:g} (lagrangian.maximum), where risk can "
+                "cap": f"{name} is at its cap of {maximum:g} (lagrangian.maximum), where risk can "
                 f"weigh no more; if estimates stay above {aimed}, raise the cap, or ask "
                 "`safe-offrl inspect` whether anybody in the log keeps the limit"
             }

@@ -9,6 +9,7 @@ visited observations, the rest is the safety critic's conservative estimate, in 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class Decision(NamedTuple):
     kl_reverse_tail: float
     v_previous: float  # upper estimate of what is constrained, deployed policy
     v_candidate: float  # the same for the candidate that was decided on
+    further: tuple[tuple[float, float], ...] = ()  # both, of each limit behind the first
     divergence: str = "KL"  # what the fields kl_* hold, of another kind of policy another one
     divergence_unit: str = "nats"
 
@@ -78,6 +80,25 @@ class Decision(NamedTuple):
     def kl_tail(self) -> float:
         """The larger tail quantile of both directions; NaN if either is."""
         return float(np.max([self.kl_forward_tail, self.kl_reverse_tail]))
+
+    @property
+    def estimates(self) -> tuple[tuple[float, float], ...]:
+        """Of each limit: (v_previous, v_candidate)."""
+        return ((self.v_previous, self.v_candidate), *self.further)
+
+
+class Judge(NamedTuple):
+    """What a candidate is held against for one limit.
+
+    ``visited`` are transitions of the latest episodes, the deployed policy's and perhaps those of
+    the one or two before it, of which those count that matter to the limit; ``states`` those of
+    the critic's estimate.
+    """
+
+    limit: Limit
+    critic: SafetyCritic
+    visited: Visited
+    states: States
 
 
 def interpolate(previous: Actor, learner: Actor, fraction: float) -> Actor:
@@ -126,16 +147,23 @@ def _probability(value: float) -> float:
 def measure(
     candidate: Actor,
     previous: Actor,
-    critic: SafetyCritic,
-    visited: Visited,
-    v_previous: float,
+    judges: Sequence[Judge],
+    v_previous: Sequence[float],
     noise: Tensor,
     tail: float,
 ) -> Decision:
-    """What a change from the previous policy to the candidate would mean; nothing decided yet."""
-    kls = measure_divergence(candidate, previous, visited.batch.observations, tail).tolist()
-    change = critic.outlook.change_per_action(visited.per_episode)
-    change *= risk_change(candidate, previous, critic, visited, noise)
+    """What a change from the previous policy to the candidate would mean; nothing decided yet.
+
+    ``v_previous`` are the estimates of the previous policy, one a judge.
+    """
+    observations = judges[0].visited.batch.observations  # the same for all
+    kls = measure_divergence(candidate, previous, observations, tail).tolist()
+    estimates = []
+    for (_, critic, visited, _), before in zip(judges, v_previous, strict=True):
+        change = critic.outlook.change_per_action(visited.per_episode)
+        change *= risk_change(candidate, previous, critic, visited, noise)
+        estimates.append((before, _probability(before + change)))
+    first, *further = estimates
     return Decision(
         accepted=False,
         fraction=0.0,
@@ -144,8 +172,9 @@ def measure(
         kl_reverse_mean=kls[1],
         kl_forward_tail=kls[2],
         kl_reverse_tail=kls[3],
-        v_previous=v_previous,
-        v_candidate=_probability(v_previous + change),
+        v_previous=first[0],
+        v_candidate=first[1],
+        further=tuple(further),
         divergence=candidate.kind.divergence_name,
         divergence_unit=candidate.kind.divergence_unit,
     )
@@ -154,10 +183,7 @@ def measure(
 def decide(
     previous: Actor,
     learner: Actor,
-    critic: SafetyCritic,
-    visited: Visited,
-    states: States,
-    limit: Limit,
+    judges: Sequence[Judge],
     config: AcceptanceConfig,
     *,
     kl_limit: float | None,
@@ -165,37 +191,40 @@ def decide(
     confidence: float,
     generator: torch.Generator,
 ) -> tuple[Decision, Actor]:
-    """Backtrack from the learner towards the deployed policy until both constraints hold.
+    """Backtrack from the learner towards the deployed policy until every constraint holds.
 
-    ``visited`` are transitions of the latest episodes, the deployed policy's and perhaps those of
-    the one or two before it; ``states`` those of the critic's estimate. ``kl_limit``
-    None switches the KL constraint off; ``confidence`` is that of the upper estimate. While the
-    deployed policy itself is not below the limit, a candidate must have a lower estimate than it.
-    Returns the decision and the policy to act.
+    ``kl_limit`` None switches the KL constraint off; ``confidence`` is that of the upper estimates.
+    While the deployed policy itself is not below a limit, a candidate must have a lower estimate of
+    it. Returns the decision and the policy to act.
     """
-    noise = previous.noise(visited.batch.actions.shape[:-1], generator)
-    v_previous = _probability(critic.estimate(previous, states, generator, confidence).upper)
+    noise = previous.noise(judges[0].visited.batch.actions.shape[:-1], generator)
+    v_previous = [
+        _probability(critic.estimate(previous, states, generator, confidence).upper)
+        for _, critic, _, states in judges
+    ]
     fraction, decision = 1.0, None
     for _ in range(config.tries):
         candidate = interpolate(previous, learner, fraction)
         # The candidate, measured.
-        decision = measure(candidate, previous, critic, visited, v_previous, noise, config.tail)
+        decision = measure(candidate, previous, judges, v_previous, noise, config.tail)
         # Limits that it must keep.
-        limits = []
+        constraints = []
         if kl_limit is not None:
             tail_limit = config.tail_ratio * kl_limit
-            limits += [
+            constraints += [
                 Constraint(decision.divergence, decision.kl_mean, kl_limit),
                 Constraint(f"{decision.divergence} tail", decision.kl_tail, tail_limit),
             ]
-        improves = constrain_safety and decision.v_candidate < v_previous
-        if constrain_safety and not improves:
-            name = limit.quantity.symbol
-            limits.append(Constraint(name, decision.v_candidate * limit.scale, limit.value))
+        exceeds = False
+        for judge, (before, after) in zip(judges, decision.estimates, strict=True):
+            limit = judge.limit
+            if constrain_safety and not after < before:  # else it improves
+                name = limit.quantity.symbol
+                constraints.append(Constraint(name, after * limit.scale, limit.value))
+            exceeds |= constrain_safety and not after < limit.share
         # The first acceptable candidate acts; another is pulled back further.
-        failed = next((limit for limit in limits if not limit.satisfied), None)
+        failed = next((c for c in constraints if not c.satisfied), None)
         if failed is None:
-            exceeds = constrain_safety and not decision.v_candidate < limit.share
             reason = "improves on a policy above the limit" if exceeds else "every constraint holds"
             return decision._replace(accepted=True, fraction=fraction, reason=reason), candidate
         reason = f"{failed.name} {failed.value:.3g} is not below {failed.limit:.3g}"

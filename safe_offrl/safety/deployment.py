@@ -7,7 +7,7 @@ is deployed goes on acting until a candidate is accepted or the monitor's alarm 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ import torch
 from safe_offrl.compute.state import Part
 from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
-from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, decide, measure
+from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, Judge, decide, measure
 from safe_offrl.safety.critic import SafetyCritic
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.safety.shield import Shield, ShieldConfig
-from safe_offrl.types import States, Visited
 
 MIN_DELTA_SHARE = 1 / 16  # of delta that every alarm's halving leaves
 
@@ -28,6 +27,7 @@ class Deployment:
     """The deployed policy with its version, shield and trust region.
 
     ``kl_limited`` and ``safety_limited`` say which constraints a candidate must meet.
+    ``critic`` and ``limit`` are those that the shield compares actions by, the first of a run.
     Unless ``shield_acts`` the shield abstains. ``delta`` and ``kl_weight`` (of the penalty
     that keeps the learner near) are scalar tensors, moved in place.
     """
@@ -78,39 +78,38 @@ class Deployment:
     def propose(
         self,
         learner: Actor,
-        visited: Visited,
-        states: States,
-        monitor: SafetyMonitor,
+        judges: Sequence[Judge],
+        monitors: Sequence[SafetyMonitor],
+        confidence: float,
         generator: torch.Generator,
     ) -> tuple[Decision, bool]:
         """Decide on the learner and deploy what passes; (decision, whether it was a roll-back).
 
-        ``visited`` are transitions of the latest episodes, ``states`` those of the critic's
-        estimate. A version that the monitor has certified below the limit is kept for the alarm to
-        go back to. Without the safety constraint an alarm changes nothing.
+        ``judges`` and ``monitors`` are one a limit. A version that the monitors have certified
+        below every limit is kept for an alarm to go back to. Without the safety constraint an alarm
+        changes nothing.
         """
         # Measurement and decision.
         decision, candidate = decide(
             self.actor,
             learner,
-            self._critic,
-            visited,
-            states,
-            self.limit,
+            judges,
             self.acceptance,
             kl_limit=float(self.delta) if self.kl_limited else None,
             constrain_safety=self.safety_limited,
-            confidence=monitor.confidence,
+            confidence=confidence,
             generator=generator,
         )
         if self.kl_limited:
             self._adapt_kl_weight(decision)
-        # The alarm, which takes precedence over any decision.
-        if monitor.alarm and self.safety_limited:
-            monitor.reset_alarm()
-            return self._on_alarm(decision, visited, monitor, generator)
+        # An alarm, which takes precedence over any decision.
+        alarming = [i for i, monitor in enumerate(monitors) if monitor.alarm]
+        if alarming and self.safety_limited:
+            for i in alarming:
+                monitors[i].reset_alarm()
+            return self._on_alarm(decision, judges, monitors, alarming, generator)
         # A certificate of the version that has acted so far.
-        if monitor.version_interval(self.version)[1] < self.limit.share:
+        if all(m.version_interval(self.version)[1] < m.limit.share for m in monitors):
             self.certified = copy.deepcopy(self.actor)
             self.certified_shield = copy.deepcopy(self.shield)
             self.certified_version, self.proved = self.version, True
@@ -121,14 +120,15 @@ class Deployment:
     def _on_alarm(
         self,
         decision: Decision,
-        visited: Visited,
-        monitor: SafetyMonitor,
+        judges: Sequence[Judge],
+        monitors: Sequence[SafetyMonitor],
+        alarming: Sequence[int],
         generator: torch.Generator,
     ) -> tuple[Decision, bool]:
-        """Some policy has exceeded the limit: halve delta, and back to the last certified policy.
+        """Some policy has exceeded a limit: halve delta, and back to the last certified policy.
 
         Until one is certified that is the pretrained policy, but not if it is itself shown to
-        exceed the limit, nor unless its estimate is the lower one.
+        exceed a limit, nor unless its estimate of every ``alarming`` one is the lower one.
         """
         # Trust region.
         self.delta.mul_(0.5).clamp_(min=MIN_DELTA_SHARE * self.initial_delta)
@@ -136,18 +136,18 @@ class Deployment:
         if self.certified_version == self.version:
             which = "last certified" if self.proved else "pretrained"
             return _stays(decision, f"the {which} policy already acts"), False
-        if monitor.version_interval(self.certified_version)[0] > self.limit.share:
+        if any(m.version_interval(self.certified_version)[0] > m.limit.share for m in monitors):
             return _stays(decision, "the policy to go back to is shown to exceed the limit"), False
         measured = measure(
             self.certified,
             self.actor,
-            self._critic,
-            visited,
-            decision.v_previous,
-            self.actor.noise(visited.batch.actions.shape[:-1], generator),
+            judges,
+            [before for before, _ in decision.estimates],
+            self.actor.noise(judges[0].visited.batch.actions.shape[:-1], generator),
             self.acceptance.tail,
         )
-        if not self.proved and not measured.v_candidate < decision.v_previous:
+        lower = [after < before for before, after in measured.estimates]
+        if not self.proved and not all(lower[i] for i in alarming):
             return _stays(decision, "the pretrained policy is not estimated to be safer"), False
         # The roll-back. Its own shield returns with it: what was shown is about the two together.
         self.deploy(self.certified, self.certified_shield)

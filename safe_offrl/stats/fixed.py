@@ -53,6 +53,14 @@ def error_share(confidence: float, k: int) -> float:
     return (1.0 - confidence) * 6.0 / (math.pi * k) ** 2
 
 
+def shared_confidence(confidence: float, statements: int) -> float:
+    """Confidence of each of so many statements that are to hold together at ``confidence``.
+
+    The error is split evenly between them (Bonferroni).
+    """
+    return confidence if statements == 1 else 1.0 - (1.0 - confidence) / statements
+
+
 class PerTool(NamedTuple, Generic[Number]):
     """One number for each of the three tools."""
 

@@ -20,19 +20,20 @@ from safe_offrl.compute.state import Part, collect_state, named, restore_state
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.episode_sums import fill_returns
 from safe_offrl.data.experience import Experience
+from safe_offrl.data.sampling import Reach
 from safe_offrl.deploy.episodes import Reservation, faults_in_a_row, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
+from safe_offrl.safety.constrained import constrained_parts
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
+from safe_offrl.stats.fixed import shared_confidence
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.foundation import Foundation
-from safe_offrl.train.iteration import UNTESTED, Iteration
-from safe_offrl.types import Episode, Normalizer, States
-
-UPDATE_STATES = 32  # estimate states per update of the safety critic
-DECISION_STATES = 1000  # estimate states behind one decision on a candidate
+from safe_offrl.train.iteration import Iteration, untested
+from safe_offrl.train.online_constraints import OnlineConstraints
+from safe_offrl.types import Episode, Normalizer
 
 
 class Finetuning:
@@ -61,32 +62,38 @@ class Finetuning:
         self.rng = np.random.default_rng(config.seed)
         # What learns, in the order in which it is drawn.
         self.foundation = base = Foundation.from_log(config, dataset, env.horizon, compiled, device)
-        self.networks, self.limit, self.generator = base.networks, base.limit, base.generator
+        self.networks, self.limits, self.generator = base.networks, base.limits, base.generator
         logged = dataset.normalised(self.normalizer).on(self.generator.device)
-        built_from = (self.networks, logged, self.limit, self.generator, base.compute)
+        built_from = (self.networks, logged, self.limits, self.generator, base.compute)
         setup = Setup(*built_from, learner=config.cautious_learner)
         self.learner = online_agent(config.baseline.learner, setup, config.baseline.agents)
-        self.critic = base.critic()
-        self.multiplier = base.multiplier(config.baseline.gains)
+        self.constraints = base.constraints()
         if not config.baseline.from_scratch:
             self._go_on_from(pretrained)
         init = config.baseline.multiplier_init
-        start = float(self.multiplier.value) if init is None else init
-        self.multiplier.begin_at(start if config.safety_constraint else 0.0)
+        for _, _, multiplier in self.constraints:
+            start = float(multiplier.value) if init is None else init
+            multiplier.begin_at(start if config.safety_constraint else 0.0)
         # What it learns from, and what judges it.
         self.experience = Experience(
             logged,
             config.budget,
             config.offline_share,
-            steps=self.critic.outlook.steps,
-            discount=self.critic.outlook.discount,
+            reaches=[
+                Reach(critic.outlook.steps, critic.outlook.discount)
+                for _, critic, _ in self.constraints
+            ],
             device=self.generator.device,
         )
-        self.monitor = SafetyMonitor(self.limit, config.safety.confidence)
+        confidence = shared_confidence(config.safety.confidence, len(self.limits))
+        self.monitors = [SafetyMonitor(limit, confidence) for limit in self.limits]
+        self.online = OnlineConstraints(
+            config, self.constraints, self.monitors, self.experience, self.generator
+        )
         self.deployment = Deployment(
             self.networks.actor,
-            self.critic,
-            self.limit,
+            self.constraints[0].critic,
+            self.limits[0],
             config.safety.delta,
             config.acceptance,
             config.shielding,
@@ -107,8 +114,7 @@ class Finetuning:
         owner = "agent" if self.learner.own_values else "learner"
         parts: dict[str, Part] = {
             **named(owner, self.learner.parts()),
-            **self.critic.parts(),
-            "multiplier": self.multiplier.value,
+            **constrained_parts(self.constraints),
         }
         restore_state(parts, pretrained)
 
@@ -149,7 +155,7 @@ class Finetuning:
                 due = 0
             # Metrics are this episode's alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
-            seen = self.limit.quantity.seen(self.monitor.recent)
+            seen = [m.limit.quantity.seen(m.recent) for m in self.monitors]
             for _ in range(due):
                 metrics |= self._update(seen, critics_only=warming_up)
             # A proposal, where one is due and there is something to judge it by.
@@ -198,21 +204,23 @@ class Finetuning:
             self.rng = np.random.default_rng([self.config.seed, 2, episode.index])
             if episode.version > self.deployment.version:  # lost, with its checkpoint
                 self.deployment.version = episode.version + 1
-        self.monitor.update(episode.accident, episode.cost, episode.version)
+        for monitor in self.monitors:
+            monitor.update(episode.accident, episode.cost, episode.version)
 
-    def _estimate_states(self, size: int) -> States:
-        """Estimate states of the deployed policy: starts, and for a cost its visits."""
-        visited, length, latest = None, 0.0, self.config.visited_steps
-        if self.critic.outlook.over_visits:
-            visited = self.experience.buffer.draw_recent(latest, size, self.generator)
-            length = self.experience.buffer.mean_episode_length(latest)
-        starts = self.experience.draw_start_observations(size, self.generator)
-        return self.critic.outlook.estimate_states(starts, visited, length)
+    @property
+    def monitor(self) -> SafetyMonitor:
+        """That of the first limit."""
+        return self.monitors[0]
 
-    def _update(self, seen: float, *, critics_only: bool) -> dict[str, Tensor]:
-        """UTD critic updates, one of the safety critic, one of the actor and the multiplier.
+    @property
+    def alarm(self) -> bool:
+        """Whether some policy is shown to have exceeded a limit."""
+        return any(monitor.alarm for monitor in self.monitors)
 
-        ``seen``: what recent episodes show, in the critic's unit.
+    def _update(self, seen: Sequence[float], *, critics_only: bool) -> dict[str, Tensor]:
+        """UTD critic updates, one of each safety critic and multiplier, one of the actor.
+
+        ``seen``: what recent episodes show of each limit, in its critic's unit.
         """
         config, generator, experience = self.config, self.generator, self.experience
         # Critics of the reward.
@@ -220,28 +228,14 @@ class Finetuning:
         batches = experience.batches(config.utd, config.batch_size, generator)
         for batch in batches:
             metrics |= self.learner.update_critics(batch)
-        # Safety critic and lambda. The critic is of the policy that ACTS: its episodes are what it
-        # is judged by, and the learner asks it what a change of an action does (CPO's advantage).
+        # Safety critics and lambdas.
         if not config.unconstrained:
-            risky, weights, spans = experience.stratified_batch(
-                config.batch_size, config.critic.positive_share, generator
-            )
-            actor, states = self.deployment.actor, self._estimate_states(UPDATE_STATES)
-            metrics |= self.critic.update(
-                risky, weights, actor, states, generator, floor=seen, spans=spans
-            )
-            if config.safety_constraint and not critics_only:
-                # A Lagrangian method steers by what really happened, and by all of it.
-                self.multiplier.update(
-                    metrics["csc/estimate"]
-                    if config.baseline.multiplier == "ours"
-                    else self.multiplier.value.new_tensor(self.monitor.recent_mean)
-                )
+            metrics |= self.online.update(self.deployment.actor, seen, critics_only=critics_only)
         # Actor.
         if not critics_only:
+            steered = self.constraints if config.safety_constraint else ()
             steering = Steering(
-                self.critic.plain_risk if config.safety_constraint else None,
-                self.multiplier.value,
+                tuple(constraint.penalty(plain=True) for constraint in steered),
                 self.deployment.actor if config.kl else None,
                 self.deployment.kl_weight,
             )
@@ -259,30 +253,25 @@ class Finetuning:
         # The policy that acts from now on: the learner untested, or what passes.
         if config.untested:
             self.deployment.deploy(self.networks.actor)
-            decision, rolled_back = UNTESTED, False
+            decision, rolled_back = untested(len(self.limits)), False
         else:
-            visited = self.experience.buffer.recent_visits(
-                config.visited_steps, until_accident=self.limit.quantity.until_accident
-            )
-            states = self._estimate_states(DECISION_STATES)
+            judges, confidence = self.online.judges(), config.safety.confidence
             decision, rolled_back = self.deployment.propose(
-                self.networks.actor, visited, states, self.monitor, self.generator
+                self.networks.actor, judges, self.monitors, confidence, self.generator
             )
             # The learner goes on from the policy that acts: KL is anchored there, not where it
             # drifted.
             self.networks.actor.load_state_dict(self.deployment.actor.state_dict())
-        # The record, in the unit of the limit.
+        # The record, in the units of the limits.
         return Iteration.from_decision(
             decision,
-            self.limit,
+            self.constraints,
             index=self.iterations - 1,
             step=self.steps,
             version=self.deployment.version,
             delta=float(self.deployment.delta),
             tail_ratio=self.config.acceptance.tail_ratio,
-            multiplier=float(self.multiplier.value),
             kl_weight=float(self.deployment.kl_weight),
-            alpha=float(self.critic.alpha),
             rolled_back=rolled_back,
             metrics=metrics,
         )
@@ -290,9 +279,7 @@ class Finetuning:
     def _parts(self) -> dict[str, Part]:
         return {
             **named("learner", self.learner.parts()),
-            **self.critic.parts(),
-            "multiplier": self.multiplier.value,
-            **self.multiplier.parts(),
+            **constrained_parts(self.constraints, controlled=True),
             **self.deployment.parts(),
             "generator": self.generator,
         }
@@ -320,6 +307,7 @@ class Finetuning:
             "stopped": self.stopped,
             "recent": self.monitor.recent,
             "monitor": self.monitor.state_dict(),
+            "further_monitors": [m.state_dict() | {"recent": m.recent} for m in self.monitors[1:]],
             "rng": self.rng.bit_generator.state,
         }
 
@@ -339,4 +327,7 @@ class Finetuning:
         self.stopped = str(info["stopped"])
         self.monitor.recent = list(info["recent"])
         self.monitor.load_state_dict(info["monitor"])
+        for monitor, state in zip(self.monitors[1:], info.get("further_monitors", []), strict=True):
+            monitor.load_state_dict(state)
+            monitor.recent = list(state["recent"])
         self.rng.bit_generator.state = info["rng"]

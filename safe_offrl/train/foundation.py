@@ -6,7 +6,9 @@ networks of the agent, what an agent adds to them, the safety critic.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -14,14 +16,17 @@ from safe_offrl.compute.descent import Compute
 from safe_offrl.compute.device import Device
 from safe_offrl.compute.state import seeded
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.limits import Limit
+from safe_offrl.limits import QUANTITIES, Limit, Quantity
 from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Networks
+from safe_offrl.safety.constrained import Constrained
 from safe_offrl.safety.critic import SafetyCritic, outlook_on
-from safe_offrl.safety.multiplier import Multiplier, PIDConfig, PIDMultiplier
+from safe_offrl.safety.multiplier import Multiplier, PIDMultiplier
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Layout
+
+Settings = TypeVar("Settings")
 
 
 class Foundation(NamedTuple):
@@ -34,7 +39,7 @@ class Foundation(NamedTuple):
     generator: torch.Generator
     compute: Compute
     networks: Networks
-    limit: Limit  # of what is constrained
+    limits: tuple[Limit, ...]  # of what is constrained
     worst_cost: float  # what an episode counts as whose end is unknown
 
     @classmethod
@@ -48,7 +53,7 @@ class Foundation(NamedTuple):
     ) -> Foundation:
         """Generator and networks for a log and a horizon; ConfigError if its limit cannot bind."""
         generator, kind = seeded(config.seed, device), kind_for(discrete=dataset.discrete)
-        limit = config.safety.limit(horizon, dataset.cost_max)
+        limits = config.safety.all_limits(horizon, dataset.cost_max)
         return cls(
             config,
             dataset.layout,
@@ -57,19 +62,69 @@ class Foundation(NamedTuple):
             generator,
             Compute(compiled, config.precision, device),
             Networks(*dataset.layout, config.networks, generator, kind),
-            limit,
-            limit.worst_cost(dataset.worst_cost),
+            limits,
+            max(limit.worst_cost(dataset.worst_cost) for limit in limits),
         )
 
-    def critic(self) -> SafetyCritic:
-        """A new safety critic of what is constrained."""
-        outlook = outlook_on(self.limit, self.horizon, self.cost_max, self.config.critic)
-        return SafetyCritic(*self.layout, outlook, self.config.critic, self.generator, self.compute)
+    def constraints(self) -> tuple[Constrained, ...]:
+        """A new safety critic and multiplier of each limit."""
+        return tuple(
+            Constrained(limit, self._critic(limit), self._multiplier(limit))
+            for limit in self.limits
+        )
 
-    def multiplier(self, gains: PIDConfig | None = None) -> Multiplier | PIDMultiplier:
-        """Lambda at its start, to move by dual ascent or, with ``gains``, by PID control."""
-        lagrangian, device = self.config.lagrangian, self.generator.device
-        if gains is None:
-            return Multiplier(lagrangian, self.limit.share, device)
-        limit = lagrangian.aim * self.limit.share
-        return PIDMultiplier(gains, lagrangian.init, limit, lagrangian.maximum, device)
+    def _critic(self, limit: Limit) -> SafetyCritic:
+        settings = settings_of(self.config, "critic", limit.quantity, self.config.critic)
+        outlook = outlook_on(limit, self.horizon, self.cost_max, settings)
+        return SafetyCritic(*self.layout, outlook, settings, self.generator, self.compute)
+
+    def _multiplier(self, limit: Limit) -> Multiplier | PIDMultiplier:
+        """Lambda at its start, to move by dual ascent or, where a baseline asks for it, by PID."""
+        config, device = self.config, self.generator.device
+        lagrangian = settings_of(config, "lagrangian", limit.quantity, config.lagrangian)
+        if isinstance(config, FinetuneConfig) and config.baseline.multiplier == "pid":
+            gains = settings_of(config, "baseline", limit.quantity, config.baseline).pid
+            target = lagrangian.aim * limit.share
+            return PIDMultiplier(gains, lagrangian.init, target, lagrangian.maximum, device)
+        return Multiplier(lagrangian, limit.share, device)
+
+
+def settings_of(
+    config: PretrainConfig | FinetuneConfig, section: str, quantity: Quantity, first: Settings
+) -> Settings:
+    """A section of the settings for a limit of ``quantity``; ``first`` is that of the first limit.
+
+    A further limit of another quantity begins with its own quantity's defaults in all that depends
+    on it, and has everything else from the first.
+    """
+    if quantity is config.safety.quantity:
+        return first
+    phases = (
+        ["pretraining"] if isinstance(config, PretrainConfig) else ["pretraining", "finetuning"]
+    )
+    fresh = getattr(type(config)(), section)
+    settings = first
+    for other in (*QUANTITIES.values(), quantity):  # its own words come last
+        for phase in phases:
+            words = getattr(other, phase).get(section, {})
+            settings = _replaced(settings, words if other is quantity else _same(fresh, words))
+    return settings
+
+
+def _same(settings: Any, words: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that ``settings`` have under the (nested) keys of ``words``."""
+    return {
+        key: _same(getattr(settings, key), value)
+        if isinstance(value, Mapping)
+        else getattr(settings, key)
+        for key, value in words.items()
+    }
+
+
+def _replaced(settings: Settings, words: Mapping[str, Any]) -> Settings:
+    """The (nested) settings with these values."""
+    values = {
+        key: _replaced(getattr(settings, key), value) if isinstance(value, Mapping) else value
+        for key, value in words.items()
+    }
+    return replace(settings, **values)  # type: ignore[type-var]  # a dataclass

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from safe_offrl.limits import Limit
 from safe_offrl.safety.acceptance import Decision
+from safe_offrl.safety.constrained import Constrained
+
+
+class FurtherLimit(NamedTuple):
+    """What an iteration measured of a limit behind the first; as there."""
+
+    constraint: str
+    limit: float
+    v_previous: float
+    v_candidate: float
+    multiplier: float
+    alpha: float
 
 
 class Iteration(NamedTuple):
@@ -39,43 +51,59 @@ class Iteration(NamedTuple):
     metrics: dict[str, float]
     divergence: str  # what the fields kl_* hold; in lines of earlier versions KL, in nats
     divergence_unit: str
+    further: tuple[FurtherLimit, ...] = ()
 
     @classmethod
     def from_decision(
         cls,
         decision: Decision,
-        limit: Limit,
+        constraints: Sequence[Constrained],
         *,
         delta: float,
         tail_ratio: float,
         rolled_back: bool,
         **rest: Any,
     ) -> Iteration:
-        """From a decision, its shares times the scale of the limit; ``rest`` are fields as above.
+        """From a decision, its shares times the scales of the limits; ``rest`` are fields as above.
 
         ``constraints_satisfied`` is about the policy that acts from now on: the candidate, or the
         one that stays as it was, which is at no distance from itself.
         """
         # Constraints, of the policy that acts from now on.
+        shares = [constraint.limit.share for constraint in constraints]
         if decision.accepted or rolled_back:
             near = decision.kl_mean < delta and decision.kl_tail < tail_ratio * delta
-            satisfied = near and decision.v_candidate < limit.share
+            acting = [after for _, after in decision.estimates]
         else:
-            satisfied = decision.v_previous < limit.share
-        # Estimates in the unit of the limit.
-        decision = decision._replace(
-            v_previous=decision.v_previous * limit.scale,
-            v_candidate=decision.v_candidate * limit.scale,
+            near, acting = True, [before for before, _ in decision.estimates]
+        satisfied = near and all(v < share for v, share in zip(acting, shares, strict=True))
+        # Estimates in the units of the limits.
+        first, *further = (
+            FurtherLimit(
+                limit.name,
+                limit.value,
+                before * limit.scale,
+                after * limit.scale,
+                float(multiplier.value),
+                float(critic.alpha),
+            )
+            for (limit, critic, multiplier), (before, after) in zip(
+                constraints, decision.estimates, strict=True
+            )
         )
+        fields = decision._asdict() | first._asdict() | {"further": tuple(further)}
         return cls(
-            **decision._asdict(),
-            constraint=limit.constraint,
-            limit=limit.value,
+            **fields,
             delta=delta,
             constraints_satisfied=satisfied,
             rolled_back=rolled_back,
             **rest,
         )
+
+
+def untested(limits: int) -> Decision:
+    """The decision on a learner that acts without an acceptance step, under so many limits."""
+    return UNTESTED._replace(further=((math.nan, math.nan),) * (limits - 1))
 
 
 UNTESTED = Decision(

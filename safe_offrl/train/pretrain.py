@@ -21,11 +21,12 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import RiskSampler, draw_indices, uniform_batches
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.safety.calibration import CalibrationReport, calibrate_critic
+from safe_offrl.safety.constrained import Constrained, constrained_parts, metric_name
 from safe_offrl.safety.critic import RiskEstimate
 from safe_offrl.safety.shield import Shield
-from safe_offrl.train.foundation import Foundation
+from safe_offrl.train.foundation import Foundation, settings_of
 from safe_offrl.train.pretrain_config import PretrainConfig
-from safe_offrl.types import Record
+from safe_offrl.types import Batch, Record
 
 HELD_OUT_ROWS = 200_000  # transitions, about, that the critic is judged on: they lie in memory
 START_STATES = 64  # start states per update of the safety critic
@@ -54,28 +55,36 @@ class Pretraining:
         self.foundation = base = Foundation.from_log(
             config, dataset, dataset.horizon, compiled, device
         )
-        self.networks, self.limit, self.generator = base.networks, base.limit, base.generator
+        self.networks, self.generator = base.networks, base.generator
         agent = find_agent(config.agent)
-        built_from = (self.networks, self.train, self.limit, self.generator, base.compute)
-        self.agent = agent(Setup(*built_from, config.extraction), config.agents.settings_for(agent))
+        built_from = (self.networks, self.train, base.limits, self.generator, base.compute)
+        aversions = tuple(
+            settings_of(config, "extraction", limit.quantity, config.extraction).aversion
+            for limit in base.limits
+        )
+        setup = Setup(*built_from, config.extraction, aversions)
+        self.agent = agent(setup, config.agents.settings_for(agent))
         self.learner = RLPD(self.networks, config.alignment, self.generator, base.compute)
-        self.critic = base.critic()
-        self.critic.start_from(self.critic.outlook.first_logit(self.train))
-        self.multiplier = base.multiplier()
+        self.constraints = base.constraints()
+        for _, critic, _ in self.constraints:
+            critic.start_from(critic.outlook.first_logit(self.train))
         # What it learns from.
         logged = self.train.on(self.generator.device)
-        self._risky = RiskSampler.from_dataset(
-            logged,
-            steps=self.critic.outlook.steps,
-            discount=self.critic.outlook.discount,
-            device=self.generator.device,
-        )
+        self._risky = [
+            RiskSampler.from_dataset(
+                logged,
+                steps=critic.outlook.steps,
+                discount=critic.outlook.discount,
+                device=self.generator.device,
+            )
+            for _, critic, _ in self.constraints
+        ]
         self._rows = logged.rows
         self._starts = logged.initial_observations.to(self.generator.device)
         self._steps_per_episode = float(self.train.episode_lengths.mean())
         # Where it is.
         self.step = 0
-        self.report: CalibrationReport | None = None
+        self.reports: tuple[CalibrationReport, ...] = ()  # one a limit, made when training ends
         self._metrics: dict[str, Tensor | float] = {}  # since the last record
 
     @property
@@ -96,7 +105,7 @@ class Pretraining:
             last = self.step == self.total_steps
             if last:
                 # Whether the shield may act is part of the result, and so of the last checkpoint.
-                self.report = self._calibrate()
+                self.reports = self._calibrate()
             record = None
             if last or self.step % config.log_every == 0:
                 values = {f"offline/{k}": float(v) for k, v in self._metrics.items()}
@@ -111,61 +120,76 @@ class Pretraining:
         if aligning:
             metrics = self.learner.update_critics(batch)
         else:
-            steering = Steering(self.critic.risk, self.multiplier.value)
+            steering = Steering(tuple(c.penalty(plain=False) for c in self.constraints))
             metrics = self.agent.update(batch, steering)
+        for i, constraint in enumerate(self.constraints):
+            found = self._update_constraint(constraint, self._risky[i], batch, aligning=aligning)
+            metrics |= {metric_name(k, constraint.limit, first=not i): v for k, v in found.items()}
+        return metrics
+
+    def _update_constraint(
+        self, constraint: Constrained, risky: RiskSampler, batch: Batch, *, aligning: bool
+    ) -> dict[str, Tensor]:
+        """One step of a limit's safety critic, and one of its lambda."""
+        config, generator, (_, critic, multiplier) = self.config, self.generator, constraint
         # The safety critic.
-        risky, weights, spans = self._risky.draw(
-            config.batch_size, config.critic.positive_share, generator
+        drawn, weights, spans = risky.draw(
+            config.batch_size, critic.config.positive_share, generator
         )
         starts = self._starts[draw_indices(len(self._starts), START_STATES, generator)]
-        states = self.critic.outlook.estimate_states(starts, batch, self._steps_per_episode)
-        metrics |= self.critic.update(
-            risky, weights, self.networks.actor, states, generator, spans=spans
-        )
+        states = critic.outlook.estimate_states(starts, batch, self._steps_per_episode)
+        metrics = critic.update(drawn, weights, self.networks.actor, states, generator, spans=spans)
         # Lambda. On the log's observations the expected cost stays near the log's own whatever the
         # policy does: dual ascent on it would only wind lambda up. Online they are the policy's.
-        if not aligning and not self.critic.outlook.over_visits:
-            self.multiplier.update(metrics["csc/estimate"])
-        return {**metrics, "lambda": self.multiplier.value}
+        if not aligning and not critic.outlook.over_visits:
+            multiplier.update(metrics["csc/estimate"])
+        return {**metrics, "lambda": multiplier.value}
 
-    def estimate(self) -> RiskEstimate:
+    def estimate(self, constraint: Constrained | None = None) -> RiskEstimate:
         """What is constrained, under the present actor: over the log's start states, or its states.
 
-        The states of the log are those of its behaviours, not of the actor: for the expected cost
-        the estimate is of first order in what sets them apart.
+        Of the first limit if none is given. The states of the log are those of its behaviours, not
+        of the actor: for the expected cost the estimate is of first order in what sets them apart.
         """
+        critic = (constraint or self.constraints[0]).critic
         generator = seeded(self.config.seed, self.generator.device)
         index = draw_indices(len(self._starts), ESTIMATE_STATES, generator)
         logged = None
-        if self.critic.outlook.over_visits:
+        if critic.outlook.over_visits:
             (logged,) = uniform_batches(
                 self._rows, self.train.layout, 1, ESTIMATE_STATES, generator
             )
-        states = self.critic.outlook.estimate_states(
+        states = critic.outlook.estimate_states(
             self._starts[index], logged, self._steps_per_episode
         )
-        return self.critic.estimate(
+        return critic.estimate(
             self.networks.actor, states, generator, self.config.safety.confidence
         )
 
-    def calibration(self) -> CalibrationReport:
-        """The report on the safety critic, made when training ends."""
-        return self.report or self._calibrate()
+    def calibrations(self) -> tuple[CalibrationReport, ...]:
+        """The reports on the safety critics, one a limit, made when training ends."""
+        return self.reports or self._calibrate()
 
-    def _calibrate(self) -> CalibrationReport:
+    def _calibrate(self) -> tuple[CalibrationReport, ...]:
         actor = copy.deepcopy(self.networks.actor).cpu()
-        critic = self.critic.in_memory()
-        return calibrate_critic(
-            critic, actor, self.held_out, self.estimate(), self.limit, self._logged_episodes
+        return tuple(
+            calibrate_critic(
+                constraint.critic.in_memory(),
+                actor,
+                self.held_out,
+                self.estimate(constraint),
+                constraint.limit,
+                self._logged_episodes,
+            )
+            for constraint in self.constraints
         )
 
     def _parts(self) -> dict[str, Part]:
         return {
             **named("agent", self.agent.parts()),
             **named("learner", self.learner.parts()),
-            **self.critic.parts(),
+            **constrained_parts(self.constraints),
             **self.normalizer.parts(),
-            "multiplier": self.multiplier.value,
             "generator": self.generator,
         }
 
@@ -182,7 +206,7 @@ class Pretraining:
 
     def info(self) -> dict[str, Any]:
         """The part of the state that is not tensors; JSON-able."""
-        acts = self.report.shield_acts if self.report else False
+        acts = self.reports[0].shield_acts if self.reports else False
         unlogged = [(k, float(v)) for k, v in self._metrics.items()]  # in this order
         return {
             "step": self.step,

@@ -19,4 +19,4 @@ def setup_of(networks: Networks, generator: torch.Generator, **settings: Any) ->
     dataset = Dataset(
         torch.zeros(1, layout.width), layout, np.array([0, 1]), np.zeros(1, bool), 1, ""
     )
-    return Setup(networks, dataset, LIMIT, generator, **settings)
+    return Setup(networks, dataset, (LIMIT,), generator, **settings)

@@ -20,7 +20,7 @@ from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.agents.steering import Steering
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.state import Part, collect_state, restore_state
 from safe_offrl.policies.categorical import Categorical
@@ -35,7 +35,7 @@ LAYOUT = Layout(OBSERVATIONS, ACTIONS)
 SMALL = NetworkConfig((16,), (16,), MEMBERS)
 FAST = 3e-3
 WITH_VALUES = [name for name, agent in AGENTS.items() if agent.Config().discount is not None]
-NOTHING_ELSE = Steering(None, torch.tensor(0.0))
+NOTHING_ELSE = Steering()
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -107,7 +107,7 @@ def offline(
     networks = networks_of(layout, sizes, generator, discrete=discrete)
     built_from = setup_of(networks, generator, extraction=extraction)
     agent: Any = AGENTS[name](built_from, configs.settings_for(AGENTS[name]))
-    steering = Steering(no_risk, torch.tensor(1.0))
+    steering = Steering((Penalty(no_risk, torch.tensor(1.0)),))
     own = agent.cql if name == "calql" else agent
 
     def update_values(batch: Batch) -> None:
@@ -120,8 +120,9 @@ def offline(
         else:
             cql_loss(own.values, batch)
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
-        own.extraction.mixture_loss(batch, torch.zeros(len(batch.rewards)), no_risk, noise)
-        own.extraction.actor_loss(batch, noise, networks.q, *steering[:2])
+        zeros = torch.zeros(len(batch.rewards))
+        own.extraction.mixture_loss(batch, zeros, steering.penalties, noise)
+        own.extraction.actor_loss(batch, noise, networks.q, steering.penalties)
 
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
     return Setup(
@@ -169,12 +170,12 @@ def online(
 
     def step(batch: Batch) -> None:
         learner.update_critics(batch)
-        learner.update_actor(batch, Steering(no_risk, one))
+        learner.update_actor(batch, Steering((Penalty(no_risk, one),)))
 
     def losses(batch: Batch) -> None:
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
         learner.critic_loss(batch, noise, torch.tensor([0, 1]))
-        learner.actor_loss(batch, noise, no_risk, one, networks.actor, one)
+        learner.actor_loss(batch, noise, (Penalty(no_risk, one),), networks.actor, one)
 
     return Setup(
         networks,
@@ -616,7 +617,7 @@ def test_rlpd_actor_climbs_the_mean_of_all_critics(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(learner.networks, "q", spy)
     batch, zero = make_batch(), torch.tensor(0.0)
     noise = torch.randn(batch.actions.shape, generator=seeded(1))
-    learner.actor_loss(batch, noise, None, zero, None, zero)[0].backward()
+    learner.actor_loss(batch, noise, (), None, zero)[0].backward()
     (q,) = seen
     assert q.grad is not None
     # Every member pulls equally, upwards; the scale is the mean magnitude of the ensemble mean.
@@ -633,8 +634,9 @@ def test_rlpd_actor_loss_adds_risk_entropy_and_kl() -> None:
     policy = learner.networks.actor(batch.observations)
 
     def loss(risk: bool, anchored: Actor | None, weight: Tensor) -> Tensor:
-        chosen = (lambda o, t, a: 0.25 + 0.0 * a.sum(-1)) if risk else None
-        return learner.actor_loss(batch, noise, chosen, two, anchored, weight)[0]
+        penalty = Penalty(lambda o, t, a: 0.25 + 0.0 * a.sum(-1), two)
+        penalties = (penalty,) if risk else ()
+        return learner.actor_loss(batch, noise, penalties, anchored, weight)[0]
 
     plain = loss(False, None, zero)
     torch.testing.assert_close(loss(True, None, zero), plain + 2.0 * 0.25)
@@ -643,7 +645,7 @@ def test_rlpd_actor_loss_adds_risk_entropy_and_kl() -> None:
     torch.testing.assert_close(loss(False, anchor, three), plain + 3.0 * distance)
     torch.testing.assert_close(loss(False, learner.networks.actor, three), plain)
     warmer = make_rlpd(RLPDConfig(temperature_init=1.5))
-    value, log_prob = warmer.actor_loss(batch, noise, None, zero, None, zero)
+    value, log_prob = warmer.actor_loss(batch, noise, (), None, zero)
     torch.testing.assert_close(value, plain + (1.5 - 0.5) * log_prob)
 
 
@@ -675,7 +677,7 @@ def extract(
     for _ in range(steps):
         actions = side + 0.05 * torch.randn(64, 1, generator=g)
         batch = transitions(here, actions, zeros, here, zeros)
-        extraction.update(batch, zeros, Steering(risk, torch.tensor(multiplier)))
+        extraction.update(batch, zeros, Steering((Penalty(risk, torch.tensor(multiplier)),)))
     return networks.actor
 
 
@@ -822,7 +824,7 @@ def test_discrete_rlpd_losses_by_hand() -> None:
         return actions @ torch.tensor([0.1, 0.0, 0.9])
 
     two, three = torch.tensor(2.0), torch.tensor(3.0)
-    value, log_prob = learner.actor_loss(batch, NO_NOISE, risk, two, anchor, three)
+    value, log_prob = learner.actor_loss(batch, NO_NOISE, (Penalty(risk, two),), anchor, three)
     # E|Q| = .5 + .6 + .8 = 1.9; E Q = .5 - .6 + .8 = .7; E risk = .05 + .18 = .23
     negative_entropy = sum(p * math.log(p) for p in policy)
     distance = negative_entropy + math.log(3)
@@ -851,14 +853,13 @@ def test_discrete_extraction_by_hand() -> None:
         parameter.copy_(torch.tensor(behaviour).log())
     batch = discrete_batch(1)
     two = torch.tensor(2.0)
-    value, distance = extraction.actor_loss(
-        batch, NO_NOISE, networks.q, lambda o, t, a: a @ torch.tensor([0.1, 0.0, 0.9]), two
-    )
+    penalty = Penalty(lambda o, t, a: a @ torch.tensor([0.1, 0.0, 0.9]), two)
+    value, distance = extraction.actor_loss(batch, NO_NOISE, networks.q, (penalty,))
     kl_by_hand = sum(p * math.log(p / b) for p, b in zip(policy, behaviour, strict=True))
     assert distance.item() == pytest.approx(kl_by_hand, rel=1e-5)
     assert value.item() == pytest.approx(-0.7 / 1.9 + 2.0 * 0.23 + 0.5 * kl_by_hand, rel=1e-5)
     # One logged action: its weight is 1 after normalisation, whatever the advantage.
-    (loss,) = extraction.mixture_loss(batch, torch.tensor([3.0]), no_risk, None)
+    (loss,) = extraction.mixture_loss(batch, torch.tensor([3.0]), (penalty,), None)
     assert loss.item() == pytest.approx(-math.log(0.2), rel=1e-5)
 
 
@@ -875,9 +876,8 @@ def test_discrete_extraction_has_the_closed_form_optimum() -> None:
             for parameter in extraction.mixture.parameters():
                 parameter.zero_()
             parameter.copy_(behaviour.log())
-        loss, _ = extraction.actor_loss(
-            discrete_batch(0), NO_NOISE, networks.q, lambda o, t, a: a @ risks, torch.tensor(2.0)
-        )
+        penalty = Penalty(lambda o, t, a: a @ risks, torch.tensor(2.0))
+        loss, _ = extraction.actor_loss(discrete_batch(0), NO_NOISE, networks.q, (penalty,))
         *_, bias = networks.actor.parameters()
         return torch.autograd.grad(loss, bias)[0].abs().max().item()
 
@@ -890,8 +890,7 @@ def test_discrete_extraction_compares_state_by_state() -> None:
     extraction = Extraction(networks, ExtractionConfig(), seeded(1))
     batch = make_batch(discrete=True)
     flat = lambda o, a: a.sum(-1).expand(2, -1)  # noqa: E731
-    zero = torch.tensor(0.0)
-    _, divergence = extraction.actor_loss(batch, batch.actions, flat, no_risk, zero)
+    _, divergence = extraction.actor_loss(batch, batch.actions, flat, ())
     behaviour = Categorical(torch.log_softmax(extraction.mixture["layers"](batch.observations), -1))
     expected = categorical(networks.actor, batch.observations).divergence(behaviour).mean()
     torch.testing.assert_close(divergence, expected.detach())

@@ -16,7 +16,7 @@ import torch
 
 from safe_offrl import commands
 from safe_offrl.agents import AGENTS, find_agent, find_online
-from safe_offrl.agents.steering import Steering
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.descent import Compute
 from safe_offrl.config import read_yaml
 from safe_offrl.errors import ConfigError, EnvError, RunError
@@ -43,7 +43,7 @@ ONLINE = [
 
 
 OPTIMIZERS = ("critics_adam", "actor_adam")
-STEERING = Steering(lambda o, t, a: torch.sigmoid(a[:, 0]), torch.tensor(2.0))
+STEERING = Steering((Penalty(lambda o, t, a: torch.sigmoid(a[:, 0]), torch.tensor(2.0)),))
 
 
 class Killed(Exception):

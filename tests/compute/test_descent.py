@@ -10,7 +10,7 @@ from torch import Tensor
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.agents.steering import Steering
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute import descent
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.compiler import CompilerFault, compiler_fault
@@ -188,7 +188,7 @@ def test_compiled_and_eager_agree_where_actions_are_discrete() -> None:
         critic = SafetyCritic(*layout, AccidentAhead(20), settings, generator, compute)
         anchor = Actor(*layout, (16,), generator, kind_for(discrete=True))
         two = torch.tensor(2.0)
-        steering = Steering(critic.risk, two, anchor, two)
+        steering = Steering((Penalty(critic.risk, two),), anchor, two)
         logged = []
         for batch in batches():
             action = torch.randint(3, (32,), generator=generator)

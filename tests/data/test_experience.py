@@ -8,6 +8,7 @@ import torch
 
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.experience import Experience
+from safe_offrl.data.sampling import Reach
 from safe_offrl.types import Layout
 
 LAYOUT = Layout(2, 1)
@@ -32,7 +33,7 @@ def experience(share: float = 0.5, steps: int = 1) -> Experience:
         horizon=20,
         sha256="",
     )
-    return Experience(dataset, 100, share, steps=steps)
+    return Experience(dataset, 100, share, reaches=[Reach(steps)])
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.0])

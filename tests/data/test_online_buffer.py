@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safe_offrl.data.online_buffer import OnlineBuffer
-from safe_offrl.data.sampling import StratifiedSampler, n_step_costs
+from safe_offrl.data.sampling import Reach, StratifiedSampler, n_step_costs
 from safe_offrl.errors import DataError
 from safe_offrl.types import Layout
 
@@ -44,7 +44,7 @@ def episodes(*lengths: int) -> list[torch.Tensor]:
 
 
 def test_what_is_derived_as_episodes_come_is_what_all_of_them_at_once_give() -> None:
-    one, other = (OnlineBuffer(LAYOUT, 50, steps=3, discount=0.9) for _ in range(2))
+    one, other = (OnlineBuffer(LAYOUT, 50, reaches=[Reach(3, 0.9)]) for _ in range(2))
     played = episodes(7, 1, 1, 12, 3)
     for episode in played:
         one.append(episode)

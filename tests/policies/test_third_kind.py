@@ -23,7 +23,6 @@ from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.deploy.graph import PolicyGraph
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError
-from safe_offrl.limits import Limit
 from safe_offrl.policies.acting import NumpyActor
 from safe_offrl.policies.kinds import KINDS, kind_for
 from safe_offrl.policies.mlp import NumpyMLP, linear_layers
@@ -32,8 +31,16 @@ from safe_offrl.policies.protocol import Kind, Noise, Quadrature, Rows, Vector
 from safe_offrl.report.charts.constraints import constraint_panels
 from safe_offrl.report.charts.style import Group, Look
 from safe_offrl.report.run_data import _decision
-from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, decide, measure_divergence
+from safe_offrl.safety.acceptance import (
+    AcceptanceConfig,
+    Decision,
+    Judge,
+    decide,
+    measure_divergence,
+)
+from safe_offrl.safety.constrained import Constrained
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.multiplier import LagrangianConfig, Multiplier
 from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.safety.shield import Shield, ShieldConfig
 from safe_offrl.train.iteration import Iteration
@@ -137,10 +144,7 @@ def judge(learner: Actor, delta: float = 0.05) -> Decision:
     decision, _ = decide(
         policy(0.0, 0.5),
         learner,
-        critic_of(-5.0, 0.0),
-        visited(),
-        States.at_start(torch.zeros(20, 1)),
-        Limit("accident", 0.2, 1.0),
+        [Judge(LIMIT, critic_of(-5.0, 0.0), visited(), States.at_start(torch.zeros(20, 1)))],
         AcceptanceConfig(tries=1),
         kl_limit=delta,
         constrain_safety=True,
@@ -160,10 +164,12 @@ def test_its_divergence_is_measured_and_decides() -> None:
 
 
 def test_name_and_unit_reach_the_record_and_the_charts() -> None:
-    about: dict[str, Any] = {"index": 0, "step": 9, "version": 1, "multiplier": 1.0}
-    about |= {"kl_weight": 0.1, "alpha": 0.1, "metrics": {}, "rolled_back": False}
+    about: dict[str, Any] = {"index": 0, "step": 9, "version": 1}
+    about |= {"kl_weight": 0.1, "metrics": {}, "rolled_back": False}
+    multiplier = Multiplier(LagrangianConfig(), LIMIT.share)
+    constraint = Constrained(LIMIT, critic_of(-5.0, 0.0), multiplier)
     line = Iteration.from_decision(
-        judge(policy(0.1, 0.5)), LIMIT, delta=0.05, tail_ratio=5.0, **about
+        judge(policy(0.1, 0.5)), [constraint], delta=0.05, tail_ratio=5.0, **about
     )._asdict()
     assert (line["divergence"], line["divergence_unit"]) == ("W2^2", "squared actions")
     old = {k: v for k, v in line.items() if not k.startswith("divergence")}

@@ -40,7 +40,7 @@ class Counted:
 
     def __init__(self, limit: Limit = LIMIT) -> None:
         self.monitor = SafetyMonitor(limit)
-        self.curves = OnlineCurves(self.monitor, budget=10_000)
+        self.curves = OnlineCurves([self.monitor], budget=10_000)
 
     def add(self, episode: Episode) -> bool:
         self.monitor.update(episode.accident, episode.cost, episode.version)
@@ -115,7 +115,7 @@ def test_the_estimate_is_that_of_the_policy_that_acts() -> None:
 
 def test_restored_curves_go_on_the_same() -> None:
     run, monitor = Counted(), SafetyMonitor(LIMIT)
-    whole, resumed = run.curves, OnlineCurves(monitor, budget=10_000)
+    whole, resumed = run.curves, OnlineCurves([monitor], budget=10_000)
     episodes = [episode(i, accident=i % 9 == 0) for i in range(30)]
     for e in episodes:
         run.add(e)

@@ -18,7 +18,7 @@ def decision(multiplier: float = 1.0, reason: str = "", **more: Any) -> dict[str
 
 
 def reasons(*, steered: bool = True) -> Reasons:
-    return Reasons(LagrangianConfig(aim=0.6, maximum=20.0), LIMIT, steered=steered)
+    return Reasons([(LIMIT, LagrangianConfig(aim=0.6, maximum=20.0))] if steered else [])
 
 
 def test_lambda_at_zero_and_at_its_cap_is_said_once() -> None:

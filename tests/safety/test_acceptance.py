@@ -14,6 +14,7 @@ from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import (
     AcceptanceConfig,
     Decision,
+    Judge,
     decide,
     interpolate,
     measure_divergence,
@@ -71,10 +72,14 @@ def judge(
     return decide(
         previous,
         learner,
-        critic,
-        visited(),
-        States.at_start(torch.randn(300, 1)),
-        Limit("accident", epsilon, 1.0),
+        [
+            Judge(
+                Limit("accident", epsilon, 1.0),
+                critic,
+                visited(),
+                States.at_start(torch.randn(300, 1)),
+            )
+        ],
         config,
         kl_limit=delta,
         constrain_safety=accidents,

@@ -10,7 +10,7 @@ import torch
 from safe_offrl.limits import Limit
 from safe_offrl.policies.gaussian import Gaussian
 from safe_offrl.policies.networks import Actor
-from safe_offrl.safety.acceptance import AcceptanceConfig, Decision
+from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, Judge
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
@@ -66,7 +66,8 @@ def propose(deployed: Deployment, learner: Actor, monitor: SafetyMonitor) -> tup
     batch = Batch(states, states, zeros, zeros, zeros, states, zeros, zeros + 0.5, zeros)
     visited = Visited(batch, zeros + 1.0, 10.0)
     generator = torch.Generator().manual_seed(0)
-    return deployed.propose(learner, visited, States.at_start(states), monitor, generator)
+    judge = Judge(deployed.limit, deployed._critic, visited, States.at_start(states))
+    return deployed.propose(learner, [judge], [monitor], monitor.confidence, generator)
 
 
 def monitor_after(accidents: list[bool], version: int, epsilon: float = 0.2) -> SafetyMonitor:

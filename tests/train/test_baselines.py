@@ -136,7 +136,7 @@ def test_online_learners_move_actor_and_critics(name: str) -> None:
     assert all(map(torch.equal, actor, copies(networks.actor)))
     assert not all(map(torch.equal, critics, copies(networks.critics)))
     critics = copies(networks.critics)
-    learner.update_actor(batch, Steering(None, torch.tensor(0.0)))
+    learner.update_actor(batch, Steering())
     assert not all(map(torch.equal, actor, copies(networks.actor)))
     assert all(map(torch.equal, critics, copies(networks.critics)))
 
@@ -299,11 +299,13 @@ def test_cal_ql_has_a_reference_return_online_too(dataset: Dataset, by_iql: Pret
 def test_lambda_begins_where_it_is_told(
     dataset: Dataset, by_iql: Pretraining, init: float | None
 ) -> None:
-    offline = by_iql.multiplier.value.item()
+    offline = by_iql.constraints[0].multiplier.value.item()
     for kind in ("dual", "pid"):
         baseline = {"multiplier": kind, "multiplier_init": init}
         tuning = tuning_of(config_of(baseline, **LAGRANGIAN), dataset, by_iql)
-        assert tuning.multiplier.value.item() == pytest.approx(offline if init is None else init)
+        assert tuning.constraints[0].multiplier.value.item() == pytest.approx(
+            offline if init is None else init
+        )
 
 
 def test_lambda_of_a_lagrangian_method_follows_what_episodes_showed(
@@ -322,7 +324,7 @@ def test_lambda_of_a_lagrangian_method_follows_what_episodes_showed(
             warm = event.total_steps
     updates = tuning.steps // 3 - warm // 3
     assert tuning.monitor.recent_mean > 0.02
-    assert tuning.multiplier.value.item() == pytest.approx(0.01 * updates, rel=1e-4)
+    assert tuning.constraints[0].multiplier.value.item() == pytest.approx(0.01 * updates, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -346,16 +348,16 @@ def test_what_does_not_fit_together_is_refused(
 
 
 def test_only_safe_episodes_are_imitated(dataset: Dataset) -> None:
-    safe = safe_episodes(dataset, Limit("accident", 0.1, 1.0))
+    safe = safe_episodes(dataset, [Limit("accident", 0.1, 1.0)])
     assert 0 < safe.episodes == int((~dataset.episode_accidents).sum()) < dataset.episodes
     assert not safe.episode_accidents.any()
-    by_cost = safe_episodes(dataset, Limit("cost", 0.5 / HORIZON, HORIZON))  # within .5: none
+    by_cost = safe_episodes(dataset, [Limit("cost", 0.5 / HORIZON, HORIZON)])  # within .5: none
     assert by_cost.episodes == safe.episodes
-    everything = safe_episodes(dataset, Limit("cost", 1.0, HORIZON))
+    everything = safe_episodes(dataset, [Limit("cost", 1.0, HORIZON)])
     assert everything.episodes == dataset.episodes
     bad = dataset.subset(np.flatnonzero(dataset.episode_accidents))
     with pytest.raises(DataError, match="nothing to imitate"):
-        safe_episodes(bad, Limit("accident", 0.1, 1.0))
+        safe_episodes(bad, [Limit("accident", 0.1, 1.0)])
 
 
 def test_bc_safe_does_what_safe_episodes_did_and_is_resumed_bitwise(dataset: Dataset) -> None:

@@ -27,7 +27,7 @@ from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.policies.networks import Actor, NetworkConfig
+from safe_offrl.policies.networks import Actor, NetworkConfig, Risk
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.shield import ShieldConfig
 from safe_offrl.spec import SafetySpec
@@ -194,9 +194,12 @@ def test_warmup_is_the_frozen_pretrained_policys(
 ) -> None:
     trace = begin(config_of(), dataset, pretraining)
     tuning = trace.tuning
-    critics, safety = parameters(tuning.networks.critics), parameters(tuning.critic.net)
-    multiplier = tuning.multiplier.value.item()
-    assert multiplier == pretraining.multiplier.value.item() > 0.0  # warm-started
+    critics, safety = (
+        parameters(tuning.networks.critics),
+        parameters(tuning.constraints[0].critic.net),
+    )
+    multiplier = tuning.constraints[0].multiplier.value.item()
+    assert multiplier == pretraining.constraints[0].multiplier.value.item() > 0.0  # warm-started
     for item in trace.run():
         assert isinstance(item, Episode)
         assert item.phase == "warmup"
@@ -208,8 +211,8 @@ def test_warmup_is_the_frozen_pretrained_policys(
     assert tuning.steps >= 100
     assert equal(tuning.networks.actor, pretraining.networks.actor)
     assert not torch.equal(critics[0], parameters(tuning.networks.critics)[0])
-    assert not torch.equal(safety[0], parameters(tuning.critic.net)[0])
-    assert tuning.multiplier.value.item() == multiplier
+    assert not torch.equal(safety[0], parameters(tuning.constraints[0].critic.net)[0])
+    assert tuning.constraints[0].multiplier.value.item() == multiplier
     for item in trace.run():
         if isinstance(item, Iteration):
             break
@@ -234,16 +237,17 @@ def test_the_shield_acts_and_executed_actions_are_stored(
 def test_the_actor_is_steered_by_members_that_nothing_pushes(
     dataset: Dataset, pretraining: Pretraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update, asked = RLPD.update_actor, []
+    update = RLPD.update_actor
+    asked: list[Risk] = []
 
     def watched(self: RLPD, batch: Batch, steering: Steering) -> dict[str, Tensor]:
-        asked.append(steering.risk)
+        asked.extend(penalty.risk for penalty in steering.penalties)
         return update(self, batch, steering)
 
     monkeypatch.setattr(RLPD, "update_actor", watched)
     trace = begin(config_of(), dataset, pretraining)
     next(item for item in trace.run() if isinstance(item, Iteration))
-    assert set(asked) == {trace.tuning.critic.plain_risk}
+    assert set(asked) == {trace.tuning.constraints[0].critic.plain_risk}
 
 
 def test_a_shield_that_is_switched_off_does_not_act_though_it_might(
@@ -446,7 +450,7 @@ def test_all_off_is_plain_learning_from_the_same_policy(
 ) -> None:
     trace = begin(config_of(epsilon=0.01, **ALL_OFF), dataset, pretraining, shield=True)
     tuning = trace.tuning
-    before = parameters(tuning.critic.net)
+    before = parameters(tuning.constraints[0].critic.net)
     for item in trace.run():
         if isinstance(item, Iteration) and item.accepted:
             assert equal(tuning.deployment.actor, tuning.networks.actor)
@@ -456,9 +460,10 @@ def test_all_off_is_plain_learning_from_the_same_policy(
     assert [e.version for e in online] == list(range(online[0].version, tuning.deployment.version))
     assert len(trace.policies) == tuning.deployment.version + 1
     assert not any(i.rolled_back for i in trace.iterations)
-    assert tuning.multiplier.value.item() == 0.0
+    assert tuning.constraints[0].multiplier.value.item() == 0.0
     assert all(
-        torch.equal(a, b) for a, b in zip(before, parameters(tuning.critic.net), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(before, parameters(tuning.constraints[0].critic.net), strict=True)
     )
     assert not equal(tuning.deployment.actor, pretraining.networks.actor)
 
@@ -561,8 +566,8 @@ def test_settings_that_cannot_run_are_refused(settings: dict[str, Any]) -> None:
     [
         (lambda loop: loop.networks.critics, "RLPD.critic_loss"),
         (lambda loop: loop.networks.actor, "RLPD.critic_loss"),  # its actions are in the targets
-        (lambda loop: loop.critic.net, "SafetyCritic.loss"),
-        (lambda loop: [loop.multiplier.value], "RLPD.actor_loss"),
+        (lambda loop: loop.constraints[0].critic.net, "SafetyCritic.loss"),
+        (lambda loop: [loop.constraints[0].multiplier.value], "RLPD.actor_loss"),
     ],
     ids=["critics", "actor", "safety critic", "multiplier"],
 )
@@ -580,6 +585,6 @@ def test_learning_that_diverges_stops_before_an_optimiser_steps(
         tensors[0].fill_(math.nan)
     with pytest.raises(FloatingPointError, match=f"^{loss} is nan"):
         list(running)
-    networks = (loop.networks.critics, loop.networks.actor, loop.critic.net)
+    networks = (loop.networks.critics, loop.networks.actor, loop.constraints[0].critic.net)
     for parameter in (p for net in networks for p in net.parameters()):
         assert any(parameter is t for t in tensors) or parameter.isfinite().all()

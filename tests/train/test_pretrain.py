@@ -61,7 +61,7 @@ def test_resume_equals_uninterrupted_bitwise(dataset: Dataset, agent: str) -> No
         assert list(rest.run()) == records[step // 10 :]
         assert not different(rest.state_dict(), whole.state_dict(), "")
         assert rest.info() == whole.info()
-        assert repr(rest.calibration()) == repr(whole.calibration())
+        assert repr(rest.calibrations()[0]) == repr(whole.calibrations()[0])
 
 
 def test_alignment_freezes_the_actor_and_moves_the_critics(dataset: Dataset) -> None:
@@ -91,11 +91,10 @@ def test_the_held_out_episodes_are_not_learnt_from(dataset: Dataset) -> None:
 
 def test_the_report_is_made_at_the_end(dataset: Dataset) -> None:
     pretraining = Pretraining(config_of(), dataset)
-    assert pretraining.report is None
+    assert not pretraining.reports
     list(pretraining.run())
-    report = pretraining.report
-    assert report is not None
-    assert report is pretraining.calibration()
+    (report,) = pretraining.reports
+    assert report is pretraining.calibrations()[0]
     assert report.episodes == pretraining.held_out.episodes
     # Fifty steps make no critic that may shield.
     assert not report.shield_acts
@@ -125,7 +124,7 @@ def test_the_fewest_episodes_that_can_be_split_are_learnt_from(
         safety = SafetySpec(constraint=constraint, cost_limit=0.5)
         pretraining = Pretraining(config_of(held_out=0.15, safety=safety, seed=seed), few)
         list(pretraining.run())
-        assert pretraining.calibration().episodes == 1
+        assert pretraining.calibrations()[0].episodes == 1
 
 
 def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:

@@ -1,0 +1,79 @@
+"""Limits as they are given to a command: in short forms, and by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from safe_offrl.errors import ConfigError
+from safe_offrl.limits import QUANTITIES
+from safe_offrl.spec import SafetySpec
+
+
+class Limits(TypedDict, total=False):
+    """A limit instead of a run's own; None means not given."""
+
+    epsilon: float | None  # of P(accident)
+    cost_limit: float | None  # of the expected cost per episode
+
+
+def require_own_limit(safety: SafetySpec, limits: Limits) -> None:
+    """ConfigError if a limit is given of what the run does not constrain."""
+    for other in QUANTITIES.values():
+        if other.constraint not in safety.bounds and limits.get(other.limit) is not None:
+            known = '" and "'.join(safety.bounds)
+            raise ConfigError(
+                f'The run was pretrained under the constraint "{known}", so '
+                f"{other.limit} means nothing to it. Leave it out, or pretrain under the other "
+                "constraint."
+            )
+
+
+def parse_limits(arguments: Sequence[str] | None) -> dict[str, float] | None:
+    """NAME=VALUE of --limit, in their order; None if there is none.
+
+    >>> parse_limits(["cost=25", "accident=0.05"])
+    {'cost': 25.0, 'accident': 0.05}
+    """
+    found: dict[str, float] = {}
+    for text in arguments or ():
+        name, equals, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ConfigError(
+                f'--limit "{text}" is not of the form NAME=VALUE. Write, say, --limit cost=25.'
+            )
+    return found or None
+
+
+def given_limits(
+    learnt: SafetySpec, settings: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, float]:
+    """The limits of a run that has several, with what was given of them.
+
+    ConfigError for a short form among the overrides, which would say nothing.
+    """
+    given = {**learnt.limits, **(parse_limits(settings.get("limit")) or {})}
+    for quantity in QUANTITIES.values():
+        if quantity.constraint not in given:
+            continue
+        if any(text.startswith(f"safety.{quantity.limit}=") for text in overrides):
+            raise ConfigError(
+                f"The run has a limit of each of {', '.join(given)}, and safety.{quantity.limit} "
+                f"says nothing there. Give --limit {quantity.constraint}=VALUE."
+            )
+        if (value := settings.get(quantity.limit)) is not None:
+            given[quantity.constraint] = float(value)
+    return given
+
+
+def require_same_limits(learnt: SafetySpec, asked: SafetySpec, name: str) -> None:
+    """ConfigError if something else is limited than what the run ``name`` learnt to estimate."""
+    if set(learnt.bounds) != set(asked.bounds):
+        raise ConfigError(
+            f'The limits are of {", ".join(asked.bounds)}, but the critics of "{name}" learnt of '
+            f"{', '.join(learnt.bounds)}. Give --limit of the same, or pretrain with them."
+        )

@@ -1,0 +1,372 @@
+"""Several limits at once: each has its own critic, lambda and monitor, and every one must hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safe_offrl import commands
+from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.steering import Penalty
+from safe_offrl.assess.estimates import Estimates
+from safe_offrl.errors import ConfigError, RunError
+from safe_offrl.limits import ACCIDENT, COST, Limit
+from safe_offrl.policies.networks import NetworkConfig, Networks
+from safe_offrl.record.run import RunDir
+from safe_offrl.record.why import Reasons
+from safe_offrl.safety.acceptance import AcceptanceConfig, Judge, decide
+from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.safety.monitor import SafetyMonitor
+from safe_offrl.safety.multiplier import LagrangianConfig
+from safe_offrl.safety.outlook import CostAhead
+from safe_offrl.spec import SafetySpec
+from safe_offrl.stats.fixed import shared_confidence
+from safe_offrl.train.finetune import Finetuning
+from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.foundation import settings_of
+from safe_offrl.train.pretrain_config import PretrainConfig
+from safe_offrl.types import Batch, States, Visited
+from tests.safety.test_acceptance import critic_of, policy, visited
+from tests.safety.test_deployment import deployment, mean_of, monitor_after
+from tests.test_resume import ONLINE, TINY, Killed, kill_at, record, silent
+
+BOTH = {"accident": 0.6, "cost": 8.0}  # of PointHazard
+
+
+# --- the contract ---
+
+
+def test_limits_say_what_the_short_forms_say_and_the_first_is_the_constraint() -> None:
+    spec = SafetySpec(limits={"cost": 12.0, "accident": 0.03})
+    assert (spec.constraint, spec.cost_limit, spec.epsilon) == ("cost", 12.0, 0.03)
+    assert list(spec.bounds.items()) == [("cost", 12.0), ("accident", 0.03)]
+    cost, accident = spec.all_limits(100, 2.0)
+    assert cost == Limit("cost", 12.0 / 200.0, 200.0)
+    assert accident == Limit("accident", 0.03, 1.0)
+    assert SafetySpec(epsilon=0.2).bounds == {"accident": 0.2}
+
+
+def test_each_is_the_contract_of_one_limit() -> None:
+    spec = SafetySpec(limits={"cost": 12.0, "accident": 0.03})
+    assert [each.bounds for each in spec.each()] == [{"cost": 12.0}, {"accident": 0.03}]
+    assert SafetySpec(epsilon=0.2).each() == (SafetySpec(epsilon=0.2),)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [({"costs": 1.0}, 'a limit of "costs"'), ({"cost": -1.0}, "cost_limit is -1")],
+)
+def test_a_limit_that_means_nothing_is_refused(limits: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SafetySpec(limits=limits)
+
+
+@pytest.mark.parametrize("text", ["cost", "cost=much", "=3 4"])
+def test_a_limit_is_typed_as_name_and_value(text: str) -> None:
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
+        commands.pretrain_config(env="HazardLine-v0", limit=[text])
+
+
+def test_a_further_limit_begins_with_its_own_quantitys_settings() -> None:
+    """What depends on the quantity is its own, and everything else that of the first limit."""
+    both = SafetySpec(limits={"accident": 0.1, "cost": 25.0})
+    critic = SafetyCriticConfig(hidden=(7,), target_gap=0.03)
+    config = PretrainConfig(safety=both, critic=critic)
+    own = settings_of(config, "critic", COST, config.critic)
+    assert own == replace(critic, target_gap=0.005, weight_decay=0.1)
+    assert settings_of(config, "critic", ACCIDENT, config.critic) is critic
+    assert settings_of(config, "lagrangian", COST, config.lagrangian).init == 100.0
+    assert settings_of(config, "extraction", COST, config.extraction).aversion == (100.0, True)
+    # The other way round.
+    turned = SafetySpec(limits={"cost": 25.0, "accident": 0.1})
+    costly = LagrangianConfig(init=100.0, maximum=300.0, aim=0.5)
+    config = PretrainConfig(safety=turned, lagrangian=costly)
+    assert settings_of(config, "lagrangian", ACCIDENT, costly) == LagrangianConfig(aim=0.5)
+    # Online, where the critic goes on with what the offline phase said of it.
+    tuned = FinetuneConfig(safety=both, critic=critic)
+    own = settings_of(tuned, "critic", COST, tuned.critic)
+    assert own == replace(critic, target_gap=0.005, weight_decay=0.1, tau=0.05)
+    gains = settings_of(tuned, "baseline", COST, tuned.baseline).pid
+    assert (gains.proportional, gains.integral, gains.derivative) == (0.3, 0.03, 0.3)
+
+
+def test_the_error_is_split_between_the_limits() -> None:
+    assert shared_confidence(0.95, 1) == 0.95
+    assert shared_confidence(0.95, 2) == pytest.approx(0.975)
+    assert shared_confidence(0.9, 5) == pytest.approx(0.98)
+
+
+# --- learning ---
+
+
+def small() -> Networks:
+    return Networks(1, 1, NetworkConfig((8,), (8,), 2), torch.Generator().manual_seed(0))
+
+
+def batch_of(size: int) -> Batch:
+    zeros, column = torch.zeros(size), torch.linspace(-1.0, 1.0, size)[:, None]
+    return Batch(column, column, zeros, zeros, zeros, column, zeros, zeros + 0.5, zeros)
+
+
+def test_an_actor_is_asked_by_every_limit() -> None:
+    """Two penalties of constant risk add 2 x .25 and 3 x .5 to the loss."""
+    learner = RLPD(small(), RLPDConfig(), torch.Generator().manual_seed(0))
+    batch, noise, zero = batch_of(6), torch.zeros(6, 1), torch.tensor(0.0)
+    penalties = (
+        Penalty(lambda o, t, a: 0.25 + 0.0 * a.sum(-1), torch.tensor(2.0)),
+        Penalty(lambda o, t, a: 0.50 + 0.0 * a.sum(-1), torch.tensor(3.0)),
+    )
+    plain = learner.actor_loss(batch, noise, (), None, zero)[0]
+    asked = learner.actor_loss(batch, noise, penalties, None, zero)[0]
+    torch.testing.assert_close(asked, plain + 2.0)
+
+
+def test_a_logged_action_counts_against_every_risk() -> None:
+    """Weights exp(-ln 2 (1, 0) - ln 4 (0, 1)) of two actions, by two aversions: 1/2 and 1/4."""
+    aversions = (Aversion(math.log(2.0), False), Aversion(math.log(4.0), False))
+    settings = ExtractionConfig(), torch.Generator().manual_seed(0)
+    extraction = Extraction(small(), *settings, aversions=aversions)
+    batch = batch_of(2)  # its actions are -1 and 1
+    one = torch.tensor(1.0)
+    penalties = (
+        Penalty(lambda o, t, a: (a[:, 0] < 0).float(), one),
+        Penalty(lambda o, t, a: (a[:, 0] > 0).float(), one),
+    )
+    with torch.no_grad():
+        log_probs = extraction.behaviour(batch.observations).log_prob(batch.actions)
+        (loss,) = extraction.mixture_loss(batch, torch.zeros(2), penalties, None)
+    weights = torch.tensor([0.5, 0.25]) / 0.375
+    torch.testing.assert_close(loss, -(weights * log_probs).mean())
+
+
+# --- acceptance ---
+
+
+def judges(epsilon: float, share: float) -> list[Judge]:
+    """An accident limit whose risk does not depend on the action, and a cost limit whose does."""
+    torch.manual_seed(0)
+    states, batch = States.at_start(torch.randn(300, 1)), visited()
+    flat, steep = critic_of(-5.0, 0.0), critic_of(-3.0, 4.0)
+    steep.outlook = CostAhead(10, 1.0, 0.9, 1)
+    accident = Judge(Limit("accident", epsilon, 1.0), flat, batch, states)
+    return [accident, Judge(Limit("cost", share, 10.0), steep, batch, states)]
+
+
+@pytest.mark.parametrize(("share", "accepted"), [(0.9, True), (0.01, False)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_limit_must_hold(share: float, accepted: bool, turned: bool) -> None:
+    """The learner's mean action of .1 raises the cost; whichever limit comes first."""
+    both = judges(0.5, share)[:: -1 if turned else 1]
+    decision, acting = decide(
+        policy(0.0),
+        policy(0.1),
+        both,
+        AcceptanceConfig(),
+        kl_limit=None,
+        constrain_safety=True,
+        confidence=0.95,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert decision.accepted == accepted
+    assert (mean_of(acting) != 0.0) == accepted
+    (before, after), (flat_before, flat_after) = decision.estimates[:: 1 if turned else -1]
+    assert after > before > 0.04  # sigmoid(-3)
+    assert flat_after == pytest.approx(flat_before)
+    assert len(decision.further) == 1
+    if not accepted:
+        assert decision.reason.startswith("expected cost ")
+
+
+def test_an_alarm_of_any_limit_takes_the_policy_back() -> None:
+    deployed = deployment(epsilon=0.2)
+    zeros, states = torch.zeros(50), torch.zeros(50, 1)
+    batch = Batch(states, states, zeros, zeros, zeros, states, zeros, zeros + 0.5, zeros)
+    judge = Judge(
+        deployed.limit,
+        deployed._critic,
+        Visited(batch, zeros + 1.0, 10.0),
+        States.at_start(states),
+    )
+    calm = monitor_after([False] * 200, 0)
+
+    def propose(first: SafetyMonitor, second: SafetyMonitor, mean: float) -> tuple[Any, bool]:
+        generator = torch.Generator().manual_seed(0)
+        both = [judge, judge], [first, second]
+        return deployed.propose(policy(mean), *both, 0.95, generator)
+
+    # Only what keeps both limits is certified.
+    uncertain = monitor_after([False], 0)
+    propose(calm, uncertain, 0.02)
+    assert not deployed.proved
+    deployed.version = 0
+    propose(calm, monitor_after([False] * 200, 0), 0.04)
+    assert deployed.proved
+    alarming, other = monitor_after([True] * 40, 2), monitor_after([False] * 40, 2)
+    assert alarming.alarm
+    assert not other.alarm
+    decision, rolled_back = propose(other, alarming, 0.06)
+    assert rolled_back
+    assert "rolled back" in decision.reason
+    assert not alarming.alarm
+
+
+# --- a whole run ---
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def pretrained(root: Path, tiny_dataset: Path) -> RunDir:
+    given = [f"{name}={value}" for name, value in BOTH.items()]
+    config = commands.pretrain_config(
+        dataset=str(tiny_dataset), steps=60, limit=given, overrides=TINY
+    )
+    said: list[str] = []
+    plan = commands.plan_pretrain(config, say=silent)
+    assert "P(accident in 100 steps) < 0.6" in plan.header
+    assert "expected cost of 100 steps < 8" in plan.header
+    run = commands.pretrain_run(plan, name="offline", runs=root, say=said.append)
+    assert sum(text.startswith("calibration") for text in said) == 2
+    return run
+
+
+def online_plan(pretrained: RunDir, **settings: Any) -> commands.FinetunePlan:
+    config = commands.finetune_config(pretrained, budget=1500, overrides=ONLINE, **settings)
+    return commands.plan_finetune(pretrained, config, accept_risk=True)
+
+
+@pytest.fixture(scope="module")
+def online(root: Path, pretrained: RunDir) -> RunDir:
+    return commands.finetune_run(online_plan(pretrained), name="online", runs=root, say=silent)
+
+
+def lines(run: RunDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "iterations.jsonl").read_text().splitlines()]
+
+
+def test_every_decision_is_about_both(online: RunDir) -> None:
+    assert len(lines(online)) > 3
+    for line in lines(online):
+        (cost,) = line["further"]
+        assert (line["constraint"], line["limit"]) == ("accident", 0.6)
+        assert (cost["constraint"], cost["limit"]) == ("cost", 8.0)
+        assert 0.0 < line["v_previous"] < 1.0
+        assert 0.0 < cost["v_previous"] < 100.0
+        assert line["multiplier"] != cost["multiplier"]
+        within = line["accepted"] and max(
+            line["v_candidate"] / 0.6, cost["v_candidate"] / 8.0, line["kl_forward_mean"] / 0.05
+        )
+        if within and within < 1.0 and line["kl_forward_tail"] < 0.25:
+            assert line["constraints_satisfied"]
+
+
+def test_one_limit_leaves_no_trace_of_others(root: Path, tiny_dataset: Path) -> None:
+    config = commands.pretrain_config(dataset=str(tiny_dataset), steps=20, overrides=TINY)
+    plan = commands.plan_pretrain(config, say=silent)
+    one = commands.pretrain_run(plan, name="one", runs=root, say=silent)
+    run = commands.finetune_run(online_plan(one), name="one-online", runs=root, say=silent)
+    assert all("further" not in line for line in lines(run))
+    assert not any("limit_" in key for key in run.load_checkpoint().tensors)
+
+
+@pytest.mark.parametrize(("method", "call"), [("append_episode", 13), ("save_checkpoint", 4)])
+def test_a_run_of_two_limits_is_resumed_bitwise(
+    root: Path,
+    pretrained: RunDir,
+    online: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    call: int,
+) -> None:
+    name = f"online-{method}-{call}"
+    with monkeypatch.context() as patch:
+        kill_at(patch, method, call)
+        with pytest.raises(Killed):
+            commands.finetune_run(
+                online_plan(pretrained), name=name, runs=root, checkpoint_seconds=0.0, say=silent
+            )
+    again = commands.resume_finetune(name, runs=root, say=silent)
+    assert record(again) == record(online)
+
+
+def test_each_limit_has_its_own_critic_lambda_and_monitor(pretrained: RunDir) -> None:
+    loop = commands.online.start_loop(online_plan(pretrained))
+    assert isinstance(loop, Finetuning)
+    accident, cost = loop.constraints
+    assert cost.critic.outlook.over_visits
+    assert not accident.critic.outlook.over_visits
+    stored = pretrained.load_checkpoint().tensors
+    assert float(cost.multiplier.value) == stored["limit_cost.multiplier/value"]
+    net = stored["limit_cost.safety_critic/output.bias"]
+    assert torch.equal(cost.critic.net.output.bias, net)
+    assert not torch.equal(accident.critic.net.output.bias, net)
+    assert [m.confidence for m in loop.monitors] == pytest.approx([0.975, 0.975])
+    for _ in range(40):
+        loop.monitors[1].update(False, 90.0, 0)
+    assert loop.alarm
+    assert not loop.monitors[0].alarm
+
+
+def test_a_limit_is_given_anew_online_and_its_short_form_too(pretrained: RunDir) -> None:
+    asked = [
+        commands.finetune_config(pretrained, limit=["cost=0.5"]),
+        commands.finetune_config(pretrained, cost_limit=0.5),
+        commands.finetune_config(pretrained, overrides=["safety.limits.cost=0.5"]),
+    ]
+    for config in asked:
+        assert config.safety.limits == {"accident": 0.6, "cost": 0.5}
+        assert config.safety.cost_limit == 0.5
+    with pytest.raises(ConfigError, match="Give --limit cost=VALUE"):
+        commands.finetune_config(pretrained, overrides=["safety.cost_limit=0.5"])
+
+
+def test_what_nothing_has_learnt_cannot_be_limited_online(root: Path, pretrained: RunDir) -> None:
+    one = RunDir(root / "one")
+    with pytest.raises(ConfigError, match="pretrain with them"):
+        commands.finetune_config(one, limit=["accident=0.5", "cost=0.5"])
+
+
+def test_the_log_must_show_every_limit(pretrained: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = commands.assess_runs([pretrained.path], say=silent)
+    (found,) = answer["runs"].values()
+    assert (found["limit"], found["confidence"]) == (0.6, pytest.approx(0.975))
+    assert found["further"]["cost"]["limit"] == pytest.approx(8.0)
+    risk = online_plan(pretrained).inputs.risk or ""
+    assert re.search("accident probability .* limit 60.0%; cost per episode .* limit 8", risk)
+    for shown, refused in (("accident", "cost per episode"), ("cost", "accident probability")):
+        monkeypatch.setattr(
+            Estimates, "shows_below", lambda self, *_, shown=shown: self.constraint == shown
+        )
+        config = commands.finetune_config(pretrained, budget=1500, overrides=ONLINE)
+        with pytest.raises(RunError, match=f'first step of "offline": {refused}'):
+            commands.plan_finetune(pretrained, config)
+
+
+def test_a_certificate_names_the_limit_that_it_says_nothing_of(online: RunDir) -> None:
+    said: list[str] = []
+    commands.certify_run(online.path, episodes=5, epsilon=0.9, say=said.append)
+    assert "certify it too with --cost-limit 8" in said[0]
+    said.clear()
+    commands.certify_run(online.path, cost_limit=90.0, say=said.append)
+    assert "certify it too with --epsilon 0.6" in said[0]
+
+
+def test_why_names_the_lambda() -> None:
+    limits = [Limit("accident", 0.1, 1.0), Limit("cost", 0.1, 100.0)]
+    reasons = Reasons((limit, LagrangianConfig(aim=0.5)) for limit in limits)
+    line = {"accepted": True, "rolled_back": False, "reason": "", "multiplier": 1.0}
+    assert reasons.take(line | {"further": [{"multiplier": 1.0}]}) == []
+    (text,) = reasons.take(line | {"further": [{"multiplier": 0.0}]})
+    assert text.startswith("lambda of cost is 0")
+    assert "below 5 " in text
