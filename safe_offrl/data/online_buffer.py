@@ -35,7 +35,8 @@ class OnlineBuffer:
         self.capacity = capacity
         self._steps, self._discount = steps, discount
         self._store = torch.zeros(capacity, layout.width, device=device)
-        self._n_step_costs, self._spans = torch.zeros(2, capacity, device=device)
+        self._n_step_costs = torch.zeros(capacity, 1 + len(layout.signals), device=device)
+        self._spans = torch.zeros(capacity, device=device)
         self._clear()
 
     def _clear(self) -> None:
@@ -74,7 +75,9 @@ class OnlineBuffer:
         self.start_observations = torch.cat([self.start_observations, initial])
         self._starts = torch.cat([self._starts, first + starts[1:].cpu()])
         # Costs, spans and accidents, which the safety critic learns from.
-        costs, spans = n_step_costs(added.costs, starts, self._steps, self._discount)
+        signals = [] if added.signals is None else [added.signals]
+        columns = torch.cat([added.costs.unsqueeze(-1), *signals], dim=-1)
+        costs, spans = n_step_costs(columns, starts, self._steps, self._discount)
         self._n_step_costs[first:end], self._spans[first:end] = costs, spans
         accidents = first + (added.accidents > 0).nonzero().squeeze(1)
         self._accident_rows = torch.cat([self._accident_rows, accidents])
