@@ -82,6 +82,11 @@ class Layout(Sizes):
     def __hash__(self) -> int:
         return hash((*self, self.signals))
 
+    def column(self, rows: Tensor, name: str) -> Tensor:
+        """One of :attr:`scalars` of rows [..., D], [...]: a view."""
+        names = self.scalars
+        return rows[..., self.width - len(names) + names.index(name)]
+
     @property
     def scalars(self) -> tuple[str, ...]:
         """Names of the numbers that end a row."""
