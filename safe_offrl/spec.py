@@ -12,6 +12,7 @@ from safe_offrl.limits import QUANTITIES, Limit, Quantity
 
 COST_RULES = ("cost", "episode_cost")  # accident rules that look at the cost
 BUILT_IN_RULES = (*COST_RULES, "terminated")
+TAKEN = ("accident", "cost")  # names that no signal may have, for they mean something else
 COST_SHARE_MAX = 2.0  # of cost_threshold: a larger share used tells the policy nothing more
 
 
@@ -32,6 +33,10 @@ class SafetySpec:
     ``limits`` are several constraints at once, each kept by every policy that acts: what is limited
     ("accident", "cost") and its limit. The first is the one that ``constraint`` names; ``epsilon``
     and ``cost_limit`` are then what it says.
+
+    ``signals`` are costs beside ``info["cost"]``, {name: where it is found}: a key of info, a path
+    of keys ("constraints.vases"), or "package.module:function" as an accident rule. In order of
+    their names.
     """
 
     accident: str = "cost"
@@ -43,6 +48,7 @@ class SafetySpec:
     delta: float = 0.05
     confidence: float = 0.95
     limits: dict[str, float] = field(default_factory=dict)
+    signals: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Refuse values outside their range; comparisons are written so that NaN is refused too."""
@@ -95,6 +101,25 @@ class SafetySpec:
                 f"safety.cost_limit is {self.cost_limit}, but a finite cost per episode above 0 is "
                 "needed. Try 25, the limit of OmniSafe's benchmarks."
             )
+        self._check_signals()
+
+    def _check_signals(self) -> None:
+        """Refuse names that mean something else or are none, and put them in order."""
+        for name, source in self.signals.items():
+            if name in TAKEN or not (name.isidentifier() and name.isascii()):
+                taken = f", and none of {', '.join(TAKEN)}" if name in TAKEN else ""
+                raise ConfigError(
+                    f'safety.signals has the name "{name}", but a name is one word of letters, '
+                    f"digits and _{taken}. Try safety.signals.hazards=cost_hazards."
+                )
+            parts = source.split(":") if isinstance(source, str) else []
+            if not all(parts) or len(parts) not in (1, 2):
+                raise ConfigError(
+                    f"safety.signals.{name} is {source!r}, which says not where it is found. Use "
+                    'a key of info ("cost_hazards"), a path ("constraints.hazards") or '
+                    '"package.module:function".'
+                )
+        object.__setattr__(self, "signals", dict(sorted(self.signals.items())))
 
     def _take_limits(self) -> None:
         """Let the short forms say what ``limits`` say; ConfigError for an unknown name."""

@@ -1,12 +1,13 @@
 """The types every layer shares. Shape letters, used in all docstrings:
 
 B batch, N transitions of a dataset, M episodes, O observation size, A action size, E ensemble
-members, U update-to-data ratio (UTD), K candidate actions, D columns of a stored transition.
+members, U update-to-data ratio (UTD), K candidate actions or cost signals, D columns of a stored
+transition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,56 +32,114 @@ class Batch(NamedTuple):
     terminated: Tensor  # [B]
     time_to_go: Tensor  # [B]
     return_to_go: Tensor  # [B]
+    signals: Tensor | None = None  # [B, K], the named costs beside the one; None if there are none
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """The fields that there are, in their order."""
+        return (field for field in self if field is not None)
 
 
 # Rows hold the numbers of a Batch in this order, in checkpoints and cached files too.
 SCALARS = ("rewards", "accidents", "costs", "terminated", "time_to_go", "return_to_go")
 
 
-class Layout(NamedTuple):
-    """Where each field of a :class:`Batch` stands in one row of contiguous storage [N, D].
+def signal_column(name: str) -> str:
+    """The column of a named cost signal, in rows and in files: "costs_hazards" of "hazards"."""
+    return f"costs_{name}"
 
-    Nobody else writes a position: whoever fills a row names its fields.
-    """
+
+class Sizes(NamedTuple):
+    """What networks are made for."""
 
     observation_size: int
     action_size: int
 
+
+class Layout(Sizes):
+    """Where each field of a :class:`Batch` stands in one row of contiguous storage [N, D].
+
+    Nobody else writes a position: whoever fills a row names its fields. ``signals`` [K] are the
+    names of the costs beside the one, whose columns end a row. As a tuple it is the two sizes.
+    """
+
+    signals: tuple[str, ...]
+
+    def __new__(
+        cls, observation_size: int, action_size: int, signals: Sequence[str] = ()
+    ) -> Layout:
+        made = super().__new__(cls, observation_size, action_size)
+        made.signals = tuple(signals)
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Layout) and self.signals == other.signals
+        return same and super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((*self, self.signals))
+
+    def column(self, rows: Tensor, name: str) -> Tensor:
+        """One of :attr:`scalars` of rows [..., D], [...]: a view."""
+        names = self.scalars
+        return rows[..., self.width - len(names) + names.index(name)]
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Names of the numbers that end a row."""
+        return (*SCALARS, *map(signal_column, self.signals))
+
     @property
     def width(self) -> int:
         """Columns D of a row."""
-        return 2 * self.observation_size + self.action_size + len(SCALARS)
+        return 2 * self.observation_size + self.action_size + len(self.scalars)
 
     def unpack(self, rows: Tensor) -> Batch:
-        """View rows [..., D] as a Batch of [..., O], [..., A] and [...]; copies nothing."""
+        """View rows [..., D] as a Batch of [..., O], [..., A] and [...]; copies nothing.
+
+        What follows the scalars is signals, also for whoever does not know their names.
+        """
         o, a = self.observation_size, self.action_size
+        sizes = [o, a, o, len(SCALARS), rows.shape[-1] - 2 * o - a - len(SCALARS)]
         # Two calls make all nine views, because slicing one by one takes half as long again.
-        observations, actions, following, scalars = rows.split((o, a, o, len(SCALARS)), dim=-1)
+        observations, actions, following, scalars, *rest = rows.split(
+            sizes if sizes[-1] else sizes[:-1], dim=-1
+        )
         return Batch(
             observations=observations,
             actions=actions,
             next_observations=following,
             **dict(zip(SCALARS, scalars.unbind(-1), strict=True)),
+            signals=rest[0] if rest else None,
         )
 
     def pack(self, batch: Batch) -> Tensor:
         """Copy a Batch into rows [N, D]; the inverse of :meth:`unpack`."""
         scalars = torch.stack([getattr(batch, name) for name in SCALARS], dim=-1)
+        if batch.signals is not None:
+            scalars = torch.cat([scalars, batch.signals], dim=-1)
         return self.join(batch.observations, batch.actions, batch.next_observations, scalars)
 
     @staticmethod
     def join(
         observations: Tensor, actions: Tensor, next_observations: Tensor, scalars: Tensor
     ) -> Tensor:
-        """Rows [N, D] of their parts; ``scalars`` [N, 6] are in the order of SCALARS."""
+        """Rows [N, D] of their parts; ``scalars`` [N, 6 + K] are in the order of a row."""
         return torch.cat([observations, actions, next_observations, scalars], dim=-1)
 
     @staticmethod
     def row(
-        observation: np.ndarray, action: np.ndarray, next_observation: np.ndarray, **scalars: float
+        observation: np.ndarray,
+        action: np.ndarray,
+        next_observation: np.ndarray,
+        signals: Sequence[float] = (),
+        **scalars: float,
     ) -> np.ndarray:
         """One transition as a row [D]; ``scalars`` by their names, all of SCALARS."""
-        tail = np.asarray([scalars[name] for name in SCALARS], dtype=np.float32)
+        tail = np.asarray([*(scalars[name] for name in SCALARS), *signals], dtype=np.float32)
         return np.concatenate([observation, action, next_observation, tail])
 
 
@@ -180,6 +239,7 @@ class Episode(NamedTuple):
     # an accident is then unknown, and it counts as one. In the ledger alone, also "reserved".
     outcome: str = "complete"
     content: str = ""  # hash of all that happened, of a frozen policy's complete episode
+    signal_costs: Mapping[str, float] = {}  # sums of the named cost signals, by their names
 
 
 class Record(NamedTuple):

@@ -166,7 +166,7 @@ def test_v_accident_against_dynamic_programming(
     critic = SafetyCritic(14, 4, AccidentAhead(HORIZON), config, seeded())
     for _ in range(700):
         index = torch.randint(len(batch.rewards), (128,), generator=generator)
-        mini = Batch(*(x[index] for x in batch))
+        mini = Batch(*(x[index] for x in batch.tensors))
         first = torch.randint(len(starts), (32,), generator=generator)
         critic.update(mini, torch.ones(128), actor, States.at_start(starts[first]), generator)
     truth = grid.accident_probability(table, HORIZON)

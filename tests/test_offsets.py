@@ -142,7 +142,7 @@ def test_every_format_keeps_the_digits(
     convert(tmp_path / "first.hdf5", tmp_path / name)
     second = load_dataset(tmp_path / name, discount=0.99, spec=SPEC, horizon=HORIZON)
     assert second.metadata[OFFSET] == first.metadata[OFFSET]
-    for mine, theirs in zip(first.transitions, second.transitions, strict=True):
+    for mine, theirs in zip(first.transitions.tensors, second.transitions.tensors, strict=True):
         assert torch.equal(mine, theirs)
     if name != "log.csv":  # which holds no metadata
         assert second.sha256 == first.sha256

@@ -19,6 +19,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env as check_with_gymnasium
 
 import safe_offrl
+from safe_offrl import commands
+from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.env.adapter import episode_seed
 from safe_offrl.env.make import make_env
 from safe_offrl.envs import SAFETY_GYM
 from safe_offrl.envs.safety_gym import LIGHT_SKY
@@ -362,3 +365,43 @@ def test_the_sky_is_light() -> None:
     world = env.unwrapped.original.task.world  # type: ignore[attr-defined]
     assert world.model.tex_width.max() <= int(LIGHT_SKY["@width"])
     env.close()
+
+
+# --- named cost signals ---
+
+
+@needs_it
+@pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning")  # Gymnasium, of v0
+def test_collect_logs_the_costs_by_their_names(tmp_path: Path) -> None:
+    """Played again in the environment itself, the logged actions give the very same infos."""
+    env_id = "SafetyPointGoal2-v0"
+    names = {"hazards": "cost_hazards", "vases": "cost_vases_contact", "sum": "cost_sum"}
+    path = commands.collect_run(
+        env=env_id,
+        out=tmp_path / "log.hdf5",
+        transitions=1000,
+        seed=5,
+        overrides=[
+            *(f"safety.signals.{name}={key}" for name, key in names.items()),
+            *("learners.ppo.steps=0", "pilot_share=0.01"),
+        ],
+        say=lambda _text: None,
+    )
+    dataset = load_dataset(path, discount=1.0, spec=SafetySpec(signals=names), horizon=1000)
+    assert dataset.episodes == 1
+    env = make(env_id)
+    env.reset(seed=episode_seed(5, 0, "collect"))
+    box = env.action_space
+    assert isinstance(box, gymnasium.spaces.Box)
+    infos = []
+    for action in dataset.transitions.actions.numpy().astype(np.float64):
+        own = box.low + (action + 1.0) / 2.0 * (box.high - box.low)
+        infos.append(env.step(own.astype(box.dtype))[4])
+    env.close()
+    for name, key in names.items():
+        costs = np.array([info[key] for info in infos], np.float32)
+        np.testing.assert_array_equal(dataset.column(f"costs_{name}").numpy(), costs)
+        assert dataset.signal_costs[name][0] == costs.sum(dtype=np.float64)
+    assert dataset.signal_costs["hazards"][0] > 0.0
+    assert dataset.metadata["signals"] == names
+    assert dataset.remarks == ()

@@ -241,7 +241,7 @@ def with_rewards(data: Dataset, rewards: list[float], discount: float = 0.5) -> 
         math.fsum(discount**k * r for k, r in enumerate(rewards[first:])) for first in range(n)
     ]
     batch = data.transitions
-    first = type(batch)(*(field[:n] for field in batch))._replace(
+    first = type(batch)(*(field[:n] for field in batch.tensors))._replace(
         rewards=torch.tensor(rewards, dtype=torch.float32),
         return_to_go=torch.tensor(returns, dtype=torch.float64).float(),
     )

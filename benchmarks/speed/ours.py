@@ -81,7 +81,7 @@ def sac(
         nothing = torch.zeros((), device=generator.device)
         starts = torch.arange(0, ROWS + 1, 1000, device=generator.device)
         data = layout.unpack(store.rows)
-        spans = n_step_costs(data.costs, starts, 1, 1.0)
+        spans = n_step_costs(data.costs.unsqueeze(-1), starts, 1, 1.0)
         stratified = StratifiedSampler(data.accidents)
         risky = RiskSampler(store.rows, layout, stratified, *spans, steps=1)
         critic = SafetyCritic(

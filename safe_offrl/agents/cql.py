@@ -192,7 +192,7 @@ def _parts(
     """
     b = len(batch.rewards)
     n = b if batch.rewards.is_cuda else PART_ROWS
-    fields = zip(*(field.split(n) for field in batch), strict=True)
+    fields = zip(*(field.split(n) for field in batch.tensors), strict=True)
     by_state = [x.split(n, dim=1) for x in (*noise, uniform)]
     return [
         (len(next_part) / b, (Batch(*part), next_part, (here, there), uniform_part))

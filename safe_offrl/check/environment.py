@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safe_offrl.check.observations import check_observations
 from safe_offrl.check.oddities import Listener, add_oddities, clock_in_words
 from safe_offrl.check.replay import Recording, first_difference, record, replay, replay_elsewhere
+from safe_offrl.check.signals import check_signals
 from safe_offrl.check.situations import find_situations
 from safe_offrl.collect.behaviours import Controller, Vector, random_behaviour
 from safe_offrl.deploy.episodes import FAULTS_IN_A_ROW
@@ -72,6 +73,7 @@ def check_environment(env_id: str, spec: SafetySpec, *, episodes: int = 20) -> E
                 _check_seeds(report, env)
             _check_ends(report, env, listener, recordings)
             _check_accidents(report, spec, recordings, listener)
+            check_signals(report, env, recordings)
             check_observations(report, env, np.array(observations))
             add_oddities(report, env, listener, recordings)
             _check_speed(report, listener)
@@ -102,6 +104,8 @@ def _check_spaces(report: EnvReport, raw: gymnasium.Env[Any, Any], spec: SafetyS
         + ("safety.horizon" if spec.horizon else "the registered max_episode_steps"),
         "accident rule": _rule_in_words(spec),
     }
+    if spec.signals:
+        found["signals"] = ", ".join(f"{name} is {path}" for name, path in spec.signals.items())
     for part, text in found.items():
         if part in refused:
             report.add("FAIL", part, refused[part])

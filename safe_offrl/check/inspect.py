@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_offrl.check.groups import EpisodeGroup, Identification, group_episodes, identify
+from safe_offrl.check.signals import SignalSummary, summarise_signals
 from safe_offrl.data.dataset import FLOAT32_EPS, Dataset
 from safe_offrl.limits import QUANTITIES, Limit
 from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
@@ -69,12 +70,14 @@ class DatasetSummary:
     within_limit: float  # share of the episodes
     identification: Identification
     warnings: tuple[str, ...]
+    signals: tuple[SignalSummary, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able dict of all fields."""
         return asdict(self) | {
             "groups": [group._asdict() for group in self.groups],
             "identification": self.identification._asdict(),
+            "signals": [signal._asdict() for signal in self.signals],
         }
 
 
@@ -122,6 +125,7 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
         within_limit=float((outcomes < limit.value).mean()),
         identification=identify(dataset, groups, limit),
         warnings=tuple(dataset_warnings(dataset, limit, held_out)),
+        signals=summarise_signals(dataset),
     )
 
 
@@ -139,6 +143,7 @@ def format_summary(summary: DatasetSummary) -> str:
         f"return        {_quantile_text(s.returns, '.4g')}",
         f"cost          {_quantile_text(s.costs, '.4g')}"
         + QUANTITIES[s.constraint].select("", within),
+        *(f"signal        {signal}" for signal in s.signals),
         f"accidents     {s.accident_episodes:,} episodes = {s.accident_episodes / s.episodes:.1%} "
         f"(95 % interval {low:.1%} to {high:.1%}), {s.accident_steps:,} steps",
         f"first at      {_bars(s.accident_times)} of the horizon, in tenths: "

@@ -15,8 +15,9 @@ from gymnasium import spaces
 from safe_offrl.check.replay import Recording
 from safe_offrl.env.action_bounds import STRANGE_BOUND, largest_bound
 from safe_offrl.env.adapter import AccidentEnv
-from safe_offrl.env.contract import cost_in_words, scalar
+from safe_offrl.env.contract import cost_in_words
 from safe_offrl.env.observations import entry_name
+from safe_offrl.env.values import scalar
 from safe_offrl.record.env_report import EnvReport
 
 CHANCE = 1e-3  # it is odd if chance would show it no more often

@@ -29,8 +29,9 @@ OUTCOMES = ("the reward", "the cost", "the accident", "the termination", "the tr
 class Recording(NamedTuple):
     """One episode of n steps.
 
-    ``observations`` [n + 1, O], the first one from reset; ``outcomes`` [n, 5] float64, as
-    :data:`OUTCOMES` names them; ``actions`` [n, A] as they were sent.
+    ``observations`` [n + 1, O], the first one from reset; ``outcomes`` [n, 5 + K] float64, as
+    :data:`OUTCOMES` names them, and the environment its signals; ``actions`` [n, A] as they were
+    sent.
     """
 
     observations: Array
@@ -51,7 +52,8 @@ def record(
         action = controller(observation)
         observation, reward, terminated, truncated, info = env.step(action)
         observations.append(observation)
-        outcomes.append([reward, info["cost"], info["accident"], terminated, truncated])
+        signals = info["signals"].values() if env.signals else ()
+        outcomes.append([reward, info["cost"], info["accident"], terminated, truncated, *signals])
         actions.append(action)
         ended = terminated or truncated
     values = np.array(outcomes, dtype=np.float64)
@@ -89,6 +91,7 @@ def replay_elsewhere(env_id: str, spec: SafetySpec, seed: int, actions: Array) -
 
 def first_difference(env: AccidentEnv, first: Recording, second: Recording) -> str | None:
     """Where two recordings of the same actions part, in words; None if every bit is equal."""
+    names = (*OUTCOMES, *(f"the signal {name}" for name in env.signals))
     for step in range(min(len(first.observations), len(second.observations))):
         when = f"at step {step}" if step else "after reset"
         a, b = first.observations[step], second.observations[step]
@@ -101,7 +104,7 @@ def first_difference(env: AccidentEnv, first: Recording, second: Recording) -> s
             changed = np.flatnonzero(a != b)
             if len(changed):
                 k = int(changed[0])
-                return f"{when}, {OUTCOMES[k]} was {a[k]:.9g} and then {b[k]:.9g}"
+                return f"{when}, {names[k]} was {a[k]:.9g} and then {b[k]:.9g}"
     return None
 
 

@@ -308,6 +308,7 @@ def _metadata(
         "cost_threshold": spec.cost_threshold,
         "constraint": spec.constraint,
         **({"cost_limit": spec.cost_limit} if spec.constraint == "cost" else {}),
+        **({"signals": spec.signals} if spec.signals else {}),
         "horizon": env.horizon,
         "seed": config.seed,
         **_stored_actions(env),

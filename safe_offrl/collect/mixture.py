@@ -13,6 +13,7 @@ from safe_offrl.collect.dropped import Dropped
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.record.progress import Say
+from safe_offrl.types import signal_column
 
 MIN_SHARE = 0.1  # of an equal share: what each behaviour gets at least
 
@@ -56,7 +57,7 @@ def log_episodes(
     any prefix of the log has the mixture. Episode k is reset with
     ``episode_seed(seed, k, stream)``. One that the environment fails in is left out; EnvError for
     too many in a row. Returns the arrays of :func:`safe_offrl.data_formats.hdf5.write_dataset`,
-    ``accidents`` and ``episode_behaviours`` included; observations are float64 where the
+    ``accidents``, ``episode_behaviours`` and signals included; observations are float64 where the
     environment's are. They are in ``log`` too, whatever is raised.
     """
     # What has been done so far.
@@ -105,6 +106,7 @@ class Log:
         self.timeouts: list[bool] = []
         self.accidents: list[bool] = []
         self.behaviours: list[int] = []
+        self.signals: dict[str, list[float]] = {}  # by their columns
 
     def episode(
         self,
@@ -157,6 +159,9 @@ class Log:
             self.terminals.append(terminated)
             self.timeouts.append(truncated)
             self.accidents.append(info["accident"])
+            for name in env.signals:
+                column = self.signals.setdefault(signal_column(name), [])
+                column.append(info["signals"][name])
             ended = terminated or truncated
 
     def _columns(self) -> tuple[list[Any], ...]:
@@ -164,6 +169,7 @@ class Log:
         return (
             *(self.observations, self.next_observations, self.actions, self.rewards, self.costs),
             *(self.terminals, self.timeouts, self.accidents),
+            *self.signals.values(),
         )
 
     def arrays(self, env: AccidentEnv) -> dict[str, NDArray[Any]]:
@@ -179,6 +185,7 @@ class Log:
             "timeouts": np.array(self.timeouts, dtype=bool),
             "accidents": np.array(self.accidents, dtype=bool),
             "episode_behaviours": np.array(self.behaviours, dtype=np.int32),
+            **{key: np.array(values, dtype=np.float32) for key, values in self.signals.items()},
         }
         if env.sums_cost:  # the share of the threshold used is no part of a file: loading adds it
             for key in ("observations", "next_observations"):

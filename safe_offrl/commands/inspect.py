@@ -28,7 +28,7 @@ def inspect_dataset(
     """Print what a dataset holds and what cannot be learnt from it; returns it as plain values.
 
     The accident rule is the file's own where nothing else is said; the limit is that of the preset
-    of its environment.
+    of its environment, and the cost signals are all that there are unless some are named.
     """
     stated = stated_metadata(dataset)
     resolve = functools.partial(
@@ -39,7 +39,12 @@ def inspect_dataset(
         overrides=overrides,
     )
     config = with_logged_rule(resolve(), stated, resolve, imports=False)
-    loaded = load_dataset(dataset, discount=discount_of(config), spec=config.safety)
+    loaded = load_dataset(
+        dataset,
+        discount=discount_of(config),
+        spec=config.safety,
+        every_signal=not config.safety.signals,
+    )
     loaded = loaded.sample(INSPECTED, seed=0)
     summary = summarise(loaded, config.safety, config.held_out)
     say(format_summary(summary))

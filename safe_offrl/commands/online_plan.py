@@ -172,7 +172,7 @@ def finetune_config(
         overrides=overrides,
     )
     # The rule that the critic learnt under.
-    for key in ("accident", "cost_threshold", "constraint", "horizon"):
+    for key in ("accident", "cost_threshold", "constraint", "horizon", "signals"):
         learnt, asked = getattr(source.safety, key), getattr(config.safety, key)
         if learnt != asked:
             raise ConfigError(

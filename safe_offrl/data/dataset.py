@@ -14,7 +14,7 @@ from torch import Tensor
 from safe_offrl.data.content import MAX_DATASET_BYTES, chunks
 from safe_offrl.data.offsets import offset_of
 from safe_offrl.errors import DataError
-from safe_offrl.types import Batch, Layout, Normalizer
+from safe_offrl.types import Batch, Layout, Normalizer, signal_column
 
 # Temperatures, conservatism and learning rates are chosen for rewards of the size that they have in
 # the default log of PointHazard-v0: the root mean square of its discounted returns to go.
@@ -33,7 +33,7 @@ class StoredRows(Protocol):
         ...
 
     def column(self, name: str) -> Tensor:
-        """A scalar field of :class:`Batch` for all rows [N]."""
+        """One of the layout's scalars for all rows [N]."""
         ...
 
     def subset(self, episodes: np.ndarray) -> StoredRows:
@@ -92,9 +92,9 @@ class Dataset:
         return replace(self, rows=rows)
 
     def column(self, name: str) -> Tensor:
-        """One scalar field of all transitions [N], without reading the others."""
+        """One of the layout's scalars for all transitions [N], without reading the others."""
         if isinstance(self.rows, Tensor):
-            return getattr(self.transitions, name)
+            return self.layout.column(self.rows, name)
         return self.rows.column(name)
 
     @property
@@ -127,14 +127,21 @@ class Dataset:
     @property
     def episode_returns(self) -> np.ndarray:
         """Undiscounted sum of rewards of each episode [M], float64."""
-        rewards = self.column("rewards").numpy().astype(np.float64)
-        return np.add.reduceat(rewards, self.episode_starts[:-1])
+        return self._episode_sums("rewards")
 
     @property
     def episode_costs(self) -> np.ndarray:
         """Undiscounted sum of costs of each episode [M], float64."""
-        costs = self.column("costs").numpy().astype(np.float64)
-        return np.add.reduceat(costs, self.episode_starts[:-1])
+        return self._episode_sums("costs")
+
+    @property
+    def signal_costs(self) -> dict[str, np.ndarray]:
+        """Undiscounted sum of each named cost signal of each episode, {name: [M]}, float64."""
+        return {name: self._episode_sums(signal_column(name)) for name in self.layout.signals}
+
+    def _episode_sums(self, column: str) -> np.ndarray:
+        values = self.column(column).numpy().astype(np.float64)
+        return np.add.reduceat(values, self.episode_starts[:-1])
 
     @property
     def cost_max(self) -> float:
@@ -151,6 +158,11 @@ class Dataset:
         """
         most = self._most("costs")
         return most if most > 0.0 else 1.0
+
+    @property
+    def worst_signals(self) -> dict[str, float]:
+        """The same of each named cost signal, by its name; 0 of one that never costs anything."""
+        return {name: self._most(signal_column(name)) for name in self.layout.signals}
 
     @property
     def return_range(self) -> tuple[float, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays, Metadata
+from safe_offrl.data.content import Arrays, Metadata, signals_in
 from safe_offrl.data.episode_sums import (
     costs_so_far,
     cumulate,
@@ -15,8 +16,9 @@ from safe_offrl.data.episode_sums import (
     share_used,
     times_to_go,
 )
-from safe_offrl.errors import DataError
+from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.spec import BUILT_IN_RULES, COST_RULES, SafetySpec
+from safe_offrl.types import signal_column
 
 STORED_ROUNDING = 1e-6  # float32 rounds by less than this share of a number
 
@@ -214,7 +216,47 @@ def rule_remarks(
             "costs never fall within an episode and reach different heights: if they are sums over "
             "the episode so far, store what each step costs."
         )
+    return found + _signal_remarks(arrays, metadata, spec)
+
+
+def _signal_remarks(arrays: Arrays, metadata: Metadata, spec: SafetySpec) -> list[str]:
+    """What is to be said of signals that are not used, or may be others than the log's."""
+    found = []
+    if unused := [name for name in signals_in(arrays) if name not in spec.signals]:
+        found.append(
+            f"the log's signals {', '.join(unused)} are not used: name in safety.signals those "
+            "that are wanted."
+        )
+    stated = metadata.get("signals")
+    for name, source in spec.signals.items():
+        logged = stated.get(name, source) if isinstance(stated, dict) else source
+        if logged != source:
+            found.append(
+                f'the log\'s signal {name} is "{logged}", that of the settings "{source}": they '
+                "are taken for the same."
+            )
     return found
+
+
+def require_signals(arrays: Arrays, spec: SafetySpec) -> None:
+    """Raise DataError if a signal of the settings is not in a log."""
+    missing = [name for name in spec.signals if signal_column(name) not in arrays]
+    if missing:
+        raise DataError(
+            f'The dataset has no column "{signal_column(missing[0])}" for the signal '
+            f'"{missing[0]}" of safety.signals; it has {", ".join(arrays)}. Log it, or name those '
+            "signals alone that there are."
+        )
+
+
+def with_every_signal(arrays: Arrays, metadata: Metadata, spec: SafetySpec) -> SafetySpec:
+    """``spec`` with all the signals of a log, found where the log says, or under their names."""
+    names, stated = signals_in(arrays), metadata.get("signals")
+    logged = stated if isinstance(stated, dict) else {}
+    try:
+        return replace(spec, signals={name: logged.get(name, name) for name in names})
+    except ConfigError:  # what a foreign file says may be anything
+        return replace(spec, signals={name: name for name in names})
 
 
 def _own_rule(metadata: Metadata, spec: SafetySpec) -> bool:
@@ -259,8 +301,8 @@ def scalar_columns(
 ) -> dict[str, NDArray[np.float32]]:
     """The scalar fields of a Batch for whole episodes by their names, [N] each.
 
-    Under the rule "episode_cost" two more: ``share_before`` and ``share_after`` the step, which end
-    the observation and the next observation.
+    And the named cost signals of ``spec``. Under the rule "episode_cost" two more: ``share_before``
+    and ``share_after`` the step, which end the observation and the next observation.
     """
     columns: dict[str, NDArray[Any]] = {
         "rewards": arrays["rewards"],
@@ -274,6 +316,7 @@ def scalar_columns(
         spent = costs_so_far(arrays["costs"], starts)
         columns["share_before"] = share_used(spent, spec.cost_threshold)
         columns["share_after"] = share_used(spent + arrays["costs"], spec.cost_threshold)
+    columns |= {key: arrays[key] for key in map(signal_column, spec.signals)}
     return {key: value.astype(np.float32) for key, value in columns.items()}
 
 

@@ -71,7 +71,8 @@ class Experience:
             )
         ]
         batches, weights, spans = zip(*parts, strict=True)
-        joined = Batch(*(torch.cat(fields) for fields in zip(*batches, strict=True)))
+        fields = zip(*(batch.tensors for batch in batches), strict=True)
+        joined = Batch(*(torch.cat(parts) for parts in fields))
         return joined, torch.cat(weights), torch.cat(spans)
 
     def draw_start_observations(self, n: int, generator: torch.Generator) -> Tensor:

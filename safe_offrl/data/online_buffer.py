@@ -41,7 +41,8 @@ class OnlineBuffer:
         self._reaches = tuple(reaches)
         self._store = torch.zeros(capacity, layout.width, device=device)
         # Costs and spans of each reach.
-        self._ahead = torch.zeros(len(reaches), 2, capacity, device=device)
+        self._costs = torch.zeros(len(reaches), capacity, 1 + len(layout.signals), device=device)
+        self._spans = torch.zeros(len(reaches), capacity, device=device)
         self._clear()
 
     def _clear(self) -> None:
@@ -80,8 +81,11 @@ class OnlineBuffer:
         self.start_observations = torch.cat([self.start_observations, initial])
         self._starts = torch.cat([self._starts, first + starts[1:].cpu()])
         # Costs, spans and accidents, which the safety critic learns from.
-        for ahead, reach in zip(self._ahead, self._reaches, strict=True):
-            ahead[0, first:end], ahead[1, first:end] = n_step_costs(added.costs, starts, *reach)
+        signals = [] if added.signals is None else [added.signals]
+        columns = torch.cat([added.costs.unsqueeze(-1), *signals], dim=-1)
+        for k, reach in enumerate(self._reaches):
+            costs, spans = n_step_costs(columns, starts, *reach)
+            self._costs[k, first:end], self._spans[k, first:end] = costs, spans
         accidents = first + (added.accidents > 0).nonzero().squeeze(1)
         self._accident_rows = torch.cat([self._accident_rows, accidents])
 
@@ -97,7 +101,8 @@ class OnlineBuffer:
             self.rows,
             self.layout,
             StratifiedSampler(accidents, self._accident_rows),
-            *self._ahead[reach, :, : self.size],
+            self._costs[reach, : self.size],
+            self._spans[reach, : self.size],
             steps=self._reaches[reach].steps,
         )
 

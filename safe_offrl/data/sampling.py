@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.data.dataset import Dataset, Rows
-from safe_offrl.types import Batch, Layout
+from safe_offrl.types import Batch, Layout, signal_column
 
 
 def symmetric_batches(
@@ -87,7 +87,10 @@ class RiskSampler:
         *,
         steps: int,
     ) -> None:
-        """``rows`` [N, D], how they are drawn, and their :func:`n_step_costs` of ``steps``."""
+        """``rows`` [N, D], how they are drawn, and their :func:`n_step_costs` of ``steps``.
+
+        ``costs`` [N, 1 + K]: the cost and the signals behind it.
+        """
         self._rows = rows
         self._layout = layout
         self._stratified = stratified
@@ -108,7 +111,9 @@ class RiskSampler:
         A transition spans ``steps`` steps, fewer where its episode ends before.
         """
         starts = torch.from_numpy(dataset.episode_starts).to(device)
-        costs = n_step_costs(dataset.column("costs").to(device), starts, steps, discount)
+        names = ("costs", *map(signal_column, dataset.layout.signals))
+        columns = torch.stack([dataset.column(name).to(device) for name in names], dim=-1)
+        costs = n_step_costs(columns, starts, steps, discount)
         stratified = StratifiedSampler(dataset.column("accidents").to(device))
         return cls(dataset.rows, dataset.layout, stratified, *costs, steps=steps)
 
@@ -117,7 +122,7 @@ class RiskSampler:
     ) -> tuple[Batch, Tensor, Tensor]:
         """Transitions [n, ...], their weights [n] (see StratifiedSampler) and spans [n].
 
-        ``costs`` are the discounted sums of the steps that a transition spans,
+        ``costs`` and ``signals`` are the discounted sums of the steps that a transition spans,
         ``next_observations`` and ``terminated`` those of the last.
         """
         index, weights = self._stratified.draw(n, positive_share, generator)
@@ -126,8 +131,10 @@ class RiskSampler:
         if self._steps == 1:
             return first, weights, spans
         last = self._layout.unpack(_select(self._rows, index + spans.long() - 1))
+        costs = self._costs[index]
         joined = first._replace(
-            costs=self._costs[index],
+            costs=costs[:, 0],
+            signals=None if first.signals is None else costs[:, 1:],
             next_observations=last.next_observations,
             terminated=last.terminated,
         )
@@ -140,13 +147,15 @@ def n_step_costs(
     """``sum_k<n discount^k c_(t+k)`` of each row [N], and n [N]: ``steps``, or those left of its
     episode.
 
-    ``starts`` [M + 1] are the first rows of the episodes, and N.
+    ``costs`` of C kinds are [N, C], and so are the sums. ``starts`` [M + 1] are the first rows of
+    the episodes, and N.
     """
     end = starts[1:].repeat_interleave(starts.diff())
     spans = (end - torch.arange(len(costs), device=costs.device)).clamp_max(steps)
     sums = costs.clone()
     for k in range(1, min(steps, len(costs))):
-        sums[:-k] += torch.where(spans[:-k] > k, discount**k * costs[k:], 0.0)
+        within = (spans[:-k] > k).view(-1, *[1] * (costs.ndim - 1))
+        sums[:-k] += torch.where(within, discount**k * costs[k:], 0.0)
     return sums, spans.to(costs.dtype)
 
 

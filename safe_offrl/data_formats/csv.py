@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import Arrays, Metadata, chunks
+from safe_offrl.data.content import Arrays, Metadata, chunks, signal_of
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.stored import (
-    REQUIRED,
     TABLES,
     Raw,
     RowProgress,
     parse_metadata,
     reading,
     require_size,
+    stored_names,
 )
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
@@ -38,7 +38,8 @@ MAX_HEADER = 2**20  # bytes of the line that names the columns
 def read_csv(path: Path) -> Raw:
     """The known columns: observations_0, ..., actions_0, ..., rewards, costs, terminals, timeouts.
 
-    next_observations_0, ..., accidents, behaviour_log_probs, costs and timeouts may be missing; a
+    next_observations_0, ..., accidents, behaviour_log_probs, costs and timeouts may be missing, and
+    costs_NAME be there; a
     single column ``actions`` holds the indices of discrete actions. Columns of one number take true
     and false, in any case, for 1 and 0. Other columns are left alone, and named. The metadata are
     in a file beside it, ``NAME.csv.json``, if there is one.
@@ -55,7 +56,8 @@ def read_csv(path: Path) -> Raw:
         # Columns that are read.
         found, remarks = recognise(_stems(names), "Rename its columns")
         columns = {ours: _columns(names, theirs, ours) for ours, theirs in found.items()}
-        columns = {key: columns[key] for key in (*TABLES, *NUMBER_COLUMNS) if columns.get(key)}
+        numbers = [key for key in columns if key in NUMBER_COLUMNS or signal_of(key)]
+        columns = {key: columns[key] for key in (*TABLES, *numbers) if columns.get(key)}
         wanted = [i for numbers in columns.values() for i in numbers]
         if not wanted:
             raise DataError(
@@ -73,14 +75,14 @@ def read_csv(path: Path) -> Raw:
                 usecols=wanted,
                 ndmin=2,
                 comments=None,
-                converters={i: _cell_value for key in NUMBER_COLUMNS for i in columns.get(key, [])},
+                converters={i: _cell_value for key in numbers for i in columns.get(key, [])},
                 encoding="latin1",
             )
     # Arrays.
     arrays: dict[str, NDArray[Any]] = {}
-    for key, numbers in columns.items():
-        if numbers:
-            block, table = table[:, : len(numbers)], table[:, len(numbers) :]
+    for key, at in columns.items():
+        if at:
+            block, table = table[:, : len(at)], table[:, len(at) :]
             arrays[key] = block if key in TABLES else block[:, 0]
     if found.get("actions") in names:
         arrays["actions"] = _whole(arrays["actions"][:, 0])
@@ -107,7 +109,7 @@ def write_csv(
     # Columns.
     validate_arrays(arrays)
     arrays, metadata, wide = in_own_units(arrays, metadata)
-    keys = [key for key in (*REQUIRED, "accidents", "behaviour_log_probs") if key in arrays]
+    keys = [key for key in stored_names(arrays) if key != "episode_behaviours"]
     if metadata.get("accident") in BUILT_IN_RULES:
         # Accidents without their rule would be taken for the verdict of any rule; those of a
         # built-in rule can be derived again.
@@ -160,7 +162,9 @@ def _require_cells(path: Path, cells: int) -> None:
 
 def _stems(names: list[str]) -> dict[str, int | None]:
     """The arrays that columns belong to, for :func:`recognise`: all have as many rows."""
-    return {re.sub(r"_\d{1,9}$", "", name): 0 for name in names if name}
+    return {
+        name if signal_of(name) else re.sub(r"_\d{1,9}$", "", name): 0 for name in names if name
+    }
 
 
 def _columns(names: list[str], key: str, ours: str) -> list[int]:

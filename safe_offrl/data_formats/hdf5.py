@@ -28,6 +28,7 @@ from safe_offrl.data_formats.stored import (
     parse_metadata,
     reading,
     require_size,
+    stored_names,
     stored_type,
 )
 from safe_offrl.data_formats.validation import validate_arrays
@@ -40,7 +41,7 @@ _HEAP = b"GCOL\1\0\0\0"  # how a heap of HDF5 begins
 def write_dataset(path: str | Path, arrays: Arrays, metadata: Metadata) -> None:
     """Validate and write a dataset; a reader sees the old file or the complete new one.
 
-    ``arrays``: those of REQUIRED (validation.py), optionally OPTIONAL (data/content.py).
+    ``arrays``: those of REQUIRED (validation.py), optionally OPTIONAL and signals (stored.py).
     ``metadata`` must be JSON-able. Observations are stored in float32, or in float64 where that
     would cost them their digits. load_dataset reads env_id, accident, cost_threshold, horizon,
     behaviours, action_low and action_high (the bounds of the actions as stored) and action_count
@@ -51,12 +52,11 @@ def write_dataset(path: str | Path, arrays: Arrays, metadata: Metadata) -> None:
     text = metadata_text(metadata)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
-        for key in (*REQUIRED, *OPTIONAL):
-            if key in arrays:
-                array, kind = arrays[key], wide if key in OBSERVATIONS else stored_type(key)
-                stored = file.create_dataset(key, array.shape, kind)
-                for part in chunks(len(array)):
-                    stored[part] = array[part].astype(kind)
+        for key in stored_names(arrays):
+            array, kind = arrays[key], wide if key in OBSERVATIONS else stored_type(key)
+            stored = file.create_dataset(key, array.shape, kind)
+            for part in chunks(len(array)):
+                stored[part] = array[part].astype(kind)
         file.attrs[ATTRIBUTE] = text
 
 

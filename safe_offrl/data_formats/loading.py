@@ -37,7 +37,7 @@ from safe_offrl.data_formats.stored import REQUIRED, Raw, RowProgress, dataset_s
 from safe_offrl.data_formats.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.spec import SafetySpec
-from safe_offrl.types import Batch, Layout
+from safe_offrl.types import Layout
 
 
 class FileFormat(NamedTuple):
@@ -125,7 +125,12 @@ def stated_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def load_dataset(
-    path: str | Path, *, discount: float, spec: SafetySpec, horizon: int | None = None
+    path: str | Path,
+    *,
+    discount: float,
+    spec: SafetySpec,
+    horizon: int | None = None,
+    every_signal: bool = False,
 ) -> Dataset:
     """Read and validate a dataset into one contiguous store; a memory map stays on disk.
 
@@ -136,14 +141,19 @@ def load_dataset(
     ``time_to_go`` and must cover the longest episode. ``discount`` is that of ``return_to_go``.
     Accidents are the file's own if its rule is that of ``spec``; otherwise they are derived from
     costs or terminals. Under the rule "episode_cost" observations end with the share of
-    cost_threshold that the episode has used, which no file contains. Raises DataError.
+    cost_threshold that the episode has used, which no file contains. Of the file's cost signals
+    those of ``spec`` are taken, or ``every_signal``. Raises DataError.
     """
     found = find_dataset(path)
     if format_of(found) == "mmap":
+        if every_signal:
+            spec = derived.with_every_signal(*read_memory_map(found)[:2], spec)
         return load_memory_map(found, discount=discount, spec=spec, horizon=horizon)
     raw = FILE_FORMATS[format_of(found)].read(found)
     raw = complete(*raw, horizon=horizon or spec.horizon)
     validate_arrays(raw.arrays)
+    if every_signal:
+        spec = derived.with_every_signal(raw.arrays, raw.metadata, spec)
     return assemble(raw, discount=discount, spec=spec, horizon=horizon)
 
 
@@ -152,6 +162,7 @@ def assemble(raw: Raw, *, discount: float, spec: SafetySpec, horizon: int | None
     # Episodes under the horizon.
     arrays, metadata, remarks, unsure = raw
     derived.require_known_terminations(unsure, spec)
+    derived.require_signals(arrays, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
     # Columns.
@@ -164,12 +175,18 @@ def assemble(raw: Raw, *, discount: float, spec: SafetySpec, horizon: int | None
     }
     # The dataset.
     tensors = {key: torch.from_numpy(value.astype(np.float32)) for key, value in columns.items()}
-    layout = Layout(columns["observations"].shape[1], columns["actions"].shape[1])
+    sizes = columns["observations"].shape[1], columns["actions"].shape[1]
+    layout = Layout(*sizes, tuple(spec.signals))
     identity = dataset_sha256(arrays, metadata)
     if metadata.get("action_count") is not None:
         check_one_hot(columns["actions"], metadata["action_count"])
     dataset = Dataset(
-        rows=layout.pack(Batch(**tensors)),
+        rows=layout.join(
+            tensors["observations"],
+            tensors["actions"],
+            tensors["next_observations"],
+            torch.stack([tensors[key] for key in layout.scalars], dim=-1),
+        ),
         layout=layout,
         episode_starts=episodes.starts,
         truncated=episodes.truncated,

@@ -8,27 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.types import SCALARS, Layout, Normalizer
+from safe_offrl.types import Layout, Normalizer
 
 
 class MappedRows:
     """The rows [N, D] of some episodes of a map; implements StoredRows of data/dataset.py.
 
-    ``tables`` [R, 2 O + A] and ``scalars`` [R, 6 or 8] are mapped files. The scalars begin with
-    SCALARS; the other two, if any, are appended to the observation and to the next observation.
-    ``starts`` [m + 1] are the first rows of the map's episodes and R.
+    ``tables`` [R, 2 O + A] and ``scalars`` [R, 6 + K (+ 2)] are mapped files. The scalars begin
+    with the layout's; the other two, if any, are appended to the observation and to the next
+    observation. ``starts`` [m + 1] are the first rows of the map's episodes and R.
     """
 
     def __init__(self, tables: Tensor, scalars: Tensor, layout: Layout, starts: np.ndarray) -> None:
         self._tables = tables
         self._scalars = scalars
         self._layout = layout
+        self._names = layout.scalars
         self._first = torch.from_numpy(starts[:-1])  # row in the files of each episode of ours
         self._starts = torch.from_numpy(starts)  # the same in our own count, and N
         self._whole = True
         self._mean: Tensor | None = None
         self._std: Tensor | None = None
-        self._scale = torch.ones(len(SCALARS))
+        self._scale = torch.ones(len(self._names))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -37,7 +38,8 @@ class MappedRows:
         """Rows [B, D] of an index [B]."""
         at = self._position(index)
         tables, scalars = self._tables.index_select(0, at), self._scalars.index_select(0, at)
-        scalars, shares = scalars[:, : len(SCALARS)], scalars[:, len(SCALARS) :]  # 0 or 2 of these
+        scalars, shares = scalars[:, : len(self._names)], scalars[:, len(self._names) :]
+        # Of the shares there are 0 or 2.
         o, a = self._layout.observation_size - shares.shape[1] // 2, self._layout.action_size
         observations, following = tables[:, :o], tables[:, o + a :]
         if shares.shape[1]:
@@ -50,8 +52,8 @@ class MappedRows:
         return Layout.join(observations, actions, following, scalars * self._scale)
 
     def column(self, name: str) -> Tensor:
-        """A scalar field for all rows [N]; a view if these are all rows of the map."""
-        at = SCALARS.index(name)
+        """One of the layout's scalars for all rows [N]; a view if these are all rows of the map."""
+        at = self._names.index(name)
         column = self._scalars[:, at]
         if self._scale[at] != 1.0:
             column = column * self._scale[at]
@@ -76,7 +78,7 @@ class MappedRows:
         result = copy.copy(self)
         result._mean = torch.from_numpy(normalizer.mean)
         result._std = torch.from_numpy(normalizer.std)
-        in_rewards = torch.tensor([name in ("rewards", "return_to_go") for name in SCALARS])
+        in_rewards = torch.tensor([name in ("rewards", "return_to_go") for name in self._names])
         result._scale = torch.where(in_rewards, normalizer.reward_scale, 1.0)
         return result
 

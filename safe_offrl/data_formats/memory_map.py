@@ -3,8 +3,8 @@
     dataset.json      sizes, our metadata, the hashes of the content and of the source
     tables.f32        [N, 2 O + A]: observations, actions, next_observations of one row side by side
     rewards.f32 ...   one file for each of the other arrays
-    scalars-KEY.f32   [N, 6 or 8]: what depends on accident rule, horizon and discount (KEY); made
-                      by the first load that needs it, as a cache
+    scalars-KEY.f32   [N, 6 + K (+ 2)]: what depends on accident rule, signals, horizon and discount
+                      (KEY); made by the first load that needs it, as a cache
 
 A batch is two gathers, of tables and of scalars, which together are rows in Layout order.
 """
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,20 @@ from safe_offrl.data.offsets import centred
 from safe_offrl.data_formats.complete import complete, taken_history
 from safe_offrl.data_formats.mapped_rows import MappedRows
 from safe_offrl.data_formats.stored import (
-    OPTIONAL,
     REQUIRED,
     TABLES,
     Raw,
     RowProgress,
     dataset_sha256,
     parse_metadata,
+    stored_names,
     stored_type,
 )
 from safe_offrl.data_formats.validation import check_one_hot, validate_arrays
 from safe_offrl.errors import DataError
 from safe_offrl.files import json_bytes, replacing, write_file
 from safe_offrl.spec import SafetySpec
-from safe_offrl.types import SCALARS, Layout
+from safe_offrl.types import Layout
 
 HEADER = "dataset.json"
 ROWS_AT_ONCE = 2**20  # scalars of so many rows are computed together, or of one longer episode
@@ -113,9 +113,8 @@ def read_memory_map(path: Path) -> Raw:
         "actions": tables[:, o : o + a],
         "next_observations": tables[:, o + a :],
     }
-    for key in (*REQUIRED, *OPTIONAL):
-        if _file_name(key) in header["files"]:
-            arrays[key] = _map_file(path / _file_name(key), stored_type(key))
+    for key in _others(name.partition(".")[0] for name in header["files"]):
+        arrays[key] = _map_file(path / _file_name(key), stored_type(key))
     return Raw(arrays, parse_metadata(header["metadata"]))
 
 
@@ -151,14 +150,15 @@ def load_memory_map(
         arrays, metadata, remarks, unsure = settled
     # Episodes under the horizon.
     derived.require_known_terminations(unsure, spec)
+    derived.require_signals(arrays, spec)
     episodes = derived.find_episodes(arrays)
     horizon = derived.resolve_horizon(horizon, spec, metadata, episodes.lengths)
     # The dataset.
-    scalars = _mapped_scalars(
-        path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount
-    )
     size = arrays["observations"].shape[1] + (spec.accident == "episode_cost")
-    layout = Layout(size, arrays["actions"].shape[1])
+    layout = Layout(size, arrays["actions"].shape[1], tuple(spec.signals))
+    scalars = _mapped_scalars(
+        path, header["sha256"], arrays, episodes, metadata, spec, horizon, discount, layout.scalars
+    )
     dataset = Dataset(
         rows=MappedRows(torch.from_numpy(tables), torch.from_numpy(scalars), layout, episodes[0]),
         layout=layout,
@@ -189,17 +189,22 @@ def _mapped_scalars(
     spec: SafetySpec,
     horizon: int,
     discount: float,
+    names: tuple[str, ...],
 ) -> NDArray[np.float32]:
-    """Columns that follow the tables [N, 6 or 8], mapped from the cache beside the map."""
+    """Columns that follow the tables [N, 6 + K (+ 2)], mapped from the cache beside the map.
+
+    ``names`` of the layout's scalars; then come the two of the rule "episode_cost".
+    """
     key = f"{identity} {spec.accident} {spec.cost_threshold!r} {horizon} {discount!r}"
+    key = " ".join([key, *spec.signals])
     name = f"scalars-{hashlib.sha256(key.encode()).hexdigest()[:16]}.f32"
-    width = len(SCALARS) + 2 * (spec.accident == "episode_cost")
+    width = len(names) + 2 * (spec.accident == "episode_cost")
     target, expected = path / name, len(episodes.terminated) * width * 4
     if not target.is_file() or target.stat().st_size != expected:
         try:
             with replacing(target) as temporary, temporary.open("wb") as file:
                 for block in _scalar_blocks(
-                    arrays, episodes.starts, metadata, spec, horizon, discount
+                    arrays, episodes.starts, metadata, spec, horizon, discount, names
                 ):
                     file.write(np.ascontiguousarray(block, "<f4").data)
         except OSError as error:
@@ -217,6 +222,7 @@ def _scalar_blocks(
     spec: SafetySpec,
     horizon: int,
     discount: float,
+    names: tuple[str, ...],
 ) -> Iterator[NDArray[np.float32]]:
     """The scalars of whole episodes at a time."""
     first = 0
@@ -228,7 +234,7 @@ def _scalar_blocks(
         columns = derived.scalar_columns(
             piece, starts[first : beyond + 1] - part.start, metadata, spec, horizon, discount
         )
-        ordered = [columns.pop(name) for name in SCALARS]
+        ordered = [columns.pop(name) for name in names]
         yield np.stack([*ordered, *columns.values()], axis=1)  # what the rule adds comes behind
         first = beyond
 
@@ -247,8 +253,8 @@ def _open(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
         complete &= isinstance(header["metadata"], str) and isinstance(header["sha256"], str)
         complete &= all(
             sizes[_file_name(key)] == n * stored_type(key).itemsize
-            for key in REQUIRED
-            if key not in TABLES
+            for key in (*REQUIRED, *_others(name.partition(".")[0] for name in sizes))
+            if key not in (*TABLES, "episode_behaviours")
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         header, n, o, a = {}, 0, 0, 0
@@ -272,8 +278,8 @@ def _map_file(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
     return np.memmap(path, dtype=kind, mode="c").view(np.ndarray)
 
 
-def _others(arrays: Arrays) -> list[str]:
-    return [key for key in (*REQUIRED, *OPTIONAL) if key in arrays and key not in TABLES]
+def _others(names: Iterable[str]) -> list[str]:
+    return [key for key in stored_names(names) if key not in TABLES]
 
 
 def _file_name(key: str) -> str:

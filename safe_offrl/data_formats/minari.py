@@ -1,7 +1,8 @@
 """Minari datasets (the Farama standard), read and written with h5py alone.
 
 Folder/data/main_data.hdf5 holds groups episode_N of T steps with T + 1 observations and T + 1
-entries of each info: the cost of step t is infos/cost[t + 1]. Folder/data/metadata.json describes
+entries of each info: the cost of step t is infos/cost[t + 1], and that of the signal NAME
+infos/cost_NAME[t + 1]. Folder/data/metadata.json describes
 the spaces.
 """
 
@@ -17,6 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_offrl.data.content import signal_of
 from safe_offrl.data_formats.hdf5 import (
     declared_size,
     opened,
@@ -28,6 +30,7 @@ from safe_offrl.data_formats.names import near_name
 from safe_offrl.data_formats.stored import ATTRIBUTE, Raw, parse_metadata, reading, require_size
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.errors import DataError
+from safe_offrl.types import signal_column
 
 DATA_FILE = "main_data.hdf5"
 _STEPS = {"rewards": "rewards", "terminations": "terminals", "truncations": "timeouts"}
@@ -88,9 +91,10 @@ def read_minari(path: Path) -> Raw:
     # Checks that all are alike.
     keys = set(parts[0])
     if any(set(part) != keys for part in parts):
+        signals = {key for part in parts for key in part if signal_of(key)}
         raise DataError(
-            f'Only some episodes of "{path}" have {", ".join(sorted(set(INFOS.values())))} in '
-            "their infos. Log them for all episodes, or for none."
+            f'Only some episodes of "{path}" have {", ".join(sorted({*INFOS.values(), *signals}))} '
+            "in their infos. Log them for all episodes, or for none."
         )
     for key in sorted(keys):
         if len({part[key].shape[1:] for part in parts}) > 1:
@@ -136,7 +140,8 @@ class _Episode:
             _array(group, ("observations", *leaf)) for leaf in leaves or _leaves_by_name(group)
         ]
         infos = plain_group(group, "infos") if "infos" in group else None
-        found = {ours: plain_dataset(infos, key) for key, ours in INFOS.items()} if infos else {}
+        known = {} if infos is None else INFOS | _signal_infos(infos)
+        found = {ours: plain_dataset(infos, key) for key, ours in known.items()}
         self.infos = {key: item for key, item in found.items() if item is not None}
 
     @property
@@ -180,7 +185,8 @@ def _unused_infos(group: h5py.Group | None) -> list[str]:
     infos = plain_group(group, "infos") if group is not None and "infos" in group else None
     known = {"observations", "actions", "infos", *_STEPS}
     names = [name for name in group or () if name not in known]
-    names += [f"infos/{name}" for name in infos or () if name not in INFOS]
+    read = {} if infos is None else INFOS | _signal_infos(infos)
+    names += [f"infos/{name}" for name in infos or () if name not in read]
     for key in ("cost", "accident"):
         near = near_name(INFOS[key], names)
         if (infos is None or key not in infos) and near is not None:
@@ -191,6 +197,17 @@ def _unused_infos(group: h5py.Group | None) -> list[str]:
     listed = ", ".join(f'"{name}"' for name in sorted(names)[:6])
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return [f"of the dataset's arrays these are not used: {listed}{more}."] if names else []
+
+
+def _signal_infos(infos: h5py.Group) -> dict[str, str]:
+    """{name in infos: our array} of named cost signals: numbers of each step beside the cost."""
+    names = [name for name in infos if name.startswith("cost_") and signal_of(name)]
+    plain = [name for name in names if isinstance(infos.get(name, getlink=True), h5py.HardLink)]
+    return {
+        name: signal_column(signal_of(name))
+        for name in plain
+        if "cost" in infos and getattr(infos[name], "dtype", np.dtype("S")).kind in "fiub"
+    }
 
 
 def _array(group: h5py.Group, path: Leaf) -> h5py.Dataset:

@@ -11,13 +11,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-from safe_offrl.data.content import Arrays, Metadata, metadata_text
+from safe_offrl.data.content import Arrays, Metadata, metadata_text, signals_in
 from safe_offrl.data.derived import find_episodes
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.minari import DATA_FILE, INFOS, datasets_folder
 from safe_offrl.data_formats.stored import ATTRIBUTE, RowProgress
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.files import json_bytes, replacing, write_file
+from safe_offrl.types import signal_column
 
 VERSION = "0.5.0"  # of the layout that is written; every later Minari reads it
 
@@ -66,7 +67,8 @@ def _write_episodes(
             group["truncations"] = timeouts
             # Infos, of which the first is that of the reset.
             infos = group.create_group("infos")
-            for key, ours in INFOS.items():
+            signals = {f"cost_{name}": signal_column(name) for name in signals_in(arrays)}
+            for key, ours in (INFOS | signals).items():
                 if ours in arrays:
                     values = arrays[ours][part].astype(bool if key == "accident" else np.float32)
                     infos[key] = np.concatenate([np.zeros(1, values.dtype), values])

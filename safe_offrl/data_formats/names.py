@@ -11,8 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from safe_offrl.data.content import signal_of, signals_in
 from safe_offrl.data_formats.stored import OPTIONAL, REQUIRED
 from safe_offrl.errors import DataError
+from safe_offrl.types import signal_column
 
 # Gymnasium, Minari, OmniSafe and CleanRL call arrays so; they are read where ours are missing.
 SYNONYMS = {
@@ -46,6 +48,7 @@ METADATA_KEYS = (
     "behaviours",
     "ends",
     "observation_offset",
+    "signals",
 )
 # Names that begin so were probably meant as ours.
 _STEMS = {
@@ -78,7 +81,8 @@ class Recognised(NamedTuple):
 def recognise(present: Mapping[str, int | None], how: str = "Rename it") -> Recognised:
     """Choose the arrays to be read from all that a file holds: {name: its rows, None if unknown}.
 
-    Ours come first, then synonyms of what is missing, each with a remark.
+    Ours come first, then synonyms of what is missing, each with a remark. Signals are those of a
+    file that has costs, too: in another the cost itself may be meant.
 
     Raises DataError where an array that is missing may be there under a near name; ``how`` says
     what to do about it. Arrays of the log's length that are not read are named in a remark.
@@ -86,7 +90,11 @@ def recognise(present: Mapping[str, int | None], how: str = "Rename it") -> Reco
     known = (*REQUIRED, *OPTIONAL, "dones")
     names = {key: key for key in known if key in present}
     remarks = []
-    for theirs, ours in SYNONYMS.items():
+    synonyms = dict(SYNONYMS)
+    if "costs" in present or "cost" in present:
+        names |= {key: key for key in map(signal_column, signals_in(present))}
+        synonyms |= {key: signal_column(name) for key in present if (name := signal_of(key))}
+    for theirs, ours in synonyms.items():
         if theirs in present and ours not in names:
             names[ours] = theirs
             remarks.append(f'"{theirs}" is read as "{ours}".')

@@ -14,13 +14,12 @@ from safe_offrl.data.content import Arrays, Metadata, metadata_text
 from safe_offrl.data.offsets import OBSERVATIONS, in_own_units
 from safe_offrl.data_formats.names import recognise
 from safe_offrl.data_formats.stored import (
-    OPTIONAL,
-    REQUIRED,
     Raw,
     RowProgress,
     parse_metadata,
     reading,
     require_size,
+    stored_names,
     stored_type,
 )
 from safe_offrl.data_formats.validation import validate_arrays
@@ -62,8 +61,7 @@ def write_npz(
     arrays, metadata, wide = in_own_units(arrays, metadata)
     named: dict[str, Any] = {
         key: arrays[key][:].astype(wide if key in OBSERVATIONS else stored_type(key))
-        for key in (*REQUIRED, *OPTIONAL)
-        if key in arrays
+        for key in stored_names(arrays)
     }
     named[METADATA] = np.array(metadata_text(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)

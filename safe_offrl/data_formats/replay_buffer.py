@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,23 @@ from safe_offrl.data_formats.complete import complete, stand_in_warning
 from safe_offrl.data_formats.flags import at_horizon
 from safe_offrl.data_formats.validation import validate_arrays
 from safe_offrl.errors import DataError
+from safe_offrl.spec import SafetySpec
+from safe_offrl.types import signal_column
 
 
 def from_replay_buffer(
     buffer: Any,
     *,
     costs: NDArray[Any] | None = None,
+    signals: Mapping[str, NDArray[Any]] | None = None,
     env_id: str | None = None,
     horizon: int | None = None,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Arrays and metadata, as write_dataset takes them, of a Stable-Baselines3 ReplayBuffer.
 
     ``costs`` [buffer_size, n_envs] (or [buffer_size] of one environment) stand in the buffer's own
-    slots; the buffer itself keeps none, unless a subclass has an attribute ``costs``. Environments
+    slots; the buffer itself keeps none, unless a subclass has an attribute ``costs``. So do named
+    cost ``signals``, {name: array}. Environments
     follow each other, each from its first whole episode (in a full ring the oldest one has lost its
     beginning) to its last step, where an unfinished episode counts as cut. ``horizon`` is needed
     without handle_timeout_termination, as time limits are then unknown. optimize_memory_usage=True
@@ -43,16 +48,11 @@ def from_replay_buffer(
             "The replay buffer holds no costs. Give them as `costs`, an array "
             f"[{buffer.buffer_size}, {buffer.n_envs}] in the buffer's own slots."
         )
-    costs = np.asarray(costs)
-    if costs.ndim == 1:
-        costs = costs[:, None]
-    if costs.shape != buffer.rewards.shape:
-        raise DataError(
-            f"`costs` is {list(costs.shape)}, but the replay buffer "
-            f"{list(buffer.rewards.shape)}. Give one cost for each of its slots."
-        )
+    SafetySpec(signals={name: name for name in signals or {}})  # which refuses what is no name
+    named = {signal_column(name): values for name, values in (signals or {}).items()}
+    slots = {key: _slots(buffer, key, values) for key, values in {"costs": costs, **named}.items()}
     # Arrays.
-    parts = [_environment(buffer, costs, k, horizon) for k in range(buffer.n_envs)]
+    parts = [_environment(buffer, slots, k, horizon) for k in range(buffer.n_envs)]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     if not len(arrays["rewards"]):
         raise DataError(
@@ -77,8 +77,20 @@ def from_replay_buffer(
     return found, noted
 
 
+def _slots(buffer: Any, name: str, values: Any) -> NDArray[Any]:
+    """Costs [buffer_size, n_envs], if they are; DataError if not."""
+    costs = np.asarray(values)
+    costs = costs[:, None] if costs.ndim == 1 else costs
+    if costs.shape != buffer.rewards.shape:
+        raise DataError(
+            f"`{name}` is {list(costs.shape)}, but the replay buffer "
+            f"{list(buffer.rewards.shape)}. Give one cost for each of its slots."
+        )
+    return costs
+
+
 def _environment(
-    buffer: Any, costs: NDArray[Any], k: int, horizon: int | None
+    buffer: Any, costs: Mapping[str, NDArray[Any]], k: int, horizon: int | None
 ) -> dict[str, NDArray[Any]]:
     """The steps of environment k from its first whole episode on, in the order of time.
 
@@ -116,7 +128,7 @@ def _environment(
         "next_observations": following,
         "actions": buffer.actions[slots, k],
         "rewards": buffer.rewards[slots, k],
-        "costs": costs[slots, k],
+        **{key: values[slots, k] for key, values in costs.items()},
         "terminals": terminals,
         "timeouts": timeouts,
         "guessed": guessed,

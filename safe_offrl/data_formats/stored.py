@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import MAX_DATASET_BYTES, Arrays, Metadata, chunks
+from safe_offrl.data.content import MAX_DATASET_BYTES, Arrays, Metadata, chunks, signals_in
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import DataError
+from safe_offrl.types import signal_column
 
 RowProgress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -49,10 +50,18 @@ HISTORY = ("remarks", "unsure")
 ATTRIBUTE = "safe_offrl"  # the name under which a container keeps our metadata, as JSON
 # accidents [N] (bool) is the accident rule's verdict, episode_behaviours [M] (int32) the index into
 # metadata["behaviours"] of the behaviour that logged each episode, behaviour_log_probs [N] the log
-# density of each action, as stored, under whoever chose it.
+# density of each action, as stored, under whoever chose it. Besides, costs_NAME [N] is the cost
+# signal NAME.
 OPTIONAL = ("accidents", "episode_behaviours", "behaviour_log_probs")
 TABLES = ("observations", "actions", "next_observations")  # two-dimensional
 _BOOLEAN = ("terminals", "timeouts", "accidents")
+
+
+def stored_names(names: Iterable[str]) -> list[str]:
+    """Those of a log's arrays that a file holds, in the order in which they are hashed."""
+    present = list(names)
+    known = [key for key in (*REQUIRED, *OPTIONAL) if key in present]
+    return known + [signal_column(name) for name in signals_in(present)]
 
 
 def stored_type(key: str) -> np.dtype[Any]:
@@ -68,12 +77,11 @@ def dataset_sha256(arrays: Arrays, metadata: Metadata) -> str:
     Nor does that of the environment that they were logged in, which is no part of them.
     """
     digest = hashlib.sha256()
-    for key in (*REQUIRED, *OPTIONAL):
-        if key in arrays:
-            array, kind = arrays[key], stored_type(key)
-            digest.update(f"{key} {kind.str} {tuple(array.shape)}\n".encode())
-            for part in chunks(len(array)):
-                digest.update(np.ascontiguousarray(array[part].astype(kind)).data)
+    for key in stored_names(arrays):
+        array, kind = arrays[key], stored_type(key)
+        digest.update(f"{key} {kind.str} {tuple(array.shape)}\n".encode())
+        for part in chunks(len(array)):
+            digest.update(np.ascontiguousarray(array[part].astype(kind)).data)
     content = {key: value for key, value in metadata.items() if key not in (KEY, *HISTORY)}
     digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.data.content import chunks
+from safe_offrl.data.content import chunks, signal_of, signals_in
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.stored import REQUIRED, TABLES
 from safe_offrl.errors import DataError
 from safe_offrl.limits import COST
 from safe_offrl.spec import SafetySpec
+from safe_offrl.types import signal_column
 
 _OPTIONAL_ROWS = ("accidents", "behaviour_log_probs")  # one number for each transition
 _FLAGS = ("terminals", "timeouts", "dones", "accidents")  # 0/1 per transition
@@ -26,7 +27,8 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
 
     Expects observations and next_observations [N, O], actions [N, A] in [-1, 1], the others [N].
     Raises DataError for a missing key, a shape, unequal lengths, an empty dataset, a dtype, NaN or
-    infinity, a flag that is not 0/1, an action outside the range, or no episode end.
+    infinity, a flag that is not 0/1, a signal below 0, an action outside the range, or no episode
+    end.
     """
     # Shapes and values.
     for name in REQUIRED:
@@ -35,7 +37,8 @@ def validate_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> None:
                 f'The dataset has no array "{name}". Write it in the DSRL layout: '
                 f"{', '.join(REQUIRED)}."
             )
-    checked = {name: arrays[name] for name in (*REQUIRED, *_OPTIONAL_ROWS) if name in arrays}
+    names = (*REQUIRED, *_OPTIONAL_ROWS, *map(signal_column, signals_in(arrays)))
+    checked = {name: arrays[name] for name in names if name in arrays}
     _check_shapes(checked)
     for name, array in checked.items():
         _check_values(name, array)
@@ -107,6 +110,7 @@ def _check_values(name: str, array: NDArray[np.generic]) -> None:
             "Store float32 (bool for terminals and timeouts)."
         )
     wrong, first = 0, 0
+    lowest = 0.0 if signal_of(name) else -_LARGEST
     for part in chunks(len(array)):
         values = array[part]
         if name in _FLAGS:
@@ -119,7 +123,8 @@ def _check_values(name: str, array: NDArray[np.generic]) -> None:
         # The limit of float32 catches infinity, NaN (by the negation), what would overflow to it.
         # float64 is compared: float16 is never so large, the least integer has no absolute value.
         with np.errstate(over="ignore"):
-            bad = ~(np.abs(np.asarray(values, np.float64)) <= _LARGEST)
+            wide = np.asarray(values, np.float64)
+            bad = ~((np.abs(wide) <= _LARGEST) & (wide >= lowest))
         if bad.any() and not wrong:
             first = part.start + int(np.argwhere(bad)[0][0])
         wrong += int(bad.sum())
@@ -127,6 +132,10 @@ def _check_values(name: str, array: NDArray[np.generic]) -> None:
         raise DataError(
             f'The array "{name}" has {wrong} values that are NaN, infinite or too large '
             f"for float32, the first in row {first}. Remove or repair these transitions."
+            if not signal_of(name)
+            else f'The array "{name}" has {wrong} values that are not finite or below 0, the first '
+            f"in row {first}, but a signal costs 0 or more. Repair them, or, if it is no cost, "
+            f"give the array another name."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ class PlayedEpisode(NamedTuple):
     accident_steps: int
     shield_interventions: int
     fault: str = ""
+    signal_costs: Mapping[str, float] = {}  # sums of the named cost signals
 
     @property
     def content(self) -> str:
@@ -50,13 +51,16 @@ class PlayedEpisode(NamedTuple):
         version: int,
         phase: str,
         content: str = "",
+        worst_signals: Mapping[str, float] | None = None,
     ) -> Episode:
         """What the ledger keeps of it; ``steps_before`` were charged by earlier episodes.
 
-        ``worst_cost`` is the most that an episode is known to cost: what a fault counts as.
+        ``worst_cost`` is the most that an episode is known to cost: what a fault counts as, and
+        ``worst_signals`` that of each named cost.
         ``content`` tells episodes of one frozen policy apart.
         """
         fault = bool(self.fault)
+        worst = (worst_signals or {}) if fault else {}
         return Episode(
             index=index,
             seed=seed,
@@ -71,6 +75,7 @@ class PlayedEpisode(NamedTuple):
             shield_interventions=self.shield_interventions,
             outcome="fault" if fault else "complete",
             content=content,
+            signal_costs={k: max(v, worst.get(k, v)) for k, v in self.signal_costs.items()},
         )
 
 
@@ -90,8 +95,9 @@ class Reservation(NamedTuple):
         worst_cost: float,
         version: int,
         phase: str,
+        worst_signals: Mapping[str, float] | None = None,
     ) -> Reservation:
-        """The most that an episode can take: all its steps, this cost, and an accident."""
+        """The most that an episode can take: all its steps, these costs, and an accident."""
         return cls(
             Episode(
                 index=index,
@@ -106,6 +112,7 @@ class Reservation(NamedTuple):
                 phase=phase,
                 shield_interventions=0,
                 outcome="lost",
+                signal_costs=worst_signals or {},
             )
         )
 
@@ -131,6 +138,7 @@ def play_episode(
     rows: list[np.ndarray] = []
     total = cost = 0.0
     steps = accidents = interventions = 0
+    signal_costs = dict.fromkeys(env.signals, 0.0)
     ended = False
     fault = ""
     try:
@@ -161,6 +169,7 @@ def play_episode(
                 terminated=terminated,
                 time_to_go=time_to_go,
                 return_to_go=0.0,
+                signals=[info["signals"][name] for name in signal_costs],
             )
             rows.append(row)
             # The totals of the episode.
@@ -168,6 +177,8 @@ def play_episode(
             total += float(reward)
             cost += float(info["cost"])
             accidents += accident
+            for name in signal_costs:
+                signal_costs[name] += info["signals"][name]
     except EnvFault as error:
         fault = str(error)
     return PlayedEpisode(
@@ -179,6 +190,7 @@ def play_episode(
         accident_steps=accidents,
         shield_interventions=interventions,
         fault=fault,
+        signal_costs=signal_costs,
     )
 
 

@@ -2,8 +2,8 @@
 
 Every command goes through :func:`safe_offrl.env.make.make_env`: observations are float32 vectors,
 actions live in [-1, 1]^A or are one-hot rows, every episode ends within a known horizon, and every
-step says whether it was an accident. Nothing else of this package reads ``info["cost"]`` or an
-environment's action bounds.
+step says whether it was an accident, and what it cost. Nothing else of this package reads
+``info["cost"]`` or an environment's action bounds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ from safe_offrl.env.contract import (
     reset_values,
     step_values,
 )
-from safe_offrl.env.identity import environment_identity, environment_versions, rule_identity
+from safe_offrl.env.identity import (
+    environment_identity,
+    environment_versions,
+    rule_identity,
+    signals_identity,
+)
 from safe_offrl.env.observations import flatten, layout
 from safe_offrl.env.process import ProcessEnv
+from safe_offrl.env.signals import Signals
 from safe_offrl.env.user_code import raised
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.spec import COST_SHARE_MAX, SafetySpec
@@ -75,6 +81,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
       ``info["cost"]``: float, the environment's own number; 1 for an accident and 0 otherwise
       where the environment gives none, or another thing than a number (which a limit on the cost
       refuses).
+      ``info["signals"]``: {name: float}, the costs of ``spec.signals``, where there are any.
     * The episode is truncated after ``horizon`` steps. A step that terminates is not truncated.
 
     A user's accident function is given the environment's own observations and actions, not the
@@ -96,6 +103,11 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         self._rule = accident_rule(spec.accident)
         self.sums_cost: bool = spec.accident == "episode_cost"
         self._episode_cost = 0.0
+        # Signals.
+        self.signals: tuple[str, ...] = tuple(spec.signals)
+        self._signal_sources = spec.signals
+        self._signals = Signals(self.env_id, spec.signals)
+        self._look_back = ":" in spec.accident or self._signals.look_back
         # Observations.
         self.layout = layout(self.env_id, env.observation_space)
         boxes = [part.box for part in self.layout]
@@ -136,7 +148,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         return self.observe(observation, 0.0), info
 
     def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
-        """Act with ``action`` [A]; ``info`` holds "accident" (bool) and "cost" (float)."""
+        """Act with ``action`` [A]; ``info`` holds "accident" (bool), "cost" (float), "signals"."""
         # Step.
         raw_action = self.own_action(action)
         # It gets a copy, because some environments write into the action that they are given.
@@ -144,6 +156,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         self._steps += 1
         raw_next, reward, terminated, cut, info = step_values(self.env_id, answer, self._steps)
         truncated = (cut or self._steps >= self.horizon) and not terminated
+        told = (self._raw_observation, raw_action, raw_next, reward, terminated, truncated)
         # Cost and accident.
         cost = cost_of(self.env_id, info, self._steps, limited=self._cost_limited)
         if self._rule is None:
@@ -152,23 +165,19 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             self._episode_cost += cost
             accident = (self._episode_cost if self.sums_cost else cost) > self._threshold
         else:
-            told = (raw_action, raw_next, reward, terminated, truncated, info)
-            accident = accident_verdict(self._rule_name, self._rule, self._raw_observation, *told)
+            accident = accident_verdict(self._rule_name, self._rule, *told, info)
             if cost is None and self._cost_limited and info.get("cost") is not None:
                 raise no_cost(self.env_id, info)
             cost = float(accident) if cost is None else cost
+        found: dict[str, Any] = {"accident": accident, "cost": cost}
+        if self.signals:
+            found["signals"] = self._signals.of_step(self._steps, info, *told)
         # Observation.
         observation = self.observe(raw_next, self._episode_cost)
         if terminated or truncated:
             self._require_last(observation, info)
         self._remember(raw_next)
-        return (
-            observation,
-            reward,
-            terminated,
-            truncated,
-            {**info, "accident": accident, "cost": cost},
-        )
+        return observation, reward, terminated, truncated, {**info, **found}
 
     def close(self) -> None:
         """Close the environment; a warning where that fails, for no result depends on it."""
@@ -180,7 +189,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
 
     def _remember(self, observation: Any) -> None:
         """Keep what a user's rule is shown: as it was, should the environment write into it."""
-        if ":" in self._rule_name:
+        if self._look_back:
             self._raw_observation = copy.deepcopy(observation)
 
     def _require_last(self, observation: Vector, info: Mapping[str, Any]) -> None:
@@ -216,6 +225,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
             else environment_identity(self.env, self.env_id),
             "rule": rule_identity(self._rule_name, self._threshold),
             "horizon": self.horizon,
+            **({"signals": signals_identity(self._signal_sources)} if self.signals else {}),
         }
 
     def executed(self, action: Vector) -> Vector:

@@ -16,7 +16,9 @@ from gymnasium import spaces
 
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.env.observations import layout
-from safe_offrl.env.user_code import fault_in_words, import_user_module, raised
+from safe_offrl.env.signals import Signals
+from safe_offrl.env.user_code import fault_in_words, raised, user_function
+from safe_offrl.env.values import kind_in_words, scalar
 from safe_offrl.errors import EnvError, EnvFault
 from safe_offrl.spec import COST_RULES, SafetySpec
 
@@ -79,14 +81,7 @@ def accident_rule(name: str) -> AccidentRule | None:
         return None
     if name == "terminated":
         return lambda _o, _a, _next, _reward, terminated, _truncated, _info: terminated
-    module_name, _, function = name.partition(":")
-    module = import_user_module(module_name, f'accident rule "{name}"')
-    rule: AccidentRule | None = getattr(module, function, None)
-    if not callable(rule):
-        raise EnvError(
-            f'The accident rule "{name}" cannot be used: the module {module_name} has no function '
-            f'"{function}". Check the spelling of safety.accident=package.module:function.'
-        )
+    rule: AccidentRule = user_function(name, "accident rule", "safety.accident")
     return rule
 
 
@@ -97,6 +92,7 @@ def refusals(env_id: str, env: gymnasium.Env[Any, Any], spec: SafetySpec) -> dic
         "actions": lambda: require_actions(env_id, env.action_space),
         "horizon": lambda: horizon_of(env_id, env, spec),
         "accident rule": lambda: accident_rule(spec.accident),
+        "signals": lambda: Signals(env_id, spec.signals),
     }
     found = {}
     for part, require in parts.items():
@@ -126,8 +122,8 @@ def reset_values(env_id: str, answer: Any) -> tuple[Any, dict[str, Any]]:
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
         return answer[0], cast("dict[str, Any]", answer[1])
     raise EnvFault(
-        f'reset() of "{env_id}" returned {_kind(answer)}, but it must return {RESET_GIVES}, info '
-        "being a dict. Fix the environment."
+        f'reset() of "{env_id}" returned {kind_in_words(answer)}, but it must return '
+        f"{RESET_GIVES}, info being a dict. Fix the environment."
     )
 
 
@@ -137,38 +133,25 @@ def step_values(
     """The answer of step(): five values, of which three are a number and two truth values."""
     if not isinstance(answer, tuple | list) or len(answer) != 5:
         raise EnvFault(
-            f'step() of "{env_id}" returned {_kind(answer)}, but it must return {STEP_GIVES}, the '
-            'cost in info["cost"]. Fix the environment.'
+            f'step() of "{env_id}" returned {kind_in_words(answer)}, but it must return '
+            f'{STEP_GIVES}, the cost in info["cost"]. Fix the environment.'
         )
     observation, raw_reward, raw_terminated, raw_truncated, info = answer
     reward, terminated, truncated = map(scalar, (raw_reward, raw_terminated, raw_truncated))
     if terminated is None or truncated is None or not isinstance(info, Mapping):
         named = {"terminated": raw_terminated, "truncated": raw_truncated, "info": info}
-        found = ", ".join(f"{name} as {_kind(value)}" for name, value in named.items())
+        found = ", ".join(f"{name} as {kind_in_words(value)}" for name, value in named.items())
         raise EnvFault(
             f'step() of "{env_id}" returned {found}, but it must return {STEP_GIVES}: two truth '
             "values and a dict. Fix the environment."
         )
     if reward is None or not math.isfinite(reward):
-        given = _kind(raw_reward) if reward is None else reward
+        given = kind_in_words(raw_reward) if reward is None else reward
         raise EnvFault(
             f'"{env_id}" gave the reward {given} at step {step}. '
             "Fix the environment: rewards must be finite numbers."
         )
     return observation, reward, bool(terminated), bool(truncated), cast("dict[str, Any]", info)
-
-
-def scalar(value: Any) -> float | None:
-    """A single number as a float: also a truth value, and an array of one; None for all else."""
-    if isinstance(value, bool | int | float | np.number | np.bool_):
-        return float(value)
-    if value is None or isinstance(value, str | bytes | Mapping):
-        return None
-    try:
-        array = np.asarray(value)
-    except Exception:  # whatever the object raises
-        return None
-    return float(array.item()) if array.size == 1 and array.dtype.kind in "biuf" else None
 
 
 def accident_verdict(name: str, rule: AccidentRule, *step: Any) -> bool:
@@ -214,7 +197,7 @@ def cost_in_words(info: Mapping[str, Any]) -> str:
     None stands for no cost, as where there is none.
     """
     if info.get("cost") is not None:
-        return f'info["cost"] is {_kind(info["cost"])}'
+        return f'info["cost"] is {kind_in_words(info["cost"])}'
     near = sorted(str(key) for key in info if "cost" in str(key).lower() and key != "cost")
     where = 'info has no "cost"' if "cost" not in info else 'info["cost"] is None'
     return f"{where} (it has {', '.join(near)})" if near else where
@@ -241,16 +224,3 @@ def no_cost(env_id: str, info: Mapping[str, Any]) -> EnvError:
 def last_observation(info: Mapping[str, Any]) -> Any:
     """The last observation of an episode that a vector's environment has put aside; else None."""
     return next((info[key] for key in _LAST_OBSERVATION if info.get(key) is not None), None)
-
-
-def _kind(value: Any) -> str:
-    """What a value is, in words."""
-    if isinstance(value, Mapping):
-        return f"a dict with the keys {', '.join(map(str, value)) or '(none)'}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)} value{'' if len(value) == 1 else 's'}"
-    if isinstance(value, np.ndarray):
-        return f"an array of shape {value.shape} and type {value.dtype}"
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    return f"an object of type {type(value).__name__}"

@@ -7,6 +7,7 @@ numbers in a module. Two environments of one identity are made alike, from the s
                  registration, wrappers as they lie around it, sources, packages
     rule         accident, cost_threshold (where it matters), sources, packages
     horizon      steps of an episode
+    signals      where each named cost is found, sources, packages; only if there are any
 
 ``sources`` and ``packages`` (see :mod:`safe_offrl.env.module_sources`) are those of the classes of
 the environment and its wrappers, of what they inherit from, of the entry point, of the module in
@@ -88,6 +89,12 @@ def rule_identity(accident: str, cost_threshold: float) -> dict[str, Any]:
         **({"cost_threshold": cost_threshold} if by_cost else {}),
         **sources_and_packages([module] if colon else []),
     }
+
+
+def signals_identity(signals: Mapping[str, str]) -> dict[str, Any]:
+    """Of named cost signals, as SafetySpec has them; their modules have been imported."""
+    modules = [source.partition(":")[0] for source in signals.values() if ":" in source]
+    return {"found": dict(signals), **sources_and_packages(modules)}
 
 
 def _wrappers(

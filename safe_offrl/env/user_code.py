@@ -32,6 +32,18 @@ def import_user_module(name: str, purpose: str) -> Any:
         ) from error
 
 
+def user_function(name: str, purpose: str, setting: str) -> Any:
+    """The function behind "package.module:function"; EnvError if there is none."""
+    module_name, _, function = name.partition(":")
+    found = getattr(import_user_module(module_name, f'{purpose} "{name}"'), function, None)
+    if not callable(found):
+        raise EnvError(
+            f'The {purpose} "{name}" cannot be used: the module {module_name} has no function '
+            f'"{function}". Check the spelling of {setting}=package.module:function.'
+        )
+    return found
+
+
 def import_plugins() -> None:
     """Import the modules that installed packages declare in the group :data:`PLUGINS`.
 

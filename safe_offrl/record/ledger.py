@@ -28,6 +28,8 @@ from safe_offrl.errors import RunError
 from safe_offrl.files import write_file
 from safe_offrl.types import Episode
 
+_WHERE_ANY = ("content", "signal_costs")  # which a line has only where there is something to say
+
 
 class Ledger(NamedTuple):
     """What a ledger holds."""
@@ -57,7 +59,7 @@ def chain_start(identity: bytes) -> str:
 
 def ledger_line(episode: Episode, previous: str) -> tuple[bytes, str]:
     """Serialise one episode after the chain ``previous``; returns the line and its own chain."""
-    content = {k: v for k, v in episode._asdict().items() if k != "content" or v}
+    content = {k: v for k, v in episode._asdict().items() if k not in _WHERE_ANY or v}
     body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()[:-1]
     chain = _link(previous, body)
     framed = body + f',"chain":"{chain}"'.encode()

@@ -102,8 +102,9 @@ def require_trusted(run: RunDir, inputs: RunInputs, safety: SafetySpec, agent: s
 
 
 def named_modules(inputs: RunInputs, safety: SafetySpec, agent: str) -> list[str]:
-    """The environment, the accident rule and the agent, if they name a module."""
-    return [name for name in (inputs.env_id, safety.accident, agent) if ":" in name]
+    """The environment, the accident rule, the signals and the agent, if they name a module."""
+    named = (inputs.env_id, safety.accident, *safety.signals.values(), agent)
+    return [name for name in named if ":" in name]
 
 
 def _record(config_text: str) -> Path:

@@ -223,11 +223,11 @@ def test_loss_functions_change_nothing(name: str) -> None:
     setup.step(batch_for(name))
     before = tensors(setup)
     batch = batch_for(name, seed=1)
-    copy = Batch(*(x.clone() for x in batch))
+    copy = Batch(*(x.clone() for x in batch.tensors))
     global_state = torch.get_rng_state()
     setup.losses(batch)
     assert_equal(tensors(setup), before)
-    assert all(torch.equal(a, b) for a, b in zip(batch, copy, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(batch.tensors, copy.tensors, strict=True))
     assert torch.equal(torch.get_rng_state(), global_state)
 
 
@@ -321,7 +321,7 @@ def probe(name: str, *, observations: int, steps: int, discount: float, source: 
     g = seeded(3)
     for _ in range(steps):
         index = torch.randint(len(source.rewards), (64,), generator=g)
-        setup.step(Batch(*(x[index] for x in source)))
+        setup.step(Batch(*(x[index] for x in source.tensors)))
     return setup
 
 

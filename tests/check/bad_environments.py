@@ -42,6 +42,21 @@ class Sound(gymnasium.Env[Any, Any]):
         return np.array([self.position, self.clock / 20], dtype=np.float32)
 
 
+class TwoSignals(Sound):
+    """Beside the cost it says how far it is, and a wall that is never touched."""
+
+    def step(self, action: Any) -> Step:
+        *rest, info = super().step(action)
+        return (*rest, {**info, "parts": {"distance": abs(self.position)}, "wall": 0})
+
+
+class RandomSignal(Sound):
+    def step(self, action: Any) -> Step:
+        *rest, info = super().step(action)
+        chance = float(np.random.rand())  # noqa: NPY002  # what is wrong with it
+        return (*rest, {**info, "wall": chance})
+
+
 class NoCost(Sound):
     def step(self, action: Any) -> Step:
         return (*super().step(action)[:4], {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,39 @@ def test_a_sound_environment_has_nothing_to_repair() -> None:
     # One accident ends an episode and costs 1, so the two means are the same.
     assert report.measured["mean_cost"] == report.measured["accident_share"]
     assert str(report).endswith("\nusable, 0 warnings")
+
+
+def test_signals_are_measured() -> None:
+    signals = {"distance": "parts.distance", "wall": "wall"}
+    report = check("TwoSignals", episodes=20, signals=signals)
+    assert report.usable
+    texts = [check.text for check in report.checks if check.name == "signals"]
+    assert texts[0] == "distance is parts.distance, wall is wall"
+    assert re.fullmatch(
+        r"distance: [0-9.]+ an episode \([0-9.]+ to [0-9.]+\), above 0 in 100.0% of the steps",
+        texts[1],
+    )
+    assert findings(report, "warn")["signals"].startswith("wall is 0 in every step. Is that right?")
+    plain = check("TwoSignals", episodes=20)
+    assert {c.name for c in plain.checks} == {c.name for c in report.checks} - {"signals"}
+    assert report.measured["mean_cost_wall"] == 0.0 < report.measured["mean_cost_distance"]
+    assert set(report.measured) - set(plain.measured) == {"mean_cost_wall", "mean_cost_distance"}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "where", "text"),
+    [
+        ("TwoSignals", "parts.speed", "episodes", "info['parts'] is a dict with the keys distance"),
+        ("TwoSignals", "parts", "episodes", "it must be one number"),
+        ("TwoSignals", "no_such_module:far", "signals", "could not be imported"),
+        ("RandomSignal", "wall", "deterministic", "at step 1, the signal wall was "),
+    ],
+)
+def test_a_signal_that_must_be_repaired_fails(name: str, path: str, where: str, text: str) -> None:
+    report = check(name, signals={"wall": path})
+    failed = findings(report, "FAIL")
+    assert list(failed) == [where]
+    assert text in failed[where]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from safe_offrl.check.inspect import (
     principal_components,
 )
 from safe_offrl.check.inspect import summarise as summarise_under
+from safe_offrl.commands.inspect import inspect_dataset
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.data_formats.conversion import convert
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.limits import Limit
@@ -96,6 +98,46 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert "calm" in text
     assert "warning: only 6 transitions" in text
     assert json.loads(json.dumps(summary.as_dict()))["returns"] == [1, 3, 5, 10, 15]
+
+
+def test_signals_by_hand(tmp_path: Path) -> None:
+    arrays = sound_arrays(3)
+    arrays["costs_hazards"] = np.zeros(30)
+    arrays["costs_hazards"][[0, 1, 25]] = 2.0, 1.5, 1.0  # 3.5, 0 and 1 in an episode
+    arrays["costs_vases"] = np.zeros(30)
+    del arrays["episode_behaviours"]
+    write_dataset(tmp_path / "log.hdf5", arrays, {})
+    options: dict[str, Any] = {"discount": 0.9, "spec": SafetySpec(), "horizon": LENGTH}
+    summary = summarise(load_dataset(tmp_path / "log.hdf5", every_signal=True, **options))
+    assert summary.signals == (
+        ("hazards", 1.5, 0.0, 3.5, 0.1),
+        ("vases", 0.0, 0.0, 0.0, 0.0),
+    )
+    said = "signal        hazards: 1.5 an episode (0 to 3.5), above 0 in 10.0% of the steps\n"
+    assert said + "signal        vases: 0 an episode (0 to 0), above 0 in 0.0% of the" in (
+        format_summary(summary)
+    )
+    assert json.loads(json.dumps(summary.as_dict()))["signals"][0]["most"] == 3.5
+    plain = summarise(load_dataset(tmp_path / "log.hdf5", **options))
+    assert plain.signals == ()
+    assert "\nsignal " not in format_summary(plain)
+
+
+def test_the_command_shows_every_signal_or_those_that_are_named(tmp_path: Path) -> None:
+    arrays = sound_arrays() | {"costs_hazards": np.ones(1200), "costs_vases": np.ones(1200)}
+    del arrays["episode_behaviours"]
+    write_dataset(tmp_path / "log.hdf5", arrays, {"horizon": LENGTH})
+    convert(tmp_path / "log.hdf5", tmp_path / "log.mmap")
+    for path, overrides, names in (
+        ("log.hdf5", (), ["hazards", "vases"]),
+        ("log.mmap", (), ["hazards", "vases"]),
+        ("log.hdf5", ("safety.signals.vases=anything",), ["vases"]),
+    ):
+        said: list[str] = []
+        found = inspect_dataset(tmp_path / path, overrides=overrides, say=said.append)
+        assert [signal["name"] for signal in found["signals"]] == names
+        lines = [line for line in said[0].splitlines() if line.startswith("signal ")]
+        assert [line.split()[1] for line in lines] == [f"{name}:" for name in names]
 
 
 def test_coverage_by_hand() -> None:

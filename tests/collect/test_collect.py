@@ -69,6 +69,52 @@ def test_log_by_hand() -> None:
     assert np.allclose(arrays["rewards"], arrays["next_observations"][:, 0])
 
 
+def test_signals_are_logged_beside_all_else() -> None:
+    class Signalling(Walk):
+        def step(self, action: Any) -> Any:
+            *rest, info = super().step(action)
+            return (*rest, {**info, "far": {"right": max(0.0, self.x)}, "left": self.x < 0.0})
+
+    spec = SafetySpec(horizon=5, signals={"right": "far.right", "left": "left"})
+    env = AccidentEnv(Signalling(), spec, env_id="Walk-v0")
+    settings: Any = {"shares": [0.5, 0.5], "transitions": 9, "seed": 3}
+    behaviours = [constant("right", 1.0), constant("left", -2.0)]
+    arrays = log_episodes(env, behaviours=behaviours, **settings)
+    plain = log_episodes(walk(), behaviours=behaviours, **settings)
+    assert set(arrays) - set(plain) == {"costs_left", "costs_right"}
+    for name, values in plain.items():
+        np.testing.assert_array_equal(arrays[name], values, err_msg=name)
+    x = arrays["next_observations"][:, 0]
+    np.testing.assert_array_equal(arrays["costs_right"], np.maximum(x, 0.0))
+    np.testing.assert_array_equal(arrays["costs_left"], (x < 0.0).astype(np.float32))
+    assert arrays["costs_left"].dtype == arrays["costs_right"].dtype == np.float32
+
+
+def test_an_episode_whose_signal_fails_is_left_out_whole() -> None:
+    class Sometimes(Walk):
+        episodes = steps = 0
+
+        def reset(self, **options: Any) -> Any:
+            self.episodes, self.steps = self.episodes + 1, 0
+            return super().reset(**options)
+
+        def step(self, action: Any) -> Any:
+            *rest, info = super().step(action)
+            self.steps += 1
+            broken = self.episodes == 2 and self.steps == 3
+            return (*rest, {**info, "way": -1.0 if broken else float(self.steps)})
+
+    env = AccidentEnv(Sometimes(), SafetySpec(horizon=5, signals={"way": "way"}))
+    log = mixture.Log()
+    arrays = log_episodes(
+        env, behaviours=[constant("right", 1.0)], shares=[1.0], transitions=10, seed=0, log=log
+    )
+    assert arrays["costs_way"].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0] * 2
+    assert len(arrays["rewards"]) == 10
+    assert log.dropped.count == 1
+    assert 'gave the signal "way" (way) as -1 at step 3' in log.dropped.last
+
+
 def test_episodes_are_complete_and_limits_hold() -> None:
     behaviours = [random_behaviour(1)]
     arrays = log_episodes(walk(), behaviours=behaviours, shares=[1.0], transitions=23, seed=0)

@@ -67,6 +67,28 @@ def test_what_is_derived_as_episodes_come_is_what_all_of_them_at_once_give() -> 
         assert torch.equal(weights, expected)
 
 
+def test_signals_are_kept_and_drawn_with_their_rows() -> None:
+    layout = Layout(2, 1, ("hazards", "vases"))
+    buffer = OnlineBuffer(layout, 8, reaches=[Reach(2, 0.5)])
+    rows = torch.zeros(3, layout.width)
+    batch = layout.unpack(rows)
+    assert batch.signals is not None
+    batch.signals[:] = torch.tensor([[1.0, 0.0], [2.0, 8.0], [4.0, 0.0]])
+    batch.time_to_go[:] = torch.tensor([1.0, 0.9, 0.8])
+    batch.observations[:] = torch.arange(3.0).unsqueeze(1)
+    buffer.append(rows)
+    drawn, _, _ = buffer.risk_sampler().draw(50, 0.0, torch.Generator().manual_seed(0))
+    assert drawn.signals is not None
+    # 1 + 2/2, 2 + 4/2, 4; 0 + 8/2, 8, 0.
+    expected = torch.tensor([[2.0, 4.0], [4.0, 8.0], [4.0, 0.0]])
+    assert torch.equal(drawn.signals, expected[drawn.observations[:, 0].long()])
+    again = OnlineBuffer(layout, 8, reaches=[Reach(2, 0.5)])
+    again.load_state_dict(buffer.state_dict())
+    assert torch.equal(again.rows, rows)
+    with pytest.raises(DataError, match="does not fit"):
+        OnlineBuffer(LAYOUT, 8).load_state_dict(buffer.state_dict())
+
+
 def test_rows_is_a_view() -> None:
     buffer = OnlineBuffer(LAYOUT, 4)
     buffer.append(numbered(1, 2))

@@ -1,5 +1,7 @@
 """The order of a stored row: written in one place, whoever fills it or reads it."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,9 @@ import pytest
 import torch
 
 from safe_offrl import types
-from safe_offrl.data_formats import mapped_rows, memory_map
+from safe_offrl.data_formats import memory_map
 from safe_offrl.data_formats.loading import load_dataset
-from safe_offrl.deploy.episodes import play_episode
+from safe_offrl.deploy.episodes import Reservation, play_episode
 from safe_offrl.spec import SafetySpec
 from safe_offrl.types import SCALARS, Batch, Layout, Normalizer
 
@@ -21,6 +23,7 @@ class Env:
     """Three steps; the second is an accident."""
 
     horizon = 4
+    signals: tuple[str, ...] = ()
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
         return np.zeros(2, np.float32), {}
@@ -71,6 +74,30 @@ def test_the_order_is_that_of_what_is_on_disk() -> None:
     assert SCALARS == ("rewards", "accidents", "costs", "terminated", "time_to_go", "return_to_go")
 
 
+def test_an_episode_has_its_signals_and_their_sums() -> None:
+    class TwoSignals(Env):
+        signals = ("hazards", "vases")
+
+        def step(self, action: np.ndarray) -> Any:
+            *values, info = super().step(action)
+            return *values, {**info, "signals": {"hazards": self.steps / 2, "vases": 10.0}}
+
+    env: Any = TwoSignals()
+    policy: Any = Still()
+    episode = play_episode(env, policy, 0, np.random.default_rng(0))
+    signals = Layout(2, 1, TwoSignals.signals).unpack(episode.rows).signals
+    assert signals is not None
+    assert signals.tolist() == [[0.5, 10.0], [1.0, 10.0], [1.5, 10.0]]
+    assert episode.signal_costs == {"hazards": 3.0, "vases": 30.0}
+    about: dict[str, Any] = {"index": 0, "seed": 0, "steps_before": 0, "version": 0, "phase": "x"}
+    about |= {"worst_cost": 0.0, "worst_signals": {"hazards": 40.0, "vases": 20.0}}
+    assert episode.recorded(**about).signal_costs == {"hazards": 3.0, "vases": 30.0}
+    # A fault counts as the worst that is known, or as what was seen of it.
+    fault = episode._replace(fault="It broke.").recorded(**about)
+    assert fault.signal_costs == {"hazards": 40.0, "vases": 30.0}
+    assert Reservation.for_episode(steps=9, **about).worst.signal_costs == about["worst_signals"]
+
+
 def test_what_an_episode_brought_stands_under_its_name() -> None:
     batch = played()
     assert batch.rewards.tolist() == [0.5, 0.5, 0.5]
@@ -97,12 +124,39 @@ def test_another_order_swaps_nothing(
 
     before = fields(tmp_path / "before")
     order = ("accidents", "rewards", *reversed(SCALARS[2:]))
-    for module in (types, mapped_rows, memory_map):
-        monkeypatch.setattr(module, "SCALARS", order)
+    monkeypatch.setattr(types, "SCALARS", order)
     after = fields(tmp_path / "after")
-    for name, values in before.items():
-        assert torch.equal(values, after[name]), name
+    for name in Batch._fields[:-1]:
+        assert torch.equal(before[name], after[name]), name
     assert not torch.equal(before["rewards"], before["accidents"])
+
+
+def test_signals_end_a_row_in_the_order_of_their_names() -> None:
+    layout = Layout(2, 1, ("hazards", "vases"))
+    assert layout.scalars[-3:] == ("return_to_go", "costs_hazards", "costs_vases")
+    assert (layout.width, LAYOUT.width) == (13, 11)
+    zeros = np.zeros(2, np.float32)
+    numbers = dict.fromkeys(SCALARS, 0.5)
+    row = Layout.row(zeros, zeros[:1], zeros, signals=[3.0, 4.0], **numbers)
+    assert row.tolist() == [0.0] * 5 + [0.5] * 6 + [3.0, 4.0]
+    rows = torch.from_numpy(np.stack([row, row]))
+    batch = layout.unpack(rows)
+    assert batch.signals is not None
+    assert batch.signals.tolist() == [[3.0, 4.0], [3.0, 4.0]]
+    assert torch.equal(layout.pack(batch), rows)
+    # Whoever knows the sizes alone reads the rest as it is.
+    assert torch.equal(LAYOUT.pack(LAYOUT.unpack(rows)), rows)
+
+
+def test_a_layout_is_its_sizes_and_its_signals() -> None:
+    layout = Layout(2, 1, ["hazards"])
+    assert tuple(layout) == tuple(LAYOUT) == (2, 1)
+    assert layout == Layout(2, 1, ("hazards",))
+    assert layout != LAYOUT
+    assert layout != Layout(2, 1, ("vases",))
+    assert len({layout, LAYOUT, Layout(2, 1, ("hazards",))}) == 2
+    for same in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
+        assert same == layout
 
 
 def test_a_row_needs_every_number() -> None:

@@ -44,7 +44,7 @@ def test_every_slice_has_the_exact_share_with_offline_rows_first(
     for batch in drawn:
         assert batch.observations.shape == (batch_size, 3)
         assert batch.actions.shape == (batch_size, 2)
-        assert {len(field) for field in batch} == {batch_size}
+        assert {len(field) for field in batch.tensors} == {batch_size}
         assert torch.equal(batch.rewards[:n_offline], torch.full((n_offline,), -1.0))
         assert bool((batch.rewards[n_offline:] == 1.0).all())
 
@@ -61,7 +61,7 @@ def test_rows_stay_aligned_and_every_row_is_reachable() -> None:
         generator=generator(),
     )
     for batch in drawn:
-        for field in batch:  # all columns of a row carry its number
+        for field in batch.tensors:  # all columns of a row carry its number
             spread = field if field.ndim == 2 else field.unsqueeze(-1)
             assert bool((spread == batch.rewards.unsqueeze(-1)).all())
     rewards = torch.stack([batch.rewards for batch in drawn])
@@ -145,21 +145,26 @@ def test_stratified_refuses_what_cannot_be_corrected() -> None:
         StratifiedSampler(torch.zeros(0))
 
 
-def risky(steps: int = 1, discount: float = 1.0) -> tuple[RiskSampler, torch.Tensor]:
+def risky(
+    steps: int = 1, discount: float = 1.0, layout: Layout = LAYOUT
+) -> tuple[RiskSampler, torch.Tensor]:
     """Episodes of 3 and 2 steps with the costs 1, 2, 4 and 8, 16; the second ends for good.
 
-    Row i has observation i and next observation 100 + i.
+    Row i has observation i and next observation 100 + i. Signal k costs 10 ** (k + 1) as much.
     """
-    rows = torch.zeros(5, LAYOUT.width)
-    batch = LAYOUT.unpack(rows)
+    rows = torch.zeros(5, layout.width)
+    batch = layout.unpack(rows)
     batch.observations[:] = torch.arange(5.0).unsqueeze(1)
     batch.next_observations[:] = 100.0 + torch.arange(5.0).unsqueeze(1)
     batch.costs[:] = 2.0 ** torch.arange(5.0)
     batch.accidents[4] = batch.terminated[4] = 1.0
     starts = torch.tensor([0, 3, 5])
-    costs, spans = n_step_costs(batch.costs, starts, steps, discount)
+    columns = [batch.costs * 10.0**k for k in range(1 + len(layout.signals))]
+    if batch.signals is not None:
+        batch.signals[:] = torch.stack(columns[1:], dim=-1)
+    costs, spans = n_step_costs(torch.stack(columns, dim=-1), starts, steps, discount)
     stratified = StratifiedSampler(batch.accidents)
-    return RiskSampler(rows, LAYOUT, stratified, costs, spans, steps=steps), rows
+    return RiskSampler(rows, layout, stratified, costs, spans, steps=steps), rows
 
 
 def test_n_step_transitions_by_hand() -> None:
@@ -182,10 +187,22 @@ def test_n_steps_beyond_every_episode_are_the_whole_rest() -> None:
     assert torch.equal(spans, torch.tensor([3.0, 2.0, 1.0, 2.0, 1.0])[at])
 
 
-def test_one_step_is_the_stored_transition_with_its_weight() -> None:
-    sampler, rows = risky()
+def test_signals_are_summed_over_the_steps_that_the_cost_is() -> None:
+    sampler, _ = risky(2, 0.5, Layout(*LAYOUT, ("hazards", "vases")))
+    batch, _, _ = sampler.draw(200, 0.25, generator())
+    at = batch.observations[:, 0].long()
+    costs = torch.tensor([2.0, 4.0, 4.0, 16.0, 16.0])[at]
+    assert torch.equal(batch.costs, costs)
+    assert batch.signals is not None
+    assert torch.equal(batch.signals, torch.stack([10.0 * costs, 100.0 * costs], dim=-1))
+
+
+@pytest.mark.parametrize("signals", [(), ("hazards", "vases")])
+def test_one_step_is_the_stored_transition_with_its_weight(signals: tuple[str, ...]) -> None:
+    layout = Layout(*LAYOUT, signals)
+    sampler, rows = risky(layout=layout)
     batch, weights, spans = sampler.draw(60, 0.5, generator(3))
-    index, expected = StratifiedSampler(LAYOUT.unpack(rows).accidents).draw(60, 0.5, generator(3))
-    assert torch.equal(LAYOUT.pack(batch), rows[index])
+    index, expected = StratifiedSampler(layout.unpack(rows).accidents).draw(60, 0.5, generator(3))
+    assert torch.equal(layout.pack(batch), rows[index])
     assert torch.equal(weights, expected)
     assert torch.equal(spans, torch.ones(60))

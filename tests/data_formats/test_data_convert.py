@@ -64,7 +64,7 @@ def load(path: Path) -> Dataset:
 
 
 def assert_same_transitions(one: Dataset, other: Dataset) -> None:
-    for mine, theirs in zip(one.transitions, other.transitions, strict=True):
+    for mine, theirs in zip(one.transitions.tensors, other.transitions.tensors, strict=True):
         assert torch.equal(mine, theirs)
     assert np.array_equal(one.episode_starts, other.episode_starts)
     assert np.array_equal(one.truncated, other.truncated)

@@ -33,6 +33,8 @@ RULES = [
     SafetySpec(accident="terminated"),
     SafetySpec(accident="cost", cost_threshold=0.8),
     SafetySpec(accident="episode_cost", cost_threshold=2.0),
+    SafetySpec(signals={"vases": "cost_vases"}),
+    SafetySpec(accident="episode_cost", cost_threshold=2.0, signals={"hazards": "x", "vases": "y"}),
 ]
 
 
@@ -54,6 +56,8 @@ def random_arrays(episodes: int = 60, seed: int = 0) -> dict[str, np.ndarray]:
         "terminals": terminals,
         "timeouts": timeouts,
         "episode_behaviours": rng.integers(0, 2, episodes).astype(np.int32),
+        "costs_hazards": rng.integers(0, 3, n).astype(np.float32),
+        "costs_vases": rng.random(n).astype(np.float32),
     }
 
 
@@ -82,16 +86,18 @@ def assert_equal(one: Dataset, other: Dataset) -> None:
     assert torch.equal(one.layout.pack(one.transitions), other.layout.pack(other.transitions))
     assert np.array_equal(one.episode_starts, other.episode_starts)
     assert np.array_equal(one.truncated, other.truncated)
-    for name in ("rewards", "accidents", "costs", "terminated", "time_to_go", "return_to_go"):
+    for name in one.layout.scalars:
         assert torch.equal(one.column(name), other.column(name)), name
     assert torch.equal(one.initial_observations, other.initial_observations)
     for name in ("episode_accidents", "episode_returns", "episode_costs", "episode_lengths"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
     assert (one.cost_max, one.horizon, one.sha256) == (other.cost_max, other.horizon, other.sha256)
+    for name, sums in one.signal_costs.items():
+        assert np.array_equal(sums, other.signal_costs[name]), name
     assert one.metadata == other.metadata
 
 
-@pytest.mark.parametrize("spec", RULES, ids=lambda s: f"{s.accident} {s.cost_threshold}")
+@pytest.mark.parametrize("spec", RULES, ids=lambda s: f"{s.accident} {len(s.signals)}")
 def test_it_equals_the_dataset_in_memory(spec: SafetySpec, folder: Path) -> None:
     one, other = both(folder, spec)
     assert_equal(one, other)
@@ -105,7 +111,7 @@ def test_it_equals_the_dataset_in_memory(spec: SafetySpec, folder: Path) -> None
     assert len(empty.rows) == len(empty.column("rewards")) == 0
 
 
-@pytest.mark.parametrize("spec", [RULES[0], RULES[3]], ids=lambda s: s.accident)
+@pytest.mark.parametrize("spec", [RULES[0], *RULES[3:]], ids=lambda s: f"{s.accident} {s.signals}")
 def test_it_is_standardised_as_it_is_drawn(
     spec: SafetySpec, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +127,8 @@ def test_it_is_standardised_as_it_is_drawn(
         uniform_batches(d.rows, d.layout, 3, 16, torch.Generator().manual_seed(0))[2]
         for d in (one, other)
     ]
-    assert all(torch.equal(x, y) for x, y in zip(*drawn, strict=True))
+    fields = zip(*(batch.tensors for batch in drawn), strict=True)
+    assert all(torch.equal(x, y) for x, y in fields)
 
 
 def test_nothing_but_the_drawn_rows_is_copied(folder: Path) -> None:
@@ -162,7 +169,8 @@ def test_the_online_phase_draws_the_same_rows(folder: Path) -> None:
         drawn[-1].append(data.stratified_batch(8, 0.25, generator)[0])
         assert data.draw_start_observations(6, generator).shape == (6, 3)
     for one, other in zip(*drawn, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+        fields = zip(one.tensors, other.tensors, strict=True)
+        assert all(torch.equal(x, y) for x, y in fields)
 
 
 def test_what_a_rule_needs_is_computed_in_whole_episodes_and_once(

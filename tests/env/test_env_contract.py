@@ -19,7 +19,7 @@ from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.env.action_bounds import placeholder
 from safe_offrl.env.adapter import AccidentEnv
-from safe_offrl.env.contract import scalar
+from safe_offrl.env.values import scalar
 from safe_offrl.errors import DataError, EnvError, EnvFault
 from safe_offrl.spec import SafetySpec
 

@@ -72,6 +72,20 @@ def test_a_line_is_framed_by_its_crc_and_chained_to_the_line_before() -> None:
         parse_ledger(first + second, "x", "another start")
 
 
+def test_a_line_has_signals_only_where_there_are_any() -> None:
+    plain, head = ledger_line(episode(0), "start")
+    # The very bytes of earlier versions.
+    body = json.dumps(
+        {k: v for k, v in episode(0)._asdict().items() if k not in ("content", "signal_costs")},
+        separators=(",", ":"),
+    ).encode()[:-1]
+    assert plain.startswith(body + b',"chain":')
+    named = episode(1)._replace(signal_costs={"hazards": 2.5, "vases": 0.0})
+    line, _ = ledger_line(named, head)
+    assert b'"signal_costs":{"hazards":2.5,"vases":0.0},"chain"' in line
+    assert parse_ledger(plain + line, "x", "start").episodes == [episode(0), named]
+
+
 @pytest.mark.promise("R4")
 def test_ledger_torn_at_every_byte() -> None:
     kept = records(50)

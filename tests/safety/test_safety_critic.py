@@ -282,7 +282,7 @@ def test_stratified_batches_keep_the_accident_prior(corrected: bool) -> None:
     actor = constant_actor(1, 0.0)
     for _ in range(400):
         index, weights = sampler.draw(64, 0.5, generator)
-        batch = Batch(*(x[index] for x in store))
+        batch = Batch(*(x[index] for x in store.tensors))
         weights = weights if corrected else torch.ones(64)
         critic.update(batch, weights, actor, States.at_start(torch.zeros(3, 1)), generator)
     risk = critic.risk(store.observations[:1], store.time_to_go[:1], store.actions[:1]).item()
@@ -325,7 +325,7 @@ def test_v_accident_against_dynamic_programming(
     sampler = StratifiedSampler(log.accidents)
     for _ in range(STEPS):
         index, weights = sampler.draw(128, critic.config.positive_share, generator)
-        batch = Batch(*(x[index] for x in log))
+        batch = Batch(*(x[index] for x in log.tensors))
         first = torch.randint(len(starts), (32,), generator=generator)
         critic.update(batch, weights, actor, States.at_start(starts[first]), generator)
     truth = accident_probability(always(action), HORIZON)

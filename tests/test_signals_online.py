@@ -1,0 +1,51 @@
+"""Two named cost signals from the environment to the ledger, through every command between."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from safe_offrl import cli
+from safe_offrl.record.ledger import parse_ledger
+from safe_offrl.record.run import RunDir
+from safe_offrl.types import Episode
+
+ENV = "bad_environments:TwoSignals-v0"
+SIGNALS = ["safety.signals.far=parts.distance", "safety.signals.same=cost"]
+TINY = ["networks.actor_hidden=[8]", "networks.critic_hidden=[8]", "critic.hidden=[8,8]"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["safe-offrl", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+
+
+def test_an_online_run_has_the_sums_of_its_signals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFE_OFFRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent / "check"), *sys.path])
+    sizes = ["--transitions", "600", "learners.ppo.steps=0", "pilot_share=0.1"]
+    run(monkeypatch, "collect", "--env", ENV, "--out", "log.hdf5", *sizes, *SIGNALS)
+    steps = ["--steps", "6", "alignment_steps=2", "batch_size=16", *TINY]
+    of_log = ["--env", ENV, "--dataset", "log.hdf5", "--name", "off"]
+    run(monkeypatch, "pretrain", *of_log, *steps, *SIGNALS)
+    budget = ["--budget", "120", "warmup_steps=40", "iteration_steps=40", "batch_size=16"]
+    run(monkeypatch, "finetune", "off", "--name", "on", "--accept-risk", *budget)
+    folder = RunDir(tmp_path / "runs" / "on").path
+    lines = (folder / "ledger.jsonl").read_bytes()
+    episodes = [json.loads(line) for line in lines.splitlines()]
+    assert len(episodes) >= 4
+    for episode in episodes:
+        assert list(episode["signal_costs"]) == ["far", "same"]
+        assert episode["signal_costs"]["same"] == episode["cost"]
+        assert 0.0 < episode["signal_costs"]["far"] < 2.0 * episode["steps"]
+    start = RunDir(folder)._chain_start
+    read: list[Episode] = parse_ledger(lines, "ledger", start).episodes
+    assert [dict(e.signal_costs) for e in read] == [e["signal_costs"] for e in episodes]
