@@ -101,8 +101,10 @@ def help_of(command: str) -> str:
 def check_command(command: str) -> None:
     """Every option and every setting of a safe-offrl command line must exist."""
     _, name, *arguments = shlex.split(command)
-    for argument in arguments:
+    for before, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, _ = argument.partition("=")
+        if before == "--limit":  # whose values have a name
+            equals = ""
         if key.startswith("--"):
             assert re.search(rf"{key}\b", help_of(name)), f"{name} has no {key}"
         elif equals:

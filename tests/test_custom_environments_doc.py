@@ -70,9 +70,11 @@ def test_the_accident_rules_find_accidents(followed: tuple[Path, dict[str, str]]
     assert all("0 warnings" in text for text in checks)
 
 
-def test_the_dry_run_states_the_cost_constraint(followed: tuple[Path, dict[str, str]]) -> None:
-    (header,) = [text for command, text in followed[1].items() if "--dry-run" in command]
-    assert "expected cost of 40 steps < 0.1 (cost_limit)" in header
+def test_the_dry_runs_state_the_constraints(followed: tuple[Path, dict[str, str]]) -> None:
+    one, both = [text for command, text in followed[1].items() if "--dry-run" in command]
+    cost = "expected cost of 40 steps < 0.1 (cost_limit)"
+    assert cost in one
+    assert f"P(accident in 40 steps) < 0.3 (epsilon), {cost}" in both
 
 
 @pytest.mark.parametrize(

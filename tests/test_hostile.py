@@ -149,10 +149,18 @@ def pickle_as_weights(folder: Path, marker: Path) -> None:
     RunDir(folder / "run").load_checkpoint()
 
 
-def foreign_run(folder: Path, marker: Path, *, env_id: str, accident: str) -> RunDir:
+def foreign_run(
+    folder: Path,
+    marker: Path,
+    *,
+    env_id: str = "HazardLine-v0",
+    accident: str = "cost",
+    signals: dict[str, str] | None = None,
+) -> RunDir:
     """A run that somebody else made, beside a module that makes the marker when it is imported."""
     (folder / f"{MODULE}.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
-    config = PretrainConfig(env=env_id, safety=SafetySpec(accident=accident))
+    safety = SafetySpec(accident=accident, signals=signals or {})
+    config = PretrainConfig(env=env_id, safety=safety)
     inputs = RunInputs(env_id=env_id, dataset="log.hdf5", dataset_sha256="0" * 64)
     text = run_yaml(inputs, "pretrain", config, folder)
     with RunDir.create(folder, kind="pretrain", config_text=text, name="foreign") as run:
@@ -161,13 +169,18 @@ def foreign_run(folder: Path, marker: Path, *, env_id: str, accident: str) -> Ru
 
 
 def environment_of_a_run(folder: Path, marker: Path) -> None:
-    foreign_run(folder, marker, env_id=f"{MODULE}:Env-v0", accident="cost")
+    foreign_run(folder, marker, env_id=f"{MODULE}:Env-v0")
     commands.evaluate_run(folder / "foreign")
 
 
 def accident_rule_of_a_run(folder: Path, marker: Path) -> None:
-    run = foreign_run(folder, marker, env_id="HazardLine-v0", accident=f"{MODULE}:rule")
+    run = foreign_run(folder, marker, accident=f"{MODULE}:rule")
     commands.plan_finetune(run, commands.finetune_config(run), accept_risk=True)
+
+
+def signal_of_a_run(folder: Path, marker: Path) -> None:
+    foreign_run(folder, marker, signals={"hazards": f"{MODULE}:signal"})
+    commands.evaluate_run(folder / "foreign")
 
 
 HOSTILE: tuple[Callable[[Path, Path], None], ...] = (
@@ -185,6 +198,7 @@ HOSTILE: tuple[Callable[[Path, Path], None], ...] = (
     pickle_as_weights,
     environment_of_a_run,
     accident_rule_of_a_run,
+    signal_of_a_run,
 )
 
 
@@ -218,7 +232,7 @@ def test_hostile_inputs_are_refused_and_do_nothing(
     refused.append(attack.__name__)
 
 
-@pytest.mark.parametrize("attack", [environment_of_a_run, accident_rule_of_a_run])
+@pytest.mark.parametrize("attack", [environment_of_a_run, accident_rule_of_a_run, signal_of_a_run])
 def test_a_run_that_is_trusted_may_import(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -179,6 +179,7 @@ class Finetuning:
             "version": self.deployment.version,
             "phase": "warmup" if self.steps < config.warmup_steps else "online",
             "worst_cost": self.foundation.worst_cost,
+            "worst_signals": self.foundation.worst_signals,
         }
         if real:
             yield Reservation.for_episode(steps=self.env.horizon, **about)

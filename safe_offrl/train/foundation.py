@@ -41,6 +41,7 @@ class Foundation(NamedTuple):
     networks: Networks
     limits: tuple[Limit, ...]  # of what is constrained
     worst_cost: float  # what an episode counts as whose end is unknown
+    worst_signals: Mapping[str, float]  # the same, of each named cost
 
     @classmethod
     def from_log(
@@ -64,6 +65,7 @@ class Foundation(NamedTuple):
             Networks(*dataset.layout, config.networks, generator, kind),
             limits,
             max(limit.worst_cost(dataset.worst_cost) for limit in limits),
+            dataset.worst_signals,
         )
 
     def constraints(self) -> tuple[Constrained, ...]:
