@@ -20,6 +20,7 @@ from safe_offrl.assess.estimates import Estimates
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.limits import ACCIDENT, COST, Limit
 from safe_offrl.policies.networks import NetworkConfig, Networks
+from safe_offrl.record.online_curves import OnlineCurves
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.why import Reasons
 from safe_offrl.safety.acceptance import AcceptanceConfig, Judge, decide
@@ -237,7 +238,10 @@ def pretrained(root: Path, tiny_dataset: Path) -> RunDir:
     assert "P(accident in 100 steps) < 0.6" in plan.header
     assert "expected cost of 100 steps < 8" in plan.header
     run = commands.pretrain_run(plan, name="offline", runs=root, say=said.append)
-    assert sum(text.startswith("calibration") for text in said) == 2
+    first, second = [text for text in said if text.startswith("calibration")]
+    assert "\nshield " in first
+    assert "\nshield " not in second
+    assert "\ncost " in second
     return run
 
 
@@ -269,6 +273,19 @@ def test_every_decision_is_about_both(online: RunDir) -> None:
         )
         if within and within < 1.0 and line["kl_forward_tail"] < 0.25:
             assert line["constraints_satisfied"]
+
+
+def test_the_progress_line_has_both_estimates() -> None:
+    limits = Limit("accident", 0.1, 1.0), Limit("cost", 0.1, 100.0)
+    curves = OnlineCurves([SafetyMonitor(limit) for limit in limits], 1000)
+    line = {"accepted": True, "v_candidate": 0.05, "kl_forward_mean": 0.01, "kl_reverse_mean": 0.02}
+    curves.add_iteration(line | {"further": [{"v_candidate": 7.25, "v_previous": 9.0}]})
+    assert "V_acc 0.050 | cost 7.2 | accepted 100 %" in curves.line()
+    curves.add_iteration(
+        line | {"accepted": False, "v_previous": 0.06, "further": [{"v_previous": 9.0}]}
+    )
+    assert "V_acc 0.060 | cost 9.0 | accepted 50 %" in curves.line()
+    assert curves.trust()["safety/expected_cost_estimate"] == 9.0
 
 
 def test_one_limit_leaves_no_trace_of_others(root: Path, tiny_dataset: Path) -> None:

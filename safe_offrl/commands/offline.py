@@ -111,8 +111,9 @@ def _drive_offline(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> No
     for more in further:
         run.write_json(f"calibration_{more.constraint}.json", plain(more.as_dict()))
     run.set_status("finished")
-    for each in (report, *further):
-        say(str(each))
+    say(str(report))
+    for more in further:  # but for the last line: the shield is that of the first limit
+        say(str(more).rpartition("\n")[0])
     say(f"finished    {run.path}")
 
 

@@ -138,9 +138,21 @@ class OnlineCurves:
             parts += [
                 f"{self._iteration.get('divergence', 'KL')} {kl:.4f}",
                 estimate,
+                *self._further_estimates(),
                 f"accepted {100 * self._accepted / self._iterations:.0f} %",
             ]
         return " | ".join(parts)
+
+    def _further_estimates(self) -> list[str]:
+        """Of each limit behind the first."""
+        return [
+            f"{quantity.short_name} {self._estimate(line):{quantity.estimate_form}}"
+            for quantity, line in zip(
+                (monitor.limit.quantity for monitor in self._further),
+                self._iteration.get("further", []),
+                strict=True,
+            )
+        ]
 
 
 def _mean(values: Sequence[float]) -> float:
