@@ -47,7 +47,7 @@ class SafetySpec:
     epsilon: float = 0.1
     delta: float = 0.05
     confidence: float = 0.95
-    limits: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict, hash=False)
     signals: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

@@ -53,6 +53,7 @@ def test_limits_say_what_the_short_forms_say_and_the_first_is_the_constraint() -
     assert cost == Limit("cost", 12.0 / 200.0, 200.0)
     assert accident == Limit("accident", 0.03, 1.0)
     assert SafetySpec(epsilon=0.2).bounds == {"accident": 0.2}
+    assert len({spec, SafetySpec(limits={"cost": 12.0, "accident": 0.03})}) == 1
 
 
 def test_each_is_the_contract_of_one_limit() -> None:
