@@ -77,6 +77,33 @@ def test_a_limit_is_typed_as_name_and_value(text: str) -> None:
         commands.pretrain_config(env="HazardLine-v0", limit=[text])
 
 
+@pytest.mark.parametrize(
+    ("limits", "overrides"),
+    [
+        (["cost=5"], ["safety.cost_limit=3"]),
+        (["cost=5"], ["safety.limits.cost=3"]),
+        (["cost=5"], ["safety.constraint=accident"]),
+        (["cost=5", "cost=3"], []),
+        (None, ["safety.limits.accident=0.1", "safety.epsilon=0.2"]),
+    ],
+)
+def test_a_limit_that_is_given_twice_is_refused(
+    limits: list[str] | None, overrides: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        commands.pretrain_config(env="HazardLine-v0", limit=limits, overrides=overrides)
+
+
+def test_a_limit_that_a_file_gives_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("pretrain: {safety: {limits: {cost: 5}, cost_limit: 3}}")
+    with pytest.raises(ConfigError, match="twice"):
+        commands.pretrain_config(env="HazardLine-v0", preset=file)
+    # Whoever comes later has the last word.
+    config = commands.pretrain_config(env="PointHazard-v0", limit=["accident=0.3"])  # preset: .05
+    assert config.safety.epsilon == 0.3
+
+
 def test_a_further_limit_begins_with_its_own_quantitys_settings() -> None:
     """What depends on the quantity is its own, and everything else that of the first limit."""
     both = SafetySpec(limits={"accident": 0.1, "cost": 25.0})
@@ -269,11 +296,9 @@ def test_every_decision_is_about_both(online: RunDir) -> None:
         assert 0.0 < line["v_previous"] < 1.0
         assert 0.0 < cost["v_previous"] < 100.0
         assert line["multiplier"] != cost["multiplier"]
-        within = line["accepted"] and max(
-            line["v_candidate"] / 0.6, cost["v_candidate"] / 8.0, line["kl_forward_mean"] / 0.05
-        )
-        if within and within < 1.0 and line["kl_forward_tail"] < 0.25:
-            assert line["constraints_satisfied"]
+        acting = "v_candidate" if line["accepted"] else "v_previous"
+        kept = line[acting] < 0.6 and cost[acting] < 8.0
+        assert line["constraints_satisfied"] == kept
 
 
 def test_the_progress_line_has_both_estimates() -> None:
@@ -345,6 +370,13 @@ def test_a_limit_is_given_anew_online_and_its_short_form_too(pretrained: RunDir)
     for config in asked:
         assert config.safety.limits == {"accident": 0.6, "cost": 0.5}
         assert config.safety.cost_limit == 0.5
+    for twice in (
+        {"limit": ["cost=0.5"], "cost_limit": 0.4},
+        {"limit": ["cost=0.5"], "overrides": ["safety.limits.cost=0.4"]},
+        {"cost_limit": 0.4, "overrides": ["safety.limits.cost=0.4"]},
+    ):
+        with pytest.raises(ConfigError, match="twice"):
+            commands.finetune_config(pretrained, **twice)
     with pytest.raises(ConfigError, match="Give --limit cost=VALUE"):
         commands.finetune_config(pretrained, overrides=["safety.cost_limit=0.5"])
 

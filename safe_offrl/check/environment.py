@@ -27,6 +27,7 @@ from safe_offrl.env.make import make_raw
 from safe_offrl.env.observations import layout
 from safe_offrl.env.user_code import raised, sentence
 from safe_offrl.errors import ConfigError, EnvError, EnvFault
+from safe_offrl.limits import QUANTITIES
 from safe_offrl.record.env_report import EnvReport
 from safe_offrl.spec import SafetySpec
 
@@ -285,10 +286,11 @@ def _check_accidents(
     for words, steps in listener.no_costs.most_common(1):
         often = "" if steps == listener.steps else f" in {steps / listener.steps:.0%} of the steps"
         text += f", an accident being 1, since {words}{often}"
-    advice = spec.quantity.select(ADVICE_ON_SHARE.get(share), None if mean_cost else NO_COST)
+    found = (ADVICE_ON_SHARE.get(share), None if mean_cost else NO_COST)
+    advice = " ".join(filter(None, (QUANTITIES[name].select(*found) for name in spec.bounds)))
     if min(r.outcomes[:, 1].min() for r in recordings) < 0.0:
         advice = "A cost below 0 was seen: what is limited is a sum, so make costs 0 or more."
-    if advice is None:
+    if not advice:
         report.add("ok", "accidents", text)
     else:
         report.add("warn", "accidents", f"{text}. {advice}")

@@ -38,6 +38,8 @@ def parse_limits(arguments: Sequence[str] | None) -> dict[str, float] | None:
     found: dict[str, float] = {}
     for text in arguments or ():
         name, equals, value = text.partition("=")
+        if name in found:
+            raise ConfigError(f"The limit of {name} is given twice. Give it once.")
         try:
             found[name] = float(value)
         except ValueError:
@@ -47,6 +49,39 @@ def parse_limits(arguments: Sequence[str] | None) -> dict[str, float] | None:
                 f'--limit "{text}" is not of the form NAME=VALUE. Write, say, --limit cost=25.'
             )
     return found or None
+
+
+def require_given_once(
+    limit: Sequence[str] | None,
+    overrides: Sequence[str],
+    options: Mapping[str, Any],
+    stated: Mapping[str, Any],
+) -> None:
+    """ConfigError if a limit is given in two ways: one of them would say nothing.
+
+    ``options`` are the short ones of the command, ``stated`` the section "safety" of a file.
+    """
+    keys, named = [text.partition("=")[0] for text in overrides], parse_limits(limit) or {}
+    in_file = stated.get("limits") or {}
+    for quantity in QUANTITIES.values():
+        name, short = quantity.constraint, quantity.limit
+        by_name = [f"safety.limits.{name}"] if f"safety.limits.{name}" in keys else []
+        by_name += ["--limit"] if name in named else []
+        in_short = [f"safety.{short}"] if f"safety.{short}" in keys else []
+        in_short += [f"--{short.replace('_', '-')}"] if options.get(short) is not None else []
+        given = [*by_name, *in_short]
+        if name in in_file and stated.get(short, in_file[name]) != in_file[name]:
+            given = [f"limits.{name} of the file", f"{short} of the file"]
+        elif not by_name or len(given) < 2:
+            continue
+        raise ConfigError(
+            f"The limit of {name} is given twice, as {' and as '.join(given)}. Give one of them."
+        )
+    if "safety.constraint" in keys and (named or any(k.startswith("safety.limits.") for k in keys)):
+        raise ConfigError(
+            "What is constrained is given twice, as safety.constraint and by the names of limits. "
+            "Leave safety.constraint out: the first limit is the constraint."
+        )
 
 
 def given_limits(

@@ -25,10 +25,10 @@ from safe_offrl.commands.common import (
     with_own_settings,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
-from safe_offrl.commands.given_limits import parse_limits
+from safe_offrl.commands.given_limits import parse_limits, require_given_once
 from safe_offrl.compute.descent import choose_compute
 from safe_offrl.compute.device import configure, find_device
-from safe_offrl.config import load_config
+from safe_offrl.config import load_config, read_yaml
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import find_dataset, load_dataset, stated_metadata
 from safe_offrl.data_formats.validation import check_learnable, check_matches_env, check_same_env
@@ -109,6 +109,11 @@ def pretrain_config(
         resolve = with_costs
     else:
         config = resolve()
+    stated_safety: Any = {}
+    if preset is not None:  # It has been read once, so it can be.
+        file = read_yaml(Path(preset).read_text(encoding="utf-8"), str(preset))
+        stated_safety = (file.get("pretrain") or {}).get("safety") or {}
+    require_given_once(limit, overrides, {}, stated_safety)
     # The log's own rule.
     if config.dataset is not None:
         try:

@@ -22,6 +22,7 @@ from safe_offrl.commands.environment import learnt_lines, since_log, since_run
 from safe_offrl.commands.given_limits import (
     Limits,
     given_limits,
+    require_given_once,
     require_own_limit,
     require_same_limits,
 )
@@ -153,6 +154,7 @@ def finetune_config(
         pretrained.config_text, "pretrain", PretrainConfig, pretrained.path
     )
     require_own_limit(source.safety, settings)
+    require_given_once(settings.get("limit"), overrides, settings, {})
     given = given_limits(source.safety, settings, overrides)
     of_safety = {field.name for field in fields(SafetySpec)}
     # What an accident is must not change between the phases, so it overrides the preset too.

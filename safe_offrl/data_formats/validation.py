@@ -213,7 +213,7 @@ def check_learnable(dataset: Dataset, spec: SafetySpec) -> None:
             "Log more episodes, or check that terminals and timeouts mark their ends."
         )
     below = np.flatnonzero(dataset.column("costs").numpy() < 0.0)
-    if spec.quantity is COST and len(below):
+    if COST.constraint in spec.bounds and len(below):
         raise DataError(
             f"The dataset gives {len(below)} steps a cost below 0, the first in row {below[0]}, "
             "but only costs of 0 or more can be constrained. Correct the costs, or set "

@@ -98,7 +98,7 @@ class AccidentEnv(gymnasium.Wrapper[Vector, Vector, Any, Any]):
         self.horizon: int = horizon_of(self.env_id, env, spec)
         # Accident rule.
         self._threshold = spec.cost_threshold
-        self._cost_limited = spec.constraint == "cost"
+        self._cost_limited = "cost" in spec.bounds
         self._rule_name = spec.accident
         self._rule = accident_rule(spec.accident)
         self.sums_cost: bool = spec.accident == "episode_cost"

@@ -94,7 +94,7 @@ def rule_identity(accident: str, cost_threshold: float) -> dict[str, Any]:
 def signals_identity(signals: Mapping[str, str]) -> dict[str, Any]:
     """Of named cost signals, as SafetySpec has them; their modules have been imported."""
     modules = [source.partition(":")[0] for source in signals.values() if ":" in source]
-    return {"found": dict(signals), **sources_and_packages(modules)}
+    return {"signals": dict(signals), **sources_and_packages(modules)}
 
 
 def _wrappers(

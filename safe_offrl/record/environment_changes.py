@@ -20,7 +20,7 @@ def differences(before: object, now: object) -> list[str]:
     if not isinstance(before, Mapping) or not isinstance(now, Mapping):
         return []
     found = []
-    for section in ("environment", "rule"):
+    for section in ("environment", "rule", "signals"):
         found += _of_section(_mapping(before, section), _mapping(now, section))
     found += _changes(before, now, ["horizon"])
     return list(dict.fromkeys(found))  # One module may hold both.
@@ -30,7 +30,7 @@ def log_differences(metadata: Mapping[str, Any], now: object) -> list[str]:
     """What differs between the environment that a log was made in and an identity.
 
     How a log is read under another rule or horizon than its own is not decided here: of a rule of
-    the same name, its source counts.
+    the same name, its source counts. So it is of signals.
     """
     logged = metadata.get(KEY)
     if not isinstance(logged, Mapping) or not isinstance(now, Mapping):
@@ -38,7 +38,9 @@ def log_differences(metadata: Mapping[str, Any], now: object) -> list[str]:
     named = ("accident", "cost_threshold")
     before, after = _mapping(logged, "rule"), _mapping(now, "rule")
     same_rule = [before.get(key) for key in named] == [after.get(key) for key in named]
-    kept = ("environment", "rule") if same_rule else ("environment",)
+    kept = ["environment", *(["rule"] if same_rule else [])]
+    mine, theirs = (_mapping(part, "signals").get("signals") for part in (logged, now))
+    kept += ["signals"] if mine == theirs else []
     return differences({k: logged.get(k) for k in kept}, {k: now.get(k) for k in kept})
 
 
@@ -49,6 +51,7 @@ def _of_section(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found += _changes(before, now, ["accident"]) or _changes(before, now, ["cost_threshold"])
     old, new = (_mapping(part, "kwargs") for part in (before, now))
     found += [f"kwargs {text}" for text in _changes(old, new, sorted({*old, *new}))]
+    found += _changes(before, now, ["signals"])
     # The wrappers of the registration are among those around the environment, and are named once.
     found += _changes(before, now, ["additional_wrappers"]) or _changes(before, now, ["wrappers"])
     old, new = (_mapping(part, "sources") for part in (before, now))

@@ -18,6 +18,7 @@ from safe_offrl.env.identity import KEY
 from safe_offrl.errors import RunError
 from safe_offrl.record.kept_versions import REPLAY
 from safe_offrl.record.run import RunDir
+from safe_offrl.report.decisions import LoggedDecision, logged_decision
 from safe_offrl.types import Episode
 
 _LIMIT_KEYS = {"accident": "epsilon", "cost": "cost_limit"}
@@ -45,57 +46,6 @@ class StoredReplay(NamedTuple):
     above: int  # shown to exceed the limit, one-sided
     correlation: float  # of estimates with truths over versions; NaN if unknown
     most_cost: float  # of an episode
-
-
-class LoggedDecision(NamedTuple):
-    """One iteration of the acceptance step, as logged; NaN where the run did not measure."""
-
-    step: int
-    accepted: bool
-    verdict: bool  # "both constraints satisfied", as the acceptance step saw it
-    kl: float  # larger mean of the two directions
-    delta: float
-    v_candidate: float  # estimates in the unit of the limit: a probability, or a cost per episode
-    v_deployed: float  # of the policy that acted, measured again in this iteration
-    limit: float
-    rolled_back: bool = False  # an alarm put an earlier policy back, which was measured as well
-    divergence: tuple[str, str] = ("KL", "nats")  # what ``kl`` is, by name, and its unit
-
-    @property
-    def measured(self) -> bool:
-        """Whether anything was: without any constraint nothing is."""
-        return not (math.isnan(self.kl) and math.isnan(self.v_deployed))
-
-    @property
-    def satisfied(self) -> bool:
-        """The policy that acts from here on has both measured values below their limits.
-
-        The verdict counts only as far as the numbers bear it out, so NaN is not satisfied. A policy
-        that stays has not moved; of it the verdict says whether its estimate is below the limit.
-        """
-        moved = self.accepted or self.rolled_back
-        within = self.kl < self.delta and self.v_candidate < self.limit
-        return self.verdict and (within or not moved)
-
-    @property
-    def movement(self) -> float:
-        """KL between the policy that acts from here on and the one before; 0 if it is the same."""
-        return self.kl if self.accepted or self.rolled_back else 0.0
-
-    @property
-    def recovering(self) -> bool:
-        """Accepted by the exception: the predecessor exceeds the limit, the estimate improves."""
-        improves = self.limit <= self.v_candidate < self.v_deployed
-        return self.accepted and improves and self.kl < self.delta
-
-    @property
-    def violation(self) -> bool:
-        """Accepted without both constraints, and not by the exception.
-
-        The verdict is checked against the numbers: an acceptance that they do not bear out (NaN
-        included) is a violation too.
-        """
-        return self.accepted and not self.satisfied and not self.recovering
 
 
 class Question(NamedTuple):
@@ -195,7 +145,7 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
         else:
             origin = inputs.get("pretrained_sha256") or inputs.get("pretrained")
         # Record.
-        decisions = [_decision(line) for line in run.iterations()]
+        decisions = [logged_decision(line) for line in run.iterations()]
         constraint = str(safety.get("constraint", "accident"))
         return RunData(
             name=run.name if group is None else f"{group}/{run.path.name}",
@@ -330,21 +280,3 @@ def _estimate(run: RunDir, decisions: Sequence[LoggedDecision]) -> float:
         return math.nan
     last = measured[-1]
     return last.v_candidate if last.accepted or last.rolled_back else last.v_deployed
-
-
-def _decision(line: Mapping[str, Any]) -> LoggedDecision:
-    """One line of iterations.jsonl, in which null stands for NaN."""
-    number = {k: math.nan if v is None else v for k, v in line.items()}
-    forward, reverse = float(number["kl_forward_mean"]), float(number["kl_reverse_mean"])
-    return LoggedDecision(
-        step=int(line["step"]),
-        accepted=bool(line["accepted"]),
-        verdict=bool(line["constraints_satisfied"]),
-        kl=math.nan if math.isnan(forward + reverse) else max(forward, reverse),
-        delta=float(number["delta"]),
-        v_candidate=float(number["v_candidate"]),
-        v_deployed=float(number["v_previous"]),
-        limit=float(number["limit"]),
-        rolled_back=bool(line.get("rolled_back", False)),
-        divergence=(line.get("divergence", "KL"), line.get("divergence_unit", "nats")),
-    )

@@ -198,7 +198,7 @@ def row_of(
         constraint=runs[0].constraint,
         estimate=_NO_MEAN if several else mean_and_error([run.estimate for run in runs]),
         # A single NaN among the estimates counts as above.
-        above_limit=sum(not d.v_deployed < d.limit for d in decisions)
+        above_limit=sum(not d.deployed_below for d in decisions)
         if any(not math.isnan(d.v_deployed) for d in decisions)
         else None,
         # Replays.

@@ -309,3 +309,13 @@ def test_an_accident_in_every_episode_is_what_a_cost_limit_is_for() -> None:
     assert "accidents" not in findings(report, "warn")
     never = check_environment("bad_environments:NeverAnAccident-v0", safety, episodes=4)
     assert "No cost was seen" in findings(never, "warn")["accidents"]
+
+
+def test_of_two_limits_both_are_advised_on() -> None:
+    for limits in ({"accident": 0.1, "cost": 1.0}, {"cost": 1.0, "accident": 0.1}):
+        safety = SafetySpec(limits=limits)
+        always = check_environment("bad_environments:AlwaysAnAccident-v0", safety, episodes=4)
+        assert "log with both kinds" in findings(always, "warn")["accidents"]
+        never = check_environment("bad_environments:NeverAnAccident-v0", safety, episodes=4)
+        assert "log with accidents" in findings(never, "warn")["accidents"]
+        assert "No cost was seen" in findings(never, "warn")["accidents"]

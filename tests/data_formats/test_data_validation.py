@@ -148,6 +148,8 @@ def test_a_constraint_on_cost_takes_no_negative_costs(tmp_path: Path) -> None:
     check_learnable(dataset, SafetySpec())
     with pytest.raises(DataError, match="2 steps a cost below 0, the first in row 2"):
         check_learnable(dataset, SafetySpec(constraint="cost", cost_limit=0.5))
+    with pytest.raises(DataError, match="2 steps a cost below 0, the first in row 2"):
+        check_learnable(dataset, SafetySpec(limits={"accident": 0.5, "cost": 0.5}))
 
 
 @pytest.mark.parametrize("name", good_arrays())

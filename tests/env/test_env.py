@@ -190,12 +190,17 @@ def test_faults_of_the_environment_are_named(step: Any, message: str) -> None:
         act(env)
 
 
-def test_where_cost_is_limited_it_cannot_be_negative() -> None:
+@pytest.mark.parametrize(
+    "limits",
+    [{"constraint": "cost", "cost_limit": 1.0}, {"limits": {"accident": 0.1, "cost": 1.0}}],
+    ids=["alone", "second"],
+)
+def test_where_cost_is_limited_it_cannot_be_negative(limits: dict[str, Any]) -> None:
     step = step_of(info={"cost": -0.5})
     plain = AccidentEnv(Script([step]), COST)
     plain.reset(seed=0)
     assert act(plain)[4]["cost"] == -0.5
-    limited = AccidentEnv(Script([step]), replace(COST, constraint="cost", cost_limit=1.0))
+    limited = AccidentEnv(Script([step]), replace(COST, **limits))
     limited.reset(seed=0)
     with pytest.raises(EnvFault, match=r"cost -0\.5 at step 1.*0 or more"):
         act(limited)

@@ -282,6 +282,29 @@ def test_the_threshold_is_part_of_a_rule_that_has_one() -> None:
     assert differences(rule(), rule(epsilon=0.3, constraint="cost", delta=1.0)) == []
 
 
+def test_where_signals_are_found_is_part_of_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity(**signals: str) -> Any:
+        return make_env("PointHazard-v0", SafetySpec(signals=signals)).identity()
+
+    one = identity(far="cost")
+    assert differences(one, one) == []
+    assert differences(one, identity(far="other")) == [
+        'signals {"far": "cost"} -> {"far": "other"}'
+    ]
+    own = identity(far="tests.env.test_env_identity:far")
+    sources = {**own["signals"]["sources"], "tests.env.test_env_identity": "0"}
+    changed = {**own, "signals": {**own["signals"], "sources": sources}}
+    assert differences(own, changed) == ["the source of tests.env.test_env_identity"]
+    assert log_differences({KEY: own}, changed) == ["the source of tests.env.test_env_identity"]
+    # A log that was made without them says nothing of them.
+    assert log_differences({KEY: identity()}, one) == []
+
+
+def far(*step: Any) -> float:
+    """A signal."""
+    return 0.0
+
+
 @pytest.mark.parametrize("unknown", [None, 3, "text", [], {}, {"environment": 5, "rule": []}])
 def test_what_is_not_known_does_not_differ(unknown: Any) -> None:
     known = make_env("PointHazard-v0", SafetySpec()).identity()

@@ -88,7 +88,7 @@ def test_the_cost_may_be_a_signal_too_and_nothing_else_changes() -> None:
     assert plain.signals == ()
     assert named.signals == ("same", "vases")
     assert "signals" not in plain.identity()
-    assert named.identity()["signals"]["found"] == spec.signals
+    assert named.identity()["signals"]["signals"] == spec.signals
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_signal_can_be_a_users_function(tmp_path: Path, monkeypatch: pytest.Mo
         found.append(env.step(np.zeros(1, np.float32))[4]["signals"]["way"])
     assert found == [11.0, 10.5, 12.5]
     identity = env.identity()["signals"]
-    assert identity["found"] == spec.signals
+    assert identity["signals"] == spec.signals
     assert set(identity["sources"]) == {"signals_of_test"}
     with pytest.raises(EnvFault, match=r'signal "signals_of_test:broken" raised ValueError: no'):
         signals_of({}, x="signals_of_test:broken")

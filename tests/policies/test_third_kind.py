@@ -30,7 +30,7 @@ from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.policies.protocol import Kind, Noise, Quadrature, Rows, Vector
 from safe_offrl.report.charts.constraints import constraint_panels
 from safe_offrl.report.charts.style import Group, Look
-from safe_offrl.report.run_data import _decision
+from safe_offrl.report.decisions import logged_decision
 from safe_offrl.safety.acceptance import (
     AcceptanceConfig,
     Decision,
@@ -173,13 +173,13 @@ def test_name_and_unit_reach_the_record_and_the_charts() -> None:
     )._asdict()
     assert (line["divergence"], line["divergence_unit"]) == ("W2^2", "squared actions")
     old = {k: v for k, v in line.items() if not k.startswith("divergence")}
-    assert _decision(line).divergence == ("W2^2", "squared actions")
-    assert _decision(old).divergence == ("KL", "nats")
+    assert logged_decision(line).divergence == ("W2^2", "squared actions")
+    assert logged_decision(old).divergence == ("KL", "nats")
 
     look = Look(0, "black", "-", "o", crowded=False)
 
     def title(of: dict[str, Any]) -> str:
-        run: Any = SimpleNamespace(decisions=[_decision(of)])
+        run: Any = SimpleNamespace(decisions=[logged_decision(of)])
         return constraint_panels([Group("ours", look, [run])])[1].title
 
     assert title(old) == "KL between consecutive acting policies, over delta"

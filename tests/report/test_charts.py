@@ -11,7 +11,8 @@ from safe_offrl.report import charts, page
 from safe_offrl.report.charts import constraints, curves, outcome, style
 from safe_offrl.report.charts.inline import inline_svg
 from safe_offrl.report.comparison import compare
-from safe_offrl.report.run_data import LoggedDecision, RunData, read_run
+from safe_offrl.report.decisions import LoggedDecision
+from safe_offrl.report.run_data import RunData, read_run
 from safe_offrl.report.tables import format_table
 from safe_offrl.stats.anytime import run_level_interval
 from safe_offrl.stats.fixed import clopper_pearson

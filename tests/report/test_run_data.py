@@ -4,7 +4,8 @@ import pytest
 
 from safe_offrl.errors import RunError
 from safe_offrl.record.find_run import find_runs
-from safe_offrl.report.run_data import LoggedDecision, evaluation_notes, method_label, read_run
+from safe_offrl.report.decisions import Estimated, LoggedDecision
+from safe_offrl.report.run_data import evaluation_notes, method_label, read_run
 
 CONSTRAINED = {"kl": True, "safety_constraint": True, "shield": True}
 RLPD = {"kl": False, "safety_constraint": False, "shield": False}
@@ -38,6 +39,42 @@ def test_verdict_and_numbers_must_agree(change, violation, recovering):
     )
     decision = good._replace(**change)
     assert (decision.violation, decision.recovering) == (violation, recovering)
+
+
+@pytest.mark.parametrize(
+    ("further", "violation", "recovering"),
+    [
+        ((20.0, 22.0), False, False),
+        ((25.0, 22.0), True, False),  # strictly below the limit is needed
+        ((30.0, 40.0), False, True),
+        ((40.0, 30.0), True, False),
+        ((math.nan, 30.0), True, False),
+    ],
+)
+def test_every_limit_counts_in_a_violation(further, violation, recovering):
+    """The first limit is kept; the second one, of 25, has (v_candidate, v_deployed)."""
+    decision = LoggedDecision(
+        step=0,
+        accepted=True,
+        verdict=not recovering,
+        kl=0.02,
+        delta=0.05,
+        v_candidate=0.05,
+        v_deployed=0.06,
+        limit=0.1,
+        further=(Estimated(*further, 25.0),),
+    )
+    assert (decision.violation, decision.recovering) == (violation, recovering)
+    assert decision.satisfied == (not violation and not recovering)
+    assert decision.deployed_below == (further[1] < 25.0)
+
+
+def test_further_limits_are_read(write_run):
+    line = {"further": [{"v_candidate": 3.0, "v_previous": None, "limit": 25.0}]}
+    (decision,) = read_run(write_run("two", [0], iterations=[line])).decisions
+    ((candidate, deployed, limit),) = decision.further
+    assert (candidate, limit) == (3.0, 25.0)
+    assert math.isnan(deployed)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from safe_offrl.report.charts.style import (
     over_steps,
     together,
 )
-from safe_offrl.report.run_data import LoggedDecision, RunData
+from safe_offrl.report.decisions import LoggedDecision
+from safe_offrl.report.run_data import RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +95,7 @@ def _kl_share(decision: LoggedDecision) -> float:
 
 
 def _estimate_share(decision: LoggedDecision) -> float:
-    return decision.v_deployed / decision.limit if decision.limit else math.nan
+    return decision.estimate_share
 
 
 def _curve(run: RunData, value: Callable[[LoggedDecision], float]) -> Curve:
