@@ -202,11 +202,6 @@ class Limit(NamedTuple):
     scale: float
 
     @property
-    def name(self) -> str:
-        """What it is called beside other limits."""
-        return self.constraint
-
-    @property
     def value(self) -> float:
         """The limit in its own unit: a probability, or a cost per episode."""
         return self.share * self.scale

@@ -49,38 +49,21 @@ def signal_column(name: str) -> str:
     return f"costs_{name}"
 
 
-class Sizes(NamedTuple):
-    """What networks are made for."""
-
-    observation_size: int
-    action_size: int
-
-
-class Layout(Sizes):
+class Layout(NamedTuple):
     """Where each field of a :class:`Batch` stands in one row of contiguous storage [N, D].
 
     Nobody else writes a position: whoever fills a row names its fields. ``signals`` [K] are the
-    names of the costs beside the one, whose columns end a row. As a tuple it is the two sizes.
+    names of the costs beside the one, whose columns end a row.
     """
 
-    signals: tuple[str, ...]
+    observation_size: int
+    action_size: int
+    signals: tuple[str, ...] = ()
 
-    def __new__(
-        cls, observation_size: int, action_size: int, signals: Sequence[str] = ()
-    ) -> Layout:
-        made = super().__new__(cls, observation_size, action_size)
-        made.signals = tuple(signals)
-        return made
-
-    def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Layout) and self.signals == other.signals
-        return same and super().__eq__(other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash((*self, self.signals))
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of an observation and an action: what networks are made for."""
+        return self.observation_size, self.action_size
 
     def column(self, rows: Tensor, name: str) -> Tensor:
         """One of :attr:`scalars` of rows [..., D], [...]: a view."""

@@ -125,10 +125,12 @@ def learnt(device: Device, *, compiled: bool, precision: Precision) -> list[Tens
         return tuple(moved(value, device) for value in values)
 
     here, there = torch.Generator().manual_seed(0), torch.Generator(device)
-    first = Networks(*LAYOUT, SIZES, here)
-    critic = SafetyCritic(*LAYOUT, AccidentAhead(50), SafetyCriticConfig(hidden=(32, 32)), here)
-    nets = Networks(*LAYOUT, SIZES, there)
-    risky = SafetyCritic(*LAYOUT, critic.outlook, critic.config, there, compute)
+    first = Networks(*LAYOUT.sizes, SIZES, here)
+    critic = SafetyCritic(
+        *LAYOUT.sizes, AccidentAhead(50), SafetyCriticConfig(hidden=(32, 32)), here
+    )
+    nets = Networks(*LAYOUT.sizes, SIZES, there)
+    risky = SafetyCritic(*LAYOUT.sizes, critic.outlook, critic.config, there, compute)
     restore_state(nets.parts(), collect_state(first.parts()))
     restore_state(
         {"net": risky.net, "target": risky.target},

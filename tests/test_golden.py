@@ -91,7 +91,7 @@ def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
 
 def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
-    networks = Networks(*LAYOUT, SIZES, generator)
+    networks = Networks(*LAYOUT.sizes, SIZES, generator)
     setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
     agent = AGENTS[name](setup, CONFIGS.settings_for(AGENTS[name]))
     steering = Steering((Penalty(risk, torch.tensor(2.0)),))
@@ -101,9 +101,9 @@ def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]
 
 def rlpd(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
-    networks = Networks(*LAYOUT, SIZES, generator)
+    networks = Networks(*LAYOUT.sizes, SIZES, generator)
     learner = RLPD(networks, LEARNER, generator, compute)
-    anchor = Actor(*LAYOUT, (16, 16), generator)
+    anchor = Actor(*LAYOUT.sizes, (16, 16), generator)
     steering = Steering((Penalty(risk, torch.tensor(2.0)),), anchor, torch.tensor(0.5))
 
     def step(batch: Batch) -> dict[str, Tensor]:
@@ -114,8 +114,8 @@ def rlpd(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
 
 def csc(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
-    critic = SafetyCritic(*LAYOUT, AccidentAhead(20), SAFETY, generator, compute)
-    actor = Actor(*LAYOUT, (16, 16), generator)
+    critic = SafetyCritic(*LAYOUT.sizes, AccidentAhead(20), SAFETY, generator, compute)
+    actor = Actor(*LAYOUT.sizes, (16, 16), generator)
     weights = torch.linspace(0.5, 1.5, 32)
 
     def step(batch: Batch) -> dict[str, Tensor]:

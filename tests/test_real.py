@@ -29,6 +29,7 @@ from tests.failing_disk import watch
 from tests.test_resume import (
     Killed,
     kill_at,
+    killed,
     online_plan,
     pretrain_plan,
     pretrained,
@@ -207,12 +208,7 @@ def test_a_killed_run_loses_at_most_the_episode_it_was_in(
     counted_alone: int,
 ) -> None:
     name = f"real-{method}"
-    with monkeypatch.context() as patch:
-        kill_at(patch, method, call)
-        with pytest.raises(Killed):
-            commands.finetune_run(
-                real_plan(pretrained), name=name, runs=root, checkpoint_seconds=0.0, say=silent
-            )
+    killed(monkeypatch, real_plan(pretrained), root / name, method, call)
     before = RunDir(root / name).episodes()
     assert len(before) == 4 + lost - (method == "save_checkpoint") + counted_alone
     run = commands.resume_finetune(name, runs=root, say=silent)

@@ -66,11 +66,7 @@ def test_every_version_that_acted_is_kept_as_it_acted(online: RunDir) -> None:
 def test_a_run_that_is_resumed_keeps_the_same(online: RunDir) -> None:
     run = RunDir(shutil.copytree(online.path, online.path.with_name("resumed")))
     shutil.rmtree(run.path / "versions")
-    for path in sorted((run.path / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(path)
-    run.lock()
-    with run:
-        run.set_status("interrupted")
+    go_back(run)
     commands.resume_finetune("resumed", runs=run.path.parent, say=silent)
     before, after = kept_versions(online.path), kept_versions(run.path)
     assert after
@@ -187,14 +183,33 @@ def test_a_version_is_above_where_its_lower_bound_is(
     assert not row["above"]
 
 
-def test_what_a_replay_said_is_gone_when_the_run_goes_on(online: RunDir) -> None:
-    run = RunDir(shutil.copytree(online.path, online.path.with_name("further")))
-    commands.replay_run("further", episodes=2, runs=run.path.parent, say=silent)
+def test_a_version_is_above_if_it_is_above_any_limit(
+    online: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twenty episodes each costs 1, and four have an accident: a rate of .2, at least .071."""
+    played = [episode(1.0, accident=k < 4) for k in range(20)]
+    monkeypatch.setattr("safe_offrl.commands.replay.evaluate", lambda *_, **__: iter(played))
+    final = final_policy(online)
+    final.env.close()
+    for epsilon, cost, above in ((0.05, 2.0, True), (0.3, 0.5, True), (0.3, 2.0, False)):
+        both = Limit("accident", epsilon, 1.0), Limit("cost", cost / 100.0, 100.0)
+        row = _truth_of(final._replace(limits=both), final.policy, 20, 0, few=False)
+        assert (row["truth"], row["further"], row["above"]) == (0.2, [1.0], above)
+
+
+def go_back(run: RunDir) -> None:
+    """To its first checkpoint, as if it had been interrupted after it."""
     for path in sorted((run.path / "checkpoints").iterdir())[1:]:
         shutil.rmtree(path)
     run.lock()
     with run:
         run.set_status("interrupted")
+
+
+def test_what_a_replay_said_is_gone_when_the_run_goes_on(online: RunDir) -> None:
+    run = RunDir(shutil.copytree(online.path, online.path.with_name("further")))
+    commands.replay_run("further", episodes=2, runs=run.path.parent, say=silent)
+    go_back(run)
     commands.resume_finetune("further", runs=run.path.parent, say=silent)
     assert not (run.path / "replay.json").exists()
 

@@ -87,6 +87,18 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
     monkeypatch.setattr(RunDir, method, counting)
 
 
+def killed(
+    monkeypatch: pytest.MonkeyPatch, plan: commands.FinetunePlan, path: Path, method: str, call: int
+) -> None:
+    """Leave behind a run that was killed at the ``call``-th call of a RunDir method."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, method, call)
+        with pytest.raises(Killed):
+            commands.finetune_run(
+                plan, name=path.name, runs=path.parent, checkpoint_seconds=0.0, say=silent
+            )
+
+
 @pytest.mark.parametrize(
     ("method", "call"),
     [("save_checkpoint", 1), ("log", 4), ("save_checkpoint", 6), ("write_json", 2)],
@@ -129,12 +141,7 @@ def test_finetune(
     call: int,
 ) -> None:
     name = f"online-{method}-{call}"
-    with monkeypatch.context() as patch:
-        kill_at(patch, method, call)
-        with pytest.raises(Killed):
-            commands.finetune_run(
-                online_plan(pretrained), name=name, runs=root, checkpoint_seconds=0.0, say=silent
-            )
+    killed(monkeypatch, online_plan(pretrained), root / name, method, call)
     assert (call > 1) <= len(RunDir(root / name).episodes()) < len(online.episodes())
     again = commands.resume_finetune(name, runs=root, say=silent)
     assert record(again) == record(online)

@@ -37,7 +37,7 @@ from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Batch, States, Visited
 from tests.safety.test_acceptance import critic_of, policy, visited
 from tests.safety.test_deployment import deployment, mean_of, monitor_after
-from tests.test_resume import ONLINE, TINY, Killed, kill_at, record, silent
+from tests.test_resume import ONLINE, TINY, killed, record, silent
 
 BOTH = {"accident": 0.6, "cost": 8.0}  # of PointHazard
 
@@ -314,10 +314,15 @@ def test_the_progress_line_has_both_estimates() -> None:
     assert curves.trust()["safety/expected_cost_estimate"] == 9.0
 
 
-def test_one_limit_leaves_no_trace_of_others(root: Path, tiny_dataset: Path) -> None:
+@pytest.fixture(scope="module")
+def one(root: Path, tiny_dataset: Path) -> RunDir:
+    """A run of one limit."""
     config = commands.pretrain_config(dataset=str(tiny_dataset), steps=20, overrides=TINY)
     plan = commands.plan_pretrain(config, say=silent)
-    one = commands.pretrain_run(plan, name="one", runs=root, say=silent)
+    return commands.pretrain_run(plan, name="one", runs=root, say=silent)
+
+
+def test_one_limit_leaves_no_trace_of_others(root: Path, one: RunDir) -> None:
     run = commands.finetune_run(online_plan(one), name="one-online", runs=root, say=silent)
     assert all("further" not in line for line in lines(run))
     assert not any("limit_" in key for key in run.load_checkpoint().tensors)
@@ -333,12 +338,7 @@ def test_a_run_of_two_limits_is_resumed_bitwise(
     call: int,
 ) -> None:
     name = f"online-{method}-{call}"
-    with monkeypatch.context() as patch:
-        kill_at(patch, method, call)
-        with pytest.raises(Killed):
-            commands.finetune_run(
-                online_plan(pretrained), name=name, runs=root, checkpoint_seconds=0.0, say=silent
-            )
+    killed(monkeypatch, online_plan(pretrained), root / name, method, call)
     again = commands.resume_finetune(name, runs=root, say=silent)
     assert record(again) == record(online)
 
@@ -381,8 +381,7 @@ def test_a_limit_is_given_anew_online_and_its_short_form_too(pretrained: RunDir)
         commands.finetune_config(pretrained, overrides=["safety.cost_limit=0.5"])
 
 
-def test_what_nothing_has_learnt_cannot_be_limited_online(root: Path, pretrained: RunDir) -> None:
-    one = RunDir(root / "one")
+def test_what_nothing_has_learnt_cannot_be_limited_online(one: RunDir) -> None:
     with pytest.raises(ConfigError, match="pretrain with them"):
         commands.finetune_config(one, limit=["accident=0.5", "cost=0.5"])
 

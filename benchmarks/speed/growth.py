@@ -60,7 +60,7 @@ def updater(sizes: Sizes, compute: Compute) -> tuple[Callable[[], None], int]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(20_000, LAYOUT.width, generator=generator)
     hidden = (sizes.width, sizes.width)
-    networks = Networks(*LAYOUT, NetworkConfig(hidden, hidden, sizes.critics), generator)
+    networks = Networks(*LAYOUT.sizes, NetworkConfig(hidden, hidden, sizes.critics), generator)
     settings = RLPDConfig(subset=min(2, sizes.critics))
     learner = RLPD(networks, settings, generator, compute)
     steering = Steering()

@@ -46,7 +46,7 @@ class Store:
         steps = torch.arange(ROWS, device=self.generator.device)
         data.time_to_go[:] = 1.0 - steps % 1000 / 1000
         self.sizes = NetworkConfig(SIZES, SIZES, critics, layer_norm)
-        self.networks = Networks(*self.layout, self.sizes, self.generator)
+        self.networks = Networks(*self.layout.sizes, self.sizes, self.generator)
 
     def setup(self, compute: Compute) -> Setup:
         """What an agent is built from; none of those here asks for the log or the limit."""
@@ -85,7 +85,7 @@ def sac(
         stratified = StratifiedSampler(data.accidents)
         risky = RiskSampler(store.rows, layout, stratified, *spans, steps=1)
         critic = SafetyCritic(
-            *layout, AccidentAhead(1000), SafetyCriticConfig(), generator, compute
+            *layout.sizes, AccidentAhead(1000), SafetyCriticConfig(), generator, compute
         )
 
         def run(n: int) -> None:

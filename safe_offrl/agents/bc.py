@@ -44,8 +44,9 @@ def safe_episodes(dataset: Dataset, limits: Sequence[Limit]) -> Dataset:
         outcomes = limit.quantity.select(dataset.episode_accidents, dataset.episode_costs)
         safe &= outcomes <= limit.value
     if not safe.any():
+        which = "the limit" if len(limits) == 1 else "every limit"
         raise DataError(
-            "No episode of the dataset is within every limit, so bc_safe has nothing to imitate. "
+            f"No episode of the dataset is within {which}, so bc_safe has nothing to imitate. "
             "Raise the limit, or take another agent."
         )
     return dataset.subset(np.flatnonzero(safe))

@@ -135,8 +135,9 @@ class CQL:
         networks, generator, compute = setup.networks, setup.generator, setup.compute
         self.generator = generator
         self.values = ConservativeCritics(networks, config, compute, calibrated=calibrated)
-        settings = setup.extraction, generator, compute, setup.aversions
-        self.extraction = Extraction(networks, *settings)
+        self.extraction = Extraction(
+            networks, setup.extraction, generator, compute, setup.aversions
+        )
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""

@@ -84,7 +84,7 @@ class Extraction:
         self.generator = generator
         user = "The KL from the log in iql, cql and calql"
         self._density = require_density(self.actor.kind, user)
-        size, a = networks.layout
+        size, a = networks.layout.sizes
         outputs = self._density.behaviour_outputs(a, config.components)
         widths = (*networks.sizes.actor_hidden, outputs)
         # The name is that which its parameters have in a checkpoint.
@@ -120,11 +120,11 @@ class Extraction:
         """
         danger = torch.zeros_like(advantages)
         with torch.no_grad():
+            policy = None if noise is None else self.actor(batch.observations).quadrature(noise)
             for (risk, _), aversion in zip(penalties, self._aversions, strict=True):
                 of_action = risk(batch.observations, batch.time_to_go, batch.actions)
                 if aversion.relative:
-                    assert noise is not None
-                    policy = self.actor(batch.observations).quadrature(noise)
+                    assert policy is not None
                     observations = policy.repeat(batch.observations)
                     time_to_go = policy.repeat(batch.time_to_go)
                     own = policy.expect(risk(observations, time_to_go, policy.actions))
@@ -144,12 +144,12 @@ class Extraction:
         distribution = self.actor(batch.observations)
         policy, log_ratio = self.behaviour(batch.observations).log_ratio(distribution, noise)
         observations = policy.repeat(batch.observations)
+        time_to_go = policy.repeat(batch.time_to_go)
         q = critics(observations, policy.actions).amin(0)
         scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
         loss = -q / scale
         for risk, multiplier in penalties:
-            danger = risk(observations, policy.repeat(batch.time_to_go), policy.actions)
-            loss = loss + multiplier * danger
+            loss = loss + multiplier * risk(observations, time_to_go, policy.actions)
         loss = policy.expect(loss + self.config.weight * log_ratio)
         return loss.mean(), policy.expect(log_ratio).detach().mean()
 

@@ -150,8 +150,9 @@ class IQL:
     def __init__(self, setup: Setup, config: IQLConfig) -> None:
         networks, generator, compute = setup.networks, setup.generator, setup.compute
         self.values = IQLValues(networks, config, generator, compute)
-        settings = setup.extraction, generator, compute, setup.aversions
-        self.extraction = Extraction(networks, *settings)
+        self.extraction = Extraction(
+            networks, setup.extraction, generator, compute, setup.aversions
+        )
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""

@@ -152,38 +152,50 @@ def _truth_of(
 ) -> dict[str, Any]:
     """What a version is in truth; where there are ``few`` situations, bounds count what differs."""
     played = list(evaluate(final.env, policy, episodes, seed, worst_cost=final.worst_cost))
-    constraint, confidence = final.limit.constraint, final.safety.confidence
-    truth = realised(played, constraint, confidence)
-    if few:
-        truth = realised(distinct(played), constraint, confidence)._replace(value=truth.value)
+    bounded, confidence = distinct(played) if few else played, final.safety.confidence
+    truths = []  # of each limit
+    for limit in final.limits:
+        value = realised(played, limit.constraint, confidence).value
+        truths.append(realised(bounded, limit.constraint, confidence)._replace(value=value))
+    truth, *further = truths
+    above = [t.at_least > limit.value for t, limit in zip(truths, final.limits, strict=True)]
     returns = [e.episode_return for e in played if e.outcome == "complete"]
     return {
         "truth": truth.value,
         "low": truth.low,
         "high": truth.high,
-        "above": truth.at_least > final.limit.value,
+        "above": any(above),
         "return": float(np.mean(returns)) if returns else None,
         "most_cost": max(episode.cost for episode in played),
         "shield_interventions": sum(episode.shield_interventions for episode in played),
+        **({"further": [found.value for found in further]} if further else {}),
     }
 
 
 def _save_rows(
     run: RunDir, settings: Mapping[str, Any], final: FinalPolicy, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    limits = [limit.value for limit in final.limits]
+    further = {limit.constraint: limit.value for limit in final.limits[1:]}
     result: dict[str, Any] = {
         **settings,
         "run": run.name,
         "constraint": final.limit.constraint,
         "limit": final.limit.value,
+        **({"further": further} if further else {}),
         "confidence": final.safety.confidence,
         "above": sum(row["above"] for row in rows),
-        "over": sum(row["truth"] > final.limit.value for row in rows),
+        "over": sum(any(v > m for v, m in zip(_truths(row), limits, strict=True)) for row in rows),
         "correlation": _correlation(rows),
         "versions": rows,
     }
     write_atomic(run.path / REPLAY, json_bytes(plain(result)))
     return result
+
+
+def _truths(row: Mapping[str, Any]) -> list[float]:
+    """What a version is in truth, of each limit."""
+    return [row["truth"], *row.get("further", [])]
 
 
 def _correlation(versions: list[dict[str, Any]]) -> float | None:
@@ -200,7 +212,9 @@ def _correlation(versions: list[dict[str, Any]]) -> float | None:
 def _summary(result: Mapping[str, Any]) -> str:
     quantity = QUANTITIES[result["constraint"]]
     n, last = len(result["versions"]), result["versions"][-1]
-    limit, sure = quantity.limit_text(result["limit"]), f"{result['confidence']:.0%}"
+    limits = {result["constraint"]: result["limit"], **result.get("further", {})}
+    limit = " or ".join(QUANTITIES[name].limit_text(value) for name, value in limits.items())
+    sure = f"{result['confidence']:.0%}"
     told = result["correlation"]
     lines = [
         f"above       {result['above']:,} of {n:,} versions are shown to exceed {limit} (one-sided "

@@ -83,7 +83,7 @@ class OnlineCurves:
         monitor = self._monitor
         low, high = monitor.accident_rate_bounds
         further = {
-            f"safety/alarm_log_evidence/{other.limit.name}": other.log_evidence
+            f"safety/alarm_log_evidence/{other.limit.constraint}": other.log_evidence
             for other in self._further
         }
         for other in (monitor, *self._further):

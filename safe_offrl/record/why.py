@@ -30,7 +30,7 @@ class Reasons:
         refusals = [] if replaced else [*self._refusals, iteration["reason"]]
         self._refusals = refusals[-PATIENCE:]
         found = {
-            f"{cause} of {limit.name}": text
+            f"{cause} of {limit.constraint}": text
             for (limit, config), line in zip(
                 self._steered, [iteration, *iteration.get("further", [])], strict=False
             )
@@ -45,7 +45,7 @@ class Reasons:
     def _of_lambda(self, limit: Limit, config: LagrangianConfig, value: float) -> dict[str, str]:
         aim, maximum = config.aim, config.maximum
         aimed = limit.quantity.text(aim * limit.value)
-        name = "lambda" if len(self._steered) == 1 else f"lambda of {limit.name}"
+        name = "lambda" if len(self._steered) == 1 else f"lambda of {limit.constraint}"
         if value <= 0.0:
             return {
                 "zero": f"{name} is 0: risk does not steer the learner while what lambda follows "

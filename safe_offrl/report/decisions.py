@@ -88,7 +88,7 @@ class LoggedDecision(NamedTuple):
 
 def logged_decision(line: Mapping[str, Any]) -> LoggedDecision:
     """One line of iterations.jsonl, in which null stands for NaN."""
-    number = {k: math.nan if v is None else v for k, v in line.items()}
+    number = _with_nan(line)
     forward, reverse = float(number["kl_forward_mean"]), float(number["kl_reverse_mean"])
     return LoggedDecision(
         step=int(line["step"]),
@@ -102,11 +102,12 @@ def logged_decision(line: Mapping[str, Any]) -> LoggedDecision:
         rolled_back=bool(line.get("rolled_back", False)),
         divergence=(line.get("divergence", "KL"), line.get("divergence_unit", "nats")),
         further=tuple(
-            Estimated(*(_number(part[key]) for key in ("v_candidate", "v_previous", "limit")))
-            for part in line.get("further", [])
+            Estimated(part["v_candidate"], part["v_previous"], part["limit"])
+            for part in map(_with_nan, line.get("further", []))
         ),
     )
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _with_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    """With NaN where null stands for it."""
+    return {key: math.nan if value is None else value for key, value in line.items()}

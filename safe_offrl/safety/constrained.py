@@ -42,10 +42,10 @@ def constrained_parts(
     for i, constraint in enumerate(constraints):
         more: dict[str, Tensor] = constraint.multiplier.parts() if controlled else {}
         own = {**constraint.parts(), **more}
-        parts |= named(f"limit_{constraint.limit.name}", own) if i else own
+        parts |= named(f"limit_{constraint.limit.constraint}", own) if i else own
     return parts
 
 
 def metric_name(metric: str, limit: Limit, *, first: bool) -> str:
     """A curve of one limit: of a further one, with its name behind."""
-    return metric if first else f"{metric}/{limit.name}"
+    return metric if first else f"{metric}/{limit.constraint}"

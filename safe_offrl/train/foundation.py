@@ -62,7 +62,7 @@ class Foundation(NamedTuple):
             dataset.cost_max,
             generator,
             Compute(compiled, config.precision, device),
-            Networks(*dataset.layout, config.networks, generator, kind),
+            Networks(*dataset.layout.sizes, config.networks, generator, kind),
             limits,
             max(limit.worst_cost(dataset.worst_cost) for limit in limits),
             dataset.worst_signals,
@@ -78,7 +78,7 @@ class Foundation(NamedTuple):
     def _critic(self, limit: Limit) -> SafetyCritic:
         settings = settings_of(self.config, "critic", limit.quantity, self.config.critic)
         outlook = outlook_on(limit, self.horizon, self.cost_max, settings)
-        return SafetyCritic(*self.layout, outlook, settings, self.generator, self.compute)
+        return SafetyCritic(*self.layout.sizes, outlook, settings, self.generator, self.compute)
 
     def _multiplier(self, limit: Limit) -> Multiplier | PIDMultiplier:
         """Lambda at its start, to move by dual ascent or, where a baseline asks for it, by PID."""

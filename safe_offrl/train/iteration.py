@@ -80,7 +80,7 @@ class Iteration(NamedTuple):
         # Estimates in the units of the limits.
         first, *further = (
             FurtherLimit(
-                limit.name,
+                limit.constraint,
                 limit.value,
                 before * limit.scale,
                 after * limit.scale,

@@ -180,13 +180,13 @@ def test_compiled_and_eager_agree_where_actions_are_discrete() -> None:
     def metrics(compute: Compute) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         generator = seeded()
         sizes = NetworkConfig((16, 16), (16, 16), 4)
-        networks = Networks(*layout, sizes, generator, kind_for(discrete=True))
+        networks = Networks(*layout.sizes, sizes, generator, kind_for(discrete=True))
         cql = ConservativeCritics(networks, CQLConfig(), compute, calibrated=True)
         extraction = Extraction(networks, ExtractionConfig(), generator, compute)
         learner = RLPD(networks, RLPDConfig(), generator, compute)
         settings = SafetyCriticConfig(members=3, reference=1, hidden=(16,))
-        critic = SafetyCritic(*layout, AccidentAhead(20), settings, generator, compute)
-        anchor = Actor(*layout, (16,), generator, kind_for(discrete=True))
+        critic = SafetyCritic(*layout.sizes, AccidentAhead(20), settings, generator, compute)
+        anchor = Actor(*layout.sizes, (16,), generator, kind_for(discrete=True))
         two = torch.tensor(2.0)
         steering = Steering((Penalty(critic.risk, two),), anchor, two)
         logged = []

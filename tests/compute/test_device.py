@@ -16,7 +16,7 @@ from safe_offrl.types import Layout
 
 configure(1)
 layout, generator = Layout(60, 2), torch.Generator().manual_seed(0)
-networks = Networks(*layout, NetworkConfig((256, 256), (256, 256), 2), generator)
+networks = Networks(*layout.sizes, NetworkConfig((256, 256), (256, 256), 2), generator)
 agent = ConservativeCritics(networks, CQLConfig(), calibrated=False)
 batch = layout.unpack(torch.rand(256, layout.width, generator=generator))
 faults = []

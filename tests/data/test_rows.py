@@ -149,8 +149,8 @@ def test_signals_end_a_row_in_the_order_of_their_names() -> None:
 
 
 def test_a_layout_is_its_sizes_and_its_signals() -> None:
-    layout = Layout(2, 1, ["hazards"])
-    assert tuple(layout) == tuple(LAYOUT) == (2, 1)
+    layout = Layout(2, 1, ("hazards",))
+    assert layout.sizes == LAYOUT.sizes == (2, 1)
     assert layout == Layout(2, 1, ("hazards",))
     assert layout != LAYOUT
     assert layout != Layout(2, 1, ("vases",))

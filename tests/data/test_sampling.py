@@ -188,7 +188,7 @@ def test_n_steps_beyond_every_episode_are_the_whole_rest() -> None:
 
 
 def test_signals_are_summed_over_the_steps_that_the_cost_is() -> None:
-    sampler, _ = risky(2, 0.5, Layout(*LAYOUT, ("hazards", "vases")))
+    sampler, _ = risky(2, 0.5, Layout(*LAYOUT.sizes, ("hazards", "vases")))
     batch, _, _ = sampler.draw(200, 0.25, generator())
     at = batch.observations[:, 0].long()
     costs = torch.tensor([2.0, 4.0, 4.0, 16.0, 16.0])[at]
@@ -199,7 +199,7 @@ def test_signals_are_summed_over_the_steps_that_the_cost_is() -> None:
 
 @pytest.mark.parametrize("signals", [(), ("hazards", "vases")])
 def test_one_step_is_the_stored_transition_with_its_weight(signals: tuple[str, ...]) -> None:
-    layout = Layout(*LAYOUT, signals)
+    layout = Layout(*LAYOUT.sizes, signals)
     sampler, rows = risky(layout=layout)
     batch, weights, spans = sampler.draw(60, 0.5, generator(3))
     index, expected = StratifiedSampler(layout.unpack(rows).accidents).draw(60, 0.5, generator(3))

@@ -62,7 +62,7 @@ def test_every_limit_counts_in_a_violation(further, violation, recovering):
         v_candidate=0.05,
         v_deployed=0.06,
         limit=0.1,
-        further=(Estimated(*further, 25.0),),
+        further=(Estimated(further[0], further[1], 25.0),),
     )
     assert (decision.violation, decision.recovering) == (violation, recovering)
     assert decision.satisfied == (not violation and not recovering)
