@@ -14,8 +14,9 @@ import torch
 
 from safe_offrl import commands
 from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.iql import IQL
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
-from safe_offrl.agents.steering import Penalty
+from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.assess.estimates import Estimates
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.limits import ACCIDENT, COST, Limit
@@ -24,7 +25,7 @@ from safe_offrl.record.online_curves import OnlineCurves
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.why import Reasons
 from safe_offrl.safety.acceptance import AcceptanceConfig, Judge, decide
-from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.safety.multiplier import LagrangianConfig
 from safe_offrl.safety.outlook import CostAhead
@@ -33,8 +34,10 @@ from safe_offrl.stats.fixed import shared_confidence
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.foundation import settings_of
+from safe_offrl.train.iteration import Iteration
+from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import PretrainConfig
-from safe_offrl.types import Batch, States, Visited
+from safe_offrl.types import Batch, Episode, States, Visited
 from tests.safety.test_acceptance import critic_of, policy, visited
 from tests.safety.test_deployment import deployment, mean_of, monitor_after
 from tests.test_resume import ONLINE, TINY, killed, record, silent
@@ -419,3 +422,75 @@ def test_why_names_the_lambda() -> None:
     (text,) = reasons.take(line | {"further": [{"multiplier": 0.0}]})
     assert text.startswith("lambda of cost is 0")
     assert "below 5 " in text
+
+
+def test_each_limit_learns_from_its_own(
+    pretrained: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batches, of one step or of twenty, what its episodes show, and its pull on the actor."""
+    loop = commands.online.start_loop(online_plan(pretrained))
+    next(event for event in loop.run() if isinstance(event, Iteration))
+    seen: dict[int, tuple[float, float]] = {}  # critic: longest span, floor
+    asked: list[Steering] = []
+    update, update_actor = SafetyCritic.update, RLPD.update_actor
+
+    def watched(self: SafetyCritic, *arguments: Any, **named: Any) -> Any:
+        seen[id(self)] = float(named["spans"].max()), named["floor"]
+        return update(self, *arguments, **named)
+
+    def watched_actor(self: RLPD, batch: Batch, steering: Steering) -> Any:
+        asked.append(steering)
+        return update_actor(self, batch, steering)
+
+    monkeypatch.setattr(SafetyCritic, "update", watched)
+    monkeypatch.setattr(RLPD, "update_actor", watched_actor)
+    loop.monitors[0].recent, loop.monitors[1].recent = [1.0, 0.0], [0.25, 0.25]
+    run = loop.run()
+    event = next(run)
+    assert isinstance(event, Episode)
+    assert event.phase == "online"
+    shown = [m.limit.quantity.seen(m.recent) for m in loop.monitors]
+    next(run)  # the updates that this episode pays for
+    accident, cost = (seen[id(constraint.critic)] for constraint in loop.constraints)
+    assert (accident[0], cost[0]) == (1.0, 20.0)
+    assert [accident[1], cost[1]] == shown
+    assert shown[0] != shown[1]
+    wanted = [(c.critic.plain_risk, c.multiplier.value) for c in loop.constraints]
+    assert [tuple(penalty) for penalty in asked[-1].penalties] == wanted
+
+
+def test_a_lagrangian_method_follows_each_limits_own_episodes(pretrained: RunDir) -> None:
+    off = ["kl=false", "shield=false", "baseline.multiplier=dual", "baseline.multiplier_init=5"]
+    config = commands.finetune_config(pretrained, budget=1500, overrides=[*ONLINE, *off])
+    plan = commands.plan_finetune(pretrained, config, accept_risk=True)
+    loop = commands.online.start_loop(plan)
+    next(event for event in loop.run() if isinstance(event, Iteration))
+    accident, cost = (constraint.multiplier for constraint in loop.constraints)
+    before = float(accident.value), float(cost.value)
+    loop.monitors[0].recent, loop.monitors[1].recent = [0.0], [1.0]
+    loop._update([0.0, 0.0], critics_only=False)
+    assert float(accident.value) < before[0]
+    assert float(cost.value) > before[1]
+
+
+def test_the_offline_actor_is_asked_by_every_limit(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [f"{name}={value}" for name, value in BOTH.items()]
+    config = commands.pretrain_config(
+        dataset=str(tiny_dataset), steps=2, limit=given, overrides=TINY
+    )
+    plan = commands.plan_pretrain(config, say=silent)
+    loop = Pretraining(config, plan.dataset)
+    asked: list[Steering] = []
+    update = IQL.update
+
+    def watched(self: IQL, batch: Batch, steering: Steering) -> Any:
+        asked.append(steering)
+        return update(self, batch, steering)
+
+    monkeypatch.setattr(IQL, "update", watched)
+    next(loop.steps())
+    wanted = [(c.critic.risk, c.multiplier.value) for c in loop.constraints]
+    assert [tuple(penalty) for penalty in asked[-1].penalties] == wanted
+    assert len(wanted) == 2

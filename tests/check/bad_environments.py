@@ -170,7 +170,7 @@ class HashOrder(Sound):
     """hash() of a text differs from process to process."""
 
     def observe(self) -> Any:
-        return np.array([self.position, hash("left") % 1009], dtype=np.float32)
+        return np.array([self.position, hash("left") % 16_777_213], dtype=np.float32)
 
 
 class BothEnds(Sound):
