@@ -25,16 +25,17 @@ from safe_offrl.record.online_curves import OnlineCurves
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.why import Reasons
 from safe_offrl.safety.acceptance import AcceptanceConfig, Judge, decide
+from safe_offrl.safety.constrained import Constrained
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.monitor import SafetyMonitor
-from safe_offrl.safety.multiplier import LagrangianConfig
+from safe_offrl.safety.multiplier import LagrangianConfig, Multiplier
 from safe_offrl.safety.outlook import CostAhead
 from safe_offrl.spec import SafetySpec
 from safe_offrl.stats.fixed import shared_confidence
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.foundation import settings_of
-from safe_offrl.train.iteration import Iteration
+from safe_offrl.train.iteration import Iteration, untested
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Batch, Episode, States, Visited
@@ -215,6 +216,44 @@ def test_every_limit_must_hold(share: float, accepted: bool, turned: bool) -> No
     assert len(decision.further) == 1
     if not accepted:
         assert decision.reason.startswith("expected cost ")
+
+
+@pytest.mark.parametrize(
+    ("accepted", "estimates", "satisfied"),
+    [
+        (True, (0.9, 0.1), True),  # (v_previous, v_candidate) of the second limit, .5
+        (True, (0.1, 0.9), False),
+        (False, (0.9, 0.1), False),  # who stays is whom it was measured of
+        (False, (0.1, 0.9), True),
+    ],
+)
+def test_the_record_is_of_who_acts_and_in_the_units_of_the_limits(
+    accepted: bool, estimates: tuple[float, float], satisfied: bool
+) -> None:
+    limits = Limit("accident", 0.2, 1.0), Limit("cost", 0.5, 40.0)
+    constraints = [
+        Constrained(limit, critic_of(-3.0, 0.0), Multiplier(LagrangianConfig(), limit.share))
+        for limit in limits
+    ]
+    decision = untested(2)._replace(
+        accepted=accepted,
+        kl_forward_mean=0.0,
+        kl_reverse_mean=0.0,
+        kl_forward_tail=0.0,
+        kl_reverse_tail=0.0,
+        v_previous=0.1,
+        v_candidate=0.15,
+        further=(estimates,),
+    )
+    about: dict[str, Any] = {"index": 0, "step": 9, "version": 1, "metrics": {}, "kl_weight": 0.1}
+    line = Iteration.from_decision(
+        decision, constraints, delta=0.05, tail_ratio=5.0, rolled_back=False, **about
+    )
+    assert line.constraints_satisfied == satisfied
+    assert (line.v_previous, line.v_candidate, line.limit) == (0.1, 0.15, 0.2)
+    (cost,) = line.further
+    assert (cost.v_previous, cost.v_candidate) == tuple(40.0 * x for x in estimates)
+    assert (cost.constraint, cost.limit) == ("cost", 20.0)
 
 
 def test_an_alarm_of_any_limit_takes_the_policy_back() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from safe_offrl import cli
+from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.record.ledger import parse_ledger
 from safe_offrl.record.run import RunDir
+from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Episode
 
 ENV = "bad_environments:TwoSignals-v0"
@@ -46,6 +48,14 @@ def test_an_online_run_has_the_sums_of_its_signals(
         assert list(episode["signal_costs"]) == ["far", "same"]
         assert episode["signal_costs"]["same"] == episode["cost"]
         assert 0.0 < episode["signal_costs"]["far"] < 2.0 * episode["steps"]
+    # What nobody sees the end of counts as the worst of the log.
+    run(monkeypatch, "finetune", "off", "--name", "real", "--accept-risk", *budget, "env.kind=real")
+    ledger = (tmp_path / "runs" / "real" / "ledger.jsonl").read_text().splitlines()
+    reserved = [line for line in map(json.loads, ledger) if line["outcome"] == "reserved"]
+    spec = SafetySpec(signals=dict(text[len("safety.signals.") :].split("=") for text in SIGNALS))
+    worst = load_dataset("log.hdf5", discount=0.99, spec=spec).worst_signals
+    assert len(reserved) >= 4
+    assert all(line["signal_costs"] == pytest.approx(worst) for line in reserved)
     start = RunDir(folder)._chain_start
     read: list[Episode] = parse_ledger(lines, "ledger", start).episodes
     assert [dict(e.signal_costs) for e in read] == [e["signal_costs"] for e in episodes]

@@ -89,6 +89,24 @@ def test_signals_are_kept_and_drawn_with_their_rows() -> None:
         OnlineBuffer(LAYOUT, 8).load_state_dict(buffer.state_dict())
 
 
+def test_each_reach_has_its_own_sums() -> None:
+    buffer = OnlineBuffer(LAYOUT, 8, reaches=[Reach(), Reach(2, 0.5)])
+    rows = torch.zeros(3, LAYOUT.width)
+    batch = LAYOUT.unpack(rows)
+    batch.costs[:] = torch.tensor([1.0, 2.0, 4.0])
+    batch.time_to_go[:] = torch.tensor([1.0, 0.9, 0.8])
+    batch.observations[:] = torch.arange(3.0).unsqueeze(1)
+    buffer.append(rows)
+    # One step: 1, 2, 4. Two: 1 + 2/2, 2 + 4/2, 4 (of one step, the last).
+    for k, (costs, spans) in enumerate(
+        (([1.0, 2.0, 4.0], [1, 1, 1]), ([2.0, 4.0, 4.0], [2, 2, 1]))
+    ):
+        drawn, _, found = buffer.risk_sampler(k).draw(50, 0.0, torch.Generator().manual_seed(0))
+        at = drawn.observations[:, 0].long()
+        assert torch.equal(drawn.costs, torch.tensor(costs)[at])
+        assert torch.equal(found, torch.tensor(spans)[at])
+
+
 def test_rows_is_a_view() -> None:
     buffer = OnlineBuffer(LAYOUT, 4)
     buffer.append(numbered(1, 2))
