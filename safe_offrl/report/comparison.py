@@ -188,6 +188,11 @@ def _unlike_starts(pairings: Sequence[Pairing]) -> list[str]:
     ]
 
 
+def _limits_in_words(run: RunData) -> str:
+    limits = run.limits or {run.constraint: run.limit}
+    return " and ".join(f"{name} < {value:g}" for name, value in limits.items())
+
+
 def _notes(
     data: Sequence[RunData], methods: Methods, scales: Mapping[str, float] | None
 ) -> list[str]:
@@ -196,7 +201,7 @@ def _notes(
     notes = []
     for what, values in (
         ("environments", {run.env_id for run in data}),
-        ("constraint", {f"{r.constraint} < {r.limit:g}" for r in data if not math.isnan(r.limit)}),
+        ("constraint", {_limits_in_words(run) for run in data if not math.isnan(run.limit)}),
         ("budgets", {f"{run.budget:,}" for run in data if run.budget is not None}),
     ):
         if len(values) > 1:

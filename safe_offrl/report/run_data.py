@@ -77,6 +77,7 @@ class RunData:
     budget: int | None
     constraint: str  # "accident" or "cost"
     limit: float  # epsilon, or the cost limit; NaN if unknown
+    limits: Mapping[str, float]  # of a run that has several, by what is limited
     confidence: float
     episodes: list[Episode]
     constrained: bool  # whether an acceptance step decided who acts
@@ -158,6 +159,7 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
             budget=int(settings["budget"]) if "budget" in settings else None,
             constraint=constraint,
             limit=float(safety.get(_LIMIT_KEYS[constraint], math.nan)),
+            limits=dict(safety.get("limits") or {}),
             confidence=float(safety.get("confidence", 0.95)),
             episodes=run.episodes(),
             constrained=kind == "finetune"

@@ -55,6 +55,7 @@ def _run(accidents, steps, returns=None, method="constrained", estimates=(), dec
         budget=None,
         constraint="accident",
         limit=0.1,
+        limits={},
         confidence=0.95,
         episodes=episodes,
         constrained=True,

@@ -230,3 +230,15 @@ def test_an_identity_that_is_none_is_one_sentence(write_run: Write, damaged: obj
     path = in_environment(write_run("a", ACCIDENTS), damaged)
     with pytest.raises(RunError, match="holds a value that cannot be read"):
         compare([path])
+
+
+def test_runs_of_other_limits_are_compared_and_it_is_said(write_run: Write) -> None:
+    both = safety(limits={"accident": 0.1, "cost": 25.0})
+    runs = [
+        write_run("one", ACCIDENTS, safety=safety()),
+        write_run("two", ACCIDENTS, seed=1, safety=both),
+    ]
+    result = compare(runs)
+    said = "The runs differ in constraint: accident < 0.1, accident < 0.1 and cost < 25."
+    assert said in result.notes
+    assert len(result.groups) == 1
