@@ -84,6 +84,10 @@ class AccidentProbability:
         """(outcome, limit of its mean) for the alarm: the accident itself, against epsilon."""
         return float(accident), limit
 
+    def alarming(self, limit: float) -> str:
+        """An episode that counts fully for the alarm, in words."""
+        return "with an accident"
+
     def worst_cost(self, scale: float, logged: float) -> float:
         """What an episode counts as whose end is unknown: what the log shows to be possible."""
         return logged
@@ -178,6 +182,10 @@ class ExpectedCost:
         evidence against the cost, and far quicker than over the full range.
         """
         return min(cost / (ALARM_RANGE * limit), 1.0), 1.0 / ALARM_RANGE
+
+    def alarming(self, limit: float) -> str:
+        """An episode that counts fully for the alarm, in words."""
+        return f"that cost {ALARM_RANGE * limit:g} or more"
 
     def worst_cost(self, scale: float, logged: float) -> float:
         """What an episode counts as whose end is unknown: all that it can cost."""

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.errors import ConfigError
 from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.find_run import find_run
 
 
 class Policy:
-    """The deployed policy behind its shield. Takes and gives the environment's own values.
+    """The deployed policy behind shield and guard. Takes and gives the environment's own values.
 
     :meth:`predict` has the signature of Stable-Baselines3, so its ``evaluate_policy`` works: hand
     the second thing it returns back in, and None (or ``episode_start``) where an episode begins.
@@ -37,16 +38,29 @@ class Policy:
         episode_start: Sequence[bool] | NDArray[np.bool_] | None = None,
         deterministic: bool = False,
         *,
-        episode_cost: float = 0.0,
+        episode_cost: float | Sequence[float] | None = None,
     ) -> tuple[Any, tuple[int, ...]]:
         """The action to execute, and the state to hand back at the next step: the steps so far.
 
         ``observation`` is one of the environment's own, or a stack [n, ...] of a Box's from n
         environments; so is the action. Accident probabilities were learnt, and certified, for
-        sampled actions: ``deterministic`` acts with the mean. Under the accident rule
-        "episode_cost" the policy also sees ``episode_cost``, what the episode has cost so far.
-        EnvError for an observation that does not fit the space.
+        sampled actions: ``deterministic`` acts with the mean. ``episode_cost`` is what the episode
+        has cost so far, or that of each: a guard that keeps a limit of cost asks for it, and under
+        the accident rule "episode_cost" the policy sees it. EnvError for an observation that does
+        not fit the space, ConfigError where a guard is not told the cost.
         """
+        guard = self._policy.guard
+        if guard is not None and guard.until_end:
+            raise ConfigError(
+                "The guard of this run is a baseline's, which never hands an episode back, and "
+                "predict has no memory for that. Give load_policy(..., guard=False)."
+            )
+        if episode_cost is None and guard is not None and guard.spends:
+            raise ConfigError(
+                "The guard of this policy keeps a limit of cost, and must be told what the episode "
+                "has cost so far. Give predict(..., episode_cost=...), or load the policy without "
+                "it: load_policy(..., guard=False)."
+            )
         # One observation, or a stack.
         shape = getattr(self.observation_space, "shape", None)
         stacked = shape is not None and np.ndim(observation) == len(shape) + 1
@@ -57,20 +71,31 @@ class Policy:
             started = np.atleast_1d(np.asarray(episode_start, dtype=bool))
             steps = [0 if begins else k for begins, k in zip(started, steps, strict=True)]
         # Actions.
+        given = np.asarray(0.0 if episode_cost is None else episode_cost, dtype=float)
+        if given.ndim and len(given) != len(observations):
+            raise ConfigError(
+                f"episode_cost has {len(given)} costs for {len(observations)} observations. Give "
+                "one of each, or a single one."
+            )
+        costs = np.broadcast_to(given, len(observations))
         actions = []
-        for one, k in zip(observations, steps, strict=True):
-            flat = self._policy.normalizer(self._env.observe(one, episode_cost))
+        for one, k, cost in zip(observations, steps, costs.tolist(), strict=True):
+            flat = self._policy.normalizer(self._env.observe(one, cost))
             left = max(0.0, 1.0 - k / self.horizon)
-            action, _ = self._policy.act(flat, left, self._rng, mean_action=deterministic)
-            actions.append(self._env.own_action(action))
+            act = self._policy.act(flat, left, self._rng, cost, mean_action=deterministic)
+            actions.append(self._env.own_action(act.action))
         return (np.stack(actions) if stacked else actions[0]), tuple(k + 1 for k in steps)
 
 
-def load_policy(run: str | Path, *, runs: str | Path = "runs", seed: int = 0) -> Policy:
-    """A run's policy at its newest checkpoint: behind its shield, or a pretrained one by itself.
+def load_policy(
+    run: str | Path, *, runs: str | Path = "runs", seed: int = 0, guard: bool = True
+) -> Policy:
+    """A run's policy at its newest checkpoint: as it acted, or a pretrained one by itself.
 
     The run's folder is all that it takes: no log, no pretrain run, no learner.
-    ``run`` is a run folder, or a name in ``runs``; ``seed`` is that of its noise.
+    ``run`` is a run folder, or a name in ``runs``; ``seed`` is that of its noise. Without ``guard``
+    nothing bounds what an episode may cost, and no certificate is about what acts.
     """
     final = final_policy(find_run(run, Path(runs)))
-    return Policy(final.env, final.policy, seed)
+    policy = final.policy if guard else final.policy._replace(guard=None)
+    return Policy(final.env, policy, seed)

@@ -223,6 +223,7 @@ class Episode(NamedTuple):
     outcome: str = "complete"
     content: str = ""  # hash of all that happened, of a frozen policy's complete episode
     signal_costs: Mapping[str, float] = {}  # sums of the named cost signals, by their names
+    guarded_steps: int = 0  # steps in which the guard's fallback acted
 
 
 class Record(NamedTuple):

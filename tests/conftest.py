@@ -132,7 +132,7 @@ def _write_run(
         "seed": seed,
         "budget": 50_000,
         "safety": {"epsilon": 0.1, "confidence": 0.95},
-        **(flags or {"kl": True, "safety_constraint": True, "shield": True}),
+        **(flags or {"kl": True, "safety_constraint": True, "shield": True, "guard": True}),
         **settings,
     }
     inputs = {"env_id": env, "pretrained_sha256": f"{origin}-{seed}"}
@@ -201,7 +201,7 @@ def write_group(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def paired_runs(write_run: Callable[..., Path]) -> Callable[..., list[Path]]:
     """``paired_runs(seeds, episodes)``: for each seed a constrained run and one of plain RLPD."""
-    rlpd = {"kl": False, "safety_constraint": False, "shield": False}
+    rlpd = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
 
     def write(seeds: int = 5, episodes: int = 400) -> list[Path]:
         rng = np.random.default_rng(0)

@@ -235,7 +235,7 @@ def test_from_the_command_line(
         arguments = ["--env", "HazardGrid-v0", "--dataset", str(dataset), "--agent", agent]
         call("pretrain", *arguments, "--name", agent, *TINY)
     call("finetune", "calql", "--accept-risk", "--budget", "600", "--name", "safe", *ONLINE)
-    free = ["--no-kl", "--no-safety-constraint", "--no-shield"]
+    free = ["--no-kl", "--no-safety-constraint", "--no-shield", "--no-guard"]
     call("finetune", "calql", "--budget", "600", "--name", "free", *free, *ONLINE)
     result = json.loads(call("evaluate", "safe", "--episodes", "20", "--json"))
     assert result["episodes"] == 20

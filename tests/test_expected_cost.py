@@ -336,6 +336,7 @@ def test_lambda_of_a_lagrangian_method_follows_the_mean_cost(
         pretraining,
         kl=False,
         shield=False,
+        guard=False,
         baseline=BaselineConfig(multiplier=multiplier, multiplier_init=5.0),
     )
     next(e for e in loop.run() if isinstance(e, Iteration))

@@ -175,7 +175,7 @@ def test_every_agent_learns_the_same_to_the_bit(
     assert torch.equal(learnt(one, OFFLINE), learnt(other, OFFLINE))
 
 
-OFF: dict[str, Any] = {"kl": False, "shield": False}
+OFF: dict[str, Any] = {"kl": False, "shield": False, "guard": False}
 BASELINES: dict[str, dict[str, Any]] = {
     "ours": {},
     "iql": {"baseline": BaselineConfig(learner="iql")},

@@ -18,9 +18,12 @@ from safe_offrl.agents.iql import IQL
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.assess.estimates import Estimates
+from safe_offrl.certify.certificate import sealed
+from safe_offrl.certify.recheck import recheck
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.limits import ACCIDENT, COST, Limit
 from safe_offrl.policies.networks import NetworkConfig, Networks
+from safe_offrl.record.ledger import parse_ledger
 from safe_offrl.record.online_curves import OnlineCurves
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.why import Reasons
@@ -439,6 +442,9 @@ def test_the_log_must_show_every_limit(pretrained: RunDir, monkeypatch: pytest.M
         monkeypatch.setattr(
             Estimates, "shows_below", lambda self, *_, shown=shown: self.constraint == shown
         )
+        monkeypatch.setattr(
+            Estimates, "shows_above", lambda self, *_, shown=shown: self.constraint != shown
+        )
         config = commands.finetune_config(pretrained, budget=1500, overrides=ONLINE)
         with pytest.raises(RunError, match=f'first step of "offline": {refused}'):
             commands.plan_finetune(pretrained, config)
@@ -447,10 +453,46 @@ def test_the_log_must_show_every_limit(pretrained: RunDir, monkeypatch: pytest.M
 def test_a_certificate_names_the_limit_that_it_says_nothing_of(online: RunDir) -> None:
     said: list[str] = []
     commands.certify_run(online.path, episodes=5, epsilon=0.9, say=said.append)
-    assert "certify it too with --cost-limit 8" in said[0]
+    assert "limits      of the cost limit of 8, another one of this run" in said[0]
     said.clear()
     commands.certify_run(online.path, cost_limit=90.0, say=said.append)
-    assert "certify it too with --epsilon 0.6" in said[0]
+    assert "limits      of epsilon 0.6, another one of this run" in said[0]
+
+
+def test_one_certificate_is_about_every_limit(online: RunDir) -> None:
+    """Whichever way it ends: both are judged, checked again, and shown."""
+    said: list[str] = []
+    certificate = commands.certify_run(online.path, epsilon=0.9, cost_limit=90.0, say=said.append)
+    assert "limits      of" not in said[0]
+    assert "P(accident in an episode) < 0.9 and expected cost of an episode < 90" in said[0]
+    (other,) = certificate["further"]
+    assert (certificate["claim"]["quantity"], other["claim"]["quantity"]) == ("accident", "cost")
+    assert certificate["claim"]["shares"] == other["claim"]["shares"] == 2
+    folder = sorted((online.path / "certificates").iterdir(), key=lambda p: int(p.name))[-1]
+    episodes = parse_ledger((folder / "episodes.jsonl").read_bytes(), "it").counted
+    scale = other["claim"]["scale"]
+    assert other["total_outcome"] == pytest.approx(sum(e.cost for e in episodes) / scale)
+    assert certificate["total_outcome"] == sum(e.accident for e in episodes)
+    checks = commands.verify_certificate(folder / "certificate.json", say=silent)
+    assert all(check.passed for check in checks)
+    page = (folder / "certificate.html").read_text()
+    assert "&lt; 0.9 and expected cost of an episode &lt; 90" in page
+    # What is said of the second limit is as little to be changed as what is said of the first.
+    record = (folder / "episodes.jsonl").read_bytes()
+    for change in (
+        {"total_outcome": other["total_outcome"] + 1.0},
+        {"upper": other["upper"] + 1.0},
+        {"lower": other["lower"] - 1.0},
+    ):
+        forged = sealed({**_without_hash(certificate), "further": [other | change]})
+        failed = {c.name for c in recheck(forged, record, "it") if not c.passed}
+        assert failed >= {"arithmetic"}
+    undone = sealed({**_without_hash(certificate), "verdict": "undecided"})
+    assert "arithmetic" in {c.name for c in recheck(undone, record, "it") if not c.passed}
+
+
+def _without_hash(certificate: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in certificate.items() if key != "sha256"}
 
 
 def test_why_names_the_lambda() -> None:
@@ -499,7 +541,8 @@ def test_each_limit_learns_from_its_own(
 
 
 def test_a_lagrangian_method_follows_each_limits_own_episodes(pretrained: RunDir) -> None:
-    off = ["kl=false", "shield=false", "baseline.multiplier=dual", "baseline.multiplier_init=5"]
+    off = ["kl=false", "shield=false", "guard=false"]
+    off += ["baseline.multiplier=dual", "baseline.multiplier_init=5"]
     config = commands.finetune_config(pretrained, budget=1500, overrides=[*ONLINE, *off])
     plan = commands.plan_finetune(pretrained, config, accept_risk=True)
     loop = commands.online.start_loop(plan)

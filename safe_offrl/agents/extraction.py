@@ -32,6 +32,8 @@ from safe_offrl.policies.networks import Networks, QFunction
 from safe_offrl.policies.protocol import BehaviourModel, require_density
 from safe_offrl.types import Batch
 
+LARGEST_EXPONENT = 60.0  # of a weight: a batch of them can still be summed in float32
+
 
 @dataclass(frozen=True)
 class ExtractionConfig:
@@ -133,33 +135,48 @@ class Extraction:
         weight = exponential_weight(
             advantages, self.config.inverse_temperature, self.config.weight_limit
         )
+        # Normalised below: where some action is far less risky, no weight need overflow.
+        danger = danger - (danger.min() + LARGEST_EXPONENT).clamp_max(0.0)
         weight = weight * (-danger).exp()
         weight = weight / weight.mean().clamp_min(1e-6)
         return (-(weight * self.behaviour(batch.observations).log_prob(batch.actions)).mean(),)
 
     def actor_loss(
-        self, batch: Batch, noise: Tensor, critics: QFunction, penalties: tuple[Penalty, ...]
+        self, batch: Batch, noise: Tensor, critics: QFunction | None, penalties: tuple[Penalty, ...]
     ) -> tuple[Tensor, Tensor]:
-        """The objective of this module's docstring; (loss, mean KL estimate)."""
+        """The objective of this module's docstring; (loss, mean KL estimate).
+
+        Without ``critics`` reward has no part in it.
+        """
         distribution = self.actor(batch.observations)
         policy, log_ratio = self.behaviour(batch.observations).log_ratio(distribution, noise)
         observations = policy.repeat(batch.observations)
         time_to_go = policy.repeat(batch.time_to_go)
-        q = critics(observations, policy.actions).amin(0)
-        scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
-        loss = -q / scale
+        loss = torch.zeros_like(time_to_go)
+        if critics is not None:
+            q = critics(observations, policy.actions).amin(0)
+            scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
+            loss = -q / scale
         for risk, multiplier in penalties:
             loss = loss + multiplier * risk(observations, time_to_go, policy.actions)
         loss = policy.expect(loss + self.config.weight * log_ratio)
         return loss.mean(), policy.expect(log_ratio).detach().mean()
 
-    def update(self, batch: Batch, advantages: Tensor, steering: Steering) -> dict[str, Tensor]:
-        """One step of the mixture, one of the actor."""
+    def update(
+        self, batch: Batch, advantages: Tensor | None, steering: Steering
+    ) -> dict[str, Tensor]:
+        """One step of the mixture, one of the actor.
+
+        Without ``advantages`` neither asks for reward: what is extracted is the least risk.
+        """
         size, penalties = batch.actions.shape[:-1], steering.penalties
+        critics = None if advantages is None else self.networks.q
+        if advantages is None:
+            advantages = batch.rewards.new_zeros(size)
         relative = any(aversion.relative for aversion in self._aversions)
         own = self.actor.noise(size, self.generator) if relative else None
         (mixture_loss,) = self._descend_mixture(batch, advantages, penalties, own)
-        noise, critics = self.actor.noise(size, self.generator), self.networks.q
+        noise = self.actor.noise(size, self.generator)
         actor_loss, divergence = self._descend_actor(batch, noise, critics, penalties)
         return {
             "actor/loss": actor_loss,

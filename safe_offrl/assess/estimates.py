@@ -137,6 +137,10 @@ class Estimates:
         """Whether the log shows that the risk is below ``limit`` (in its own unit)."""
         return not self.doubts and self.risk_upper(confidence) < limit
 
+    def shows_above(self, limit: float, confidence: float) -> bool:
+        """Whether the log shows that the risk is above ``limit``."""
+        return not self.doubts and self.risk_interval(confidence)[0] > limit
+
     def sentence(self, limit: float, confidence: float) -> str:
         """What the log shows, in words."""
         what = f"the {QUANTITIES[self.constraint].estimated}"
@@ -146,7 +150,7 @@ class Estimates:
         if self.shows_below(limit, confidence):
             return f"The log shows that {below}, with {confidence:.0%} confidence."
         low, high = (risk_text(x, self.constraint) for x in self.risk_interval(confidence))
-        if self.risk_interval(confidence)[0] > limit:
+        if self.shows_above(limit, confidence):
             return f"The log shows that {what} is above the limit: {low} at least."
         more = self.more_to_show(limit, confidence)
         sentence = f"The log cannot show that {below}: anything from {low} to {high} fits it."

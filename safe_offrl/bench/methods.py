@@ -12,13 +12,14 @@ from typing import Any
 Settings = Mapping[str, Any]  # dotted key -> value
 
 _NEVER = 1_000_000_000  # steps: more than any budget has
-_OFF: Settings = {"kl": False, "safety_constraint": False, "shield": False}
+_OFF: Settings = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
 _FROZEN: Settings = {**_OFF, "warmup_steps": _NEVER, "update_every": _NEVER}
 _BF16: Settings = {"precision": "bf16"}
 # Plain TD: the pressure upwards that makes the safety critic conservative is ours.
 _LAGRANGIAN: Settings = {
     "kl": False,
     "shield": False,
+    "guard": False,
     "critic.alpha_init": 1e-5,
     "critic.alpha_max": 1e-5,
     "lagrangian.aim": 1.0,
@@ -35,12 +36,13 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "ours": Method("both constraints, the shield, IQL values before"),
+    "ours": Method("both constraints, shield and guard, IQL values before"),
     "ours-no-kl": Method("ours without the trust region", finetune={"kl": False}),
     "ours-no-constraint": Method(
         "ours without the safety constraint", finetune={"safety_constraint": False}
     ),
     "ours-no-shield": Method("ours without the shield", finetune={"shield": False}),
+    "ours-no-guard": Method("ours without the guard", finetune={"guard": False}),
     "frozen": Method("the pretrained policy, nothing learnt online", finetune=_FROZEN),
     "frozen-shield": Method(
         "the pretrained policy behind the shield, nothing learnt online",
@@ -71,6 +73,10 @@ METHODS: dict[str, Method] = {
         "IQL (arXiv:2110.06169), gone on with half of each batch online",
         pretrain={"agent": "iql", "alignment_steps": 0},
         finetune={**_OFF, "baseline.learner": "iql"},
+    ),
+    "sooper": Method(
+        "SOOPER (arXiv:2601.19612) without its model: RLPD behind a guard, to the episode's end",
+        finetune={**_OFF, "guard": True, "baseline.sooper": True},
     ),
     "sac-lagrangian": Method(
         "SAC-Lagrangian (as in OmniSafe), started from our pretrained policy, log in half a batch",

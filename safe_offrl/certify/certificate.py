@@ -1,7 +1,7 @@
 """Certificates: what a frozen policy's own episodes prove, written so that others can check it.
 
-The policy and its shield are frozen, its accident probability p is one number, and the episodes are
-independent draws. Either their number is fixed beforehand and there is one look at the end
+Policy, shield and guard are frozen, their accident probability p is one number, and the episodes
+are independent draws. Either their number is fixed beforehand and there is one look at the end
 (Clopper-Pearson: two one-sided bounds, each by itself), or one looks after every episode and stops
 as soon as the answer is known (the beta-binomial sequence, an interval that allows for that). The
 k-th attempt on one run gets the share 6 / (pi^2 k^2) of the error: whoever tries until it works has
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,6 @@ from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
 from safe_offrl.limits import QUANTITIES
-from safe_offrl.record.ledger import parse_ledger
 from safe_offrl.stats.anytime import betabinomial_sequence
 from safe_offrl.stats.fixed import (
     clopper_pearson_lower,
@@ -52,7 +51,8 @@ class Claim:
 
     ``quantity`` is "accident" (the probability of an episode with at least one accident, scale 1)
     or "cost" (the expected cost of an episode; scale is the largest it can be). ``episodes`` is
-    their number ("one look") or the most there will be ("anytime").
+    their number ("one look") or the most there will be ("anytime"). ``shares`` are the claims of
+    one certificate, between which the error is divided: all of them hold with ``confidence``.
     """
 
     quantity: str
@@ -63,6 +63,7 @@ class Claim:
     episodes: int
     seed: int
     attempt: int = 1
+    shares: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shown."""
@@ -86,8 +87,11 @@ class Claim:
 
     @property
     def attempt_confidence(self) -> float:
-        """Confidence of this attempt alone; all attempts together are at ``confidence``."""
-        return 1.0 - error_share(self.confidence, self.attempt)
+        """Confidence of this attempt alone; all attempts together are at ``confidence``.
+
+        Of several claims it is that of this one.
+        """
+        return 1.0 - error_share(self.confidence, self.attempt) / self.shares
 
     @property
     def stream(self) -> str:
@@ -151,11 +155,30 @@ def contribution(claim: Claim, episode: Episode) -> float:
     return value / claim.scale
 
 
-def finished(claim: Claim, total: float, episodes: int) -> bool:
+def joint_verdict(findings: Iterable[Finding]) -> str:
+    """Of all claims together: certified if each is, refuted if one is."""
+    verdicts = {finding.verdict for finding in findings}
+    if "refuted" in verdicts:
+        return "refuted"
+    return "certified" if verdicts == {"certified"} else "undecided"
+
+
+def totals_of(claims: Sequence[Claim], episodes: Sequence[Episode]) -> list[float]:
+    """The sum of the outcomes of episodes, of each claim."""
+    return [math.fsum(contribution(claim, episode) for episode in episodes) for claim in claims]
+
+
+def judge_all(claims: Sequence[Claim], totals: Sequence[float], episodes: int) -> list[Finding]:
+    """What so many episodes show of each claim; see :func:`judge`."""
+    return [judge(claim, total, episodes) for claim, total in zip(claims, totals, strict=True)]
+
+
+def finished(claims: Sequence[Claim], totals: Sequence[float], episodes: int) -> bool:
     """Whether no further episode is to be played."""
-    if episodes >= claim.episodes:
+    if episodes >= claims[0].episodes:
         return True
-    return claim.method == "anytime" and judge(claim, total, episodes).verdict != "undecided"
+    verdict = joint_verdict(judge_all(claims, totals, episodes))
+    return claims[0].method == "anytime" and verdict != "undecided"
 
 
 def play(
@@ -209,7 +232,7 @@ def reserve(
 
 
 def make_certificate(
-    claim: Claim,
+    claims: Sequence[Claim],
     episodes: Iterable[Episode],
     record: bytes,
     subject: Mapping[str, Any],
@@ -218,17 +241,24 @@ def make_certificate(
     """The content of certificate.json, not yet :func:`sealed`.
 
     ``record`` are the bytes of episodes.jsonl; ``subject`` says what was certified: "policy",
-    "shield", "environment", "versions" and "created", all JSON-able. ``situations`` is what is
-    known of the environment's seeds, None where none can be tried.
+    "shield", "guard", "environment", "versions" and "created", all JSON-able. ``situations`` is
+    what is known of the environment's seeds, None where none can be tried. Of the first of several
+    ``claims`` it says the same as of a single one; "verdict" is of all, and "further" holds the
+    others.
     """
     # What the episodes show.
     episodes = list(episodes)
-    total = math.fsum(contribution(claim, episode) for episode in episodes)
-    finding = judge(claim, total, len(episodes))
+    totals = totals_of(claims, episodes)
+    findings = judge_all(claims, totals, len(episodes))
+    claim, total, finding = claims[0], totals[0], findings[0]
+    further = [
+        {"claim": asdict(c), "total_outcome": t, **f._asdict()}
+        for c, t, f in zip(claims[1:], totals[1:], findings[1:], strict=True)
+    ]
     # Content.
     return {
         "format": CERTIFICATE_FORMAT,
-        "verdict": finding.verdict,
+        "verdict": joint_verdict(findings),
         "claim": asdict(claim),
         "method": CLAIM_METHODS[claim.method],
         "attempt_confidence": claim.attempt_confidence,
@@ -240,12 +270,14 @@ def make_certificate(
         "total_outcome": total,
         "lower": finding.lower,
         "upper": finding.upper,
+        **({"further": further} if further else {}),
         "steps": sum(episode.steps for episode in episodes),
         "shield_interventions": sum(episode.shield_interventions for episode in episodes),
+        "guarded_steps": sum(episode.guarded_steps for episode in episodes),
         "record_sha256": hashlib.sha256(record).hexdigest(),
         "does_not_cover": [
             "any other policy: a further gradient step makes another one",
-            "another shield, environment, version or distribution of start states",
+            "another shield, guard, environment, version or distribution of start states",
             *([f"other situations: {situations}"] if situations and situations.few else []),
             "changes of the environment after these episodes: wear, weather, other people",
             "accidents that the accident rule does not see",
@@ -256,71 +288,10 @@ def make_certificate(
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content with its own hash, which covers everything else in it."""
-    return {**content, "sha256": _content_sha256(content)}
+    return {**content, "sha256": content_sha256(content)}
 
 
-def _content_sha256(content: Mapping[str, Any]) -> str:
+def content_sha256(content: Mapping[str, Any]) -> str:
+    """Hash of everything in a certificate but the hash itself."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-class Recheck(NamedTuple):
-    """One thing that was checked again."""
-
-    name: str
-    passed: bool
-    detail: str
-
-
-def recheck(
-    certificate: Mapping[str, Any], record: bytes | None, where: str, page: bytes | None = None
-) -> list[Recheck]:
-    """Check a certificate's own hash, its arithmetic and, if they are there, page and record.
-
-    A certificate of an earlier version holds no hash of its page, which is not checked then. Raises
-    ConfigError if it is not a certificate at all, RunError if the record is damaged.
-    """
-    # What the certificate states.
-    try:
-        claim = Claim(**certificate["claim"])
-        finding = judge(claim, certificate["total_outcome"], certificate["episodes"])
-        stated = Finding(*(certificate[key] for key in ("verdict", "lower", "upper")))
-        sound = _content_sha256(certificate) == certificate["sha256"]
-        record_sha256 = certificate["record_sha256"]
-        counts = certificate["episodes"], certificate["accidents"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where} is no certificate of safe-offrl ({error!r}).") from error
-    # Content and arithmetic.
-    same = all(
-        math.isclose(a, b, rel_tol=1e-9) for a, b in zip(stated[1:], finding[1:], strict=True)
-    )
-    checks = [
-        Recheck("content", sound, "the file is as it was written" if sound else "it was changed"),
-        Recheck(
-            "arithmetic",
-            same and stated.verdict == finding.verdict,
-            f"{finding.verdict}, {bounds_in_words(claim, finding)}",
-        ),
-    ]
-    # Page.
-    if page is not None and "page_sha256" in certificate:
-        shown = hashlib.sha256(page).hexdigest() == certificate["page_sha256"]
-        detail = "is as it was written" if shown else "was changed, or belongs to another one"
-        checks.append(Recheck("page", shown, f"the page beside it {detail}"))
-    # Record.
-    if record is None:
-        return checks
-    intact = hashlib.sha256(record).hexdigest() == record_sha256
-    played = parse_ledger(record, where).counted
-    total = math.fsum(contribution(claim, episode) for episode in played)
-    seen = len(played), sum(episode.accident for episode in played)
-    different = len(distinct(played))
-    counted = seen == counts and different == certificate.get("distinct_episodes", different)
-    counted &= math.isclose(total, certificate["total_outcome"], rel_tol=1e-12)
-    seeds = all(e.seed == episode_seed(claim.seed, e.index, claim.stream) for e in played)
-    return [
-        *checks,
-        Recheck("record", intact, f"{len(played)} episodes"),
-        Recheck("counts", counted, f"{seen[1]} with an accident, outcomes sum to {total:g}"),
-        Recheck("seeds", seeds, f'stream "{claim.stream}" of seed {claim.seed}'),
-    ]

@@ -160,6 +160,7 @@ TAKEN: dict[str, tuple[Option, ...]] = {
         off("kl", "Switch the KL constraint off."),
         off("safety_constraint", "Switch the accident (or cost) constraint off."),
         off("shield", "Switch the shield off."),
+        off("guard", "Switch the guard off."),
         switch(
             "accept_risk",
             "Start although the log does not show that the limit is kept; or resume although "

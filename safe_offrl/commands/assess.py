@@ -1,4 +1,4 @@
-"""What can be said of pretrained policies before their first step online; the gate of finetune."""
+"""What can be said of pretrained policies before their first step online."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from safe_offrl.commands.given_limits import Limits, require_own_limit
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import RunError
-from safe_offrl.files import json_bytes, plain, unwritable, write_atomic
+from safe_offrl.files import json_bytes, plain, write_atomic
 from safe_offrl.limits import QUANTITIES
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.final_policy import stored_policy
@@ -88,7 +88,7 @@ def assess_runs(
         for line in warning_lines(dataset, first.config.safety, first.config.held_out):
             say(line)
         key = str(run.path)
-        subject, limit = first, _limit_of(first)
+        subject, limit = first, limit_of(first)
         estimates[key] = assessed(subject, say, store=out is None)
         bounds[key] = (limit, safety.confidence)
         results[key] = {
@@ -98,7 +98,7 @@ def assess_runs(
         say(describe(run.name, estimates[key], limit, safety.confidence))
         # Limits behind the first.
         for subject in further:
-            found_too, limit = assessed(subject, say, store=out is None), _limit_of(subject)
+            found_too, limit = assessed(subject, say, store=out is None), limit_of(subject)
             results[key].setdefault("further", {})[subject.safety.constraint] = {
                 **limit_verdict(found_too, limit, safety.confidence),
                 "estimates": found_too.as_dict(),
@@ -163,7 +163,8 @@ def _file_of(subject: Subject) -> str:
     return ASSESSMENT.replace(".", f"_{constraint}.")
 
 
-def _limit_of(subject: Subject) -> float:
+def limit_of(subject: Subject) -> float:
+    """The limit that a policy is held to, in its own unit."""
     return subject.safety.limit(subject.dataset.horizon, subject.dataset.cost_max).value
 
 
@@ -304,37 +305,3 @@ def _choice_table(estimates: dict[str, Estimates], limits: dict[str, tuple[float
             f"{'yes' if found.shows_below(limit, confidence) else 'no'}"
         )
     return "\n".join(lines)
-
-
-def gate(subject: Subject, *, accepted: str | None, say: Say) -> str:
-    """What is known of the risk before the first step, in words; RunError if it is too much.
-
-    Of every limit. ``accepted`` says why the risk is taken as it is, None if it is not: nothing is
-    refused then, and nothing assessed that has not been before.
-    """
-    subjects = each_subject(subject, subject.safety)
-    if accepted is not None:
-        known = [
-            numbers(stored, _limit_of(each), each.safety.confidence)
-            for each in subjects
-            if (stored := stored_estimates(each)) is not None
-        ]
-        return "; ".join([accepted, *(known or ["not assessed"])])
-    return "; ".join(_shown_below(each, say) for each in subjects)
-
-
-def _shown_below(subject: Subject, say: Say) -> str:
-    """What the log shows of one limit, in words; RunError unless it shows that it is kept."""
-    limit, confidence = _limit_of(subject), subject.safety.confidence
-    # In a pretrain run that is shared, say, and not ours, all of it counts but is not stored.
-    kept = unwritable(subject.run.path) is None
-    estimates = assessed(subject, say, store=kept)
-    if estimates.shows_below(limit, confidence):
-        return numbers(estimates, limit, confidence)
-    option = QUANTITIES[estimates.constraint].limit.replace("_", "-")
-    raise RunError(
-        f'Before the first step of "{subject.run.name}": '
-        f"{numbers(estimates, limit, confidence)}. "
-        f"{estimates.sentence(limit, confidence)} Pretrain on better data, raise "
-        f"--{option}, or start all the same with --accept-risk."
-    )

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,11 +22,14 @@ from safe_offrl.certify.certificate import (
     contribution,
     episodes_without_accident,
     finished,
+    joint_verdict,
     judge,
+    judge_all,
     make_certificate,
     play,
     reserve,
     sealed,
+    totals_of,
 )
 from safe_offrl.certify.page import page, quantity, seen, summary
 from safe_offrl.check.situations import Situations, find_situations, require_situations
@@ -90,7 +92,7 @@ def certify_run(
         # Claim, subject and situations.
         final = final_policy(run)
         with contextlib.closing(final.env):
-            claim = _claim(final, limits, confidence, episodes, seed)
+            claims = _claims(final, limits, confidence, episodes, seed)
             subject = subject_of(final)
             situations = None  # On a real machine every episode is on record.
             if final.environment.kind != "real":
@@ -98,17 +100,17 @@ def certify_run(
                     situations = find_situations(final.env)
                 require_situations(final.env.env_id, situations)
             # Attempt and its episodes.
-            claim, folder = _attempt(run, claim, _attempt_facts(subject), say)
-            say(_header(final, claim, situations))
+            claims, folder = _attempt(run, claims, _attempt_facts(subject), say)
+            say(_header(final, claims, situations))
             for line in changed_line(
                 f"that of {run.name}", since_run(run, subject["environment"][KEY])
             ):
                 say(line)
-            played = _play(final, claim, folder / RECORD, say)
+            played = _play(final, claims, folder / RECORD, say)
         # Certificate and page.
-        _require_distinct(claim, played, situations, str(folder / RECORD))
+        _require_distinct(claims, played, situations, str(folder / RECORD))
         record = (folder / RECORD).read_bytes()
-        content = make_certificate(claim, played, record, subject, situations)
+        content = make_certificate(claims, played, record, subject, situations)
         shown = page(content).encode()
         certificate = sealed({**content, "page_sha256": hashlib.sha256(shown).hexdigest()})
         write_atomic(folder / PAGE, shown)
@@ -117,30 +119,32 @@ def certify_run(
     return certificate
 
 
-def _claim(
+def _claims(
     final: FinalPolicy, limits: Limits, confidence: float | None, episodes: int | None, seed: int
-) -> Claim:
-    """What was asked for; the run's own constraint if nothing was."""
+) -> tuple[Claim, ...]:
+    """What was asked for; all the run's own limits if nothing was."""
     safety = final.safety
-    given = {"epsilon": limits.get("epsilon"), "cost_limit": limits.get("cost_limit")}
-    asked = {key: value for key, value in given.items() if value is not None}
-    if len(asked) > 1:
-        raise ConfigError("Give --epsilon or --cost-limit: a certificate is about one of them.")
-    quantity = next((q for q in QUANTITIES.values() if q.limit in asked), safety.quantity)
-    own = next((limit for limit in final.limits if limit.quantity is quantity), None)
-    if own is None and quantity is COST:
+    given = {q: limits.get(q.limit) for q in QUANTITIES.values()}
+    asked = {q: float(value) for q, value in given.items() if isinstance(value, int | float)}
+    own = {limit.quantity: limit for limit in final.limits}
+    if COST in asked and COST not in own:
         raise ConfigError(
             "The run constrains accidents, and how much an episode can cost is not known. "
             "Give --epsilon."
         )
-    return Claim(
-        quantity=quantity.constraint,
-        limit=asked.get(quantity.limit, safety.limit_value),
-        scale=own.scale if own is not None else 1.0,
-        confidence=safety.confidence if confidence is None else confidence,
-        method="anytime" if episodes is None else "one look",
-        episodes=MOST_EPISODES if episodes is None else episodes,
-        seed=seed,
+    wanted = asked or {quantity: limit.value for quantity, limit in own.items()}
+    return tuple(
+        Claim(
+            quantity=quantity.constraint,
+            limit=value,
+            scale=own[quantity].scale if quantity in own else 1.0,
+            confidence=safety.confidence if confidence is None else confidence,
+            method="anytime" if episodes is None else "one look",
+            episodes=MOST_EPISODES if episodes is None else episodes,
+            seed=seed,
+            shares=len(wanted),
+        )
+        for quantity, value in wanted.items()
     )
 
 
@@ -149,39 +153,45 @@ def _attempt_facts(subject: dict[str, Any]) -> dict[str, Any]:
     return {
         "policy_sha256": subject["policy"]["sha256"],
         "shield_sha256": subject["shield"]["sha256"],
+        **({"guard_sha256": found} if (found := subject["guard"].get("sha256")) else {}),
         "environment": subject["environment"],
         "environment_versions": subject["versions"]["environment"],
     }
 
 
-def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> tuple[Claim, Path]:
-    """The attempt that was interrupted, if it is this one; else a new one, its claim on disk.
+def _attempt(
+    run: RunDir, claims: tuple[Claim, ...], identity: dict[str, Any], say: Say
+) -> tuple[tuple[Claim, ...], Path]:
+    """The attempt that was interrupted, if it is this one; else a new one, its claims on disk.
 
     A new one has the number after the highest, so that no number before that is used twice.
     """
     # Attempts before this one.
     folders = {int(p.name): p for p in (run.path / CERTIFICATES).glob("*") if p.name.isdecimal()}
-    asked = {**dataclasses.asdict(claim), **identity}
+    first, *further = (dataclasses.asdict(claim) for claim in claims)
+    asked = {**first, **({"further": further} if further else {}), **identity}
     differing: dict[int, list[str]] = {}  # It says what unfinished ones have otherwise.
     # An interrupted one that is this one.
     for number, folder in folders.items():
         if (folder / CLAIM).is_file() and not (folder / CERTIFICATE).is_file():
-            stored = json.loads((folder / CLAIM).read_bytes())
+            stored = {"shares": 1, **json.loads((folder / CLAIM).read_bytes())}
             wanted = asked | {"attempt": number}
-            differing[number] = [key for key in wanted if wanted[key] != stored.get(key)]
+            keys = {*wanted, *({"further"} & set(stored))}
+            differing[number] = sorted(key for key in keys if wanted.get(key) != stored.get(key))
             if not differing[number]:
-                return dataclasses.replace(claim, attempt=number), folder
-    # A new attempt, whose claim must be within reach.
+                return _as_attempt(claims, number), folder
+    # A new attempt, whose claims must be within reach.
     last = max(folders, default=0)
     number = last + 1
     folder = run.path / CERTIFICATES / str(number)
-    claim = dataclasses.replace(claim, attempt=number)
-    needed = episodes_without_accident(claim)
-    if claim.episodes < needed:
-        raise ConfigError(
-            f"{claim.episodes:,} episodes cannot show {quantity(claim)} in attempt {number}, even "
-            f"without an accident: it takes {needed:,}. Nothing was played."
-        )
+    claims = _as_attempt(claims, number)
+    for claim in claims:
+        needed = episodes_without_accident(claim)
+        if claim.episodes < needed:
+            raise ConfigError(
+                f"{claim.episodes:,} episodes cannot show {quantity(claim)} in attempt {number}, "
+                f"even without an accident: it takes {needed:,}. Nothing was played."
+            )
     # What an unfinished one had otherwise.
     if last in differing:
         say(
@@ -191,7 +201,11 @@ def _attempt(run: RunDir, claim: Claim, identity: dict[str, Any], say: Say) -> t
     # Claim on disk.
     folder.mkdir(parents=True)
     write_atomic(folder / CLAIM, json_bytes(asked | {"attempt": number}))
-    return claim, folder
+    return claims, folder
+
+
+def _as_attempt(claims: Sequence[Claim], number: int) -> tuple[Claim, ...]:
+    return tuple(dataclasses.replace(claim, attempt=number) for claim in claims)
 
 
 @contextlib.contextmanager
@@ -207,12 +221,12 @@ def _stopped_before_it_began() -> Iterator[None]:
             raise Interrupted(stop.number, stopped)
 
 
-def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episode]:
-    """Episodes until the claim is settled, each on disk before the next begins."""
+def _play(final: FinalPolicy, claims: Sequence[Claim], path: Path, say: Say) -> list[Episode]:
+    """Episodes until the claims are settled, each on disk before the next begins."""
     record = LedgerWriter(path)
     record.close_lost()
     played, faults, real = record.episodes, 0, final.environment.kind == "real"
-    total = math.fsum(contribution(claim, episode) for episode in played)
+    claim, totals = claims[0], totals_of(claims, played)
     show = None if say is say_plain else say
     stopped = "stopped after {:,} episodes; all are recorded. The same command goes on from there."
     # In reality an episode that is cut off counts as an accident.
@@ -221,7 +235,7 @@ def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episod
         StopSignal(None if real else STOP_SECONDS) as stop,
     ):
         try:
-            while not finished(claim, total, len(played)):
+            while not finished(claims, totals, len(played)):
                 before = played[-1].total_steps if played else 0
                 about = claim, len(played), final.env, final.policy, before, final.worst_cost
                 if real:
@@ -229,8 +243,11 @@ def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episod
                 episode, fault = play(*about)
                 record.append(episode)
                 faults = faults_in_a_row(faults, fault)
-                total += contribution(claim, episode)
-                progress.update(len(played), _line(claim, total, len(played)))
+                totals = [
+                    total + contribution(claim, episode)
+                    for claim, total in zip(claims, totals, strict=True)
+                ]
+                progress.update(len(played), _line(claims, totals, len(played)))
                 if stop.number:
                     raise Interrupted(stop.number, stopped.format(len(played)))
         except StopNow:
@@ -239,7 +256,7 @@ def _play(final: FinalPolicy, claim: Claim, path: Path, say: Say) -> list[Episod
 
 
 def _require_distinct(
-    claim: Claim, episodes: Sequence[Episode], situations: Situations | None, where: str
+    claims: Sequence[Claim], episodes: Sequence[Episode], situations: Situations | None, where: str
 ) -> None:
     """RunError if a claim would be certified by repetitions of a few episodes.
 
@@ -247,11 +264,12 @@ def _require_distinct(
     draws like others. But of a few situations that are played again and again the same way, each
     counts once.
     """
-    different, needed = len(distinct(episodes)), episodes_without_accident(claim)
+    different = len(distinct(episodes))
+    needed = max(map(episodes_without_accident, claims))
     if situations is None or not situations.few or different >= needed:
         return
-    total = math.fsum(contribution(claim, episode) for episode in episodes)
-    if judge(claim, total, len(episodes)).verdict == "certified":
+    findings = judge_all(claims, totals_of(claims, episodes), len(episodes))
+    if joint_verdict(findings) == "certified":
         raise RunError(
             f"{len(episodes):,} episodes were played and only {different:,} of them differ, as "
             f"{situations}; the claim takes {needed:,} that are independent, so no certificate was "
@@ -259,25 +277,31 @@ def _require_distinct(
         )
 
 
-def _line(claim: Claim, total: float, episodes: int) -> str:
-    found = judge(claim, total, episodes)
-    bounds = f" | [{found.lower:.4g}, {found.upper:.4g}]" if claim.method == "anytime" else ""
-    return seen(claim, total, episodes) + bounds
+def _line(claims: Sequence[Claim], totals: Sequence[float], episodes: int) -> str:
+    parts = []
+    for claim, total in zip(claims, totals, strict=True):
+        found = judge(claim, total, episodes)
+        bounds = f" | [{found.lower:.4g}, {found.upper:.4g}]" if claim.method == "anytime" else ""
+        parts.append(seen(claim, total, episodes) + bounds)
+    return " | ".join(parts)
 
 
-def _other_limits(final: FinalPolicy, claim: Claim) -> list[str]:
-    """What of the run's limits a certificate of this claim does not speak of."""
+def _other_limits(final: FinalPolicy, claims: Sequence[Claim]) -> list[str]:
+    """What of the run's limits a certificate of these claims does not speak of."""
+    claimed = {claim.quantity for claim in claims}
     return [
         f"limits      of {limit.quantity.limit_text(limit.value)}, another one of this run, this "
-        f"certificate says nothing: certify it too with "
-        f"--{limit.quantity.limit.replace('_', '-')} {limit.value:g}"
+        f"certificate says nothing: leave the option out for all of them"
         for limit in final.limits
-        if limit.constraint != claim.quantity and len(final.limits) > 1
+        if limit.constraint not in claimed and len(final.limits) > 1
     ]
 
 
-def _header(final: FinalPolicy, claim: Claim, situations: Situations | None) -> str:
+def _header(final: FinalPolicy, claims: Sequence[Claim], situations: Situations | None) -> str:
     """What a person should know before it starts."""
+    claim = claims[0]
+    asked = " and ".join(map(quantity, claims))
+    evidence = " or ".join(dict.fromkeys(QUANTITIES[c.quantity].evidence for c in claims))
     many = (
         f"{claim.episodes:,} episodes, then one look"
         if claim.method == "one look"
@@ -286,14 +310,14 @@ def _header(final: FinalPolicy, claim: Claim, situations: Situations | None) -> 
     attempt = f"attempt {claim.attempt} on this run, at {claim.attempt_confidence:.2%} by itself"
     return "\n".join(
         [
-            f"certify     {quantity(claim)} of {final.run.name} (version {final.policy.version}), "
+            f"certify     {asked} of {final.run.name} (version {final.policy.version}), "
             f"confidence {claim.confidence:g}",
-            *_other_limits(final, claim),
+            *_other_limits(final, claims),
             f"method      {CLAIM_METHODS[claim.method]}",
             f"episodes    {many}, in {final.env.env_id}",
             f"error       {attempt}",
-            f"provable    after {episodes_without_accident(claim):,} episodes, if none has "
-            f"{QUANTITIES[claim.quantity].evidence}",
+            f"provable    after {max(map(episodes_without_accident, claims)):,} episodes, if none "
+            f"has {evidence}",
             *([f"warning     {situations}"] if situations and situations.few else []),
         ]
     )

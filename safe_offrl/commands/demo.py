@@ -44,9 +44,7 @@ def demo_run(
     # Online phases.
     base = [*own_command("cli"), "finetune", str(pretrained.path)]
     base += ["--runs", str(runs), "--seed", str(seed), "--budget", str(budget), "--videos", "5"]
-    # The point of it is to see how the constraints bring down what the log cannot show to be safe.
-    base += ["--accept-risk"]
-    off = ["--no-kl", "--no-safety-constraint", "--no-shield"]
+    off = ["--no-kl", "--no-safety-constraint", "--no-shield", "--no-guard"]
     _run_together(
         {
             "constrained": [*base, "--name", f"{name}-constrained"],

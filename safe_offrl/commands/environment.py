@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safe_offrl.certify.certificate import Recheck
+from safe_offrl.certify.recheck import Recheck
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.identity import KEY

@@ -1,4 +1,4 @@
-"""`safe-offrl export`: a run's final policy behind its shield, for use without Python."""
+"""`safe-offrl export`: a run's final policy behind shield and guard, for use without Python."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def export_run(
 ) -> dict[str, Any]:
     """Write a run's final policy as one graph, and a manifest beside it; returns the manifest.
 
-    A pretrained policy has no shield, as in :func:`safe_offrl.load_policy`. The file is run and
-    compared with the policy before it is written: RunError, and nothing written, if they differ.
+    A pretrained policy has neither shield nor guard, as in :func:`safe_offrl.load_policy`. The file
+    is run and compared with the policy before it is written: RunError, and nothing written, if they
+    differ.
     """
     # Run and files.
     chosen = require_format(file_format)
@@ -82,12 +83,14 @@ def export_run(
     beside = path.with_name(f"{path.name}.json")
     write_atomic(beside, json_bytes(manifest))
     # Summary.
-    guard = f"acts, in {found.interventions} of them" if policy.shield.acts else "abstains"
+    shield = f"acts, in {found.interventions} of them" if policy.shield.acts else "abstains"
+    guard = f"acts, in {found.hand_overs} of them" if policy.guard else "abstains"
     say(
         f"exported    {run.name} (version {policy.version}) as {file_format}\n"
         f"compared    {found.observations} observations, largest difference of two actions "
         f"{found.difference:.1e}\n"
-        f"shield      {guard}\n"
+        f"shield      {shield}\n"
+        f"guard       {guard}\n"
         f"file        {path}\n"
         f"manifest    {beside}"
     )
@@ -147,7 +150,13 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
                 "makes the first choice, the others what the shield may take instead; row 0 all "
                 f"zero makes the first choice {kind.mean_in_words}",
             },
-        ],
+            {
+                "name": "spent",
+                "shape": ["batch"],
+                "dtype": "float32",
+                "meaning": "what the episode has cost so far, 0 at its first step",
+            },
+        ][: len(graph.inputs)],
         "outputs": [
             {"name": "action", **result},
             {
@@ -156,11 +165,18 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
                 "dtype": "bool",
                 "meaning": "whether the shield replaced the first choice",
             },
-        ],
+            {
+                "name": "handed_over",
+                "shape": ["batch"],
+                "dtype": "bool",
+                "meaning": "whether the guard's fallback acts, since going on is not affordable",
+            },
+        ][: len(graph.outputs)],
         "episode": "Begin with time_to_go 1. At each step draw noise, run the graph, execute "
-        "action, and lower time_to_go by 1 / horizon.",
-        "certificate": "A certificate with the same sha256 of policy and of shield is about this "
-        "file, as long as noise is drawn.",
+        "action, lower time_to_go by 1 / horizon"
+        + (", and add the step's cost to spent." if graph.watches else "."),
+        "certificate": "A certificate with the same sha256 of policy, shield and guard is about "
+        "this file, as long as noise is drawn.",
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from safe_offrl.deploy.episodes import PlayedEpisode
@@ -46,8 +46,10 @@ def filming(run: RunDir, loop: Finetuning, say: Say) -> Iterator[Callable[[Episo
             path = folder / f"{name}.gif"
             if not path.is_file():
                 # The last ones are those of this episode.
-                transitions = loop.experience.buffer.recent_transitions(episode.steps)
-                _write(camera, episode, transitions, path)
+                buffer = loop.experience.buffer
+                transitions = buffer.recent_transitions(episode.steps)
+                handed_over = buffer.recent_hand_overs(episode.steps)
+                _write(camera, episode, transitions, handed_over, path)
             if path.is_file():
                 run.board.add_picture(
                     f"accidents/{name}", episode.total_steps, path.read_bytes(), _caption(episode)
@@ -76,16 +78,23 @@ def filming_evaluation(
             nonlocal filmed
             if episode.accident and not played.fault and filmed < most:
                 path = folder / f"evaluate-{seed}-{episode.index:06d}.gif"
-                filmed += _write(camera, episode, layout.unpack(played.rows), path)
+                transitions = layout.unpack(played.rows)
+                filmed += _write(camera, episode, transitions, played.handed_over, path)
 
         yield watch
     if filmed:
         say(f"videos      {filmed} of accidents in {folder}")
 
 
-def _write(camera: AccidentCamera, episode: Episode, transitions: Batch, path: Path) -> bool:
+def _write(
+    camera: AccidentCamera,
+    episode: Episode,
+    transitions: Batch,
+    handed_over: Sequence[bool],
+    path: Path,
+) -> bool:
     """Film an episode's accident into a file; whether there is one."""
-    clip = camera.clip(episode.seed, transitions)
+    clip = camera.clip(episode.seed, transitions, handed_over)
     if clip is None:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

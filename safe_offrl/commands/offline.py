@@ -90,7 +90,7 @@ def _loop(config: PretrainConfig, dataset: Dataset, inputs: RunInputs) -> Pretra
 
 def _drive_offline(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> None:
     show = None if say is say_plain else say
-    begun = {loop.step, loop.config.steps}
+    begun = {loop.step, *loop.begins}
     with contextlib.closing(ProgressLine(loop.total_steps, loop.step, show)) as progress:
         for record in loop.steps():
             if loop.step - 1 in begun:
@@ -112,8 +112,9 @@ def _drive_offline(run: RunDir, loop: Pretraining, saver: Saver, say: Say) -> No
         run.write_json(f"calibration_{more.constraint}.json", plain(more.as_dict()))
     run.set_status("finished")
     say(str(report))
-    for more in further:  # but for the last line: the shield is that of the first limit
-        say(str(more).rpartition("\n")[0])
+    for more in further:  # but for the line of the shield, which is that of the first limit
+        lines = str(more).splitlines()
+        say("\n".join(line for line in lines if not line.startswith("shield")))
     say(f"finished    {run.path}")
 
 

@@ -61,7 +61,8 @@ class PretrainPlan:
         return "\n".join(
             [
                 f"pretrain    {config.agent} on {self.inputs.env_id}, {config.steps:,} gradient "
-                f"steps and {config.alignment_steps:,} of value alignment, seed {config.seed}",
+                f"steps, {config.alignment_steps:,} of value alignment and "
+                f"{config.fallback_steps:,} of the guard's fallback, seed {config.seed}",
                 data_line(self.dataset, self.inputs),
                 *learnt_lines(since_log(self.dataset, self.env_identity)),
                 *([f"actions     {self.units}"] if self.units else []),
@@ -152,7 +153,7 @@ def plan_pretrain(
     """
     # Compute.
     configure(threads)
-    updates = config.steps + config.alignment_steps
+    updates = config.steps + config.alignment_steps + config.fallback_steps
     device = find_device(config.device)
     compute, compiling = choose_compute(config.compile, config.precision, updates, device)
     # Environment and dataset.

@@ -155,8 +155,8 @@ def _drive(
         (limit, settings_of(config, "lagrangian", limit.quantity, config.lagrangian))
         for limit in steered
     )
-    for line in run.iterations():  # what a resumed run has said already
-        reasons.take(line)
+    # What a resumed run has said already.
+    reasons.restore((e for e in run.episodes() if e.total_steps <= curves.step), run.iterations())
     seen: set[str] = set()  # phases of which an episode was played, and what follows it compiled
     with (
         contextlib.closing(ProgressLine(plan.config.budget, curves.step, show_line)) as progress,
@@ -175,6 +175,7 @@ def _drive(
                 # again need not outlive a power cut; an environment that failed may not fail again.
                 run.append_episode(event, sync=real or event.outcome != "complete")
                 stop.release()
+                reasons.see(event)
                 keep(event)
                 show(event)
                 if event.outcome == "fault" and loop.fault:
@@ -259,12 +260,15 @@ def _alarm_line(loop: Finetuning, episode: Episode) -> str:
     safety = loop.config.safety
     exceeded = [monitor.limit for monitor in loop.monitors if monitor.alarm]
     limit = " and ".join(limit.quantity.limit_text(limit.value) for limit in exceeded)
-    then = (
-        f"its policy acts on until the next decision, from step {loop.next_proposal:,} on, which "
-        "is on going back to an earlier one"
-        if _answers_alarms(loop)
-        else "the run goes on as it is: its settings take no policy back"
-    )
+    if loop.config.probation and not loop.iterations:
+        then = "the run is on probation, and ends here"
+    elif _answers_alarms(loop):
+        then = (
+            f"its policy acts on until the next decision, from step {loop.next_proposal:,} on, "
+            "which is on going back to an earlier one"
+        )
+    else:
+        then = "the run goes on as it is: its settings take no policy back"
     return (
         f"alarm       episode {episode.index:,}: the episodes so far show, at "
         f"{100 * safety.confidence:g} % confidence, that some policy of this run exceeded {limit}; "

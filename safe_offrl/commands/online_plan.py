@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from safe_offrl.agents import find_agent, find_online
-from safe_offrl.commands.assess import Subject, gate
+from safe_offrl.commands.active_parts import active_line, pretrained_policy
+from safe_offrl.commands.assess import Subject
 from safe_offrl.commands.common import (
     constraint_line,
     data_line,
@@ -19,6 +20,7 @@ from safe_offrl.commands.common import (
     with_own_settings,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log, since_run
+from safe_offrl.commands.gate import gate, probation_lines
 from safe_offrl.commands.given_limits import (
     Limits,
     given_limits,
@@ -64,7 +66,7 @@ class FinetunePlan:
     dataset: Dataset
     held_out: float  # share of its episodes that the safety critic was calibrated on
     pretrained: Checkpoint
-    shield_refusals: tuple[str, ...]
+    refusals: Mapping[str, tuple[str, ...]]  # why the shield, and the guard, must abstain
     limits: tuple[Limit, ...]  # what is constrained, in the safety critics' units
     certifiable: tuple[Certifiable, ...]  # what the budget can prove at best, of each
     compiling: str  # whether, and why, in words
@@ -73,16 +75,7 @@ class FinetunePlan:
     @property
     def header(self) -> str:
         """What a person should know before it starts, above all what the budget can prove."""
-        # What is active.
         config, safety = self.config, self.config.safety
-        shield = "shield" if not self.shield_refusals else "shield (abstains)"
-        parts = {
-            "KL": config.kl,
-            f"{' and '.join(safety.bounds)} constraint": config.safety_constraint,
-            shield: config.shield,
-        }
-        on = [name for name, active in parts.items() if active]
-        why = f"; abstains for {'; '.join(self.shield_refusals)}" if config.shield else ""
         # Warm-up.
         limit = config.accident_budget
         warm_up = f"{config.warmup_steps:,} steps of the pretrained policy, then learning"
@@ -100,12 +93,12 @@ class FinetunePlan:
                 *warning_lines(self.dataset, safety, self.held_out),
                 *self.changes,
                 constraint_line(safety, self.env.horizon),
-                f"active      {', '.join(on) if on else 'nothing: plain RLPD'}"
-                + (why if self.shield_refusals else ""),
+                active_line(config, self.refusals),
                 *([REAL_LINE] if config.env.kind == "real" else []),
                 f"warm-up     {warm_up}",
                 *(f"provable    {best}" for best in self.certifiable),
                 f"risk        {self.inputs.risk}",
+                *probation_lines(config, self.limits, self.env.horizon),
                 device_line(self.inputs, config.precision, self.compiling),
             ]
         )
@@ -136,6 +129,7 @@ class FinetuneSettings(Limits, total=False):
     kl: bool | None  # whether it is constrained
     safety_constraint: bool | None
     shield: bool | None
+    guard: bool | None
 
 
 def finetune_config(
@@ -239,9 +233,10 @@ def plan_finetune(
 ) -> FinetunePlan:
     """Check everything an online phase needs; takes no step in the environment.
 
-    RunError unless the log shows that the pretrained policy keeps the limit (it is assessed first
-    if it has not been), ``accept_risk`` is given or the constraint is off. ``device`` and
-    ``compile_mode`` take the place of the configured ones.
+    Where the log does not show that the pretrained policy keeps the limit (it is assessed first if
+    it has not been) the run is on probation. RunError where the log shows that it does not, and in
+    reality without an accident budget, unless ``accept_risk`` is given or the constraint is off.
+    ``device`` and ``compile_mode`` take the place of the configured ones.
     """
     # Compute.
     configure(threads)
@@ -269,7 +264,7 @@ def plan_finetune(
         if config.videos:
             require_pictures(env)
         # Pretrained policy and shield.
-        checkpoint, refusals = _pretrained_policy(pretrained)
+        checkpoint, refusals = pretrained_policy(pretrained, limits)
         confidence = shared_confidence(config.safety.confidence, len(limits))
         provable = tuple(
             certifiable(config.budget, env.horizon, limit, confidence) for limit in limits
@@ -279,7 +274,10 @@ def plan_finetune(
         if not config.safety_constraint:
             accepted = "not limited"
         subject = Subject(pretrained, config.safety, dataset, checkpoint, source_config, source)
-        risk = gate(subject, accepted=accepted, say=say)
+        # In reality an accident is one: how many are allowed is not ours to say.
+        allowed = config.env.kind != "real" or config.accident_budget is not None
+        risk, probation = gate(subject, accepted=accepted, allowed=allowed, say=say)
+        config = replace(config, probation=config.probation or probation)
         # Changes of the environment.
         identity = env.identity()
         changes = learnt_lines(since_log(dataset, identity), since_run(pretrained, identity))
@@ -303,7 +301,7 @@ def plan_finetune(
             dataset=dataset,
             held_out=source_config.held_out,
             pretrained=checkpoint,
-            shield_refusals=refusals,
+            refusals=refusals,
             limits=limits,
             certifiable=provable,
             compiling=compiling,
@@ -330,15 +328,3 @@ def _require_same_horizon(source: RunInputs, env: AccidentEnv, name: str) -> Non
             f'"{name}" learnt what happens within {source.horizon}. Register the '
             "environment as it was, or pretrain again."
         )
-
-
-def _pretrained_policy(pretrained: RunDir) -> tuple[Checkpoint, tuple[str, ...]]:
-    """What an online phase begins with, and why its shield abstains, if it does."""
-    checkpoint = pretrained.load_checkpoint()
-    refusals = tuple(pretrained.read_json("calibration.json")["shield_refusals"])
-    if "shield_acts" not in checkpoint.info:
-        raise RunError(
-            f'The run "{pretrained.name}" is of an earlier version, whose shield worked by a '
-            "threshold. Pretrain again."
-        )
-    return checkpoint, refusals

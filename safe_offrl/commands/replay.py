@@ -84,7 +84,8 @@ def replay_run(
             for path in files:
                 policy = load_version(path)
                 _require_own(path, policy, final.policy)
-                sha256 = f"{policy.sha256} {policy.shield.sha256}"
+                guard = f" {policy.guard.sha256}" if policy.guard else ""
+                sha256 = f"{policy.sha256} {policy.shield.sha256}{guard}"
                 truth = known.get(sha256) or _truth_of(
                     final, policy, episodes, seed, situations.few
                 )
@@ -168,6 +169,7 @@ def _truth_of(
         "return": float(np.mean(returns)) if returns else None,
         "most_cost": max(episode.cost for episode in played),
         "shield_interventions": sum(episode.shield_interventions for episode in played),
+        "guarded_steps": sum(episode.guarded_steps for episode in played),
         **({"further": [found.value for found in further]} if further else {}),
     }
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safe_offrl.certify.certificate import CERTIFICATE, CERTIFICATES, PAGE, RECORD, Recheck, recheck
+from safe_offrl.certify.certificate import CERTIFICATE, CERTIFICATES, PAGE, RECORD
 from safe_offrl.certify.page import summary
+from safe_offrl.certify.recheck import Recheck, recheck
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.environment import environment_check
 from safe_offrl.errors import ConfigError, RunError
@@ -64,7 +65,9 @@ def verify_certificate(path: str | Path, *, say: Say = say_plain) -> list[Rechec
 def _policy_check(certificate: dict[str, Any], run: RunDir) -> Recheck:
     final = final_policy(run)
     final.env.close()
-    stated = certificate.get("policy", {}), certificate.get("shield", {})
-    found = final.policy.sha256, final.policy.shield.sha256
-    same = found == tuple(part.get("sha256") for part in stated)
-    return Recheck("policy", same, f'of the run "{run.path.name}", with its shield')
+    stated = (certificate.get(part, {}).get("sha256") for part in ("policy", "shield", "guard"))
+    guard = final.policy.guard
+    found = final.policy.sha256, final.policy.shield.sha256, guard and guard.sha256
+    return Recheck(
+        "policy", found == tuple(stated), f'of the run "{run.path.name}", with shield and guard'
+    )

@@ -43,9 +43,11 @@ class OnlineBuffer:
         # Costs and spans of each reach.
         self._costs = torch.zeros(len(reaches), capacity, 1 + len(layout.signals), device=device)
         self._spans = torch.zeros(len(reaches), capacity, device=device)
+        self._handed_over = torch.zeros(capacity, dtype=torch.bool, device=device)
         self._clear()
 
     def _clear(self) -> None:
+        self._handed_over.zero_()
         self.start_observations = self._store.new_zeros(0, self.layout.observation_size)
         self._accident_rows = torch.zeros(0, dtype=torch.int64, device=self._store.device)
         self._starts = torch.zeros(1, dtype=torch.int64)  # first rows of episodes, and N; on CPU
@@ -60,10 +62,12 @@ class OnlineBuffer:
         """The rows stored [N, D], oldest first: a view."""
         return self._store[: self.size]
 
-    def append(self, rows: Tensor) -> None:
+    def append(self, rows: Tensor, handed_over: Tensor | None = None) -> None:
         """Copy the rows [n, D] of whole episodes in.
 
-        An episode begins where the time to go does not fall.
+        An episode begins where the time to go does not fall. ``handed_over`` [n] says in which rows
+        a fallback acted, in none if None: what the safety critic learns from spans no step of it
+        behind the first, or it would hold the policy for as safe as its guard.
         """
         if rows.ndim != 2 or rows.shape[1] != self.layout.width:
             raise ValueError(f"rows are {list(rows.shape)}, expected [n, {self.layout.width}]")
@@ -83,8 +87,12 @@ class OnlineBuffer:
         # Costs, spans and accidents, which the safety critic learns from.
         signals = [] if added.signals is None else [added.signals]
         columns = torch.cat([added.costs.unsqueeze(-1), *signals], dim=-1)
+        cuts = starts
+        if handed_over is not None:
+            handed = self._handed_over[first:end] = handed_over.to(self._store.device)
+            cuts = torch.cat([starts, handed.nonzero().squeeze(1)]).unique()
         for k, reach in enumerate(self._reaches):
-            costs, spans = n_step_costs(columns, starts, *reach)
+            costs, spans = n_step_costs(columns, cuts, *reach)
             self._costs[k, first:end], self._spans[k, first:end] = costs, spans
         accidents = first + (added.accidents > 0).nonzero().squeeze(1)
         self._accident_rows = torch.cat([self._accident_rows, accidents])
@@ -109,6 +117,11 @@ class OnlineBuffer:
     def recent_transitions(self, steps: int) -> Batch:
         """The last ``steps`` transitions, fewer if there are fewer."""
         return self.layout.unpack(self.rows[-steps:])
+
+    def recent_hand_overs(self, steps: int) -> list[bool]:
+        """Of the same, whether a fallback acted."""
+        handed: list[bool] = self._handed_over[: self.size][-steps:].tolist()
+        return handed
 
     def draw_recent(self, steps: int, size: int, generator: torch.Generator) -> Batch:
         """``size`` transitions drawn from the last ``steps``."""
@@ -148,12 +161,14 @@ class OnlineBuffer:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what was stored; enough to continue bitwise.
 
-        Earlier versions read all three; the cursor is where a ring would go on.
+        Earlier versions read the first three; the cursor is where a ring would go on.
         """
+        handed = self._handed_over[: self.size]
         return {
             "rows": self.rows.clone(),
             "cursor": torch.tensor(self.size % self.capacity),
             "starts": self.start_observations.clone(),
+            **({"handed_over": handed.clone()} if handed.any() else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -170,7 +185,7 @@ class OnlineBuffer:
                 "environment and the budget of the original run."
             )
         self._clear()
-        self.append(rows)
+        self.append(rows, state.get("handed_over"))
 
 
 def _mean_of_recent(values: Tensor, starts: Tensor, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""One complete episode of the policy behind its shield, as rows for the buffer."""
+"""One complete episode of the policy behind shield and guard, as rows for the buffer."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class PlayedEpisode(NamedTuple):
     shield_interventions: int
     fault: str = ""
     signal_costs: Mapping[str, float] = {}  # sums of the named cost signals
+    handed_over: tuple[bool, ...] = ()  # of each row, whether the guard's fallback acted
 
     @property
     def content(self) -> str:
@@ -76,6 +77,7 @@ class PlayedEpisode(NamedTuple):
             outcome="fault" if fault else "complete",
             content=content,
             signal_costs={k: max(v, worst.get(k, v)) for k, v in self.signal_costs.items()},
+            guarded_steps=sum(self.handed_over),
         )
 
 
@@ -138,15 +140,24 @@ def play_episode(
     rows: list[np.ndarray] = []
     total = cost = 0.0
     steps = accidents = interventions = 0
+    handed_over: list[bool] = []
+    until_end = policy.guard is not None and policy.guard.until_end
     signal_costs = dict.fromkeys(env.signals, 0.0)
     ended = False
     fault = ""
     try:
         observation = normalizer(ask(env.reset, seed=seed)[0])
         while not ended:
-            # The action, behind the shield.
+            # The action, behind shield and guard.
             time_to_go = 1.0 - len(rows) / env.horizon
-            action, replaced = policy.act(observation, time_to_go, rng, mean_action=mean_action)
+            if until_end and any(handed_over):
+                assert policy.guard is not None
+                action = policy.guard.fallback_action(observation, time_to_go)
+                replaced, handed = False, True
+            else:
+                action, replaced, handed = policy.act(
+                    observation, time_to_go, rng, cost, mean_action=mean_action
+                )
             if not np.isfinite(action).all():
                 raise EnvError(
                     "The policy's action is not finite, so nothing was sent to the environment. Go "
@@ -155,6 +166,7 @@ def play_episode(
             # The step, charged before it is taken.
             steps += 1
             interventions += replaced
+            handed_over.append(handed)
             raw, reward, terminated, truncated, info = ask(env.step, action)
             following = normalizer(raw)
             # The transition, with the executed action.
@@ -191,6 +203,7 @@ def play_episode(
         shield_interventions=interventions,
         fault=fault,
         signal_costs=signal_costs,
+        handed_over=tuple(handed_over),
     )
 
 

@@ -26,7 +26,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor
 
 Arrays = dict[str, NDArray[Any]]
-Runner = Callable[[Arrays], Arrays]  # arrays by the names of Inputs -> by those of Outputs
+Runner = Callable[[Arrays], Arrays]  # arrays by names of Inputs, in their order -> of Outputs
 
 EXAMPLES = 256
 TOLERANCE = 1e-5  # of the range of an action: rounding of another runtime
@@ -51,9 +51,9 @@ def to_onnx(graph: PolicyGraph) -> bytes:
             _zeros(graph, 2),
             dynamo=True,
             verbose=False,
-            input_names=Inputs._fields,
-            output_names=Outputs._fields,
-            dynamic_shapes={name: {0: batch} for name in Inputs._fields},
+            input_names=graph.inputs,
+            output_names=graph.outputs,
+            dynamic_shapes={name: {0: batch} for name in graph.inputs},
         )
     assert program is not None
     return program.model_proto.SerializeToString()
@@ -66,7 +66,8 @@ def open_onnx(data: bytes) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # at these network sizes a second costs more than it brings
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda arrays: dict(zip(Outputs._fields, session.run(None, arrays), strict=True))
+    names = [output.name for output in session.get_outputs()]
+    return lambda arrays: dict(zip(names, session.run(None, arrays), strict=True))
 
 
 def to_torchscript(graph: PolicyGraph) -> bytes:
@@ -84,8 +85,8 @@ def open_torchscript(data: bytes) -> Runner:
 
     def run(arrays: Arrays) -> Arrays:
         with torch.no_grad():
-            results = loaded(*(torch.from_numpy(arrays[name]) for name in Inputs._fields))
-        return {name: x.numpy() for name, x in zip(Outputs._fields, results, strict=True)}
+            results = loaded(*(torch.from_numpy(array) for array in arrays.values()))
+        return {name: x.numpy() for name, x in zip(Outputs._fields, results, strict=False)}
 
     return run
 
@@ -117,6 +118,7 @@ class Comparison(NamedTuple):
 
     observations: int
     interventions: int  # of the shield at them
+    hand_overs: int  # of the guard at them
     difference: float  # the largest of two actions, in the environment's units
     same: bool  # everything, but for rounding; not if nothing could be compared
 
@@ -132,18 +134,19 @@ def compare(
     """
     arrays = _examples(graph, policy)
     with torch.no_grad():
-        closeness = graph.closeness(Inputs(*(torch.from_numpy(arrays[n]) for n in Inputs._fields)))
+        closeness = graph.closeness(Inputs(*map(torch.from_numpy, arrays.values())))
     clear = np.flatnonzero(closeness.numpy() > TOO_CLOSE)
     if not len(clear):
-        return Comparison(0, 0, 0.0, False)
+        return Comparison(0, 0, 0, 0.0, False)
     wanted = _chosen(arrays, clear, env, policy)
     given = run(arrays)
     difference = np.abs(given["action"][clear] - wanted["action"])
-    same = bool(np.all(difference <= _tolerance(env))) and np.array_equal(
-        given["intervened"][clear], wanted["intervened"]
+    flags = [name for name in graph.outputs if name != "action"]
+    same = bool(np.all(difference <= _tolerance(env))) and all(
+        np.array_equal(given[name][clear], wanted[name]) for name in flags
     )
-    interventions = int(wanted["intervened"].sum())
-    return Comparison(len(clear), interventions, float(difference.max()), same)
+    interventions, hand_overs = (int(wanted[n].sum()) for n in ("intervened", "handed_over"))
+    return Comparison(len(clear), interventions, hand_overs, float(difference.max()), same)
 
 
 def _examples(graph: PolicyGraph, policy: DeployedPolicy) -> Arrays:
@@ -153,11 +156,15 @@ def _examples(graph: PolicyGraph, policy: DeployedPolicy) -> Arrays:
     standard = rng.standard_normal((EXAMPLES, size), dtype=np.float32)
     actor = NumpyActor(policy.actor)
     noise = [actor.noise(graph.draws, np.random.default_rng(row)) for row in range(EXAMPLES)]
-    return {
+    arrays = {
         "observation": normalizer.mean + normalizer.std * standard,
         "time_to_go": rng.random(EXAMPLES, dtype=np.float32),
         "noise": np.asarray(noise, dtype=np.float32),
     }
+    if graph.watches:  # from nothing to all that can be spent
+        limit = max(limit for _, limit, _ in graph.watches)
+        arrays["spent"] = limit * rng.random(EXAMPLES, dtype=np.float32)
+    return arrays
 
 
 def _chosen(
@@ -166,13 +173,15 @@ def _chosen(
     """What the policy behind its shield does at these rows of the examples."""
     chosen: dict[str, list[Any]] = {name: [] for name in Outputs._fields}
     for row in rows:
-        action, intervened = policy.act(
+        action, intervened, handed_over = policy.act(
             policy.normalizer(arrays["observation"][row]),
             float(arrays["time_to_go"][row]),
             np.random.default_rng(row),
+            float(arrays["spent"][row]) if "spent" in arrays else 0.0,
         )
         chosen["action"].append(env.own_action(action))
         chosen["intervened"].append(intervened)
+        chosen["handed_over"].append(handed_over)
     return {name: np.stack(values) for name, values in chosen.items()}
 
 
@@ -187,11 +196,9 @@ def _tolerance(env: AccidentEnv) -> Any:
 
 def _zeros(graph: PolicyGraph, b: int) -> tuple[torch.Tensor, ...]:
     """Inputs of the right shapes for b observations."""
-    return Inputs(
-        observation=torch.zeros(b, len(graph.mean)),
-        time_to_go=torch.zeros(b),
-        noise=torch.zeros(b, graph.draws, *graph.actor.noise_shape),
-    )
+    noise = torch.zeros(b, graph.draws, *graph.actor.noise_shape)
+    inputs = torch.zeros(b, len(graph.mean)), torch.zeros(b), noise, torch.zeros(b)
+    return inputs[: len(graph.inputs)]
 
 
 @contextmanager

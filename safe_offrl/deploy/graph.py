@@ -15,6 +15,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from safe_offrl.deploy.policy import DeployedPolicy
+from safe_offrl.errors import ConfigError
+from safe_offrl.policies.networks import StackedMLP
 
 
 class Inputs(NamedTuple):
@@ -23,6 +25,7 @@ class Inputs(NamedTuple):
     observation: Tensor  # [B, O] float32, flattened, as the environment gives it
     time_to_go: Tensor  # [B] float32, share of the horizon left: 1 at an episode's first step
     noise: Tensor  # [B, K, *noise_shape] float32, independent draws
+    spent: Tensor | None = None  # [B] float32, cost of the episode so far; where a guard acts
 
 
 class Outputs(NamedTuple):
@@ -30,10 +33,11 @@ class Outputs(NamedTuple):
 
     action: Tensor  # [B, ...] in the environment's own units and shape; discrete: [B], its number
     intervened: Tensor  # [B] bool, whether the shield replaced the policy's first choice
+    handed_over: Tensor | None = None  # [B] bool, whether the fallback acts; where a guard acts
 
 
 class PolicyGraph(nn.Module):
-    """A frozen copy of policy, shield and scaling of observations.
+    """A frozen copy of policy, shield, guard and scaling of observations.
 
     ``draws`` is K. The noise is what the policy's sampler in numpy draws: a row makes an action,
     row 0 the first choice. Row 0 all zero makes that the mean action, or the most probable one. A
@@ -51,6 +55,17 @@ class PolicyGraph(nn.Module):
         self.actor = copy.deepcopy(policy.actor).requires_grad_(False)
         self.risk_net = copy.deepcopy(shield.net)
         self.acts, self.draws, self.margin = shield.acts, shield.draws, shield.margin
+        guard = policy.guard
+        self.watches: tuple[tuple[float, float, float], ...] = ()  # weight, limit, 1 if it spends
+        if guard is not None:
+            if guard.until_end:
+                raise ConfigError(
+                    "The guard of this run is a baseline's, which never hands an episode back, and "
+                    "a graph has no memory. Act with safe_offrl.load_policy(..., guard=False)."
+                )
+            self.watches = tuple((guard.weight(w), w.limit, float(w.spends)) for w in guard.watches)
+            self.fallbacks = nn.ModuleList(map(_frozen, guard.fallbacks))
+            self.watch_nets = nn.ModuleList(_frozen(watch.net) for watch in guard.watches)
         self.register_buffer("mean", torch.tensor(normalizer.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(normalizer.std, dtype=torch.float32))
         self.start: int | None = None  # the number of the first discrete action
@@ -61,8 +76,20 @@ class PolicyGraph(nn.Module):
             self.register_buffer("high", torch.tensor(action_space.high, dtype=torch.float32))
         self.eval()
 
-    def forward(self, observation: Tensor, time_to_go: Tensor, noise: Tensor) -> Outputs:
-        """:class:`Inputs` -> :class:`Outputs`.
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of what it takes."""
+        return Inputs._fields if self.watches else Inputs._fields[:3]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what it gives."""
+        return Outputs._fields if self.watches else Outputs._fields[:2]
+
+    def forward(
+        self, observation: Tensor, time_to_go: Tensor, noise: Tensor, spent: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """:class:`Inputs` -> :class:`Outputs`, without the last of each where no guard acts.
 
         An observation or a result that is not finite makes the action NaN, or ``start - 1``, which
         is no action of the environment's: a graph cannot refuse, and must not act on nonsense.
@@ -75,20 +102,41 @@ class PolicyGraph(nn.Module):
             # Not every runtime lets a NaN through a ReLU: what is not finite is never the least.
             risks = torch.where(finite, self._risks(states, options), torch.inf)
             taken = (risks <= risks.amin(0) + self.margin).int().argmax(0)
-        action = self._own_action(_at(options, taken), _at(finite[..., None], taken)[:, 0])
-        return Outputs(action, taken > 0)
+        unit, usable = _at(options, taken), _at(finite[..., None], taken)[:, 0]
+        if not self.watches:
+            return self._own_action(unit, usable), taken > 0
+        # The guard: its fallback acts, unless going on is affordable.
+        assert spent is not None
+        instead, excess = self._guarded(states, unit, spent)
+        over = ~((excess < 0.0).all(0) & usable)
+        unit = torch.where(over[:, None], instead, unit)
+        usable = torch.isfinite(states).all(-1) & torch.isfinite(spent)
+        return self._own_action(unit, usable), (taken > 0) & ~over, over
 
     def closeness(self, inputs: Inputs) -> Tensor:
-        """Least distance of a risk from the most that is let pass, [B]; infinite without a shield.
+        """Least distance of a risk from the most that is let pass, [B]; infinite if nothing is
+        compared.
 
         Where it is next to nothing, rounding decides whether an option passes.
         """
-        if not self.acts:
-            return torch.full_like(inputs.time_to_go, torch.inf)
         states = self._states(inputs.observation, inputs.time_to_go)
-        risks = self._risks(states, self._options(states[:, :-1], inputs.noise))
-        ordered = risks.sort(0).values  # the least one itself always passes
-        return (ordered[1:] - ordered[0] - self.margin).abs().amin(0)
+        options = self._options(states[:, :-1], inputs.noise)
+        close = torch.full_like(inputs.time_to_go, torch.inf)
+        taken = torch.zeros_like(inputs.time_to_go, dtype=torch.int64)
+        if self.acts:
+            risks = self._risks(states, options)
+            ordered = risks.sort(0).values  # the least one itself always passes
+            close = (ordered[1:] - ordered[0] - self.margin).abs().amin(0)
+            taken = (risks <= ordered[0] + self.margin).int().argmax(0)
+        if self.watches:
+            assert inputs.spent is not None
+            _, excess = self._guarded(states, _at(options, taken), inputs.spent)
+            actions, ahead = self._fallback(states)
+            ordered = ahead.sort(0).values
+            alike = (actions == actions[:1]).all(-1).all(0)  # then it does not matter which
+            apart = torch.where(alike, torch.inf, (ordered[1:] - ordered[:-1]).amin(0))
+            close = torch.stack([close, excess.abs().amin(0), apart]).amin(0)
+        return close
 
     def _states(self, observation: Tensor, time_to_go: Tensor) -> Tensor:
         """What the safety critic knows of a state, [B, O + 1]."""
@@ -103,6 +151,38 @@ class PolicyGraph(nn.Module):
         assert self.risk_net is not None
         return torch.sigmoid(self.risk_net.over_actions(states, options)).mean(0)
 
+    def _guarded(self, states: Tensor, unit: Tensor, spent: Tensor) -> tuple[Tensor, Tensor]:
+        """What the fallback does [B, A], and by how much each limit asks for it, in limits [L, B].
+
+        Where it is 0 or more the fallback acts: that much would be spent beyond the limit, or it is
+        safer by that much more than the limit.
+        """
+        options, ahead = self._fallback(states)
+        instead = _at(options, torch.where(ahead.isnan(), torch.inf, ahead).argmin(0))
+        shares = self._shares(states, torch.stack([unit, instead]), spent)
+        spends = torch.tensor([spends for *_, spends in self.watches])[:, None] > 0.0
+        of_policy, of_fallback = shares.unbind(1)
+        alone = spends | (of_policy < 1.0)  # nobody need be safer
+        return instead, of_policy - torch.where(alone, 0.0, of_fallback) - 1.0
+
+    def _fallback(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What the fallback can do [K, B, A], and what it leads to [K, B], as shares of limits."""
+        nothing = torch.zeros_like(states[:, 0])
+        none = nothing.view(-1, *[1] * len(self.actor.noise_shape)).expand(
+            -1, *self.actor.noise_shape
+        )
+        actions = torch.cat([policy(states[:, :-1]).act(none[None]) for policy in self.fallbacks])
+        return actions, self._shares(states, actions, nothing).sum(0)
+
+    def _shares(self, states: Tensor, actions: Tensor, spent: Tensor) -> Tensor:
+        """What is spent and what actions [K, B, A] lead to, as shares of the limits [L, K, B]."""
+        shares = []
+        for (weight, limit, spends), net in zip(self.watches, self.watch_nets, strict=True):
+            assert isinstance(net, StackedMLP)
+            ahead = torch.sigmoid(net.over_actions(states, actions)).mean(0)
+            shares.append((spends * spent + weight * ahead) / limit)
+        return torch.stack(shares)
+
     def _own_action(self, unit: Tensor, finite: Tensor) -> Tensor:
         """As :meth:`safe_offrl.env.adapter.AccidentEnv.own_action`: [B, A] -> [B, ...] or [B]."""
         if self.start is not None:
@@ -111,6 +191,10 @@ class PolicyGraph(nn.Module):
         own = self.low + share * (self.high - self.low)
         own = torch.minimum(torch.maximum(own, self.low), self.high)  # rounding
         return torch.where(finite.view(-1, *[1] * self.low.ndim), own, torch.nan)
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False)
 
 
 def _at(values: Tensor, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What acts, as one thing: a frozen policy behind its shield, and how it sees observations."""
+"""What acts, as one thing: a frozen policy behind shield and guard, and how it sees the world."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from safe_offrl.policies.acting import NumpyActor, Sampler, UniformActor
 from safe_offrl.policies.kinds import KINDS, kind_for
 from safe_offrl.policies.networks import Actor, StackedMLP
 from safe_offrl.policies.protocol import Vector
+from safe_offrl.safety.guard import Guard
 from safe_offrl.safety.shield import Shield
 from safe_offrl.types import Normalizer
+
+
+class Act(NamedTuple):
+    """What is to be executed, and who chose it."""
+
+    action: Vector  # [A]
+    replaced: bool  # by the shield, which did not let the policy's first choice pass
+    handed_over: bool  # to the guard's fallback
 
 
 class DeployedPolicy(NamedTuple):
@@ -29,16 +38,22 @@ class DeployedPolicy(NamedTuple):
     shield: Shield
     normalizer: Normalizer
     version: int
+    guard: Guard | None = None
 
     @classmethod
     def from_actor(
-        cls, actor: Actor, shield: Shield, normalizer: Normalizer, version: int
+        cls,
+        actor: Actor,
+        shield: Shield,
+        normalizer: Normalizer,
+        version: int,
+        guard: Guard | None = None,
     ) -> DeployedPolicy:
         """The policy of an actor, whose parameters are shared: as it learns, this one changes."""
-        return cls(actor, NumpyActor(actor), shield, normalizer, version)
+        return cls(actor, NumpyActor(actor), shield, normalizer, version, guard)
 
     def at_random(self) -> DeployedPolicy:
-        """The same behind its shield, but with uniformly random actions."""
+        """The same behind its shield and guard, but with uniformly random actions."""
         uniform = UniformActor(self.actor.kind, self.actor.action_size)
         return self._replace(sampler=uniform)
 
@@ -47,23 +62,29 @@ class DeployedPolicy(NamedTuple):
         observation: Vector,
         time_to_go: float,
         rng: np.random.Generator,
+        spent: float = 0.0,
         *,
         mean_action: bool = False,
-    ) -> tuple[Vector, bool]:
-        """The action to execute [A], and whether the shield replaced the policy's first choice.
+    ) -> Act:
+        """The action to execute: the policy's behind its shield, or the fallback's.
 
         ``observation`` [O] is standardised by :attr:`normalizer`; ``time_to_go`` is the share of
-        the horizon that is left.
+        the horizon that is left, ``spent`` what the episode has cost so far.
         """
-        return self.shield.choose(
+        action, replaced = self.shield.choose(
             self.sampler, observation, time_to_go, rng, mean_action=mean_action
         )
+        if self.guard is not None:
+            instead = self.guard.take_over(observation, time_to_go, action, spent)
+            if instead is not None:
+                return Act(instead, False, True)
+        return Act(action, replaced, False)
 
     @property
     def sha256(self) -> str:
         """Hash of the policy's parameters and of how it scales observations.
 
-        The shield has one of its own, :attr:`Shield.sha256`.
+        Shield and guard have their own, :attr:`Shield.sha256` and :attr:`Guard.sha256`.
         """
         arrays = {k: v.cpu().numpy() for k, v in self.actor.state_dict().items()}
         scaling = {"mean": self.normalizer.mean, "std": self.normalizer.std}
@@ -73,10 +94,11 @@ class DeployedPolicy(NamedTuple):
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it, besides :meth:`words`."""
         nets = {} if self.shield.net is None else {"shield": self.shield.net}
-        return collect_state({"deployed": self.actor, **nets, **self.normalizer.parts()})
+        guard = {} if self.guard is None else self.guard.tensors()
+        return collect_state({"deployed": self.actor, **nets, **self.normalizer.parts()}) | guard
 
     def words(self) -> dict[str, Any]:
-        """The rest: version, sizes of the networks, how the shield chooses; JSON-able."""
+        """The rest: version, sizes of the networks, how shield and guard choose; JSON-able."""
         actor, shield, net = self.actor, self.shield, self.shield.net
         return {
             "version": self.version,
@@ -91,6 +113,7 @@ class DeployedPolicy(NamedTuple):
                 "members": 0 if net is None else net.members,
                 "hidden": [] if net is None else list(net.widths),
             },
+            **({} if self.guard is None else {"guard": self.guard.words()}),
         }
 
     @classmethod
@@ -115,4 +138,7 @@ class DeployedPolicy(NamedTuple):
             ).requires_grad_(False)
         restore_state({"deployed": actor, **({} if net is None else {"shield": net})}, tensors)
         shield = Shield(net, shielding["candidates"], shielding["margin"], acts=shielding["acts"])
-        return cls.from_actor(actor, shield, Normalizer.restored(tensors), words["version"])
+        guard = None
+        if "guard" in words:
+            guard = Guard.restored(tensors, words["guard"], sizes, kind)
+        return cls.from_actor(actor, shield, Normalizer.restored(tensors), words["version"], guard)

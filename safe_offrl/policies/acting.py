@@ -1,13 +1,17 @@
-"""The policy at one observation, without torch's overhead: a numpy forward over shared weights."""
+"""Policy and risk at one observation, without torch's overhead: numpy over shared weights."""
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from safe_offrl.policies.networks import Actor
+from safe_offrl.policies.networks import Actor, StackedLinear, StackedMLP
 from safe_offrl.policies.protocol import Kind, Noise, Rows, Vector
+
+NORM_EPSILON = np.float32(1e-5)  # that of torch.nn.LayerNorm
 
 
 class Sampler(Protocol):
@@ -61,3 +65,46 @@ class NumpyActor:
     def mean_action(self, observation: Vector) -> Vector:
         """The action of no noise: at a Gaussian's mean, or the most probable of discrete ones."""
         return self._act(observation, self._no_noise)[0]
+
+
+class NumpyRisk:
+    """Views of a safety critic's parameters, which are in the computer's memory.
+
+    As :class:`safe_offrl.policies.networks.StackedMLP` with a LayerNorm before every ReLU.
+    """
+
+    def __init__(self, net: StackedMLP) -> None:
+        self._net = net
+        layers = [layer for layer in net.hidden if isinstance(layer, StackedLinear)]
+        self._layers = [
+            (layer.weight.detach().numpy(), layer.bias.detach().numpy())
+            for layer in (*layers, net.output)
+        ]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> NumpyRisk:
+        """Views of the copied network, not copies of views."""
+        return NumpyRisk(copy.deepcopy(self._net, memo))
+
+    def __call__(self, observation: Vector, time_to_go: float, actions: Rows) -> Vector:
+        """Mean over the members of Q_C at one observation [O], of actions [K, A] -> [K]."""
+        (weight, bias), *rest = self._layers
+        size = len(observation) + 1
+        # What the first layer makes of the state is the same for all actions.
+        state = np.empty(size, dtype=np.float32)
+        state[:-1], state[-1] = observation, time_to_go
+        x = actions @ weight[:, size:]
+        x += (state @ weight[:, :size] + bias[:, 0])[:, None]
+        for weight, bias in rest:
+            _normalise(x)
+            x = np.maximum(x, 0.0, out=x) @ weight
+            x += bias
+        logits = np.maximum(x[..., 0], -80.0)  # what is below that is 0 as well
+        risk: Vector = (1.0 / (1.0 + np.exp(-logits))).mean(0)
+        return risk
+
+
+def _normalise(x: NDArray[np.float32]) -> None:
+    """LayerNorm over the last of [M, K, width], in place."""
+    width = np.float32(x.shape[-1])
+    x -= np.add.reduce(x, -1, keepdims=True) / width
+    x /= np.sqrt(np.add.reduce(x * x, -1, keepdims=True) / width + NORM_EPSILON)

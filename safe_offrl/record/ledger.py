@@ -28,7 +28,11 @@ from safe_offrl.errors import RunError
 from safe_offrl.files import write_file
 from safe_offrl.types import Episode
 
-_WHERE_ANY = ("content", "signal_costs")  # which a line has only where there is something to say
+_WHERE_ANY = (
+    "content",
+    "signal_costs",
+    "guarded_steps",
+)  # which a line has only where there is something to say
 
 
 class Ledger(NamedTuple):

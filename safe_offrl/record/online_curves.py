@@ -27,6 +27,7 @@ class OnlineCurves:
         self._budget = budget
         self._returns: list[float] = []
         self._costs: list[float] = []
+        self._steps: list[tuple[int, int]] = []  # of an episode: those of the guard's fallback, all
         self._iteration: dict[str, Any] = {}
         self._iterations = 0
         self._accepted = 0
@@ -45,6 +46,7 @@ class OnlineCurves:
         if episode.outcome == "complete":  # Nobody knows what another would have brought.
             self._returns.append(episode.episode_return)
         self._costs.append(episode.cost)
+        self._steps.append((episode.guarded_steps, episode.steps))
         return before // LOG_EVERY != self.step // LOG_EVERY
 
     def add_iteration(self, iteration: dict[str, Any]) -> None:
@@ -66,6 +68,12 @@ class OnlineCurves:
     def recent_cost(self) -> float:
         """Mean cost of the last 10 episodes."""
         return _mean(self._costs[-10:])
+
+    @property
+    def recent_guarded(self) -> float:
+        """Share of the steps of the last 10 episodes in which the guard's fallback acted."""
+        recent = self._steps[-10:]
+        return sum(guarded for guarded, _ in recent) / max(1, sum(steps for _, steps in recent))
 
     @property
     def estimate(self) -> float:
@@ -98,6 +106,7 @@ class OnlineCurves:
             "safety/accidents_total": float(monitor.accidents),
             "safety/cost_mean": monitor.cost_mean,
             "safety/cost_recent": self.recent_cost,
+            "safety/guarded_share": self.recent_guarded,
             **further,
             "safety/alarm_log_evidence": monitor.log_evidence,
             "online/return": self.recent_return,
@@ -132,6 +141,8 @@ class OnlineCurves:
                 f"accidents {monitor.accidents} of {monitor.episodes}",
             ]
             estimate = f"estimate {self.estimate:.1f}"
+        if self.recent_guarded:
+            parts.append(f"guard in {100 * self.recent_guarded:.1f} % of the steps")
         parts.append(f"return {self.recent_return:.2f}")
         if not math.isnan(self.estimate):
             kl = max(self._decision("kl_forward_mean"), self._decision("kl_reverse_mean"))

@@ -32,6 +32,11 @@ class RunInputs:
 
 
 _PATHS = ("dataset", "pretrained")
+# What a run of an earlier version did that had no word for it.
+_BEFORE: Mapping[str, Mapping[str, Any]] = {
+    "pretrain": {"fallback": {"steps": 0}},
+    "finetune": {"guard": False},
+}
 
 
 def run_yaml(inputs: RunInputs, section: str, config: Any, runs: Path) -> str:
@@ -56,7 +61,7 @@ def parse_run_yaml(
     inputs = run_inputs(values, folder)
     if not isinstance(values.get(section), dict):
         raise ConfigError(f'config.yaml lacks "{section}". Start a new run.')
-    return inputs, from_dict(schema, values[section])
+    return inputs, from_dict(schema, {**_BEFORE.get(section, {}), **values[section]})
 
 
 def run_inputs(values: Mapping[str, Any], folder: Path) -> RunInputs:

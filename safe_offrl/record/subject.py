@@ -17,7 +17,7 @@ from safe_offrl.record.versions import versions
 def subject_of(final: FinalPolicy) -> dict[str, Any]:
     """What a certificate, or an exported file, is about."""
     policy, safety, env = final.policy, final.safety, final.env
-    shield = policy.shield
+    shield, guard = policy.shield, policy.guard
     return {
         "policy": {
             "run": final.run.name,
@@ -31,6 +31,11 @@ def subject_of(final: FinalPolicy) -> dict[str, Any]:
             "draws": shield.draws,
             "margin": shield.margin,
             "sha256": shield.sha256,
+        },
+        "guard": {
+            "acts": guard is not None,
+            **({} if guard is None else {"caution": guard.caution, "sha256": guard.sha256}),
+            "limits": {} if guard is None else {w.constraint: w.limit for w in guard.watches},
         },
         "environment": {
             "id": env.env_id,

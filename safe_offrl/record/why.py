@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safe_offrl.limits import Limit
 from safe_offrl.safety.multiplier import LagrangianConfig
+from safe_offrl.types import Episode
 
 PATIENCE = 10  # decisions in a row that refuse, before a line says so
+EPISODES = 20  # so many are looked at for hand-overs
 
 
 class Reasons:
@@ -23,6 +25,21 @@ class Reasons:
         self._steered = list(steered)
         self._said: set[str] = set()  # causes
         self._refusals: list[str] = []
+        self._handed_over: list[bool] = []  # of the latest episodes
+
+    def restore(self, episodes: Iterable[Episode], iterations: Iterable[Mapping[str, Any]]) -> None:
+        """Take in what happened before a resume, and what was said of it."""
+        waiting = deque(iterations)
+        for episode in episodes:
+            while waiting and waiting[0]["step"] < episode.total_steps:
+                self.take(waiting.popleft())
+            self.see(episode)
+        for line in waiting:
+            self.take(line)
+
+    def see(self, episode: Episode) -> None:
+        """Take in an episode, for the next decision."""
+        self._handed_over = [*self._handed_over, episode.guarded_steps > 0][-EPISODES:]
 
     def take(self, iteration: Mapping[str, Any]) -> list[str]:
         """Lines about this decision, a line of iterations.jsonl; [] if there is nothing to say."""
@@ -38,6 +55,8 @@ class Reasons:
         }
         if len(self._refusals) == PATIENCE:
             found["refused"] = self._of_refusals(iteration.get("divergence", "KL"))
+        if 2 * sum(self._handed_over) > EPISODES:
+            found["handed over"] = self._of_hand_overs()
         new = {cause: text for cause, text in found.items() if cause not in self._said}
         self._said |= set(new)
         return list(new.values())
@@ -59,6 +78,14 @@ class Reasons:
                 "`safe-offrl inspect` whether anybody in the log keeps the limit"
             }
         return {}
+
+    def _of_hand_overs(self) -> str:
+        return (
+            f"the guard handed over in {sum(self._handed_over)} of the last {EPISODES} episodes: "
+            "the policy alone would exceed its limit there, and the fallback earns less; lower "
+            "lagrangian.aim, so that it learns to need no guard, or guarding.caution (1 at least) "
+            "if episodes cost much less than the limit"
+        )
 
     def _of_refusals(self, divergence: str) -> str:
         # "KL tail 0.3 is not below 0.25" is for "KL tail"; an alarm refuses by itself.

@@ -22,7 +22,12 @@ from safe_offrl.report.decisions import LoggedDecision, logged_decision
 from safe_offrl.types import Episode
 
 _LIMIT_KEYS = {"accident": "epsilon", "cost": "cost_limit"}
-_SWITCHES = {"kl": "no-kl", "safety_constraint": "no-safety-constraint", "shield": "no-shield"}
+_SWITCHES = {
+    "kl": "no-kl",
+    "safety_constraint": "no-safety-constraint",
+    "shield": "no-shield",
+    "guard": "no-guard",
+}
 
 
 class StoredEvaluation(NamedTuple):
@@ -96,14 +101,15 @@ class RunData:
 def method_label(settings: Mapping[str, Any]) -> str:
     """Name of a fine-tuning configuration by what is switched off.
 
-    >>> method_label({"kl": True, "safety_constraint": True, "shield": True})
+    >>> method_label({"kl": True, "safety_constraint": True, "shield": True, "guard": True})
     'constrained'
     >>> method_label({"kl": False, "safety_constraint": True, "shield": False})
-    'no-kl no-shield'
+    'no-kl no-shield no-guard'
     >>> method_label({"kl": False, "safety_constraint": False, "shield": False})
     'rlpd (all off)'
     """
-    off = [label for key, label in _SWITCHES.items() if not settings.get(key, True)]
+    # Runs of earlier versions had no guard.
+    off = [label for key, label in _SWITCHES.items() if not settings.get(key, key != "guard")]
     learner = str(_baseline(settings, "learner"))
     start = " from scratch" if _baseline(settings, "from_scratch") else ""
     multiplier = _baseline(settings, "multiplier")

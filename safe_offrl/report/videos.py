@@ -26,6 +26,7 @@ from safe_offrl.types import Batch, Normalizer
 Frame = NDArray[np.uint8]
 
 SECONDS = 2.0  # before the accident
+ORANGE = (255, 140, 0)  # around what the guard's fallback does
 HOLD_MS = 1000  # how long the last frame, the accident, stays before the clip begins again
 DEFAULT_FPS = 30.0  # of an environment that names no frames per second
 MAX_FRAMES = 60  # of a faster environment every k-th step is shown
@@ -59,8 +60,16 @@ def frame_steps(accident_step: int, fps: float) -> list[int]:
     return sorted(range(accident_step, max(-1, accident_step - wanted), -every))
 
 
-def film(env: AccidentEnv, normalizer: Normalizer, seed: int, episode: Batch) -> bytes:
+def film(
+    env: AccidentEnv,
+    normalizer: Normalizer,
+    seed: int,
+    episode: Batch,
+    handed_over: Sequence[bool] = (),
+) -> bytes:
     """Play an episode again and film its first accident: a GIF of at most MAX_BYTES.
+
+    Where the guard had ``handed_over`` to its fallback, the picture has an orange frame.
 
     ``env`` was made with ``render_mode="rgb_array"``; ``seed`` is what the episode was reset with;
     ``episode`` holds its n transitions, observations standardised by ``normalizer``. Raises
@@ -79,6 +88,8 @@ def film(env: AccidentEnv, normalizer: Normalizer, seed: int, episode: Batch) ->
         ended = terminated or truncated
         if t in wanted:
             frames.append(picture(env))
+            if any(handed_over[t - 1 : t]):
+                frames[-1] = framed(frames[-1])
     recorded = episode.next_observations[last - 1].numpy()
     same = len(frames) == len(wanted) and np.array_equal(normalizer(observation), recorded)
     if not (same and info["accident"]):
@@ -104,6 +115,14 @@ def picture(env: AccidentEnv) -> Frame:
         f'render() of "{env.env_id}" returned no picture: a uint8 array [height, width, 3] is '
         "needed."
     )
+
+
+def framed(frame: Frame) -> Frame:
+    """The picture with an orange frame."""
+    width = max(2, min(frame.shape[:2]) // 40)
+    inner = np.zeros(frame.shape[:2], dtype=bool)
+    inner[width:-width, width:-width] = True
+    return np.where(inner[..., None], frame, np.array(ORANGE, dtype=np.uint8))
 
 
 def as_gif(frames: Sequence[Frame], frame_ms: float) -> bytes:
@@ -157,12 +176,12 @@ class AccidentCamera:
         except Exception as error:  # The environment or its renderer may raise anything.
             self._give_up(error)
 
-    def clip(self, seed: int, episode: Batch) -> bytes | None:
+    def clip(self, seed: int, episode: Batch, handed_over: Sequence[bool] = ()) -> bytes | None:
         """The GIF of an episode's first accident, see :func:`film`; None if it cannot be made."""
         if self._env is None:
             return None
         try:
-            return film(self._env, self._normalizer, seed, episode)
+            return film(self._env, self._normalizer, seed, episode, handed_over)
         except Exception as error:  # The environment or its renderer may raise anything.
             self._give_up(error)
             return None

@@ -28,6 +28,7 @@ CONTRASTS = 201  # that a report keeps: a long log has thousands
 WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
 # So many are needed among those held out: fewer leave a calibration to chance.
 MIN_HELD_OUT_EPISODES = 10
+NO_FALLBACK = "nothing was learnt to fall back to"
 # What the shield needs before it may act, beside MIN_HELD_OUT_EPISODES with an accident, each with
 # the reason it is refused for.
 MIN_AUROC = 0.8
@@ -65,6 +66,7 @@ class CalibrationReport:
     behaviour_cost: float
     shield_refusals: tuple[str, ...]
     bins: tuple[Bin, ...]
+    guard_refusals: tuple[str, ...] = (NO_FALLBACK,)
 
     @property
     def shield_acts(self) -> bool:
@@ -73,7 +75,10 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         """The report as a person reads it."""
-        shield = "allowed" if self.shield_acts else "abstains: " + "; ".join(self.shield_refusals)
+        shield, guard = (
+            "abstains: " + "; ".join(refusals) if refusals else "allowed"
+            for refusals in (self.shield_refusals, self.guard_refusals)
+        )
         quantity = QUANTITIES[self.constraint]
         form = quantity.estimate_form
         return "\n".join(
@@ -89,6 +94,7 @@ class CalibrationReport:
                 f"critic      AUROC {self.auroc:.2f}, expected calibration error {self.ece:.3f}, "
                 f"ranking among actions {self.ranking:.2f} (at least {self.ranking_low:.2f})",
                 f"shield      {shield}",
+                f"guard       {guard}",
             ]
         )
 
@@ -129,7 +135,7 @@ def calibrate_critic(
     risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
     noise = actor.noise(t.actions.shape[:-1], torch.Generator().manual_seed(0))
     values = critic.risk_under(actor, t.observations, t.time_to_go, noise).numpy()
-    window = max(1, round(WINDOW_SHARE * held_out.horizon))
+    window = calibration_window(held_out.horizon)
     danger = accident_within(held_out, window)
     outcomes, seen = critic.outlook.within(held_out, values, window)
     reliability, ece = _reliability(risk, outcomes)
@@ -140,12 +146,8 @@ def calibrate_critic(
     score = auroc(risk, danger)
     # Demands that the shield needs met; a NaN meets none of them.
     accident_episodes = int(held_out.episode_accidents.sum())
-    missing = max(0, MIN_HELD_OUT_EPISODES - accident_episodes)
-    more = -(-missing * logged // held_out.episodes)
     demands = {
-        f"{accident_episodes} held-out accident episodes, {MIN_HELD_OUT_EPISODES} needed (log "
-        f"about {more:,} more episodes with an accident)": not missing,
-        f"AUROC {score:.2f}, {MIN_AUROC} needed": score >= MIN_AUROC,
+        **critic_demands(held_out, score, logged),
         f"ranking among actions is {ranking_low:.2f} at least, above {MIN_RANKING} needed"
         + _more_to_rank(concordant, pairs, accident_episodes * logged / held_out.episodes): (
             ranking_low > MIN_RANKING
@@ -173,6 +175,26 @@ def calibrate_critic(
         shield_refusals=tuple(text for text, met in demands.items() if not met),
         bins=reliability_bins(risk, outcomes, seen, episode),
     )
+
+
+def critic_demands(held_out: Dataset, score: float, logged: int) -> dict[str, bool]:
+    """What a critic needs before anything acts on it, in words, and whether it is met.
+
+    ``score`` is its AUROC; ``logged`` are the episodes of the log.
+    """
+    accident_episodes = int(held_out.episode_accidents.sum())
+    missing = max(0, MIN_HELD_OUT_EPISODES - accident_episodes)
+    more = -(-missing * logged // held_out.episodes)
+    return {
+        f"{accident_episodes} held-out accident episodes, {MIN_HELD_OUT_EPISODES} needed (log "
+        f"about {more:,} more episodes with an accident)": not missing,
+        f"AUROC {score:.2f}, {MIN_AUROC} needed": score >= MIN_AUROC,
+    }
+
+
+def calibration_window(horizon: int) -> int:
+    """Over how many steps outcomes are compared, W."""
+    return max(1, round(WINDOW_SHARE * horizon))
 
 
 def _more_to_rank(right: int, pairs: int, accident_episodes: float) -> str:

@@ -140,7 +140,7 @@ class SafetyCritic:
         self.start_from(UNLIKELY_LOGIT)
         self.log_alpha = torch.tensor(config.alpha_init, device=generator.device).log()
         self.optimizer = Adam(self.net.parameters(), config.learning_rate, config.weight_decay)
-        self.plain, self._pushed = slice(config.reference), slice(config.reference, None)
+        self.plain, self.pushed = slice(config.reference), slice(config.reference, None)
         self._descend = Descent(self.loss, self.optimizer, compute)
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class SafetyCritic:
 
     def risk(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
         """Q_C for estimates, the mean of the pushed members: [B, O], [B], [B, A] -> [B]."""
-        logits = self.logits(observations, time_to_go, actions, self._pushed)
+        logits = self.logits(observations, time_to_go, actions, self.pushed)
         return torch.sigmoid(logits).mean(0)
 
     def plain_risk(self, observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
@@ -234,11 +234,11 @@ class SafetyCritic:
             policy.repeat(batch.observations),
             policy.repeat(batch.time_to_go),
             policy.actions,
-            self._pushed,
+            self.pushed,
         )
         push = push_up_loss(acted, policy.spread(weights))
         loss = td.sum() + self.alpha * push.sum()
-        return loss, estimates[self._pushed].mean(), estimates[self.plain].mean()
+        return loss, estimates[self.pushed].mean(), estimates[self.plain].mean()
 
     def update(
         self,
@@ -288,7 +288,7 @@ class SafetyCritic:
         """
         noise = actor.noise(states.time_to_go.shape, generator)
         values = _values(self.net, actor, *states[:2], noise)
-        pushed = values[self._pushed]
+        pushed = values[self.pushed]
         members = states.total(pushed)
         variance = pushed.mean(0).var() * states.squared_weights
         if len(members) > 1:

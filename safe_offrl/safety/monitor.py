@@ -179,6 +179,25 @@ class SafetyMonitor:
         self._alarm_resets = state["alarm_resets"]
 
 
+def allowance(limit: Limit, confidence: float, episodes: int) -> int | None:
+    """How many of the first ``episodes`` may count fully against a limit before the alarm sounds.
+
+    They are evenly spread, the others count nothing. None if all of them may.
+    """
+
+    def sounds(bad: int) -> bool:
+        state, share = alarm_start(), limit.alarm(True, math.inf)[1]
+        for i in range(episodes):
+            is_bad = (i + 1) * bad // episodes > i * bad // episodes
+            state = alarm_update(state, float(is_bad), share)
+            if alarm_log_evidence(state) >= -math.log(error_share(confidence, 1)):
+                return True
+        return False
+
+    enough = next((bad for bad in range(1, episodes + 1) if sounds(bad)), None)
+    return None if enough is None else enough - 1
+
+
 @dataclass(frozen=True)
 class Certifiable:
     """The best that a budget can prove, if no accident happens and no cost is incurred.

@@ -7,7 +7,9 @@ bootstrapping, and the expected cost of an episode is a weighted sum of these sh
 over its states.
 
 Transitions span ``steps`` steps, their costs discounted by ``discount``. ``over_visits``: an
-estimate is over states of the policy's own episodes as well as over start states.
+estimate is over states of the policy's own episodes as well as over start states. ``spends``:
+whether what has happened in an episode counts against its limit; ``ahead_at_one`` is what a value
+of 1 says of what is ahead, in the unit of the limit.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ class AccidentAhead:
     steps: ClassVar[int] = 1
     discount: ClassVar[float] = 1.0
     over_visits: ClassVar[bool] = False
+    spends: ClassVar[bool] = False  # what has happened is over
+    ahead_at_one: ClassVar[float] = 1.0
 
     def targets(self, batch: Batch, left: Tensor, next_values: Tensor, spans: Tensor) -> Tensor:
         """Bellman targets [E, B] of ``next_values`` [E, B], with ``left`` [B] of the horizon ahead.
@@ -88,6 +92,12 @@ class CostAhead:
     steps: int
 
     over_visits: ClassVar[bool] = True
+    spends: ClassVar[bool] = True
+
+    @property
+    def ahead_at_one(self) -> float:
+        """What is ahead at the largest cost in every step, discounted."""
+        return self.cost_max / (1.0 - self.discount)
 
     def targets(self, batch: Batch, left: Tensor, next_values: Tensor, spans: Tensor) -> Tensor:
         """Bellman targets [E, B] of ``next_values`` [E, B] that lie ``spans`` [B] steps ahead.

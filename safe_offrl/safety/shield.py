@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from safe_offrl.compute.state import arrays_sha256
 from safe_offrl.errors import ConfigError
-from safe_offrl.policies.acting import Sampler
-from safe_offrl.policies.networks import StackedMLP, timed_inputs
+from safe_offrl.policies.acting import NumpyRisk, Sampler
+from safe_offrl.policies.networks import StackedMLP
 from safe_offrl.policies.protocol import Vector
 from safe_offrl.safety.critic import SafetyCritic
 
@@ -59,6 +57,7 @@ class Shield:
         self, net: StackedMLP | None, candidates: int, margin: float, *, acts: bool
     ) -> None:
         self.net = net
+        self._risk = None if net is None else NumpyRisk(net)
         self.candidates = candidates
         self.margin = margin
         self.acts = acts
@@ -96,6 +95,7 @@ class Shield:
         options = np.stack([actor.mean_action(observation), *drawn]) if mean_action else drawn
         if not self.acts:
             return options[0], False
+        assert self._risk is not None
         risk = self._risk(observation, time_to_go, options)
         # Not a number is never least; if there is nothing else, nothing is known.
         least = np.fmin.reduce(risk)
@@ -113,13 +113,3 @@ class Shield:
         nets = {} if self.net is None else self.net.state_dict()
         numbers = np.asarray([self.margin, self.draws], dtype=np.float64)
         return arrays_sha256({k: v.numpy() for k, v in nets.items()} | {"n": numbers})
-
-    def _risk(
-        self, observation: Vector, time_to_go: float, actions: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        assert self.net is not None
-        with torch.no_grad():
-            observations = torch.from_numpy(observation).expand(len(actions), -1)
-            left = torch.full((len(actions),), time_to_go)
-            inputs = timed_inputs(observations, left, torch.from_numpy(actions))
-            return torch.sigmoid(self.net(inputs)).mean(0).numpy()

@@ -24,13 +24,16 @@ class BaselineConfig:
     random, as RLPD was published. ``multiplier`` other than "ours" is a Lagrangian method: lambda
     follows what recent episodes showed, by "dual" ascent or "pid", and the learner is deployed
     after every episode, untested. Its lambda begins at ``multiplier_init``, or where the offline
-    phase left it.
+    phase left it. ``sooper`` makes the guard that of SOOPER (arXiv:2601.19612) without its model:
+    the pretrained policy is the fallback, as its own safety critic sees it, acts to the end of the
+    episode, and there the episode ends for the learner.
     """
 
     learner: str = "rlpd"
     from_scratch: bool = False
     multiplier: Literal["ours", "dual", "pid"] = "ours"
     multiplier_init: float | None = None
+    sooper: bool = False
     pid: PIDConfig = field(default_factory=PIDConfig)
     agents: AgentConfigs = field(default_factory=AgentConfigs)
 

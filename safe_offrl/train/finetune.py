@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from safe_offrl.agents import online_agent
@@ -32,7 +33,7 @@ from safe_offrl.stats.fixed import shared_confidence
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.foundation import Foundation
 from safe_offrl.train.iteration import Iteration, untested
-from safe_offrl.train.online_constraints import OnlineConstraints
+from safe_offrl.train.online_constraints import OnlineConstraints, guard_of
 from safe_offrl.types import Episode, Normalizer
 
 
@@ -101,6 +102,9 @@ class Finetuning:
             safety_limited=config.safety_constraint,
             shield_acts=config.shield and pretrained_info["shield_acts"],
         )
+        self.guard = guard_of(
+            config, self.constraints, self.networks.actor, pretrained, pretrained_info.get("guard")
+        )
         # Where it is.
         self.steps = self.episodes = self.iterations = 0
         self.updated = 0  # steps whose updates have been made; less than steps after an episode
@@ -123,7 +127,7 @@ class Finetuning:
         """What acts now, and acts on when the loop ends; a baseline's random warm-up apart."""
         deployment = self.deployment
         return DeployedPolicy.from_actor(
-            deployment.actor, deployment.shield, self.normalizer, deployment.version
+            deployment.actor, deployment.shield, self.normalizer, deployment.version, self.guard
         )
 
     def _acting(self) -> DeployedPolicy:
@@ -151,7 +155,7 @@ class Finetuning:
             previous, self.updated = self.updated, self.steps
             warming_up = previous < config.warmup_steps
             due = self.steps // config.update_every - previous // config.update_every
-            if warming_up and config.baseline.from_scratch:
+            if (warming_up and config.baseline.from_scratch) or not self.experience.buffer.size:
                 due = 0
             # Metrics are this episode's alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
@@ -186,19 +190,26 @@ class Finetuning:
         played = play_episode(self.env, self._acting(), about["seed"], self.rng)
         episode = played.recorded(**about)
         # A failing environment teaches nothing; so a fault that is on record leaves the same state.
-        self._remember(episode, None if played.fault else played.rows)
+        self._remember(episode, None if played.fault else played.rows, played.handed_over)
         self.fault = played.fault
         yield episode
         self._faults = faults_in_a_row(self._faults, played.fault)
 
-    def _remember(self, episode: Episode, rows: Tensor | None) -> None:
+    def _remember(
+        self, episode: Episode, rows: Tensor | None, handed_over: Sequence[bool] = ()
+    ) -> None:
         """Count an episode and learn from its rows; without them there is nothing to learn."""
         self.steps += episode.steps
         self.episodes += 1
         if rows is not None:
+            if self.guard is not None and self.guard.until_end and any(handed_over):
+                # An intervention ends the learner's episode; a reward of nothing behind it.
+                rows, handed_over = rows[: handed_over.index(True)], ()
+                self.experience.dataset.layout.unpack(rows).terminated[-1:] = 1.0
             if self.learner.return_discount is not None:
                 fill_returns(rows, self.experience.dataset.layout, self.learner.return_discount)
-            self.experience.buffer.append(rows)
+            handed = torch.tensor(handed_over) if any(handed_over) else None
+            self.experience.buffer.append(rows, handed)
         else:
             self.updated = self.steps
             # The same noise is never used twice: it may be what brought the episode to its end.
@@ -244,6 +255,8 @@ class Finetuning:
         return metrics
 
     def _reason_to_stop(self) -> str:
+        if self.config.probation and self.alarm and not self.iterations:
+            return "on probation, the pretrained policy was shown to exceed its limit"
         return self.config.reason_to_stop(self.steps, self.monitor.accidents, self.env.horizon)
 
     def _iterate(self, metrics: dict[str, float]) -> Iteration:

@@ -11,6 +11,7 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.safety.acceptance import AcceptanceConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.safety.guard import GuardConfig
 from safe_offrl.safety.multiplier import LagrangianConfig
 from safe_offrl.safety.shield import ShieldConfig
 from safe_offrl.spec import EnvironmentConfig, SafetySpec
@@ -25,9 +26,9 @@ class FinetuneConfig:
     pretrained policy's (WSRL, arXiv:2412.07762): no random action is ever sent. Then every
     ``iteration_steps`` interactions end in one proposal. Every ``update_every`` interactions pay
     for ``utd`` updates of the critics (every batch with exactly ``offline_share`` of logged data),
-    one of the safety critic and one of the actor. ``kl``, ``safety_constraint`` and ``shield``
-    switch each part off; all off is RLPD warm-started from the same policy, which then deploys its
-    learner after every episode.
+    one of the safety critic and one of the actor. ``kl``, ``safety_constraint``, ``shield`` and
+    ``guard`` switch each part off; all off is RLPD warm-started from the same policy, which then
+    deploys its learner after every episode, as it does with the guard alone.
 
     ``cautious_entropy`` (nats per action dimension) replaces ``learner.target_entropy`` while the
     safety constraint is on. The noise that a policy explores with is itself a source of
@@ -37,16 +38,20 @@ class FinetuneConfig:
     see :mod:`safe_offrl.compute.descent`; ``baseline`` is for what our method is compared with.
     ``videos`` is how many accidents are filmed, the first ones of the run, see
     :mod:`safe_offrl.report.videos`; ``keep_versions`` keeps every version that acted, for replays.
+    On ``probation`` the run stops where the warm-up shows that the pretrained policy exceeds a
+    limit: so begins a run of which the log does not show that it is kept.
     """
 
     budget: int = 50_000
     accident_budget: int | None = None
     videos: int = 0
     keep_versions: bool = False
+    probation: bool = False
     seed: int = 0
     kl: bool = True
     safety_constraint: bool = True
     shield: bool = True
+    guard: bool = True
     warmup_steps: int = 5_000
     iteration_steps: int = 500
     update_every: int = 1
@@ -69,6 +74,7 @@ class FinetuneConfig:
     learner: RLPDConfig = field(default_factory=RLPDConfig)
     acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
     shielding: ShieldConfig = field(default_factory=ShieldConfig)
+    guarding: GuardConfig = field(default_factory=GuardConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
     def __post_init__(self) -> None:
@@ -92,6 +98,11 @@ class FinetuneConfig:
             )
         if self.videos < 0:
             raise ConfigError(f"videos is {self.videos}, but 0 (none) or more is needed. Try 10.")
+        if self.videos and self.baseline.sooper:
+            raise ConfigError(
+                f"videos is {self.videos}, but of an episode that is handed over baseline.sooper "
+                "keeps only the beginning. Leave videos out."
+            )
         # The loop and its batches.
         if min(self.warmup_steps, self.iteration_steps, self.utd, self.update_every) < 1:
             raise ConfigError(
@@ -109,15 +120,17 @@ class FinetuneConfig:
             )
         # The baselines, each of which leaves some constraint out.
         own = self.baseline.multiplier == "ours"
-        if not own and (self.kl or self.shield or not self.safety_constraint):
+        if not own and (self.kl or self.shield or self.guard or not self.safety_constraint):
             raise ConfigError(
                 f"baseline.multiplier is {self.baseline.multiplier}, a Lagrangian method, which "
-                "has the safety constraint alone. Switch kl and shield off, safety_constraint on."
+                "has the safety constraint alone. Switch kl, shield and guard off, "
+                "safety_constraint on."
             )
-        if self.baseline.from_scratch and not (self.unconstrained or not own):
+        if self.baseline.from_scratch and own and (self.guard or not self.unconstrained):
             raise ConfigError(
                 "baseline.from_scratch needs every constraint off, or baseline.multiplier dual or "
-                "pid: there is no safe policy to begin with. Set kl, safety_constraint and shield."
+                "pid: there is no safe policy to begin with. Set kl, safety_constraint, shield and "
+                "guard."
             )
 
     def reason_to_stop(self, steps: int, accidents: int, horizon: int) -> str:
@@ -150,5 +163,5 @@ class FinetuneConfig:
 
     @property
     def unconstrained(self) -> bool:
-        """Whether every part of the constraint machinery is off."""
+        """Whether nothing limits the learner; what it does may still be guarded."""
         return not (self.kl or self.safety_constraint or self.shield)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from safe_offrl.data.experience import Experience
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.acceptance import Judge
 from safe_offrl.safety.constrained import Constrained, metric_name
+from safe_offrl.safety.guard import Guard, Watch
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.safety.outlook import Outlook
 from safe_offrl.train.finetune_config import FinetuneConfig
@@ -90,3 +93,27 @@ class OnlineConstraints:
             length = self._experience.buffer.mean_episode_length(latest)
         starts = self._experience.draw_start_observations(size, self._generator)
         return outlook.estimate_states(starts, visited, length)
+
+
+def guard_of(
+    config: FinetuneConfig,
+    constraints: Sequence[Constrained],
+    actor: Actor,
+    pretrained: Mapping[str, Tensor],
+    words: Mapping[str, Any] | None,
+) -> Guard | None:
+    """The guard that a pretrain run left, by its tensors and words, held to the limits of this run.
+
+    ``actor`` and the critics of ``constraints`` are still the pretrained ones. None where the guard
+    is off or must abstain, or the pretrain run is of an earlier version.
+    """
+    if not config.guard:
+        return None
+    if config.baseline.sooper:
+        watches = [Watch.from_critic(c.limit, c.critic, pushed=True) for c in constraints]
+        return Guard([copy.deepcopy(actor).cpu()], watches, until_end=True)
+    if words is None:
+        return None
+    sizes = actor.observation_size, actor.action_size
+    guard = Guard.restored(pretrained, words, sizes, actor.kind)
+    return guard.held_to([constraint.limit for constraint in constraints], config.guarding)

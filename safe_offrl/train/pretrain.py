@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -16,21 +17,22 @@ from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.device import Device
-from safe_offrl.compute.state import Part, collect_state, named, restore_state, seeded
+from safe_offrl.compute.state import Part, collect_state, named, restore_state
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.data.sampling import RiskSampler, draw_indices, uniform_batches
+from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.safety.calibration import CalibrationReport, calibrate_critic
-from safe_offrl.safety.constrained import Constrained, constrained_parts, metric_name
+from safe_offrl.safety.constrained import constrained_parts, metric_name
 from safe_offrl.safety.critic import RiskEstimate
+from safe_offrl.safety.guard import Guard
 from safe_offrl.safety.shield import Shield
+from safe_offrl.train.fallback import Fallback
 from safe_offrl.train.foundation import Foundation, settings_of
+from safe_offrl.train.offline_constraints import OfflineConstraints
 from safe_offrl.train.pretrain_config import PretrainConfig
-from safe_offrl.types import Batch, Record
+from safe_offrl.types import Record
 
 HELD_OUT_ROWS = 200_000  # transitions, about, that the critic is judged on: they lie in memory
-START_STATES = 64  # start states per update of the safety critic
-ESTIMATE_STATES = 2000  # policy actions behind one estimate of what is constrained
 
 
 class Pretraining:
@@ -66,31 +68,35 @@ class Pretraining:
         self.agent = agent(setup, config.agents.settings_for(agent))
         self.learner = RLPD(self.networks, config.alignment, self.generator, base.compute)
         self.constraints = base.constraints()
-        for _, critic, _ in self.constraints:
-            critic.start_from(critic.outlook.first_logit(self.train))
-        # What it learns from.
         logged = self.train.on(self.generator.device)
-        self._risky = [
-            RiskSampler.from_dataset(
-                logged,
-                steps=critic.outlook.steps,
-                discount=critic.outlook.discount,
-                device=self.generator.device,
-            )
-            for _, critic, _ in self.constraints
-        ]
-        self._rows = logged.rows
-        self._starts = logged.initial_observations.to(self.generator.device)
-        self._steps_per_episode = float(self.train.episode_lengths.mean())
+        learnt_from = self.train, logged
+        self.offline = OfflineConstraints(config, self.constraints, *learnt_from, self.generator)
+        # What the guard falls back to; a policy without a density has none.
+        able = config.fallback.steps and self.networks.actor.kind.density is not None
+        self._fallback = Fallback(config, dataset, *learnt_from, compiled, device) if able else None
         # Where it is.
         self.step = 0
         self.reports: tuple[CalibrationReport, ...] = ()  # one a limit, made when training ends
+        self._guard: Guard | None = None  # likewise; none if it must abstain
         self._metrics: dict[str, Tensor | float] = {}  # since the last record
 
     @property
     def total_steps(self) -> int:
-        """Gradient steps of both parts."""
+        """Gradient steps of all parts."""
+        return self._aligned + self._fallback_steps
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The steps before the first of each part."""
+        return 0, self.config.steps, self._aligned
+
+    @property
+    def _aligned(self) -> int:
         return self.config.steps + self.config.alignment_steps
+
+    @property
+    def _fallback_steps(self) -> int:
+        return self.config.fallback_steps if self._fallback else 0
 
     def run(self) -> Iterator[Record]:
         """Train to the end, yielding a record every ``log_every`` steps."""
@@ -100,11 +106,14 @@ class Pretraining:
         """Train to the end, yielding after each step: the record that is due there, or None."""
         config = self.config
         while self.step < self.total_steps:
-            self._metrics |= self._update(aligning=self.step >= config.steps)
+            if self._fallback is not None and self.step >= self._aligned:
+                self._metrics |= self._fallback.update()
+            else:
+                self._metrics |= self._update(aligning=self.step >= config.steps)
             self.step += 1
             last = self.step == self.total_steps
             if last:
-                # Whether the shield may act is part of the result, and so of the last checkpoint.
+                # Whether shield and guard may act is part of the result, and of its checkpoint.
                 self.reports = self._calibrate()
             record = None
             if last or self.step % config.log_every == 0:
@@ -116,55 +125,25 @@ class Pretraining:
         # The agent, or, in alignment, the critics alone.
         config, generator = self.config, self.generator
         layout, size = self.train.layout, config.batch_size
-        (batch,) = uniform_batches(self._rows, layout, 1, size, generator)
+        (batch,) = uniform_batches(self.offline.rows, layout, 1, size, generator)
         if aligning:
             metrics = self.learner.update_critics(batch)
         else:
             steering = Steering(tuple(c.penalty(plain=False) for c in self.constraints))
             metrics = self.agent.update(batch, steering)
-        for i, constraint in enumerate(self.constraints):
-            found = self._update_constraint(constraint, self._risky[i], batch, aligning=aligning)
-            metrics |= {metric_name(k, constraint.limit, first=not i): v for k, v in found.items()}
+        for i, (limit, critic, multiplier) in enumerate(self.constraints):
+            found = self.offline.update(i, self.networks.actor, batch)
+            # On the log's observations the expected cost stays near the log's own whatever the
+            # policy does: dual ascent on it would wind lambda up. Online they are the policy's.
+            if not aligning and not critic.outlook.over_visits:
+                multiplier.update(found["csc/estimate"])
+            found = {**found, "lambda": multiplier.value}
+            metrics |= {metric_name(k, limit, first=not i): v for k, v in found.items()}
         return metrics
 
-    def _update_constraint(
-        self, constraint: Constrained, risky: RiskSampler, batch: Batch, *, aligning: bool
-    ) -> dict[str, Tensor]:
-        """One step of a limit's safety critic, and one of its lambda."""
-        config, generator, (_, critic, multiplier) = self.config, self.generator, constraint
-        # The safety critic.
-        drawn, weights, spans = risky.draw(
-            config.batch_size, critic.config.positive_share, generator
-        )
-        starts = self._starts[draw_indices(len(self._starts), START_STATES, generator)]
-        states = critic.outlook.estimate_states(starts, batch, self._steps_per_episode)
-        metrics = critic.update(drawn, weights, self.networks.actor, states, generator, spans=spans)
-        # Lambda. On the log's observations the expected cost stays near the log's own whatever the
-        # policy does: dual ascent on it would only wind lambda up. Online they are the policy's.
-        if not aligning and not critic.outlook.over_visits:
-            multiplier.update(metrics["csc/estimate"])
-        return {**metrics, "lambda": multiplier.value}
-
-    def estimate(self, constraint: Constrained | None = None) -> RiskEstimate:
-        """What is constrained, under the present actor: over the log's start states, or its states.
-
-        Of the first limit if none is given. The states of the log are those of its behaviours, not
-        of the actor: for the expected cost the estimate is of first order in what sets them apart.
-        """
-        critic = (constraint or self.constraints[0]).critic
-        generator = seeded(self.config.seed, self.generator.device)
-        index = draw_indices(len(self._starts), ESTIMATE_STATES, generator)
-        logged = None
-        if critic.outlook.over_visits:
-            (logged,) = uniform_batches(
-                self._rows, self.train.layout, 1, ESTIMATE_STATES, generator
-            )
-        states = critic.outlook.estimate_states(
-            self._starts[index], logged, self._steps_per_episode
-        )
-        return critic.estimate(
-            self.networks.actor, states, generator, self.config.safety.confidence
-        )
+    def estimate(self, index: int = 0) -> RiskEstimate:
+        """What is limited, of the limit at ``index``, under the present actor."""
+        return self.offline.estimate(index, self.networks.actor)
 
     def calibrations(self) -> tuple[CalibrationReport, ...]:
         """The reports on the safety critics, one a limit, made when training ends."""
@@ -172,16 +151,26 @@ class Pretraining:
 
     def _calibrate(self) -> tuple[CalibrationReport, ...]:
         actor = copy.deepcopy(self.networks.actor).cpu()
-        return tuple(
+        reports = tuple(
             calibrate_critic(
-                constraint.critic.in_memory(),
+                critic.in_memory(),
                 actor,
                 self.held_out,
-                self.estimate(constraint),
-                constraint.limit,
+                self.estimate(i),
+                limit,
                 self._logged_episodes,
             )
-            for constraint in self.constraints
+            for i, (limit, critic, _) in enumerate(self.constraints)
+        )
+        if self._fallback is None:
+            return reports
+        # The guard.
+        refusals = self._fallback.refusals(self.held_out, self._logged_episodes)
+        watched = [not refused for refused in refusals]
+        self._guard = self._fallback.guard(actor, watched) if any(watched) else None
+        return tuple(
+            replace(report, guard_refusals=refused)
+            for report, refused in zip(reports, refusals, strict=True)
         )
 
     def _parts(self) -> dict[str, Part]:
@@ -191,11 +180,13 @@ class Pretraining:
             **constrained_parts(self.constraints),
             **self.normalizer.parts(),
             "generator": self.generator,
+            **(self._fallback.parts() if self._fallback else {}),
         }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
-        return {**collect_state(self._parts()), **self.policy.tensors()}
+        guard = self._guard.tensors() if self._guard else {}
+        return {**collect_state(self._parts()), **self.policy.tensors(), **guard}
 
     @property
     def policy(self) -> DeployedPolicy:
@@ -212,6 +203,7 @@ class Pretraining:
             "step": self.step,
             "shield_acts": acts,
             "policy": self.policy.words(),
+            "guard": self._guard.words() if self._guard else None,
             "cost_max": self.foundation.cost_max,
             "worst_cost": self.foundation.worst_cost,
             **({"unlogged": unlogged} if unlogged else {}),

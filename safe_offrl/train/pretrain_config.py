@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from safe_offrl.agents import AgentConfigs, find_agent
@@ -14,6 +15,39 @@ from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.safety.multiplier import LagrangianConfig
 from safe_offrl.spec import SafetySpec
+
+
+@dataclass(frozen=True)
+class FallbackConfig:
+    """Settings of what the guard falls back to.
+
+    ``steps`` gradient steps, no more than the agent's; at 0 nothing is learnt, and no guard acts.
+    ``caution`` times the risk is minimised, with ``weight`` of the KL from the log; a logged action
+    weighs ``exp(-caution (Q_C - V_C))``. A way out of what costs can be long: the critic of the
+    fallback looks 1 / (1 - ``cost_discount``) steps ahead, whatever the other one does. At .95 the
+    policies of two seeds in three could be stuck in a cost to the end (SafetyPointCircle1).
+    Networks, batches and all else are the agent's and the safety critic's.
+    """
+
+    steps: int = 10_000
+    caution: float = 100.0
+    weight: float = 0.05
+    cost_discount: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Refuse what is no caution."""
+        if not (
+            self.steps >= 0 and 0.0 < self.caution < math.inf and 0.0 <= self.weight < math.inf
+        ):
+            raise ConfigError(
+                "fallback.steps and fallback.weight must be at least 0 and fallback.caution above "
+                "0. Try 10_000, 0.05 and 100."
+            )
+        if not 0.0 < self.cost_discount < 1.0:
+            raise ConfigError(
+                f"fallback.cost_discount is {self.cost_discount}, but a number strictly between 0 "
+                "and 1 is needed. Try 0.99."
+            )
 
 
 @dataclass(frozen=True)
@@ -47,6 +81,7 @@ class PretrainConfig:
     agents: AgentConfigs = field(default_factory=AgentConfigs)
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     alignment: RLPDConfig = field(default_factory=RLPDConfig)
+    fallback: FallbackConfig = field(default_factory=FallbackConfig)
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
@@ -74,6 +109,11 @@ class PretrainConfig:
                 f"held_out is {self.held_out}, but a share of episodes in (0, 0.9) is needed. "
                 "Try 0.1."
             )
+
+    @property
+    def fallback_steps(self) -> int:
+        """Gradient steps of the guard's fallback."""
+        return min(self.fallback.steps, self.steps)
 
 
 def discount_of(config: PretrainConfig) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from safe_offrl.agents import AGENTS, AgentConfigs
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
-from safe_offrl.agents.extraction import Extraction, ExtractionConfig
+from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering
@@ -697,6 +697,66 @@ def test_the_safer_way_is_taken(direction: float) -> None:
     assert torch.tanh(mean).item() == pytest.approx(-0.8 * direction, abs=0.1)
 
 
+def extracted(
+    *, rewards: float = 1.0, critics: int = 0, advantages: float | None, discrete: bool
+) -> list[Tensor]:
+    """What ten steps make of actor and mixture, for rewards times a number and other critics."""
+    networks = networks_of(LAYOUT, SMALL, seeded(), discrete=discrete)
+    networks.critics.load_state_dict(
+        networks_of(LAYOUT, SMALL, seeded(critics), discrete=discrete).critics.state_dict()
+    )
+    extraction = Extraction(networks, ExtractionConfig(learning_rate=FAST), seeded(1))
+    penalty = Penalty(risk_of_going_right, torch.tensor(1.0))
+    for k in range(10):
+        batch = make_batch(seed=k, discrete=discrete)
+        batch = batch._replace(rewards=rewards * batch.rewards)
+        given = None if advantages is None else advantages * batch.rewards
+        metrics = extraction.update(batch, given, Steering((penalty,)))
+        assert all(value.isfinite() for value in metrics.values())
+    parts = extraction.parts()
+    return list(collect_state({"actor": networks.actor, "mixture": parts["mixture"]}).values())
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_without_advantages_reward_has_no_part_in_it(discrete: bool) -> None:
+    known = extracted(advantages=None, discrete=discrete)
+    others: list[dict[str, Any]] = [{"rewards": -5.0}, {"critics": 9}]
+    for other in others:
+        found = extracted(advantages=None, discrete=discrete, **other)
+        assert all(map(torch.equal, found, known))
+    # With them, both count, even where they are all alike.
+    asked = extracted(advantages=1.0, discrete=discrete)
+    assert not any(map(torch.equal, asked, known))
+    for other in others:
+        found = extracted(advantages=1.0, discrete=discrete, **other)
+        assert not all(map(torch.equal, found, asked))
+    actor = slice(4)  # the mixture's weights are those of no advantage
+    alike = extracted(advantages=0.0, discrete=discrete)
+    assert not any(map(torch.equal, alike[actor], known[actor]))
+    assert all(map(torch.equal, alike[4:], known[4:]))
+
+
+def test_the_least_risky_way_is_taken_where_nothing_else_counts() -> None:
+    """The critics are all for going right, which is where the risk is."""
+    networks, g = Networks(1, 1, NetworkConfig((32,), (), 1), seeded(0)), seeded(2)
+    aversion = Aversion(10.0, relative=True)
+    config = ExtractionConfig(learning_rate=5e-3)
+    extraction = Extraction(networks, config, g, aversions=[aversion])
+
+    def rightwards(observations: Tensor, actions: Tensor) -> Tensor:
+        return 9.0 * actions.sum(-1).expand(2, -1)
+
+    networks.q = rightwards  # type: ignore[method-assign]
+    side = torch.where(torch.arange(64) % 2 == 0, 0.8, -0.8).unsqueeze(-1)
+    zeros, here = torch.zeros(64), torch.zeros(64, 1)
+    steering = Steering((Penalty(risk_of_going_right, torch.tensor(1.0)),))
+    for _ in range(500):
+        actions = side + 0.05 * torch.randn(64, 1, generator=g)
+        extraction.update(transitions(here, actions, zeros, here, zeros), None, steering)
+    mean, _ = gaussian(networks.actor, torch.zeros(1, 1))
+    assert torch.tanh(mean).item() == pytest.approx(-0.8, abs=0.1)
+
+
 # --- discrete actions: every expectation exact, so every loss is a number by hand ---
 
 Table = tuple[float, ...]
@@ -858,6 +918,9 @@ def test_discrete_extraction_by_hand() -> None:
     kl_by_hand = sum(p * math.log(p / b) for p, b in zip(policy, behaviour, strict=True))
     assert distance.item() == pytest.approx(kl_by_hand, rel=1e-5)
     assert value.item() == pytest.approx(-0.7 / 1.9 + 2.0 * 0.23 + 0.5 * kl_by_hand, rel=1e-5)
+    careful, distance = extraction.actor_loss(batch, NO_NOISE, None, (penalty,))
+    assert distance.item() == pytest.approx(kl_by_hand, rel=1e-5)
+    assert careful.item() == pytest.approx(2.0 * 0.23 + 0.5 * kl_by_hand, rel=1e-5)
     # One logged action: its weight is 1 after normalisation, whatever the advantage.
     (loss,) = extraction.mixture_loss(batch, torch.tensor([3.0]), (penalty,), None)
     assert loss.item() == pytest.approx(-math.log(0.2), rel=1e-5)

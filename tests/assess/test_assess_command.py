@@ -18,6 +18,7 @@ from safe_offrl.assess.fitted_features import FittedConfig
 from safe_offrl.commands import assess
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.run import RunDir
+from safe_offrl.safety.monitor import allowance
 
 QUICK = FittedConfig(steps=60, networks=1, replicates=20, groups=20)
 SIZES = ["networks.actor_hidden=[16]", "networks.critic_hidden=[16]", "critic.hidden=[16,16]"]
@@ -140,8 +141,54 @@ def test_what_the_log_shows_to_be_safe_goes_on_and_says_so(
     upper = pretrained.read_json("assessment.json")["risk_upper"]
     config = commands.finetune_config(pretrained, budget=600, epsilon=upper, overrides=ONLINE)
     assert upper > 0.05
-    with pytest.raises(RunError, match="cannot show"):
+    plan = commands.plan_finetune(pretrained, config, say=silent)
+    plan.env.close()
+    assert plan.config.probation
+
+
+def test_what_the_log_cannot_show_begins_on_probation_and_says_so(
+    pretrained: RunDir, said: Callable[[float], list[int]]
+) -> None:
+    said(0.05)
+    config = commands.finetune_config(
+        pretrained, budget=3000, epsilon=0.05, overrides=[*ONLINE, "warmup_steps=2500"]
+    )
+    assert not config.probation
+    plan = commands.plan_finetune(pretrained, config, say=silent)
+    plan.env.close()
+    assert plan.config.probation
+    assert "probation   the log does not show that the limit is kept" in plan.header
+    assert plan.env.horizon == 100
+    assert allowance(plan.limits[0], 0.95, 25) == 6
+    assert "(more than 6 of 25 episodes with an accident, say)" in plan.header
+    few = commands.finetune_config(pretrained, budget=600, epsilon=0.05, overrides=ONLINE)
+    short = commands.plan_finetune(pretrained, few, say=silent)
+    short.env.close()
+    assert "(2 episodes are too few for that)" in short.header
+    accepted = commands.plan_finetune(pretrained, config, accept_risk=True, say=silent)
+    accepted.env.close()
+    assert not accepted.config.probation
+    assert "probation" not in accepted.header
+
+
+def test_in_reality_how_many_accidents_are_allowed_is_for_the_user_to_say(
+    pretrained: RunDir, said: Callable[[float], list[int]]
+) -> None:
+    said(0.05)
+    real = [*ONLINE, "env.kind=real", "safety.epsilon=0.05"]
+    config = commands.finetune_config(pretrained, budget=600, overrides=real)
+    with pytest.raises(RunError, match=r"cannot show .* give an --accident-budget, or start"):
         commands.plan_finetune(pretrained, config, say=silent)
+    allowed = commands.finetune_config(pretrained, budget=600, accident_budget=2, overrides=real)
+    plan = commands.plan_finetune(pretrained, allowed, say=silent)
+    plan.env.close()
+    assert plan.config.probation
+    # What the log shows to be above the limit no budget lets begin.
+    said(0.2)
+    (pretrained.path / "assessment.json").unlink()
+    with pytest.raises(RunError, match="is above the limit") as refused:
+        commands.plan_finetune(pretrained, allowed, say=silent)
+    assert "--accident-budget" not in str(refused.value)
 
 
 def test_accepted_risk_is_not_assessed_and_is_stored(

@@ -39,7 +39,7 @@ finetune: {warmup_steps: 100, batch_size: 32}
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "results" / "records"
 SUITES = sorted(path.stem for path in (ROOT / "configs" / "suites").glob("*.yaml"))
-QUESTIONS = ("ablations", "margin", "precision")
+QUESTIONS = ("ablations", "guard", "margin", "precision")
 
 
 def suite_of(text: str = SMALL, **changes: str) -> Suite:
@@ -147,9 +147,8 @@ def test_settings_of_the_suite_the_method_and_what_is_tuned_in_this_order() -> N
     ours, rlpd = (job for job in jobs_of(suite_of(text), Path("r")) if job.kind == "finetune")
     assert "warmup_steps=100" in ours.arguments
     assert not [a for a in ours.arguments if a.startswith(("kl", "utd"))]
-    assert {"warmup_steps=100", "kl=False", "shield=False", "utd=3", "learner.tau=0.1"} <= set(
-        rlpd.arguments
-    )
+    off = {"kl=False", "safety_constraint=False", "shield=False", "guard=False"}
+    assert {"warmup_steps=100", *off, "utd=3", "learner.tau=0.1"} <= set(rlpd.arguments)
 
 
 def test_a_key_that_is_no_text_is_refused_as_unknown() -> None:

@@ -19,11 +19,12 @@ from safe_offrl.certify.certificate import (
     bounds_in_words,
     episodes_without_accident,
     finished,
+    joint_verdict,
     judge,
-    recheck,
     sealed,
 )
 from safe_offrl.certify.page import summary
+from safe_offrl.certify.recheck import recheck
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.ledger import LedgerWriter
@@ -69,7 +70,7 @@ def test_one_look_by_hand() -> None:
     assert episodes_without_accident(asked) == math.ceil(math.log(spent(1)) / math.log(0.9))
     # Nothing is said before the number is reached: that would be a second look.
     assert judge(asked, 0.0, 59) == ("undecided", 0.0, 1.0)
-    assert not finished(asked, 30.0, 59)
+    assert not finished([asked], [30.0], 59)
     lower = pytest.approx(spent(1) ** (1.0 / 60.0))
     assert tuple(judge(asked, 60.0, 60)) == ("refuted", lower, 1.0)
     assert judge(claim(method="one look", episodes=60, limit=upper * 0.99), 0.0, 60)[0] == (
@@ -87,12 +88,65 @@ def test_the_sequence_stops_as_soon_as_the_answer_is_known() -> None:
             break
         n += 1
     assert episodes_without_accident(asked) == n
-    assert not finished(asked, 0.0, n - 1)
-    assert finished(asked, 0.0, n)
+    assert not finished([asked], [0.0], n - 1)
+    assert finished([asked], [0.0], n)
     assert judge(asked, 0.0, n).verdict == "certified"
     assert judge(asked, 40.0, 60).verdict == "refuted"
-    assert finished(claim(episodes=5), 0.0, 5)
+    assert finished([claim(episodes=5)], [0.0], 5)
     assert judge(claim(episodes=5), 0.0, 5).verdict == "undecided"
+
+
+def test_several_claims_share_the_error() -> None:
+    both = claim(shares=2), claim(quantity="cost", limit=25.0, scale=1000.0, shares=2)
+    for one in both:
+        assert one.attempt_confidence == pytest.approx(1.0 - spent(1) / 2)
+    good, bad, open_ = (Finding(v, 0.0, 1.0) for v in ("certified", "refuted", "undecided"))
+    for findings, verdict in (
+        ([good, good], "certified"),
+        ([good, open_], "undecided"),
+        ([open_, open_], "undecided"),
+        ([good, bad], "refuted"),
+        ([bad, open_], "refuted"),
+    ):
+        assert joint_verdict(findings) == verdict
+    # It goes on until each is known, or one is refuted.
+    first = episodes_without_accident(both[0])
+    second = episodes_without_accident(both[1])
+    assert first < second
+    assert not finished(both, [0.0, 0.0], first)
+    assert not finished(both, [0.0, 0.0], second - 1)
+    assert finished(both, [0.0, 0.0], second)
+    assert finished(both, [0.0, 30.0], 60)
+
+
+def test_of_two_limits_at_most_five_certificates_in_a_hundred_are_false() -> None:
+    """A look after every episode, a thousand policies each: at both limits, and well above one."""
+    claims = [
+        Claim(quantity, limit, scale, 0.95, "anytime", 150, seed=0, shares=2)
+        for quantity, limit, scale in (("accident", 0.1, 1.0), ("cost", 15.0, 100.0))
+    ]
+    rng, runs, n = np.random.default_rng(0), 1000, 150
+    found = [
+        {(k, m): judge(one, float(k), m).verdict for m in range(1, n + 1) for k in range(m + 1)}
+        for one in claims
+    ]
+    for truth, false, true in (
+        ((0.1, 0.15), ("certified", "refuted"), ()),
+        ((0.3, 0.01), ("certified",), ("refuted",)),
+        ((0.01, 0.01), ("refuted",), ("certified",)),
+    ):
+        said = {"certified": np.ones((runs, n), bool), "refuted": np.zeros((runs, n), bool)}
+        for verdict_of, p in zip(found, truth, strict=True):
+            counts = (rng.random((runs, n)) < p).cumsum(1)
+            verdicts = np.array(
+                [[verdict_of[int(k), m + 1] for m, k in enumerate(row)] for row in counts]
+            )
+            said["certified"] &= verdicts == "certified"
+            said["refuted"] |= verdicts == "refuted"
+        for verdict in false:
+            assert said[verdict].any(1).mean() <= 0.05
+        for verdict in true:
+            assert said[verdict].any(1).mean() > 0.5
 
 
 def test_only_bounds_that_hold_together_are_called_an_interval() -> None:
@@ -418,8 +472,6 @@ def test_the_accident_rule_is_what_its_file_says(
 
 
 def test_bad_questions_are_one_sentence(root: Path, run: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Give --epsilon or --cost-limit"):
-        commands.certify_run("offline", epsilon=0.1, cost_limit=25.0, runs=root, say=silent)
     with pytest.raises(ConfigError, match="how much an episode can cost is not known"):
         commands.certify_run("offline", cost_limit=25.0, runs=root, say=silent)
     for nonsense in (2.0, 0.0):  # 0 is not "left out"

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from safe_offrl import commands
-from safe_offrl.certify.certificate import recheck
+from safe_offrl.certify.recheck import recheck
 from safe_offrl.check.situations import SEEDS, Situations, find_situations
 from safe_offrl.deploy.episodes import distinct
 from safe_offrl.env.adapter import AccidentEnv

@@ -107,6 +107,87 @@ def test_each_reach_has_its_own_sums() -> None:
         assert torch.equal(found, torch.tensor(spans)[at])
 
 
+def handed(*rows: int, of: int) -> torch.Tensor:
+    flags = torch.zeros(of, dtype=torch.bool)
+    flags[list(rows)] = True
+    return flags
+
+
+def two_episodes() -> torch.Tensor:
+    """Rows of four steps and of three, which cost 1, 2, 4, 8 and 16, 32, 64."""
+    rows = torch.zeros(7, LAYOUT.width)
+    batch = LAYOUT.unpack(rows)
+    batch.costs[:] = 2.0 ** torch.arange(7)
+    batch.time_to_go[:] = torch.tensor([1.0, 0.9, 0.8, 0.7, 1.0, 0.9, 0.8])
+    batch.observations[:] = torch.arange(7.0).unsqueeze(1)
+    return rows
+
+
+def spanned(buffer: OnlineBuffer, reach: int = 0) -> tuple[list[float], list[float]]:
+    """Costs and spans of each row, as they are drawn."""
+    batch, _, spans = buffer.risk_sampler(reach).draw(300, 0.0, torch.Generator().manual_seed(0))
+    at = batch.observations[:, 0].long().tolist()
+    costs = dict(zip(at, batch.costs.tolist(), strict=True))
+    lengths = dict(zip(at, spans.tolist(), strict=True))
+    rows = range(buffer.size)
+    return [costs[row] for row in rows], [lengths[row] for row in rows]
+
+
+def test_no_sum_of_costs_reaches_into_what_a_fallback_did() -> None:
+    """Of three steps, not discounted; a row of the fallback's begins with its own cost."""
+    buffer = OnlineBuffer(LAYOUT, 8, reaches=[Reach(3, 1.0), Reach()])
+    buffer.append(two_episodes(), handed(2, 3, 5, of=7))
+    # 1 + 2 | 4 | 8 || 16 | 32 + 64: the rows that follow a hand-over are the policy's again.
+    assert spanned(buffer) == ([3, 2, 4, 8, 16, 96, 64], [2, 1, 1, 1, 1, 2, 1])
+    # Of one step nothing is left out.
+    assert spanned(buffer, 1) == ([1, 2, 4, 8, 16, 32, 64], [1] * 7)
+
+
+def test_without_a_hand_over_sums_reach_as_far_as_ever() -> None:
+    for flags in (None, handed(of=7)):
+        buffer = OnlineBuffer(LAYOUT, 8, reaches=[Reach(3, 1.0)])
+        buffer.append(two_episodes(), flags)
+        assert spanned(buffer) == ([7, 14, 12, 8, 112, 96, 64], [3, 3, 2, 1, 3, 2, 1])
+        assert list(buffer.state_dict()) == ["rows", "cursor", "starts"]
+
+
+def test_an_episode_that_begins_with_a_hand_over() -> None:
+    buffer = OnlineBuffer(LAYOUT, 8, reaches=[Reach(3, 1.0)])
+    buffer.append(two_episodes(), handed(0, 4, of=7))
+    assert spanned(buffer) == ([7, 14, 12, 8, 112, 96, 64], [3, 3, 2, 1, 3, 2, 1])
+
+
+def test_who_acted_is_kept_and_comes_back() -> None:
+    flags = handed(2, 3, 5, of=7)
+    buffer = OnlineBuffer(LAYOUT, 9, reaches=[Reach(3, 1.0)])
+    buffer.append(two_episodes()[:4], flags[:4])
+    buffer.append(two_episodes()[4:], flags[4:])
+    assert buffer.recent_hand_overs(4) == [True, False, True, False]
+    assert buffer.recent_hand_overs(99) == flags.tolist()
+    state = buffer.state_dict()
+    assert torch.equal(state["handed_over"], flags)
+    again = OnlineBuffer(LAYOUT, 9, reaches=[Reach(3, 1.0)])
+    again.load_state_dict(state)
+    more = torch.zeros(1, LAYOUT.width)
+    LAYOUT.unpack(more).observations[:] = 7.0
+    for one in (buffer, again):
+        one.append(more)
+        assert spanned(one)[1] == [2, 1, 1, 1, 1, 2, 1, 1]
+    assert again.state_dict().keys() == buffer.state_dict().keys()
+    assert torch.equal(again.state_dict()["handed_over"], handed(2, 3, 5, of=8))
+    assert state["handed_over"].data_ptr() != buffer._handed_over.data_ptr()  # a copy
+
+
+def test_a_state_without_hand_overs_leaves_none_behind() -> None:
+    buffer, other = (OnlineBuffer(LAYOUT, 8, reaches=[Reach(3, 1.0)]) for _ in range(2))
+    buffer.append(two_episodes(), handed(2, 3, 5, of=7))
+    other.append(two_episodes())
+    buffer.load_state_dict(other.state_dict())
+    assert spanned(buffer) == spanned(other)
+    assert buffer.recent_hand_overs(7) == [False] * 7
+    assert buffer.state_dict().keys() == other.state_dict().keys()
+
+
 def test_rows_is_a_view() -> None:
     buffer = OnlineBuffer(LAYOUT, 4)
     buffer.append(numbered(1, 2))

@@ -13,6 +13,7 @@ from safe_offrl import types
 from safe_offrl.data_formats import memory_map
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.deploy.episodes import Reservation, play_episode
+from safe_offrl.deploy.policy import Act
 from safe_offrl.spec import SafetySpec
 from safe_offrl.types import SCALARS, Batch, Layout, Normalizer
 
@@ -38,9 +39,10 @@ class Still:
     """A policy that sees what there is and never moves."""
 
     normalizer = Normalizer(np.zeros(2, np.float32), np.ones(2, np.float32))
+    guard = None
 
-    def act(self, *_: Any, **__: Any) -> tuple[np.ndarray, bool]:
-        return np.zeros(1, np.float32), False
+    def act(self, *_: Any, **__: Any) -> Act:
+        return Act(np.zeros(1, np.float32), replaced=False, handed_over=False)
 
 
 def played() -> Batch:

@@ -1,12 +1,14 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.policies.acting import NumpyActor, NumpyRisk
 from safe_offrl.policies.categorical import Categorical
 from safe_offrl.policies.gaussian import Gaussian
 from safe_offrl.policies.kinds import kind_for
-from safe_offrl.policies.networks import Actor
+from safe_offrl.policies.networks import Actor, StackedMLP, timed_inputs
 
 ACTOR = (6, 3, (32, 16))
 
@@ -103,3 +105,40 @@ def test_a_diverged_network_chooses_no_action(broken: float) -> None:
     observation = np.zeros(6, dtype=np.float32)
     assert np.isnan(acting.draw(observation, 2, np.random.default_rng(0))).all()
     assert np.isnan(acting.mean_action(observation)).all()
+
+
+def risk_net(seed: int = 0) -> StackedMLP:
+    return StackedMLP(
+        2, 6 + 1 + 3, (16, 12), layer_norm=True, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def assert_same_risk(net: StackedMLP, risk: NumpyRisk) -> None:
+    rng = np.random.default_rng(2)
+    for count in (1, 4):
+        observation = rng.standard_normal(6, dtype=np.float32)
+        actions = rng.uniform(-1.0, 1.0, (count, 3)).astype(np.float32)
+        inputs = timed_inputs(
+            torch.from_numpy(observation).expand(count, -1),
+            torch.full((count,), 0.3),
+            torch.from_numpy(actions),
+        )
+        with torch.no_grad():
+            expected = torch.sigmoid(net(inputs)).mean(0).numpy()
+        np.testing.assert_allclose(risk(observation, 0.3, actions), expected, atol=1e-6)
+
+
+def test_the_numpy_risk_is_that_of_the_network() -> None:
+    net = risk_net()
+    assert_same_risk(net, NumpyRisk(net))
+    linear = StackedMLP(2, 10, (), layer_norm=True, generator=torch.Generator().manual_seed(3))
+    assert_same_risk(linear, NumpyRisk(linear))
+
+
+def test_the_numpy_risk_follows_a_loaded_state_also_where_it_was_copied() -> None:
+    pair = copy.deepcopy([net := risk_net(), NumpyRisk(net)])
+    copied, risk = pair
+    assert isinstance(copied, StackedMLP)
+    assert isinstance(risk, NumpyRisk)
+    copied.load_state_dict(risk_net(5).state_dict())
+    assert_same_risk(risk_net(5), risk)

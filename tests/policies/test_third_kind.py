@@ -214,10 +214,10 @@ def test_it_acts_behind_the_shield_is_kept_and_exported() -> None:
     assert np.unique(drawn).tolist() == pytest.approx([lower, upper])
     assert drawn.mean() == pytest.approx((lower + upper) / 2, abs=0.03)
     alone = deployed._replace(shield=Shield.abstaining())
-    middle, _ = alone.act(observation, 1.0, np.random.default_rng(0), mean_action=True)
+    middle, *_ = alone.act(observation, 1.0, np.random.default_rng(0), mean_action=True)
     assert middle == pytest.approx([math.tanh(0.2)])
     for seed in range(20):
-        action, intervened = kept.act(observation, 1.0, np.random.default_rng(seed))
+        action, intervened, _ = kept.act(observation, 1.0, np.random.default_rng(seed))
         noise = NumpyActor(actor).noise(6, np.random.default_rng(seed))
         inputs = torch.zeros(1, 1), torch.ones(1), torch.from_numpy(noise)[None]
         by_graph, replaced = graph(*inputs)

@@ -76,7 +76,11 @@ def test_a_line_has_signals_only_where_there_are_any() -> None:
     plain, head = ledger_line(episode(0), "start")
     # The very bytes of earlier versions.
     body = json.dumps(
-        {k: v for k, v in episode(0)._asdict().items() if k not in ("content", "signal_costs")},
+        {
+            k: v
+            for k, v in episode(0)._asdict().items()
+            if k not in ("content", "signal_costs", "guarded_steps")
+        },
         separators=(",", ":"),
     ).encode()[:-1]
     assert plain.startswith(body + b',"chain":')
@@ -84,6 +88,17 @@ def test_a_line_has_signals_only_where_there_are_any() -> None:
     line, _ = ledger_line(named, head)
     assert b'"signal_costs":{"hazards":2.5,"vases":0.0},"chain"' in line
     assert parse_ledger(plain + line, "x", "start").episodes == [episode(0), named]
+
+
+def test_a_line_has_guarded_steps_only_where_there_are_any() -> None:
+    alone, head = ledger_line(episode(0), "start")
+    assert b"guarded_steps" not in alone
+    guarded = episode(1)._replace(guarded_steps=3)
+    line, _ = ledger_line(guarded, head)
+    assert b'"guarded_steps":3,"chain"' in line
+    found = parse_ledger(alone + line, "x", "start").episodes
+    assert found == [episode(0), guarded]
+    assert [e.guarded_steps for e in found] == [0, 3]  # what says nothing of it had none
 
 
 @pytest.mark.promise("R4")

@@ -82,6 +82,29 @@ def test_only_episodes_seen_to_their_end_have_a_return() -> None:
     assert run.curves.values()["online/return"] == 2.0  # of the returns 1 and 3
 
 
+def test_the_share_of_the_guards_fallback_is_that_of_the_last_ten_episodes() -> None:
+    run = Counted()
+    assert run.curves.recent_guarded == 0.0
+    run.add(episode(0, steps=50)._replace(guarded_steps=50))
+    assert run.curves.values()["safety/guarded_share"] == 1.0
+    for index in range(1, 10):
+        run.add(episode(index)._replace(guarded_steps=index))
+    assert run.curves.values()["safety/guarded_share"] == (50 + 45) / 950
+    assert "guard in 10.0 % of the steps" in run.curves.line()
+    run.add(episode(10))  # the first one is no longer among them
+    assert run.curves.values()["safety/guarded_share"] == 45 / 1000
+    for index in range(11, 20):
+        run.add(episode(index))
+    assert run.curves.values()["safety/guarded_share"] == 0.0
+    assert "guard" not in run.curves.line()
+
+
+def test_an_environment_that_fails_before_the_first_step_has_no_share() -> None:
+    run = Counted()
+    run.add(episode(0, accident=True, steps=0)._replace(outcome="fault"))
+    assert run.curves.values()["safety/guarded_share"] == 0.0
+
+
 def test_the_accident_rate_has_its_bounds_whatever_is_limited() -> None:
     by_cost, by_accident = Counted(Limit("cost", 0.025, 1000.0)), Counted()
     for index in range(60):

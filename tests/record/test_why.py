@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from safe_offrl.limits import Limit
-from safe_offrl.record.why import PATIENCE, Reasons
+from safe_offrl.record.why import EPISODES, PATIENCE, Reasons
 from safe_offrl.safety.multiplier import LagrangianConfig
+from safe_offrl.types import Episode
 
 LIMIT = Limit("cost", 0.025, 1000.0)
 
@@ -73,3 +74,57 @@ def test_a_roll_back_ends_a_row_of_refusals() -> None:
         run.take(decision(reason="KL 0.09 is not below 0.05"))
     assert run.take(decision(reason="alarm: rolled back", rolled_back=True)) == []
     assert run.take(decision(reason="KL 0.09 is not below 0.05")) == []
+
+
+def episode(index: int, *, guarded: int) -> Episode:
+    return Episode(
+        index=index,
+        seed=0,
+        steps=10,
+        total_steps=10 * (index + 1),
+        episode_return=0.0,
+        cost=0.0,
+        accident=False,
+        accident_steps=0,
+        version=0,
+        phase="online",
+        shield_interventions=0,
+        guarded_steps=guarded,
+    )
+
+
+def test_a_guard_that_hands_over_in_more_than_half_of_the_episodes_is_named() -> None:
+    run = reasons()
+    for i in range(EPISODES):
+        run.see(episode(i, guarded=3 if i < EPISODES // 2 else 0))
+    assert run.take(decision()) == []  # half of them
+    run.see(episode(EPISODES, guarded=0))  # pushes the oldest one out
+    for i in range(2):
+        run.see(episode(EPISODES + 1 + i, guarded=1))
+    assert run.take(decision()) == []
+    run = reasons()
+    for i in range(EPISODES):
+        run.see(episode(i, guarded=3 if i <= EPISODES // 2 else 0))
+    (text,) = run.take(decision())
+    assert f"the guard handed over in {EPISODES // 2 + 1} of the last {EPISODES} episodes" in text
+    assert run.take(decision()) == []
+
+
+def test_what_was_said_before_a_resume_is_not_said_again() -> None:
+    played = [episode(i, guarded=1) for i in range(EPISODES)]
+    decisions = [decision() | {"step": 10 * i} for i in range(1, EPISODES + 1)]
+    run = reasons()
+    said = []
+    for one, line in zip(played, decisions, strict=True):
+        run.see(one)
+        said += run.take(line)
+    assert len(said) == 1
+    # The line fell at the decision after the eleventh episode.
+    for until, repeated in ((10, 1), (11, 0)):
+        resumed = reasons()
+        resumed.restore(played[:until], decisions[:until])
+        again = []
+        for one, line in zip(played[until:], decisions[until:], strict=True):
+            resumed.see(one)
+            again += resumed.take(line)
+        assert len(again) == repeated

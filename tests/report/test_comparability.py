@@ -14,7 +14,7 @@ from safe_offrl.record.run import RESUMED
 from safe_offrl.report.comparison import Comparison, compare
 from safe_offrl.report.tables import format_table
 
-RLPD = {"kl": False, "safety_constraint": False, "shield": False}
+RLPD = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
 EVALUATION = {"episodes": 50, "accidents": 5, "mean_return": 2.5, "mean_length": 50.0}
 EVALUATION |= {"return_standard_error": 0.25, "mean_cost": 1.5, "cost_standard_error": 0.1}
 Write = Callable[..., Path]

@@ -15,7 +15,7 @@ from tests.conftest import ledger_lines
 
 EVALUATION = {"episodes": 500, "accidents": 10, "mean_return": 2.5, "mean_length": 50.0}
 EVALUATION |= {"return_standard_error": 0.25, "mean_cost": 1.5, "cost_standard_error": 0.1}
-RLPD = {"kl": False, "safety_constraint": False, "shield": False}
+RLPD = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
 
 
 def test_a_row_by_hand(write_run):

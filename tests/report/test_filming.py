@@ -155,9 +155,9 @@ def test_a_resumed_run_films_each_accident_once(
     clips: list[int] = []
     original = AccidentCamera.clip
 
-    def counting(self: AccidentCamera, seed: int, episode: Any) -> bytes | None:
+    def counting(self: AccidentCamera, seed: int, *episode: Any) -> bytes | None:
         clips.append(seed)
-        return original(self, seed, episode)
+        return original(self, seed, *episode)
 
     monkeypatch.setattr(AccidentCamera, "clip", counting)
     last = [e.index for e in filmed.episodes() if e.accident][accident - 1]
@@ -238,7 +238,7 @@ def test_the_accidents_of_an_evaluation(root: Path, filmed: RunDir) -> None:
 
 def test_both_phases_leave_a_calibration_figure(pretrained: RunDir, filmed: RunDir) -> None:
     (event,) = pictures(pretrained, "calibration/")["safety_critic"]
-    assert event.step == 40
+    assert event.step == 30 + 10 + 30  # the agent, the alignment, the fallback
     assert event.encoded_image_string == (pretrained.path / "calibration.png").read_bytes()
     assert event.encoded_image_string.startswith(b"\x89PNG")
     (event,) = pictures(filmed, "calibration/")["online"]

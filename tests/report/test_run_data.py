@@ -7,8 +7,8 @@ from safe_offrl.record.find_run import find_runs
 from safe_offrl.report.decisions import Estimated, LoggedDecision
 from safe_offrl.report.run_data import evaluation_notes, method_label, read_run
 
-CONSTRAINED = {"kl": True, "safety_constraint": True, "shield": True}
-RLPD = {"kl": False, "safety_constraint": False, "shield": False}
+CONSTRAINED = {"kl": True, "safety_constraint": True, "shield": True, "guard": True}
+RLPD = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,21 @@ def test_further_limits_are_read(write_run):
         ({"kl": False}, "no-kl"),
         ({"safety_constraint": False}, "no-safety-constraint"),
         ({"shield": False, "kl": False}, "no-kl no-shield"),
+        ({"guard": False}, "no-guard"),
         (RLPD, "rlpd (all off)"),
         ({}, "constrained"),
     ],
 )
 def test_method_labels(flags, label):
     assert method_label({**CONSTRAINED, **flags}) == label
+
+
+def test_a_run_from_before_there_was_a_guard_had_none():
+    earlier = {key: value for key, value in CONSTRAINED.items() if key != "guard"}
+    assert method_label(earlier) == "no-guard"
+    assert method_label({**earlier, "kl": False, "safety_constraint": False, "shield": False}) == (
+        "rlpd (all off)"
+    )
 
 
 def test_read_run(write_run):

@@ -43,7 +43,7 @@ def test_table_of_groups_and_the_frozen_policy(write_run, paired_runs):
 
 def test_one_pair_has_no_interval(write_run):
     safe = write_run("safe", [0] * 40, returns=np.full(40, -1.0))
-    flags = {"kl": False, "safety_constraint": False, "shield": False}
+    flags = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
     free = write_run("free", [1] * 40, flags=flags, returns=np.full(40, -3.0))
     paired = {table.title: table for table in tables_of(compare([safe, free]))}
     accidents, returns = (t for title, t in paired.items() if title.startswith("Paired"))

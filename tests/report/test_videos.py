@@ -19,6 +19,7 @@ from safe_offrl.errors import ConfigError, EnvError
 from safe_offrl.report.videos import (
     CLIP_BYTES,
     HOLD_MS,
+    ORANGE,
     AccidentCamera,
     as_gif,
     film,
@@ -159,6 +160,19 @@ def test_a_clip_shows_the_steps_before_the_first_accident() -> None:
     assert [int(frame[0, 0, 0]) for frame in frames] == [5 * step for step in range(13, 21)]
     assert {frame.shape for frame in frames} == {(40, 60, 3)}
     assert durations == [250] * 7 + [HOLD_MS]
+
+
+def test_what_the_fallback_did_has_an_orange_frame() -> None:
+    env, episode = drawing("Counting"), played("Counting", 3, accident_step=6, steps=12)
+    plain, _ = decoded(film(env, NORMALIZER, 3, episode))
+    # The frames are those after steps 0 to 6; the fallback acted in the fourth and fifth.
+    handed_over = [False, False, False, True, True] + [False] * 7
+    frames, _ = decoded(film(env, NORMALIZER, 3, episode, handed_over))
+    assert len(frames) == len(plain) == 7
+    for t, (frame, bare) in enumerate(zip(frames, plain, strict=True)):
+        orange = np.abs(frame[0, 0].astype(int) - ORANGE).max() < 8
+        assert orange == (t in (4, 5))
+        assert np.array_equal(frame[2:-2, 2:-2], bare[2:-2, 2:-2])
 
 
 def test_an_accident_in_the_first_second_is_shown_from_the_reset_on() -> None:

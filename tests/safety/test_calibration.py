@@ -14,6 +14,7 @@ from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.calibration import (
     CONTRASTS,
+    NO_FALLBACK,
     CalibrationReport,
     _more_to_rank,
     auroc,
@@ -126,6 +127,16 @@ def report_of(
     actor = Actor(1, 1, (4,), torch.Generator().manual_seed(0))
     estimate, logged = RiskEstimate(0.12, 0.15, 0.1), round(data.episodes / share)
     return calibrate_critic(critic, actor, data, estimate, limit, logged)
+
+
+def test_by_itself_a_report_knows_of_no_guard() -> None:
+    """So say those of earlier versions."""
+    report = report_of(PERFECT, one_step_episodes())
+    assert report.guard_refusals == (NO_FALLBACK,)
+    assert str(report).endswith(f"\nguard       abstains: {NO_FALLBACK}")
+    watched = dataclasses.replace(report, guard_refusals=())
+    assert str(watched).endswith("\nguard       allowed")
+    assert watched.as_dict()["guard_refusals"] == ()
 
 
 def test_a_perfect_critic_may_shield() -> None:

@@ -9,7 +9,7 @@ import pytest
 from safe_offrl.certify.certificate import Claim, episodes_without_accident
 from safe_offrl.errors import ConfigError
 from safe_offrl.limits import Limit
-from safe_offrl.safety.monitor import SafetyMonitor, certifiable
+from safe_offrl.safety.monitor import SafetyMonitor, allowance, certifiable
 from safe_offrl.stats.anytime import betabinomial_sequence
 
 
@@ -184,3 +184,32 @@ def test_the_header_promises_what_the_monitor_and_certify_give():
 def test_budget_below_one_episode_is_refused():
     with pytest.raises(ConfigError, match="less than one episode"):
         certifiable(99, 100, Limit("accident", 0.1, 1.0))
+
+
+def test_an_allowance_is_what_the_alarm_can_bear() -> None:
+    limit, episodes = Limit("accident", 0.05, 1.0), 25
+    allowed = allowance(limit, 0.95, episodes)
+    assert allowed == 6
+    for bad, sounds in ((6, False), (7, True)):
+        monitor = SafetyMonitor(limit, 0.95)
+        accidents = [(i + 1) * bad // episodes > i * bad // episodes for i in range(episodes)]
+        assert sum(accidents) == bad
+        _feed(monitor, accidents)
+        assert monitor.alarm is sounds
+    # More episodes allow more, a higher limit as well; the alarm of a cost counts four limits.
+    for more in (allowance(limit, 0.95, 100), allowance(Limit("accident", 0.2, 1.0), 0.95, 25)):
+        assert more is not None
+        assert more > allowed
+    cost = Limit("cost", 0.025, 1000.0)
+    most = allowance(cost, 0.95, episodes)
+    assert most is not None
+    for expensive, sounds in ((most, False), (most + 1, True)):
+        monitor = SafetyMonitor(cost, 0.95)
+        for i in range(episodes):
+            is_bad = (i + 1) * expensive // episodes > i * expensive // episodes
+            monitor.update(False, 100.0 * is_bad, 0)
+        assert monitor.alarm is sounds
+
+
+def test_too_few_episodes_allow_everything() -> None:
+    assert allowance(Limit("accident", 0.5, 1.0), 0.95, 2) is None

@@ -41,8 +41,8 @@ from tests.agents.setups import setup_of
 ENV, HORIZON = "HazardLine-v0", 20
 NETWORKS = NetworkConfig((16,), (16,), 3)
 CRITIC = SafetyCriticConfig(members=3, reference=1, hidden=(16,))
-OFF = {"kl": False, "safety_constraint": False, "shield": False}
-LAGRANGIAN = {"kl": False, "shield": False}
+OFF = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
+LAGRANGIAN = {"kl": False, "shield": False, "guard": False}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -330,8 +330,8 @@ def test_lambda_of_a_lagrangian_method_follows_what_episodes_showed(
 @pytest.mark.parametrize(
     ("baseline", "settings", "message"),
     [
-        ({"multiplier": "dual"}, {}, "Switch kl and shield off"),
-        ({"multiplier": "pid"}, OFF, "Switch kl and shield off, safety_constraint on"),
+        ({"multiplier": "dual"}, {}, "Switch kl, shield and guard off"),
+        ({"multiplier": "pid"}, OFF, "Switch kl, shield and guard off, safety_constraint on"),
         ({"from_scratch": True}, {}, "no safe policy to begin with"),
         ({"multiplier_init": 1.0}, {}, "needs baseline.multiplier dual or pid"),
         ({"multiplier": "dual", "multiplier_init": -1.0}, LAGRANGIAN, "at least 0"),

@@ -23,14 +23,17 @@ from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.policies.networks import Actor, NetworkConfig, Risk
+from safe_offrl.policies.networks import Actor, NetworkConfig, Risk, StackedMLP
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
+from safe_offrl.safety.guard import Guard, GuardConfig, Watch
 from safe_offrl.safety.shield import ShieldConfig
 from safe_offrl.spec import SafetySpec
+from safe_offrl.train.baselines import BaselineConfig
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.iteration import Iteration
@@ -96,7 +99,7 @@ def config_of(epsilon: float = 0.9, delta: float = 0.05, **settings: Any) -> Fin
     return FinetuneConfig(**{**defaults, **settings})
 
 
-ALL_OFF = {"kl": False, "safety_constraint": False, "shield": False}
+ALL_OFF = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
 
 
 @dataclass
@@ -129,10 +132,14 @@ def begin(
     pretraining: Pretraining,
     *,
     shield: bool = False,
+    guard: Guard | None = None,
 ) -> Trace:
     env = make_env(ENV, config.safety)
     info = {**pretraining.info(), "shield_acts": shield}
-    trace = Trace(Finetuning(config, env, dataset, pretraining.state_dict(), info))
+    tensors = pretraining.state_dict()
+    if guard is not None:
+        info["guard"], tensors = json.loads(json.dumps(guard.words())), tensors | guard.tensors()
+    trace = Trace(Finetuning(config, env, dataset, tensors, info))
     watch(env, trace)
     return trace
 
@@ -257,6 +264,200 @@ def test_a_shield_that_is_switched_off_does_not_act_though_it_might(
     list(trace.run())
     assert not trace.tuning.deployment.shield.acts
     assert sum(e.shield_interventions for e in trace.episodes) == 0
+
+
+# --- the guard ---
+
+FROM = 0.68  # share of the horizon that is left where the fallback takes over
+TAKEN = -0.25  # its action
+
+
+def guard_of(
+    dataset: Dataset, *, limit: float = 0.5, constraint: str = "accident", to_right: bool = False
+) -> Guard:
+    """A value of 1, whatever the action, where less than FROM of the horizon is left.
+
+    ``to_right``: where the action's first number is above 0 instead.
+    """
+    observation, action = dataset.layout.sizes
+    fallbacks = [Actor(observation, action, (4,), torch.Generator().manual_seed(0))] * 2
+    with torch.no_grad():
+        for parameter in fallbacks[0].parameters():
+            parameter.zero_()
+        parameter[:action] = math.atanh(TAKEN)
+    net = StackedMLP(
+        2, observation + 1 + action, (), layer_norm=True, generator=torch.Generator()
+    ).requires_grad_(False)
+    net.output.weight.zero_()
+    if to_right:
+        net.output.weight[:, observation + 1] = 300.0
+        net.output.bias.zero_()
+    else:
+        net.output.weight[:, observation] = -70.0
+        net.output.bias[:] = 70.0 * FROM
+    return Guard(fallbacks, [Watch(constraint, limit, net, 1.0, constraint == "cost")])
+
+
+def test_the_fallback_acts_where_the_guard_hands_over_and_it_is_counted(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """Of a limit of cost: late, and where a step has cost 1 before."""
+    safety = SafetySpec(constraint="cost", cost_limit=0.5)
+    guard = guard_of(dataset, constraint="cost")
+    trace = begin(config_of(safety=safety), dataset, pretraining, guard=guard)
+    list(trace.run())
+    buffer, row = trace.tuning.experience.buffer, 0
+    assert trace.tuning.deployment.version > 0
+    costs = buffer.recent_transitions(buffer.size).costs.tolist()
+    for episode in trace.episodes:
+        sent = [action for _, action in trace.sent[episode.index]]
+        late = [
+            1.0 - k / HORIZON < FROM or sum(costs[row : row + k]) >= 0.5 for k in range(len(sent))
+        ]
+        handed_over = buffer.recent_hand_overs(buffer.size)[row : row + len(sent)]
+        assert handed_over == late
+        assert episode.guarded_steps == sum(handed_over)
+        assert [abs(float(a[0]) - TAKEN) < 1e-6 for a in sent] == handed_over
+        row += len(sent)
+    assert row == buffer.size == trace.tuning.steps
+    stored = buffer.recent_transitions(buffer.size).actions.numpy()
+    every = [action for e in trace.episodes for _, action in trace.sent[e.index]]
+    np.testing.assert_array_equal(stored, np.stack(every))
+    assert 0 < sum(e.guarded_steps for e in trace.episodes) < row
+
+
+def test_of_accidents_the_fallback_acts_where_it_is_safer(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """By .5 it is right of 0; left of that, and where it is late, nobody is safer."""
+    guards = [guard_of(dataset, to_right=to_right) for to_right in (True, False)]
+    trace, late = (begin(config_of(0.5), dataset, pretraining, guard=guard) for guard in guards)
+    list(trace.run())
+    buffer = trace.tuning.experience.buffer
+    handed_over = buffer.recent_hand_overs(buffer.size)
+    first = buffer.recent_transitions(buffer.size).actions[:, 0].tolist()
+    assert 20 < sum(handed_over) < len(handed_over) - 20
+    for over, action in zip(handed_over, first, strict=True):
+        assert (abs(action - TAKEN) < 1e-6) if over else (action < 0.0)
+    assert sum(e.guarded_steps for e in trace.episodes) == sum(handed_over)
+    list(late.run())
+    assert sum(e.guarded_steps for e in late.episodes) == 0
+
+
+def test_the_guard_is_held_to_the_limits_and_the_caution_of_the_run(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    config = config_of(0.37, guarding=GuardConfig(caution=3.5))
+    tuning = begin(config, dataset, pretraining, guard=guard_of(dataset)).tuning
+    assert tuning.guard is not None
+    assert [watch.limit for watch in tuning.guard.watches] == [0.37]
+    assert tuning.guard.caution == 3.5
+    assert tuning.policy.guard is tuning.guard
+    kept = DeployedPolicy.restored(tuning.state_dict(), tuning.info()["policy"])
+    assert kept.guard is not None
+    assert kept.guard.sha256 == tuning.guard.sha256 != guard_of(dataset).sha256
+
+
+def test_there_is_no_guard_where_it_is_off_or_none_was_left(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    guard = guard_of(dataset)
+    assert begin(config_of(guard=False), dataset, pretraining, guard=guard).tuning.guard is None
+    assert begin(config_of(), dataset, pretraining).tuning.guard is None
+    # Pretrain runs of earlier versions do not say that there is none.
+    earlier = {key: value for key, value in pretraining.info().items() if key != "guard"}
+    env, config = make_env(ENV, SafetySpec(epsilon=0.9)), config_of()
+    tuning = Finetuning(config, env, dataset, pretraining.state_dict(), earlier)
+    assert tuning.guard is None
+    assert "guard" not in tuning.info()["policy"]
+    assert not any(name.startswith("guard") for name in tuning.state_dict())
+
+
+def test_a_guard_that_never_hands_over_leaves_no_trace(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """Nothing is ahead of anything."""
+    whole, without = (
+        begin(config_of(0.9), dataset, pretraining, guard=guard)
+        for guard in (guard_of(dataset), None)
+    )
+    assert whole.tuning.guard is not None
+    whole.tuning.guard.watches[0].net.output.weight.zero_()
+    whole.tuning.guard.watches[0].net.output.bias.fill_(-30.0)
+    for trace in (whole, without):
+        list(trace.run())
+    assert whole.episodes == without.episodes
+    assert list(map(repr, whole.iterations)) == list(map(repr, without.iterations))
+    one, other = whole.tuning.state_dict(), without.tuning.state_dict()
+    assert {key for key in one if key not in other} == {k for k in one if k.startswith("guard/")}
+    assert [key for key in other if not torch.equal(one[key], other[key])] == []
+
+
+def test_the_guard_alone_does_not_keep_the_learner_from_acting(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """It is deployed after every episode, untested, as with everything off; and guarded."""
+    settings = ALL_OFF | {"guard": True}
+    guard = guard_of(dataset, to_right=True)
+    trace = begin(config_of(**settings), dataset, pretraining, guard=guard)
+    list(trace.run())
+    online = [e for e in trace.episodes if e.phase == "online"]
+    assert [e.version for e in online] == list(range(len(online)))
+    assert sum(e.guarded_steps for e in online) > 0
+    assert len(trace.tuning.experience.buffer.rows) == trace.tuning.steps
+
+
+# --- SOOPER's guard, a baseline ---
+
+
+def sooper(dataset: Dataset, pretraining: Pretraining, epsilon: float, **settings: Any) -> Trace:
+    off = ALL_OFF | {"guard": True}
+    baseline = BaselineConfig(sooper=True)
+    return begin(config_of(epsilon, baseline=baseline, **off, **settings), dataset, pretraining)
+
+
+def test_the_guard_of_sooper_is_the_pretrained_policy_until_the_end(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    tuning = sooper(dataset, pretraining, 0.9).tuning
+    assert tuning.guard is not None
+    (fallback,), (watch,) = tuning.guard.fallbacks, tuning.guard.watches
+    assert equal(fallback, pretraining.networks.actor)
+    assert fallback is not tuning.networks.actor
+    critic = pretraining.constraints[0].critic
+    assert equal(watch.net, critic.net.select(critic.pushed))
+    assert (watch.constraint, watch.limit, tuning.guard.caution) == ("accident", 0.9, 1.0)
+    assert tuning.guard.until_end
+
+
+def test_an_episode_ends_for_the_learner_where_it_is_handed_over(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    trace = sooper(dataset, pretraining, 0.9)
+    guard = guard_of(dataset, limit=0.9)
+    trace.tuning.guard = Guard(guard.fallbacks, guard.watches, until_end=True)
+    running = trace.run()
+    while not any(e.guarded_steps > 3 for e in trace.episodes):
+        next(running)
+    batch = trace.tuning.experience.buffer.recent_transitions(10_000)
+    handed = trace.episodes[-1].guarded_steps
+    assert len(batch.rewards) == sum(e.steps - e.guarded_steps for e in trace.episodes)
+    assert batch.terminated[-1] == 1.0
+    assert batch.time_to_go[-1].item() == pytest.approx(
+        1.0 - (trace.episodes[-1].steps - handed - 1) / HORIZON
+    )
+    assert trace.tuning.steps == sum(e.steps for e in trace.episodes)  # all of them are charged
+
+
+def test_an_episode_that_is_handed_over_at_its_first_step_teaches_nothing(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """A limit that no state is below: whatever is learnt is learnt from the log."""
+    trace = sooper(dataset, pretraining, 1e-6, budget=200)
+    list(trace.run())
+    assert all(e.guarded_steps == e.steps for e in trace.episodes)
+    assert trace.tuning.experience.buffer.size == 0
+    assert trace.tuning.steps > 150
 
 
 # --- the two constraints, after every iteration ---
@@ -491,20 +692,22 @@ def test_no_safety_constraint_leaves_the_trust_region(
 # --- resume ---
 
 
-@pytest.mark.parametrize(
-    ("stop_at", "settings"), [(1, {}), (3, {}), (4, ALL_OFF)], ids=["first", "third", "all off"]
-)
-def test_resume_equals_uninterrupted_bitwise(
-    dataset: Dataset, pretraining: Pretraining, stop_at: int, settings: dict[str, Any]
+def assert_resumed_bitwise(
+    dataset: Dataset,
+    pretraining: Pretraining,
+    stop_at: int,
+    settings: dict[str, Any],
+    guard: Guard | None = None,
 ) -> None:
     config = config_of(**settings)
-    whole = begin(config, dataset, pretraining, shield=True)
+    whole = begin(config, dataset, pretraining, shield=True, guard=guard)
     kept: tuple[dict[str, Tensor], str, int] | None = None
     for item in whole.run():
         if isinstance(item, Iteration) and item.index + 1 == stop_at:
             kept = whole.tuning.state_dict(), json.dumps(whole.tuning.info()), len(whole.episodes)
     assert kept is not None
-    rest = begin(config, dataset, pretraining, shield=True)
+    assert ("experience/handed_over" in kept[0]) == (guard is not None)
+    rest = begin(config, dataset, pretraining, shield=True, guard=guard)
     rest.tuning.load(kept[0], json.loads(kept[1]))
     list(rest.run())
     assert rest.episodes == whole.episodes[kept[2] :]
@@ -516,14 +719,32 @@ def test_resume_equals_uninterrupted_bitwise(
     assert json.dumps(whole.tuning.info()) == json.dumps(rest.tuning.info())
 
 
+@pytest.mark.parametrize(
+    ("stop_at", "settings"), [(1, {}), (3, {}), (4, ALL_OFF)], ids=["first", "third", "all off"]
+)
+def test_resume_equals_uninterrupted_bitwise(
+    dataset: Dataset, pretraining: Pretraining, stop_at: int, settings: dict[str, Any]
+) -> None:
+    assert_resumed_bitwise(dataset, pretraining, stop_at, settings)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+@pytest.mark.parametrize("constraint", ["accident", "cost"])
+def test_resume_is_bitwise_behind_a_guard(
+    dataset: Dataset, pretraining: Pretraining, constraint: str, stop_at: int
+) -> None:
+    """Who acted is in the checkpoint: sums of costs stop where the fallback began to."""
+    safety = SafetySpec(constraint=constraint, epsilon=0.9, cost_limit=0.5)
+    guard = guard_of(dataset, constraint=constraint, to_right=constraint == "accident")
+    assert_resumed_bitwise(dataset, pretraining, stop_at, {"safety": safety}, guard)
+
+
 @pytest.mark.parametrize("stop_at", [3, 4, 5, 6])
 def test_resume_is_bitwise_where_an_episode_pays_for_no_update(
     dataset: Dataset, pretraining: Pretraining, stop_at: int
 ) -> None:
     """All off there is an iteration after every episode, and most are shorter than 40 steps."""
-    test_resume_equals_uninterrupted_bitwise(
-        dataset, pretraining, stop_at, {**ALL_OFF, "update_every": 40}
-    )
+    assert_resumed_bitwise(dataset, pretraining, stop_at, {**ALL_OFF, "update_every": 40})
 
 
 @pytest.mark.promise("R8")

@@ -22,7 +22,7 @@ from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.pretrain import Pretraining
-from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
+from safe_offrl.train.pretrain_config import FallbackConfig, PretrainConfig, discount_of
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_resume_equals_uninterrupted_bitwise(dataset: Dataset, agent: str) -> No
     for record in whole.run():
         records.append(record)
         kept[record.step] = whole.state_dict(), json.dumps(whole.info())
-    assert [r.step for r in records] == [10, 20, 30, 40, 50]
-    for step in (20, 40):  # while learning, and while aligning
+    assert [r.step for r in records] == [10, 20, 30, 40, 50, 60, 70, 80]
+    for step in (20, 40, 60):  # while learning, while aligning, and while learning to fall back
         rest = Pretraining(config_of(agent), dataset)
         rest.load(kept[step][0], json.loads(kept[step][1]))
         assert list(rest.run()) == records[step // 10 :]
@@ -74,6 +74,44 @@ def test_alignment_freezes_the_actor_and_moves_the_critics(dataset: Dataset) -> 
     assert different(states[30], states[50], "safety_critic/")
     assert different(states[20], states[30], "learner.actor/")
     assert different(states[20], states[30], "multiplier")
+
+
+def test_the_fallback_comes_last_and_moves_by_itself(dataset: Dataset) -> None:
+    pretraining = Pretraining(config_of(), dataset)
+    assert pretraining.begins == (0, 30, 50)
+    begins = pretraining.state_dict()
+    states = {record.step: pretraining.state_dict() for record in pretraining.run()}
+    assert not different(begins, states[50], "fallback.")
+    for part in ("actor", "mixture", "safety_critic", "generator"):
+        assert different(states[50], states[80], f"fallback.{part}/")
+    others = {k: v for k, v in states[50].items() if not k.startswith("fallback.")}
+    assert not different(others, states[80], "")
+
+
+@pytest.mark.parametrize("agent", list(AGENTS))
+def test_nothing_else_changes_with_the_fallback(dataset: Dataset, agent: str) -> None:
+    """What it draws it draws from a generator of its own."""
+    whole = Pretraining(config_of(agent), dataset)
+    alone = Pretraining(config_of(agent, fallback=FallbackConfig(steps=0)), dataset)
+    records = list(alone.run())
+    assert [r.step for r in records] == [10, 20, 30, 40, 50]
+    assert list(whole.run())[:5] == records
+    tensors = alone.state_dict()
+    assert not any(name.startswith("fallback.") for name in tensors)
+    assert not different(tensors, whole.state_dict(), "")
+    own = {k for k in whole.state_dict() if k.startswith(("fallback.", "guard/"))}
+    assert set(whole.state_dict()) - own == set(tensors)
+    assert alone.info() == whole.info() | {"step": 50, "guard": None}
+    (report,), (other,) = alone.reports, whole.reports
+    refused = other.guard_refusals
+    assert repr(dataclasses.replace(report, guard_refusals=refused)) == repr(other)
+
+
+def test_the_curves_of_the_fallback_have_its_name(dataset: Dataset) -> None:
+    *earlier, _, _, last = Pretraining(config_of(), dataset).run()
+    assert all(name.startswith("offline/fallback/") for name in last.values)
+    assert {"offline/fallback/actor/kl_to_log", "offline/fallback/csc/estimate"} <= set(last.values)
+    assert not any("fallback" in name for record in earlier[:5] for name in record.values)
 
 
 def test_the_held_out_episodes_are_not_learnt_from(dataset: Dataset) -> None:
@@ -96,10 +134,11 @@ def test_the_report_is_made_at_the_end(dataset: Dataset) -> None:
     (report,) = pretraining.reports
     assert report is pretraining.calibrations()[0]
     assert report.episodes == pretraining.held_out.episodes
-    # Fifty steps make no critic that may shield.
+    # Fifty steps make no critic that may shield, and thirty none that may be watched by.
     assert not report.shield_acts
+    assert report.guard_refusals
     info = pretraining.info()
-    assert (info["step"], info["shield_acts"]) == (50, False)
+    assert (info["step"], info["shield_acts"], info["guard"]) == (80, False, None)
 
 
 @pytest.mark.parametrize(
