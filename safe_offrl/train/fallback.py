@@ -25,7 +25,7 @@ from safe_offrl.compute.state import Part
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.policies.networks import Actor
-from safe_offrl.safety.constrained import constrained_parts
+from safe_offrl.safety.constrained import constrained_parts, metric_name
 from safe_offrl.safety.guard import Guard, Watch
 from safe_offrl.safety.guard_evidence import guard_refusals
 from safe_offrl.train.foundation import Foundation
@@ -47,9 +47,8 @@ class Fallback:
     ) -> None:
         """``train`` are the normalised episodes of ``dataset`` that it learns from.
 
-        ``logged`` are the same on the device.
-
-        What it draws is drawn from a generator of its own: nothing else changes with it.
+        ``logged`` are the same on the device. What it draws is drawn from a generator of its own:
+        nothing else changes with it.
         """
         own = config.fallback
         config = replace(
@@ -80,9 +79,9 @@ class Fallback:
         size = self.config.batch_size
         (batch,) = uniform_batches(self.offline.rows, self._layout, 1, size, self.generator)
         metrics = self.extraction.update(batch, None, self._steering)
-        for i in range(len(self.constraints)):
+        for i, (limit, _, _) in enumerate(self.constraints):
             found = self.offline.update(i, self.actor, batch)
-            metrics |= found if not i else {}
+            metrics |= {metric_name(k, limit, first=not i): v for k, v in found.items()}
         return {f"fallback/{name}": value for name, value in metrics.items()}
 
     def refusals(self, held_out: Dataset, logged: int) -> list[tuple[str, ...]]:

@@ -116,4 +116,5 @@ def guard_of(
         return None
     sizes = actor.observation_size, actor.action_size
     guard = Guard.restored(pretrained, words, sizes, actor.kind)
-    return guard.held_to([constraint.limit for constraint in constraints], config.guarding)
+    guard = guard.held_to([constraint.limit for constraint in constraints], config.guarding)
+    return guard if guard.watches else None

@@ -520,6 +520,30 @@ def test_a_fallback_that_is_no_number_is_no_action(final: FinalPolicy) -> None:
     assert 0 < result.handed_over.sum() < len(result.handed_over)
 
 
+@pytest.mark.parametrize("watched", [slice(0, 1), slice(1, 2)])
+def test_a_graph_takes_the_fallback_that_is_a_number(final: FinalPolicy, watched: slice) -> None:
+    """As the policy does; and one that nobody asks for spoils nothing."""
+    for broken in (1, 2):
+        guard = guard_for(final.policy)
+        with torch.no_grad():
+            for fallback in guard.fallbacks[:broken]:
+                next(fallback.parameters()).fill_(math.nan)
+        guard = Guard(guard.fallbacks, guard.watches[watched], guard.caution)
+        guarded = final._replace(policy=final.policy._replace(guard=guard))
+        arrays = export._examples(graph := graph_for(guarded), guarded.policy)
+        result = Outputs(*graph(*map(torch.from_numpy, arrays.values())))
+        assert result.handed_over is not None
+        for row in range(64):
+            seen = guarded.policy.normalizer(arrays["observation"][row])
+            left, spent = float(arrays["time_to_go"][row]), float(arrays["spent"][row])
+            act = guarded.policy.act(seen, left, np.random.default_rng(row), spent)
+            assert bool(result.handed_over[row]) == act.handed_over
+            assert bool(result.action[row].isnan().any()) == (act.handed_over and broken == 2)
+            if not np.isnan(act.action).any():
+                own = guarded.env.own_action(act.action)
+                np.testing.assert_allclose(result.action[row].numpy(), own, atol=1e-5)
+
+
 def test_where_both_fallbacks_do_the_same_there_is_no_choice(final: FinalPolicy) -> None:
     alike = guarded_of(final, alike=True)
     graph = graph_for(alike)

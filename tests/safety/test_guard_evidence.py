@@ -21,11 +21,16 @@ DISCOUNT = 0.9
 LIMIT = Limit("cost", 0.25, 100.0)  # 25 of 100
 
 
-def dataset(lengths: list[int], actions: list[float], costs: list[float]) -> Dataset:
+def dataset(
+    lengths: list[int],
+    actions: list[float],
+    costs: list[float],
+    observations: torch.Tensor | None = None,
+) -> Dataset:
     n = sum(lengths)
     zeros = torch.zeros(n)
     batch = Batch(
-        observations=torch.zeros(n, 1),
+        observations=torch.zeros(n, 1) if observations is None else observations,
         actions=torch.tensor(actions).unsqueeze(1),
         rewards=zeros,
         accidents=torch.tensor(costs),
@@ -99,6 +104,21 @@ def test_nothing_is_shown_where_nobody_acted_otherwise() -> None:
     price = price_of_distance(critic(), standing_still(), log)
     assert math.isnan(price.slope)
     assert not price.shown(0.95)
+
+
+def test_what_the_state_itself_costs_is_no_price() -> None:
+    """V rises with the observation, and so does the distance; .02 a unit of it is the price."""
+    n = 40
+    values = torch.linspace(0.01, 0.05, n)
+    observations = (values.logit() + 30.0).unsqueeze(1)
+    ranked = critic()
+    with torch.no_grad():
+        ranked.net.output.weight[:, 0] = 1.0  # V is sigmoid(observation - 30)
+    distance = torch.linspace(0.0, 1.0, n)
+    costs = ((values + 0.02 * distance) / (1.0 - DISCOUNT)).tolist()
+    log = dataset([1] * n, distance.sqrt().tolist(), costs, observations)
+    price = price_of_distance(ranked, standing_still(), log)
+    assert price.slope == pytest.approx(0.02, rel=1e-3)
 
 
 def refusals(
