@@ -174,3 +174,5 @@ def test_an_evaluation_is_of_the_policy_behind_its_guard(
     monkeypatch.setattr(Guard, "take_over", infinitely)
     never = commands.evaluate_run("online", episodes=4, runs=root, out=root / "b", say=silent)
     assert always["mean_return"] != never["mean_return"]
+    assert never["guarded_share"] == 1.0
+    assert 0.0 <= always["guarded_share"] < 1.0

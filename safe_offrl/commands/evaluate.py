@@ -89,6 +89,7 @@ def evaluate_run(
     seen = sum(episode.accident for episode in counted)
     low, high = clopper_pearson(seen, len(counted), safety.confidence)
     # Result.
+    guarded = sum(e.guarded_steps for e in played) / sum(e.steps for e in played)
     result: dict[str, Any] = {
         "episodes": episodes,
         "distinct_episodes": len(different),
@@ -103,17 +104,19 @@ def evaluate_run(
         "mean_cost": cost,
         "cost_standard_error": cost_error,
         "mean_length": sum(episode.steps for episode in played) / episodes,
+        "guarded_share": guarded,
         "mean_action": mean_action,
         "seed": seed,
         "checkpoint_sha256": final.checkpoint_sha256,
         KEY: identity,
     }
     # Summary and file.
+    behind = f", the guard's fallback in {guarded:.1%} of the steps" if guarded else ""
     gain = f"{mean:.2f} +- {error:.2f}" if returns else "unknown: no episode came to its end"
     say(
         f"{run.name}: {accidents} accidents in {episodes} episodes, "
         f"rate {accidents / episodes:.3f} [{low:.3f}, {high:.3f}] at {safety.confidence:.0%}, "
-        f"cost {cost:.2f} +- {cost_error:.2f}, return {gain}"
+        f"cost {cost:.2f} +- {cost_error:.2f}, return {gain}{behind}"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, json_bytes(result))

@@ -26,6 +26,7 @@ _LAYOUT = {
             ],
         ],
         "accidents so far": ["Multiline", ["safety/accidents_total"]],
+        "share of the steps of the guard's fallback": ["Multiline", ["safety/guarded_share"]],
         "cost per episode against its limit": [
             "Multiline",
             [
