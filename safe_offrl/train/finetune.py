@@ -164,7 +164,10 @@ class Finetuning:
                 metrics |= self._update(seen, critics_only=warming_up)
             # A proposal, where one is due and there is something to judge it by.
             self.stopped = self._reason_to_stop()
-            propose = (config.untested and not warming_up) or self.steps >= self.next_proposal
+            # What is handed over has acted: behind the last episode only an alarm may take it back.
+            last = bool(self.stopped) and not (self.alarm and config.safety_constraint)
+            propose = self.steps >= self.next_proposal and not last
+            propose |= config.untested and not warming_up
             if propose and self.experience.buffer.size:
                 yield self._iterate({k: float(v) for k, v in metrics.items()})
 

@@ -629,6 +629,30 @@ def test_the_budget_is_never_exceeded_and_used_up(
     assert trace.episodes[-1].total_steps == trace.tuning.steps
 
 
+@pytest.mark.parametrize("budget", range(300, 400, 20))
+def test_what_is_handed_over_has_acted(
+    dataset: Dataset, pretraining: Pretraining, budget: int
+) -> None:
+    """A proposal after every episode, the last one apart."""
+    trace = begin(config_of(budget=budget, iteration_steps=1), dataset, pretraining)
+    list(trace.run())
+    assert trace.tuning.policy.version == trace.episodes[-1].version > 0
+    assert trace.iterations[-1].step < trace.tuning.steps
+
+
+def test_an_alarm_is_answered_behind_the_last_episode(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    """The only decision falls there, for the warm-up takes all of the budget but one episode."""
+    config = config_of(epsilon=0.01, budget=300, warmup_steps=280, iteration_steps=1)
+    trace = begin(config, dataset, pretraining)
+    list(trace.run())
+    (decision,) = trace.iterations
+    assert decision.step == trace.tuning.steps
+    assert decision.reason.startswith("alarm")
+    assert not trace.tuning.alarm
+
+
 def test_a_budget_below_one_episode_is_refused(dataset: Dataset, pretraining: Pretraining) -> None:
     with pytest.raises(ConfigError, match="too small for one episode"):
         begin(config_of(budget=HORIZON - 1), dataset, pretraining)
