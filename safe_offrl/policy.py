@@ -72,10 +72,11 @@ class Policy:
             steps = [0 if begins else k for begins, k in zip(started, steps, strict=True)]
         # Actions.
         given = np.asarray(0.0 if episode_cost is None else episode_cost, dtype=float)
-        if given.ndim and len(given) != len(observations):
+        one_of_each = given.ndim or (guard is not None and guard.spends)
+        if one_of_each and given.size != len(observations):
             raise ConfigError(
-                f"episode_cost has {len(given)} costs for {len(observations)} observations. Give "
-                "one of each, or a single one."
+                f"episode_cost has {given.size} costs for {len(observations)} observations. Give "
+                "one of each."
             )
         costs = np.broadcast_to(given, len(observations))
         actions = []

@@ -157,7 +157,9 @@ def test_each_of_a_stack_has_a_cost_of_its_own(guarded: RunDir) -> None:
     mixed = predicted([0.0, 9.0, 0.0])
     policy = load_policy(guarded.path)
     np.testing.assert_array_equal(mixed[1], fallback_action(policy, observations[1]))
-    free, taken = predicted(0.0), predicted(9.0)  # one cost is that of all
+    free, taken = predicted([0.0] * 3), predicted([9.0] * 3)
+    with pytest.raises(ConfigError, match="episode_cost has 1 costs for 3 observations"):
+        predicted(9.0)  # whose is it?
     np.testing.assert_array_equal(mixed[[0, 2]], free[[0, 2]])
     np.testing.assert_array_equal(mixed[1], taken[1])
     assert not np.array_equal(free[1], taken[1])

@@ -487,6 +487,25 @@ def test_one_certificate_is_about_every_limit(online: RunDir) -> None:
         forged = sealed({**_without_hash(certificate), "further": [other | change]})
         failed = {c.name for c in recheck(forged, record, "it") if not c.passed}
         assert failed >= {"arithmetic"}
+
+    # Nor is how the claims belong together.
+    def with_claims(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+        claim, further = certificate["claim"] | first, other["claim"] | second
+        parts = {"claim": claim, "further": [other | {"claim": further}]}
+        return sealed({**_without_hash(certificate), **parts})
+
+    for first, second in (
+        ({"shares": 1}, {"shares": 1}),
+        ({}, {"confidence": 0.5}),
+        ({}, {"attempt": certificate["claim"]["attempt"] + 1}),
+        ({}, {"quantity": "accident", "scale": 91.0}),
+    ):
+        found = recheck(with_claims(first, second), record, "it")
+        assert "claims" in {c.name for c in found if not c.passed}
+    with pytest.raises(ConfigError, match="no certificate"):
+        recheck(with_claims({"shares": 0}, {}), record, "it")
+    counted = sealed({**_without_hash(certificate), "guarded_steps": 10**6})
+    assert "counts" in {c.name for c in recheck(counted, record, "it") if not c.passed}
     undone = sealed({**_without_hash(certificate), "verdict": "undecided"})
     assert "arithmetic" in {c.name for c in recheck(undone, record, "it") if not c.passed}
 

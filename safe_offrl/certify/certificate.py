@@ -79,6 +79,11 @@ class Claim:
             )
         if self.episodes < 1:
             raise ConfigError(f"{self.episodes} episodes show nothing. Ask for at least 1.")
+        if self.shares < 1 or self.attempt < 1:
+            raise ConfigError(
+                f"A claim of attempt {self.attempt} that shares the error between {self.shares} is "
+                "none. Both begin at 1."
+            )
         if self.method == "one look" and self.quantity == "cost":
             raise ConfigError(
                 "A fixed number of episodes certifies accidents, which happen or do not, but not "

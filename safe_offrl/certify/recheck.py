@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from safe_offrl.certify.certificate import (
@@ -49,7 +50,7 @@ def recheck(
         sound = content_sha256(certificate) == certificate["sha256"]
         record_sha256 = certificate["record_sha256"]
         counts = certificate["episodes"], certificate["accidents"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{where} is no certificate of safe-offrl ({error!r}).") from error
     # Content and arithmetic.
     same = all(
@@ -68,6 +69,8 @@ def recheck(
             + " and ".join(bounds_in_words(*both) for both in zip(claims, findings, strict=True)),
         ),
     ]
+    if len(claims) > 1 or claims[0].shares > 1:
+        checks.append(_belong_together(claims))
     # Page.
     if page is not None and "page_sha256" in certificate:
         shown = hashlib.sha256(page).hexdigest() == certificate["page_sha256"]
@@ -82,6 +85,11 @@ def recheck(
     seen = len(played), sum(episode.accident for episode in played)
     different = len(distinct(played))
     counted = seen == counts and different == certificate.get("distinct_episodes", different)
+    sums_of = {
+        name: sum(getattr(episode, name) for episode in played)
+        for name in ("steps", "shield_interventions", "guarded_steps")
+    }
+    counted &= all(certificate.get(name, value) == value for name, value in sums_of.items())
     counted &= all(
         math.isclose(total, part["total_outcome"], rel_tol=1e-12)
         for total, part in zip(totals, parts, strict=True)
@@ -94,3 +102,16 @@ def recheck(
         Recheck("counts", counted, f"{seen[1]} with an accident, outcomes sum to {sums}"),
         Recheck("seeds", seeds, f'stream "{claim.stream}" of seed {claim.seed}'),
     ]
+
+
+def _belong_together(claims: Sequence[Claim]) -> Recheck:
+    """Whether several claims share one error, one attempt and its episodes."""
+    first = claims[0]
+    alike = all(
+        replace(c, quantity="", limit=1.0, scale=2.0)
+        == replace(first, quantity="", limit=1.0, scale=2.0)
+        for c in claims
+    )
+    different = len({claim.quantity for claim in claims}) == len(claims)
+    fits = alike and different and first.shares == len(claims)
+    return Recheck("claims", fits, f"{len(claims)} of one attempt, which share its error")

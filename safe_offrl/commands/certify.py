@@ -69,7 +69,7 @@ def certify_run(
     say: Say = say_plain,
     **limits: Unpack[Limits],
 ) -> dict[str, Any]:
-    """Play a run's final policy behind its shield until the claim is settled; the certificate.
+    """Play a run's final policy, behind shield and guard, until the claim is settled; certificate.
 
     Writes ``certificates/<attempt>/`` into the run folder: the claim before the first episode, each
     episode as it ends, certificate.json and a page. An attempt that was interrupted is continued by
@@ -175,7 +175,10 @@ def _attempt(
     for number, folder in folders.items():
         if (folder / CLAIM).is_file() and not (folder / CERTIFICATE).is_file():
             stored = {"shares": 1, **json.loads((folder / CLAIM).read_bytes())}
-            wanted = asked | {"attempt": number}
+            numbered = (
+                {"further": [one | {"attempt": number} for one in further]} if further else {}
+            )
+            wanted = asked | {"attempt": number} | numbered
             keys = {*wanted, *({"further"} & set(stored))}
             differing[number] = sorted(key for key in keys if wanted.get(key) != stored.get(key))
             if not differing[number]:
@@ -200,7 +203,8 @@ def _attempt(
         )
     # Claim on disk.
     folder.mkdir(parents=True)
-    write_atomic(folder / CLAIM, json_bytes(asked | {"attempt": number}))
+    numbered = {"further": [one | {"attempt": number} for one in further]} if further else {}
+    write_atomic(folder / CLAIM, json_bytes(asked | {"attempt": number} | numbered))
     return claims, folder
 
 

@@ -74,20 +74,22 @@ def probation_lines(config: FinetuneConfig, limits: Sequence[Limit], horizon: in
     """On probation, of each limit: what of the warm-up would end the run."""
     if not config.probation:
         return []
-    episodes = max(1, min(config.warmup_steps, config.budget) // horizon)
+    # The first decision comes behind the episode in which its step falls.
+    steps = min(config.warmup_steps + config.iteration_steps, config.budget)
+    episodes = max(1, -(-steps // horizon))
     confidence = shared_confidence(config.safety.confidence, len(limits))
     lines = []
     for limit in limits:
         allowed = allowance(limit, confidence, episodes)
         bad = limit.quantity.alarming(limit.value)
         so_many = (
-            f"more than {allowed} of {episodes:,} episodes {bad}, say"
+            f"more than {allowed} of {episodes:,} full-length episodes {bad}, evenly spread, say"
             if allowed is not None
-            else f"{episodes:,} episodes are too few for that"
+            else f"{episodes:,} full-length episodes are too few for that"
         )
         lines.append(
-            "probation   the log does not show that the limit is kept: the run stops if its "
-            f"warm-up shows, at {100 * confidence:g} %, that it is above "
+            "probation   the log does not show that every limit is kept: the run stops if the "
+            f"episodes before its first decision show, at {100 * confidence:g} %, that it is above "
             f"{limit.quantity.limit_text(limit.value)} ({so_many})"
         )
     return lines

@@ -273,6 +273,8 @@ def plan_finetune(
         accepted = "accepted by --accept-risk" if accept_risk else None
         if not config.safety_constraint:
             accepted = "not limited"
+        elif config.baseline.from_scratch:
+            accepted = "not that of the pretrained policy"
         subject = Subject(pretrained, config.safety, dataset, checkpoint, source_config, source)
         # In reality an accident is one: how many are allowed is not ours to say.
         allowed = config.env.kind != "real" or config.accident_budget is not None

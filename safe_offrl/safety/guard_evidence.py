@@ -77,11 +77,11 @@ def guard_refusals(
     """Why the guard must not watch a limit; () if it may.
 
     ``estimate`` is of the fallback at start states: where going on with it is not affordable from
-    there, nothing in the log is, and handing over to it helps nobody. ``logged`` is the number of
-    the log's episodes.
+    there, as far as its critic sees, nothing in the log is, and handing over helps nobody.
+    ``logged`` is the number of the log's episodes.
     """
     t = held_out.transitions
-    risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
+    risk = critic.plain_risk(t.observations, t.time_to_go, t.actions).numpy()
     score = auroc(risk, accident_within(held_out, calibration_window(held_out.horizon)))
     price = price_of_distance(critic, fallback, held_out)
     upper, form = estimate.upper * critic.outlook.ahead_at_one, limit.quantity.estimate_form

@@ -30,10 +30,10 @@ from safe_offrl.safety.constrained import constrained_parts
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.stats.fixed import shared_confidence
-from safe_offrl.train.finetune_config import FinetuneConfig
+from safe_offrl.train.finetune_config import PROBATION_FAILED, FinetuneConfig
 from safe_offrl.train.foundation import Foundation
 from safe_offrl.train.iteration import Iteration, untested
-from safe_offrl.train.online_constraints import OnlineConstraints, guard_of
+from safe_offrl.train.online_constraints import OnlineConstraints, guard_of, until_hand_over
 from safe_offrl.types import Episode, Normalizer
 
 
@@ -165,6 +165,8 @@ class Finetuning:
             # A proposal, where one is due and there is something to judge it by.
             self.stopped = self._reason_to_stop()
             # What is handed over has acted: behind the last episode only an alarm may take it back.
+            if self.stopped == PROBATION_FAILED:
+                return
             last = bool(self.stopped) and not (self.alarm and config.safety_constraint)
             propose = self.steps >= self.next_proposal and not last
             propose |= config.untested and not warming_up
@@ -206,9 +208,7 @@ class Finetuning:
         self.episodes += 1
         if rows is not None:
             if self.guard is not None and self.guard.until_end and any(handed_over):
-                # An intervention ends the learner's episode; a reward of nothing behind it.
-                rows, handed_over = rows[: handed_over.index(True)], ()
-                self.experience.dataset.layout.unpack(rows).terminated[-1:] = 1.0
+                rows, handed_over = until_hand_over(rows, handed_over, self.foundation.layout), ()
             if self.learner.return_discount is not None:
                 fill_returns(rows, self.experience.dataset.layout, self.learner.return_discount)
             handed = torch.tensor(handed_over) if any(handed_over) else None
@@ -259,7 +259,7 @@ class Finetuning:
 
     def _reason_to_stop(self) -> str:
         if self.config.probation and self.alarm and not self.iterations:
-            return "on probation, the pretrained policy was shown to exceed its limit"
+            return PROBATION_FAILED
         return self.config.reason_to_stop(self.steps, self.monitor.accidents, self.env.horizon)
 
     def _iterate(self, metrics: dict[str, float]) -> Iteration:

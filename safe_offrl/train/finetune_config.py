@@ -17,6 +17,8 @@ from safe_offrl.safety.shield import ShieldConfig
 from safe_offrl.spec import EnvironmentConfig, SafetySpec
 from safe_offrl.train.baselines import BaselineConfig
 
+PROBATION_FAILED = "on probation, the pretrained policy was shown to exceed its limit"
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:

@@ -17,7 +17,7 @@ from safe_offrl.safety.guard import Guard, Watch
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.safety.outlook import Outlook
 from safe_offrl.train.finetune_config import FinetuneConfig
-from safe_offrl.types import States
+from safe_offrl.types import Layout, States
 
 UPDATE_STATES = 32  # estimate states per update of a safety critic
 DECISION_STATES = 1000  # estimate states behind one decision on a candidate
@@ -118,3 +118,10 @@ def guard_of(
     guard = Guard.restored(pretrained, words, sizes, actor.kind)
     guard = guard.held_to([constraint.limit for constraint in constraints], config.guarding)
     return guard if guard.watches else None
+
+
+def until_hand_over(rows: Tensor, handed_over: Sequence[bool], layout: Layout) -> Tensor:
+    """The rows [n, D] before the first hand-over, which ends the episode: nothing is behind it."""
+    kept = rows[: list(handed_over).index(True)]
+    layout.unpack(kept).terminated[-1:] = 1.0
+    return kept

@@ -157,14 +157,16 @@ def test_what_the_log_cannot_show_begins_on_probation_and_says_so(
     plan = commands.plan_finetune(pretrained, config, say=silent)
     plan.env.close()
     assert plan.config.probation
-    assert "probation   the log does not show that the limit is kept" in plan.header
+    assert "probation   the log does not show that every limit is kept" in plan.header
+    # The first decision comes at step 2,700, at the end of the 27th episode if all are full-length.
     assert plan.env.horizon == 100
-    assert allowance(plan.limits[0], 0.95, 25) == 6
-    assert "(more than 6 of 25 episodes with an accident, say)" in plan.header
-    few = commands.finetune_config(pretrained, budget=600, epsilon=0.05, overrides=ONLINE)
+    assert allowance(plan.limits[0], 0.95, 27) == 6
+    assert "(more than 6 of 27 full-length episodes with an accident, evenly spread" in plan.header
+    short_overrides = [*ONLINE, "warmup_steps=100", "iteration_steps=20"]
+    few = commands.finetune_config(pretrained, budget=600, epsilon=0.05, overrides=short_overrides)
     short = commands.plan_finetune(pretrained, few, say=silent)
     short.env.close()
-    assert "(2 episodes are too few for that)" in short.header
+    assert "(2 full-length episodes are too few for that)" in short.header
     accepted = commands.plan_finetune(pretrained, config, accept_risk=True, say=silent)
     accepted.env.close()
     assert not accepted.config.probation
