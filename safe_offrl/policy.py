@@ -19,7 +19,8 @@ from safe_offrl.record.find_run import find_run
 class Policy:
     """The deployed policy behind shield and guard. Takes and gives the environment's own values.
 
-    :meth:`predict` has the signature of Stable-Baselines3, so its ``evaluate_policy`` works: hand
+    :meth:`predict` has the signature of Stable-Baselines3, so its ``evaluate_policy`` works (not
+    with a guard that asks for ``episode_cost``, which it has no place for): hand
     the second thing it returns back in, and None (or ``episode_start``) where an episode begins.
     """
 

@@ -217,6 +217,11 @@ def test_an_evaluated_return_is_of_complete_episodes(
     assert said[-1].endswith("return unknown: no episode came to its end")
     compared = commands.compare_runs([folder / "offline"], say=silent)
     assert compared["runs"][0]["evaluated_return"]["value"] is None
+    # Not even a first step.
+    at_once = [Episode(0, 0, 0, 0, 0.0, 1.0, True, 1, 0, "evaluate", 0, "fault")]
+    monkeypatch.setattr("safe_offrl.commands.evaluate.evaluate", lambda *_, **__: at_once)
+    result = commands.evaluate_run("offline", episodes=1, runs=folder, say=silent)
+    assert (result["accidents"], result["guarded_share"]) == (1, 0.0)
 
 
 # --- in a process of its own ---

@@ -87,7 +87,7 @@ class Claim:
         if self.method == "one look" and self.quantity == "cost":
             raise ConfigError(
                 "A fixed number of episodes certifies accidents, which happen or do not, but not "
-                "a cost. Leave --episodes out."
+                "a cost. Leave --episodes out, or give --epsilon alone."
             )
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from safe_offrl.certify.certificate import (
@@ -106,12 +105,7 @@ def recheck(
 
 def _belong_together(claims: Sequence[Claim]) -> Recheck:
     """Whether several claims share one error, one attempt and its episodes."""
-    first = claims[0]
-    alike = all(
-        replace(c, quantity="", limit=1.0, scale=2.0)
-        == replace(first, quantity="", limit=1.0, scale=2.0)
-        for c in claims
-    )
+    common = {(c.confidence, c.method, c.episodes, c.seed, c.attempt, c.shares) for c in claims}
     different = len({claim.quantity for claim in claims}) == len(claims)
-    fits = alike and different and first.shares == len(claims)
+    fits = len(common) == 1 and different and claims[0].shares == len(claims)
     return Recheck("claims", fits, f"{len(claims)} of one attempt, which share its error")

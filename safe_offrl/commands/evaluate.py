@@ -89,7 +89,7 @@ def evaluate_run(
     seen = sum(episode.accident for episode in counted)
     low, high = clopper_pearson(seen, len(counted), safety.confidence)
     # Result.
-    guarded = sum(e.guarded_steps for e in played) / sum(e.steps for e in played)
+    guarded = sum(e.guarded_steps for e in played) / max(1, sum(e.steps for e in played))
     result: dict[str, Any] = {
         "episodes": episodes,
         "distinct_episodes": len(different),

@@ -174,7 +174,7 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
         ][: len(graph.outputs)],
         "episode": "Begin with time_to_go 1. At each step draw noise, run the graph, execute "
         "action, lower time_to_go by 1 / horizon"
-        + (", and add the step's cost to spent." if graph.watches else "."),
+        + (", and add the step's cost to spent." if "spent" in graph.inputs else "."),
         "certificate": "A certificate with the same sha256 of policy, shield and guard is about "
         "this file, as long as noise is drawn.",
     }

@@ -150,7 +150,7 @@ def play_episode(
         while not ended:
             # The action, behind shield and guard.
             time_to_go = 1.0 - len(rows) / env.horizon
-            if until_end and any(handed_over):
+            if until_end and handed_over[-1:] == [True]:
                 assert policy.guard is not None
                 action = policy.guard.fallback_action(observation, time_to_go)
                 replaced, handed = False, True

@@ -86,7 +86,8 @@ def open_torchscript(data: bytes) -> Runner:
     def run(arrays: Arrays) -> Arrays:
         with torch.no_grad():
             results = loaded(*(torch.from_numpy(array) for array in arrays.values()))
-        return {name: x.numpy() for name, x in zip(Outputs._fields, results, strict=False)}
+        names = Outputs._fields[: len(results)]
+        return {name: x.numpy() for name, x in zip(names, results, strict=True)}
 
     return run
 
@@ -161,7 +162,7 @@ def _examples(graph: PolicyGraph, policy: DeployedPolicy) -> Arrays:
         "time_to_go": rng.random(EXAMPLES, dtype=np.float32),
         "noise": np.asarray(noise, dtype=np.float32),
     }
-    if graph.watches:  # from nothing to all that can be spent
+    if "spent" in graph.inputs:  # from nothing to all that can be spent
         limit = max(limit for _, limit, _ in graph.watches)
         arrays["spent"] = limit * rng.random(EXAMPLES, dtype=np.float32)
     return arrays

@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
     observation: Tensor  # [B, O] float32, flattened, as the environment gives it
     time_to_go: Tensor  # [B] float32, share of the horizon left: 1 at an episode's first step
     noise: Tensor  # [B, K, *noise_shape] float32, independent draws
-    spent: Tensor | None = None  # [B] float32, cost of the episode so far; where a guard acts
+    spent: Tensor | None = None  # [B] float32, cost of the episode so far; where a guard asks
 
 
 class Outputs(NamedTuple):
@@ -79,7 +79,8 @@ class PolicyGraph(nn.Module):
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of what it takes."""
-        return Inputs._fields if self.watches else Inputs._fields[:3]
+        spends = any(spends for *_, spends in self.watches)
+        return Inputs._fields if spends else Inputs._fields[:3]
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -89,7 +90,9 @@ class PolicyGraph(nn.Module):
     def forward(
         self, observation: Tensor, time_to_go: Tensor, noise: Tensor, spent: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """:class:`Inputs` -> :class:`Outputs`, without the last of each where no guard acts.
+        """:class:`Inputs` -> :class:`Outputs`.
+
+        Without the last of each where no guard acts, and without ``spent`` where it does not ask.
 
         An observation or a result that is not finite makes the action NaN, or ``start - 1``, which
         is no action of the environment's: a graph cannot refuse, and must not act on nonsense.
@@ -106,7 +109,7 @@ class PolicyGraph(nn.Module):
         if not self.watches:
             return self._own_action(unit, usable), taken > 0
         # The guard: its fallback acts, unless going on is affordable.
-        assert spent is not None
+        spent = torch.zeros_like(time_to_go) if spent is None else spent
         instead, excess = self._guarded(states, unit, spent)
         over = ~((excess < 0.0).all(0) & usable)
         unit = torch.where(over[:, None], instead, unit)
@@ -129,8 +132,9 @@ class PolicyGraph(nn.Module):
             close = (ordered[1:] - ordered[0] - self.margin).abs().amin(0)
             taken = (risks <= ordered[0] + self.margin).int().argmax(0)
         if self.watches:
-            assert inputs.spent is not None
-            _, excess = self._guarded(states, _at(options, taken), inputs.spent)
+            spent = inputs.spent
+            spent = torch.zeros_like(inputs.time_to_go) if spent is None else spent
+            _, excess = self._guarded(states, _at(options, taken), spent)
             actions, ahead = self._fallback(states)
             ordered = ahead.sort(0).values
             alike = (actions == actions[:1]).all(-1).all(0)  # then it does not matter which

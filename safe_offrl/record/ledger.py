@@ -28,11 +28,8 @@ from safe_offrl.errors import RunError
 from safe_offrl.files import write_file
 from safe_offrl.types import Episode
 
-_WHERE_ANY = (
-    "content",
-    "signal_costs",
-    "guarded_steps",
-)  # which a line has only where there is something to say
+# What a line has only where there is something to say.
+_WHERE_ANY = ("content", "signal_costs", "guarded_steps")
 
 
 class Ledger(NamedTuple):

@@ -164,9 +164,9 @@ class Finetuning:
                 metrics |= self._update(seen, critics_only=warming_up)
             # A proposal, where one is due and there is something to judge it by.
             self.stopped = self._reason_to_stop()
-            # What is handed over has acted: behind the last episode only an alarm may take it back.
             if self.stopped == PROBATION_FAILED:
                 return
+            # What is handed over has acted: behind the last episode only an alarm may take it back.
             last = bool(self.stopped) and not (self.alarm and config.safety_constraint)
             propose = self.steps >= self.next_proposal and not last
             propose |= config.untested and not warming_up

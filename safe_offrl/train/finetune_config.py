@@ -40,8 +40,9 @@ class FinetuneConfig:
     see :mod:`safe_offrl.compute.descent`; ``baseline`` is for what our method is compared with.
     ``videos`` is how many accidents are filmed, the first ones of the run, see
     :mod:`safe_offrl.report.videos`; ``keep_versions`` keeps every version that acted, for replays.
-    On ``probation`` the run stops where the warm-up shows that the pretrained policy exceeds a
-    limit: so begins a run of which the log does not show that it is kept.
+    On ``probation`` the run stops where the episodes before its first decision show that the
+    pretrained policy exceeds a limit: so begins a run of which the log does not show that all are
+    kept.
     """
 
     budget: int = 50_000
@@ -100,6 +101,10 @@ class FinetuneConfig:
             )
         if self.videos < 0:
             raise ConfigError(f"videos is {self.videos}, but 0 (none) or more is needed. Try 10.")
+        if self.baseline.sooper and not self.guard:
+            raise ConfigError(
+                "baseline.sooper is a guard, but guard is off. Switch guard on, or leave it out."
+            )
         if self.videos and self.baseline.sooper:
             raise ConfigError(
                 f"videos is {self.videos}, but of an episode that is handed over baseline.sooper "

@@ -404,7 +404,7 @@ def guard_for(policy: DeployedPolicy, *, alike: bool = False, until_end: bool = 
         for seed in range(2)
     ]
     watches = []
-    for seed, (name, limit, spends) in enumerate((("cost", 1.0, True), ("accident", 0.7, False))):
+    for seed, (name, limit, spends) in enumerate((("cost", 1.0, True), ("accident", 0.1, False))):
         net = StackedMLP(
             2, observation + 1 + action, (12,), layer_norm=True, generator=seeded(seed + 5)
         ).requires_grad_(False)
@@ -533,15 +533,33 @@ def test_a_graph_takes_the_fallback_that_is_a_number(final: FinalPolicy, watched
         arrays = export._examples(graph := graph_for(guarded), guarded.policy)
         result = Outputs(*graph(*map(torch.from_numpy, arrays.values())))
         assert result.handed_over is not None
+        assert 0 < result.handed_over[:64].sum() < 64
         for row in range(64):
             seen = guarded.policy.normalizer(arrays["observation"][row])
-            left, spent = float(arrays["time_to_go"][row]), float(arrays["spent"][row])
+            left = float(arrays["time_to_go"][row])
+            spent = float(arrays["spent"][row]) if "spent" in arrays else 0.0
             act = guarded.policy.act(seen, left, np.random.default_rng(row), spent)
             assert bool(result.handed_over[row]) == act.handed_over
             assert bool(result.action[row].isnan().any()) == (act.handed_over and broken == 2)
             if not np.isnan(act.action).any():
                 own = guarded.env.own_action(act.action)
                 np.testing.assert_allclose(result.action[row].numpy(), own, atol=1e-5)
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "torchscript"])
+def test_a_graph_asks_for_the_cost_only_where_a_limit_spends(
+    final: FinalPolicy, file_format: str
+) -> None:
+    guard = guard_for(final.policy)
+    accidents = Guard(guard.fallbacks, guard.watches[1:], guard.caution)
+    guarded = final._replace(policy=final.policy._replace(guard=accidents))
+    graph = graph_for(guarded)
+    assert graph.inputs == ("observation", "time_to_go", "noise")
+    assert graph.outputs == ("action", "intervened", "handed_over")
+    chosen = export.FORMATS[file_format]
+    found = compare(chosen.open(chosen.write(graph)), graph, guarded.env, guarded.policy)
+    assert found.same
+    assert 0 < found.hand_overs < found.observations
 
 
 def test_where_both_fallbacks_do_the_same_there_is_no_choice(final: FinalPolicy) -> None:
@@ -567,7 +585,7 @@ def spoilt_weight(graph: PolicyGraph, name: str) -> None:
         lambda graph: spoilt_weight(graph, "watch_nets.1.output.weight"),
         lambda graph: setattr(graph, "watches", ((0.5, 1.0, 1.0), graph.watches[1])),
         lambda graph: setattr(graph, "watches", ((0.99, 1.4, 1.0), graph.watches[1])),
-        lambda graph: setattr(graph, "watches", ((0.99, 1.0, 0.0), graph.watches[1])),
+        lambda graph: setattr(graph, "watches", ((0.99, 1.0, 0.0), (*graph.watches[1][:2], 1.0))),
         lambda graph: setattr(graph, "watches", (graph.watches[0], (0.9, 0.5, 0.0))),
     ],
     ids=["fallback", "other", "cost", "accident", "weight", "limit", "spends", "epsilon"],

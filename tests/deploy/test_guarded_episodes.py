@@ -21,6 +21,8 @@ from safe_offrl.safety.guard import Guard, Watch
 from safe_offrl.safety.shield import Shield
 from safe_offrl.spec import SafetySpec
 from safe_offrl.types import Layout, Normalizer
+from tests.safety.test_guard import fallback as going
+from tests.safety.test_guard import seeded
 
 HORIZON = 6
 LAYOUT = Layout(1, 1)
@@ -51,20 +53,6 @@ class Toll(gymnasium.Env[Any, Any]):
 
     def seen(self) -> Any:
         return np.array([self.position], np.float32)
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def going(action: float) -> Actor:
-    """A policy with this mean action everywhere, and a standard deviation of .22 before tanh."""
-    actor = Actor(1, 1, (), seeded())
-    with torch.no_grad():
-        weight, bias = actor.parameters()
-        weight.zero_()
-        bias.copy_(torch.tensor([math.atanh(action), 0.0]))
-    return actor
 
 
 def net_of(base: float, *, action: float = 0.0, observation: float = 0.0) -> StackedMLP:

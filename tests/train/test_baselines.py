@@ -333,6 +333,7 @@ def test_lambda_of_a_lagrangian_method_follows_what_episodes_showed(
         ({"multiplier": "dual"}, {}, "Switch kl, shield and guard off"),
         ({"multiplier": "pid"}, OFF, "Switch kl, shield and guard off, safety_constraint on"),
         ({"from_scratch": True}, {}, "no safe policy to begin with"),
+        ({"sooper": True}, OFF, "baseline.sooper is a guard, but guard is off"),
         ({"multiplier_init": 1.0}, {}, "needs baseline.multiplier dual or pid"),
         ({"multiplier": "dual", "multiplier_init": -1.0}, LAGRANGIAN, "at least 0"),
     ],
