@@ -35,7 +35,8 @@ class DrawnLine(HazardLineEnv):  # type: ignore[misc]  # under its installed nam
         return image
 
 
-gymnasium.register(ENV, DrawnLine, max_episode_steps=20)
+if ENV not in gymnasium.registry:  # --doctest-modules imports this file under a second name
+    gymnasium.register(ENV, DrawnLine, max_episode_steps=20)
 
 
 def silent(text: str) -> None:
