@@ -36,7 +36,7 @@ class DrawnLine(HazardLineEnv):  # type: ignore[misc]  # under its installed nam
 
 
 if ENV not in gymnasium.registry:  # --doctest-modules imports this file under a second name
-    gymnasium.register(ENV, DrawnLine, max_episode_steps=20)
+    gymnasium.register(ENV, "tests.accident_line:DrawnLine", max_episode_steps=20)
 
 
 def silent(text: str) -> None:

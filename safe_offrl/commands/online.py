@@ -35,6 +35,7 @@ from safe_offrl.record.trust import require_trusted
 from safe_offrl.record.versions import versions
 from safe_offrl.record.why import Reasons
 from safe_offrl.report.calibration_chart import online_blocks, online_png
+from safe_offrl.train.decisions import SELECTED
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.foundation import settings_of
@@ -198,7 +199,9 @@ def _drive(
                     raise interrupted(run, stop.number, event.total_steps)
             else:
                 # A decision on a candidate.
-                if alarmed and not loop.alarm:
+                if event.reason.startswith(SELECTED):
+                    say(f"selected    step {event.step:,}: {event.reason.removeprefix(SELECTED)}")
+                elif alarmed and not loop.alarm:
                     done = event.reason.removeprefix("alarm: ")
                     delta = f"delta is {event.delta:g} from here on"
                     say(f"alarm       step {event.step:,}: {done}; {delta}")
@@ -218,6 +221,9 @@ def _drive(
             "alarm       the run ended before a decision answered it: the last policy may exceed "
             "the limit"
         )
+    if tested := loop.decisions.selection.tested:
+        chosen = loop.decisions.selection.words()
+        say(f"handed over {chosen}; {tested} of them tested it")
     # The last line comes after the last checkpoint, so that a resume from it writes it once.
     saver.save(curves.step)
     _finish(run, plan, curves, loop.stopped, say)
@@ -260,8 +266,10 @@ def _alarm_line(loop: Finetuning, episode: Episode) -> str:
     safety = loop.config.safety
     exceeded = [monitor.limit for monitor in loop.monitors if monitor.alarm]
     limit = " and ".join(limit.quantity.limit_text(limit.value) for limit in exceeded)
-    if loop.config.probation and not loop.iterations:
+    if loop.config.probation and not loop.decisions.iterations:
         then = "the run is on probation, and ends here"
+    elif loop.config.testing(loop.steps):
+        then = "the next version to be tested is another one, where there is one"
     elif _answers_alarms(loop):
         then = (
             f"its policy acts on until the next decision, from step {loop.next_proposal:,} on, "

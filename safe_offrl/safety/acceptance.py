@@ -144,6 +144,16 @@ def _probability(value: float) -> float:
     return float(np.clip(value, 0.0, 1.0))
 
 
+def upper_estimates(
+    actor: Actor, judges: Sequence[Judge], confidence: float, generator: torch.Generator
+) -> list[float]:
+    """Of what each limit constrains under a policy, in [0, 1] or NaN."""
+    return [
+        _probability(critic.estimate(actor, states, generator, confidence).upper)
+        for _, critic, _, states in judges
+    ]
+
+
 def measure(
     candidate: Actor,
     previous: Actor,
@@ -198,10 +208,7 @@ def decide(
     it. Returns the decision and the policy to act.
     """
     noise = previous.noise(judges[0].visited.batch.actions.shape[:-1], generator)
-    v_previous = [
-        _probability(critic.estimate(previous, states, generator, confidence).upper)
-        for _, critic, _, states in judges
-    ]
+    v_previous = upper_estimates(previous, judges, confidence, generator)
     fraction, decision = 1.0, None
     for _ in range(config.tries):
         candidate = interpolate(previous, learner, fraction)

@@ -15,7 +15,14 @@ import torch
 from safe_offrl.compute.state import Part
 from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
-from safe_offrl.safety.acceptance import AcceptanceConfig, Decision, Judge, decide, measure
+from safe_offrl.safety.acceptance import (
+    AcceptanceConfig,
+    Decision,
+    Judge,
+    decide,
+    measure,
+    upper_estimates,
+)
 from safe_offrl.safety.critic import SafetyCritic
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.safety.shield import Shield, ShieldConfig
@@ -138,14 +145,8 @@ class Deployment:
             return _stays(decision, f"the {which} policy already acts"), False
         if any(m.version_interval(self.certified_version)[0] > m.limit.share for m in monitors):
             return _stays(decision, "the policy to go back to is shown to exceed the limit"), False
-        measured = measure(
-            self.certified,
-            self.actor,
-            judges,
-            [before for before, _ in decision.estimates],
-            self.actor.noise(judges[0].visited.batch.actions.shape[:-1], generator),
-            self.acceptance.tail,
-        )
+        before = [before for before, _ in decision.estimates]
+        measured = self._measured(self.certified, judges, before, generator)
         lower = [after < before for before, after in measured.estimates]
         if not self.proved and not all(lower[i] for i in alarming):
             return _stays(decision, "the pretrained policy is not estimated to be safer"), False
@@ -154,6 +155,34 @@ class Deployment:
         self.certified_version = self.version
         which = "last certified policy" if self.proved else "pretrained policy: none was certified"
         return measured._replace(reason=f"alarm: rolled back to the {which}"), True
+
+    def put_back(
+        self,
+        actor: Actor,
+        shield: Shield,
+        reason: str,
+        judges: Sequence[Judge],
+        confidence: float,
+        generator: torch.Generator,
+    ) -> Decision:
+        """Let a policy act that has acted before, behind the shield that it had; what that means.
+
+        Like a roll-back it may be further away than delta: no step that a learner proposes.
+        """
+        before = upper_estimates(self.actor, judges, confidence, generator)
+        measured = self._measured(actor, judges, before, generator)
+        self.deploy(actor, shield)
+        return measured._replace(reason=reason)
+
+    def _measured(
+        self,
+        candidate: Actor,
+        judges: Sequence[Judge],
+        before: Sequence[float],
+        generator: torch.Generator,
+    ) -> Decision:
+        noise = self.actor.noise(judges[0].visited.batch.actions.shape[:-1], generator)
+        return measure(candidate, self.actor, judges, before, noise, self.acceptance.tail)
 
     def _adapt_kl_weight(self, decision: Decision) -> None:
         """Aim the learner at the rim of the trust region.

@@ -25,14 +25,14 @@ from safe_offrl.data.sampling import Reach
 from safe_offrl.deploy.episodes import Reservation, faults_in_a_row, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
-from safe_offrl.errors import ConfigError
 from safe_offrl.safety.constrained import constrained_parts
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.stats.fixed import shared_confidence
+from safe_offrl.train.decisions import Decisions
 from safe_offrl.train.finetune_config import PROBATION_FAILED, FinetuneConfig
 from safe_offrl.train.foundation import Foundation
-from safe_offrl.train.iteration import Iteration, untested
+from safe_offrl.train.iteration import Iteration
 from safe_offrl.train.online_constraints import OnlineConstraints, guard_of, until_hand_over
 from safe_offrl.types import Episode, Normalizer
 
@@ -51,11 +51,7 @@ class Finetuning:
         compiled: bool = False,
         device: Device = "cpu",
     ) -> None:
-        if config.budget < env.horizon:
-            raise ConfigError(
-                f"The budget is {config.budget} steps, too small for one episode of "
-                f"{env.horizon} steps. Give --budget at least {env.horizon}."
-            )
+        config.require_an_episode(env.horizon)
         self.config = config
         self.env = env
         self.normalizer = Normalizer.restored(pretrained)
@@ -105,8 +101,11 @@ class Finetuning:
         self.guard = guard_of(
             config, self.constraints, self.networks.actor, pretrained, pretrained_info.get("guard")
         )
+        self.decisions = Decisions(
+            config, self.constraints, self.monitors, self.deployment, self.online, self.generator
+        )
         # Where it is.
-        self.steps = self.episodes = self.iterations = 0
+        self.steps = self.episodes = 0
         self.updated = 0  # steps whose updates have been made; less than steps after an episode
         self.next_proposal = config.warmup_steps + config.iteration_steps
         self.stopped = ""
@@ -155,7 +154,9 @@ class Finetuning:
             previous, self.updated = self.updated, self.steps
             warming_up = previous < config.warmup_steps
             due = self.steps // config.update_every - previous // config.update_every
-            if (warming_up and config.baseline.from_scratch) or not self.experience.buffer.size:
+            testing = config.testing(self.steps)
+            idle = testing or (warming_up and config.baseline.from_scratch)
+            if idle or not self.experience.buffer.size:
                 due = 0
             # Metrics are this episode's alone: what an earlier one left is not in the checkpoint.
             metrics: dict[str, Tensor] = {}
@@ -166,12 +167,18 @@ class Finetuning:
             self.stopped = self._reason_to_stop()
             if self.stopped == PROBATION_FAILED:
                 return
+            if testing and self.experience.buffer.size:
+                yield from self.decisions.select(self.steps, last=bool(self.stopped))
+                continue
             # What is handed over has acted: behind the last episode only an alarm may take it back.
             last = bool(self.stopped) and not (self.alarm and config.safety_constraint)
             propose = self.steps >= self.next_proposal and not last
             propose |= config.untested and not warming_up
             if propose and self.experience.buffer.size:
-                yield self._iterate({k: float(v) for k, v in metrics.items()})
+                self.next_proposal = self.steps + config.iteration_steps
+                yield self.decisions.propose(
+                    self.networks.actor, self.steps, {k: float(v) for k, v in metrics.items()}
+                )
 
     def _next_episode(self, recorded: Sequence[Episode]) -> Iterator[Episode | Reservation]:
         """Play one episode, or count one of those that are on record; yields it."""
@@ -186,7 +193,7 @@ class Finetuning:
             "seed": episode_seed(config.seed, index, "finetune"),
             "steps_before": self.steps,
             "version": self.deployment.version,
-            "phase": "warmup" if self.steps < config.warmup_steps else "online",
+            "phase": config.phase(self.steps),
             "worst_cost": self.foundation.worst_cost,
             "worst_signals": self.foundation.worst_signals,
         }
@@ -221,6 +228,7 @@ class Finetuning:
                 self.deployment.version = episode.version + 1
         for monitor in self.monitors:
             monitor.update(episode.accident, episode.cost, episode.version)
+        self.decisions.see(episode)
 
     @property
     def monitor(self) -> SafetyMonitor:
@@ -258,46 +266,16 @@ class Finetuning:
         return metrics
 
     def _reason_to_stop(self) -> str:
-        if self.config.probation and self.alarm and not self.iterations:
+        if self.config.probation and self.alarm and not self.decisions.iterations:
             return PROBATION_FAILED
         return self.config.reason_to_stop(self.steps, self.monitor.accidents, self.env.horizon)
-
-    def _iterate(self, metrics: dict[str, float]) -> Iteration:
-        """Propose the learner to the deployment, or deploy it where nothing is to be tested."""
-        config = self.config
-        self.iterations += 1
-        self.next_proposal = self.steps + config.iteration_steps
-        # The policy that acts from now on: the learner untested, or what passes.
-        if config.untested:
-            self.deployment.deploy(self.networks.actor)
-            decision, rolled_back = untested(len(self.limits)), False
-        else:
-            judges, confidence = self.online.judges(), config.safety.confidence
-            decision, rolled_back = self.deployment.propose(
-                self.networks.actor, judges, self.monitors, confidence, self.generator
-            )
-            # The learner goes on from the policy that acts: KL is anchored there, not where it
-            # drifted.
-            self.networks.actor.load_state_dict(self.deployment.actor.state_dict())
-        # The record, in the units of the limits.
-        return Iteration.from_decision(
-            decision,
-            self.constraints,
-            index=self.iterations - 1,
-            step=self.steps,
-            version=self.deployment.version,
-            delta=float(self.deployment.delta),
-            tail_ratio=self.config.acceptance.tail_ratio,
-            kl_weight=float(self.deployment.kl_weight),
-            rolled_back=rolled_back,
-            metrics=metrics,
-        )
 
     def _parts(self) -> dict[str, Part]:
         return {
             **named("learner", self.learner.parts()),
             **constrained_parts(self.constraints, controlled=True),
             **self.deployment.parts(),
+            **self.decisions.selection.parts(),
             "generator": self.generator,
         }
 
@@ -315,7 +293,7 @@ class Finetuning:
             "steps": self.steps,
             "episodes": self.episodes,
             "updated": self.updated,
-            "iterations": self.iterations,
+            **self.decisions.info(),
             **self.deployment.info(),
             "policy": self.policy.words(),
             "cost_max": self.foundation.cost_max,
@@ -330,6 +308,7 @@ class Finetuning:
 
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` and :meth:`info`, bitwise."""
+        self.decisions.load(info)
         restore_state(self._parts(), tensors)
         prefix = "experience/"
         self.experience.buffer.load_state_dict(
@@ -338,7 +317,6 @@ class Finetuning:
         self.steps = int(info["steps"])
         self.episodes = int(info["episodes"])
         self.updated = int(info.get("updated", self.steps))
-        self.iterations = int(info["iterations"])
         self.deployment.load(info)
         self.next_proposal = int(info["next_proposal"])
         self.stopped = str(info["stopped"])

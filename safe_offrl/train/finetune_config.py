@@ -13,6 +13,7 @@ from safe_offrl.safety.acceptance import AcceptanceConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.safety.guard import GuardConfig
 from safe_offrl.safety.multiplier import LagrangianConfig
+from safe_offrl.safety.selection import SelectionConfig
 from safe_offrl.safety.shield import ShieldConfig
 from safe_offrl.spec import EnvironmentConfig, SafetySpec
 from safe_offrl.train.baselines import BaselineConfig
@@ -40,6 +41,8 @@ class FinetuneConfig:
     see :mod:`safe_offrl.compute.descent`; ``baseline`` is for what our method is compared with.
     ``videos`` is how many accidents are filmed, the first ones of the run, see
     :mod:`safe_offrl.report.videos`; ``keep_versions`` keeps every version that acted, for replays.
+    ``selection`` is how the last part of the budget finds the policy that is handed over; a run
+    without acceptance step has none.
     On ``probation`` the run stops where the episodes before its first decision show that the
     pretrained policy exceeds a limit: so begins a run of which the log does not show that all are
     kept.
@@ -78,6 +81,7 @@ class FinetuneConfig:
     acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
     shielding: ShieldConfig = field(default_factory=ShieldConfig)
     guarding: GuardConfig = field(default_factory=GuardConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
     def __post_init__(self) -> None:
@@ -140,6 +144,20 @@ class FinetuneConfig:
                 "guard."
             )
 
+    def require_an_episode(self, horizon: int) -> None:
+        """Raise ConfigError where the budget holds no episode of so many steps."""
+        if self.budget < horizon:
+            raise ConfigError(
+                f"The budget is {self.budget} steps, too small for one episode of {horizon} "
+                f"steps. Give --budget at least {horizon}."
+            )
+
+    def phase(self, steps: int) -> str:
+        """Of an episode that begins after so many steps: "warmup", "online" or "testing"."""
+        if self.testing(steps):
+            return "testing"
+        return "warmup" if steps < self.warmup_steps else "online"
+
     def reason_to_stop(self, steps: int, accidents: int, horizon: int) -> str:
         """Why no further episode may begin after so many steps and accidents; "" if one may."""
         if self.accident_budget is not None and accidents >= self.accident_budget:
@@ -167,6 +185,15 @@ class FinetuneConfig:
     def untested(self) -> bool:
         """Whether the learner is deployed after every episode, without the acceptance step."""
         return self.unconstrained or self.baseline.multiplier != "ours"
+
+    def testing(self, steps: int) -> bool:
+        """Whether nobody learns any more after so many steps, and versions are tested."""
+        return self.selects and self.budget - steps <= self.selection.share * self.budget
+
+    @property
+    def selects(self) -> bool:
+        """Whether the policy that is handed over is chosen among those that acted."""
+        return self.safety_constraint and not self.untested and self.selection.share > 0.0
 
     @property
     def unconstrained(self) -> bool:

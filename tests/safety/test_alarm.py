@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,18 @@ EPSILON = 0.05
 
 
 def alarming_run(
-    root: Path, pretrained: RunDir, name: str, *overrides: str
+    root: Path, pretrained: RunDir, name: str, *overrides: str, since: int = 0
 ) -> tuple[RunDir, list[str]]:
-    """The run, and what it said."""
-    plan = online_plan(pretrained, f"safety.epsilon={EPSILON}", *overrides)
-    step = plan.env.step
+    """The run, and what it said; every step behind the first ``since`` is an accident."""
+    options = "selection.share=0", *overrides  # else the end would test who has acted
+    plan = online_plan(pretrained, f"safety.epsilon={EPSILON}", *options)
+    step, steps = plan.env.step, itertools.count(1)
 
-    def always(action: np.ndarray) -> Any:
+    def watched(action: np.ndarray) -> Any:
         *rest, info = step(action)
-        return *rest, {**info, "accident": True}
+        return *rest, {**info, "accident": next(steps) > since}
 
-    plan.env.step = always  # type: ignore[method-assign]
+    plan.env.step = watched  # type: ignore[method-assign]
     said: list[str] = []
     return commands.finetune_run(plan, name=name, runs=root, say=said.append), said
 
@@ -97,3 +99,19 @@ def test_an_alarm_that_nobody_has_answered_at_the_end_is_said_again(
         "alarm       the run ended before a decision answered it: the last policy may exceed the "
         "limit"
     ]
+
+
+def test_an_alarm_while_versions_are_tested_chooses_another_one(
+    root: Path, pretrained: RunDir
+) -> None:
+    """The tests begin behind 600 steps, and each of their episodes has an accident."""
+    options = "selection.share=0.6", "warmup_steps=100", "iteration_steps=100", "safety.epsilon=0.2"
+    run, said = alarming_run(root, pretrained, "tested", *options, since=600)
+    lines = [text for text in said if text.startswith(("alarm", "selected", "handed over"))]
+    (alarm,) = (i for i, text in enumerate(lines) if text.startswith("alarm"))
+    assert lines[alarm].endswith("the next version to be tested is another one, where there is one")
+    assert lines[alarm + 1].startswith("selected    step 1,400: version ")
+    before, after, last = (lines[i].partition("version ")[2][0] for i in (alarm - 1, alarm + 1, -1))
+    assert before != after == last  # the alarm spoke of the one before
+    assert [i["step"] for i in run.iterations()][-1] == 1400
+    assert run.iterations()[-1]["rolled_back"]

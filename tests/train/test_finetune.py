@@ -31,6 +31,7 @@ from safe_offrl.policies.acting import NumpyActor
 from safe_offrl.policies.networks import Actor, NetworkConfig, Risk, StackedMLP
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.guard import Guard, GuardConfig, Watch
+from safe_offrl.safety.selection import SelectionConfig
 from safe_offrl.safety.shield import ShieldConfig
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.baselines import BaselineConfig
@@ -95,6 +96,7 @@ def config_of(epsilon: float = 0.9, delta: float = 0.05, **settings: Any) -> Fin
         "networks": NETWORKS,
         "critic": CRITIC,
         "safety": SafetySpec(epsilon=epsilon, delta=delta),
+        "selection": SelectionConfig(share=0.0),
     }
     return FinetuneConfig(**{**defaults, **settings})
 
@@ -503,7 +505,7 @@ def test_both_constraints_hold_after_every_iteration(
             )  # the next proposal starts here
     assert accepted > 0
     assert (excepted > 0) == (epsilon == 0.01)  # the exception is needed there, and only there
-    assert tuning.iterations == len(trace.iterations) >= 8
+    assert tuning.decisions.iterations == len(trace.iterations) >= 8
 
 
 def test_an_adversarial_learner_never_acts(
@@ -627,6 +629,57 @@ def test_the_budget_is_never_exceeded_and_used_up(
     assert again.tuning.steps == trace.tuning.steps
     assert [e.index for e in trace.episodes] == list(range(len(trace.episodes)))
     assert trace.episodes[-1].total_steps == trace.tuning.steps
+
+
+def test_the_last_part_tests_who_has_acted(dataset: Dataset, pretraining: Pretraining) -> None:
+    """In the last 200 of 500 steps nobody learns; who acts there is one that acted before."""
+    selection = SelectionConfig(share=0.4, neighbours=0)
+    trace = begin(config_of(selection=selection), dataset, pretraining)
+    tuning = trace.tuning
+    before: list[Tensor] = []
+    learnt = 0  # the last version that learning made
+    for item in trace.run():
+        if isinstance(item, Episode) and item.phase == "testing":
+            assert item.total_steps - item.steps >= 300
+            assert all(map(torch.equal, before, parameters(tuning.networks.critics)))
+            assert any(equal(tuning.deployment.actor, trace.policies[v]) for v in range(learnt + 1))
+        elif isinstance(item, Episode) and tuning.config.testing(item.total_steps):
+            before = parameters(tuning.networks.critics)
+            learnt = item.version
+    tests = [e for e in trace.episodes if e.phase == "testing"]
+    assert sum(e.steps for e in tests) > 200 - 2 * HORIZON
+    assert tuning.steps > 500 - HORIZON
+    # By hand: the versions before, by the returns of their own episodes.
+    evidence: dict[int, list[Episode]] = defaultdict(list)
+    for episode in trace.episodes:
+        if episode.phase != "testing":
+            evidence[episode.version].append(episode)
+    kept = {
+        v: sum(e.episode_return for e in played) / len(played)
+        for v, played in evidence.items()
+        if len(played) >= 3 and sum(e.accident for e in played) <= 0.9 * len(played)
+    }
+    best = max(kept, key=lambda v: kept[v])
+    assert equal(trace.policies[tests[0].version], trace.policies[best])
+    assert trace.iterations[-1].step >= 300
+    selected = [i for i in trace.iterations if i.reason.startswith(f"selected: version {best}")]
+    assert selected
+    assert selected[0].rolled_back
+    assert selected[0].version == tests[0].version != best
+    # Who is handed over was tested.
+    assert tuning.decisions.selection.tested > 0
+    tested = {e.version for e in tests}
+    assert any(equal(tuning.deployment.actor, trace.policies[v]) for v in tested)
+
+
+def test_a_learner_that_nothing_tests_is_not_selected_from(
+    dataset: Dataset, pretraining: Pretraining
+) -> None:
+    selection = SelectionConfig(share=0.4)
+    trace = begin(config_of(selection=selection, **ALL_OFF), dataset, pretraining)
+    list(trace.run())
+    assert {e.phase for e in trace.episodes} == {"warmup", "online"}
+    assert not trace.tuning.decisions.selection.parts()
 
 
 @pytest.mark.parametrize("budget", range(300, 400, 20))
@@ -761,6 +814,14 @@ def test_resume_is_bitwise_behind_a_guard(
     safety = SafetySpec(constraint=constraint, epsilon=0.9, cost_limit=0.5)
     guard = guard_of(dataset, constraint=constraint, to_right=constraint == "accident")
     assert_resumed_bitwise(dataset, pretraining, stop_at, {"safety": safety}, guard)
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 7])
+def test_resume_is_bitwise_while_versions_are_tested(
+    dataset: Dataset, pretraining: Pretraining, stop_at: int
+) -> None:
+    selection = SelectionConfig(share=0.5, neighbours=1, kept=2)
+    assert_resumed_bitwise(dataset, pretraining, stop_at, {"selection": selection})
 
 
 @pytest.mark.parametrize("stop_at", [3, 4, 5, 6])
