@@ -52,10 +52,10 @@ def version_of(chosen: Selection, *, last: bool = False, exceeded: bool = False)
 def test_evidence_is_pooled_over_neighbours() -> None:
     """Versions 0, 1, 2, 3 with one, two, one, one episode; neighbours are one place away."""
     chosen = selection()
-    for version, episodes in enumerate([[(1, 10)], [(2, 20), (4, 0)], [(8, 40)], [(16, 80)]]):
+    for version, played in enumerate([[(1, 10)], [(2, 20), (4, 0)], [(8, 40)], [(16, 80)]]):
         if version:
             chosen.moved(back=False)
-        acts(chosen, version, *episodes)
+        acts(chosen, version, *played)
     expected = {0: (3, 7, 30), 1: (4, 15, 70), 2: (4, 30, 140), 3: (2, 24, 120)}
     for place, (episodes, returns, cost) in expected.items():
         found = chosen.around(place)
