@@ -48,6 +48,7 @@ class OnlineBuffer:
 
     def _clear(self) -> None:
         self._handed_over.zero_()
+        self._any_handed_over = False
         self.start_observations = self._store.new_zeros(0, self.layout.observation_size)
         self._accident_rows = torch.zeros(0, dtype=torch.int64, device=self._store.device)
         self._starts = torch.zeros(1, dtype=torch.int64)  # first rows of episodes, and N; on CPU
@@ -90,6 +91,7 @@ class OnlineBuffer:
         cuts = starts
         if handed_over is not None:
             handed = self._handed_over[first:end] = handed_over.to(self._store.device)
+            self._any_handed_over = True
             cuts = torch.cat([starts, handed.nonzero().squeeze(1)]).unique()
         for k, reach in enumerate(self._reaches):
             costs, spans = n_step_costs(columns, cuts, *reach)
@@ -114,6 +116,10 @@ class OnlineBuffer:
             steps=self._reaches[reach].steps,
         )
 
+    def steps_of_recent(self, episodes: int) -> int:
+        """Steps of the last so many episodes, fewer if there are fewer."""
+        return self.size - int(self._starts[max(0, len(self._starts) - 1 - episodes)])
+
     def recent_transitions(self, steps: int) -> Batch:
         """The last ``steps`` transitions, fewer if there are fewer."""
         return self.layout.unpack(self.rows[-steps:])
@@ -124,8 +130,13 @@ class OnlineBuffer:
         return handed
 
     def draw_recent(self, steps: int, size: int, generator: torch.Generator) -> Batch:
-        """``size`` transitions drawn from the last ``steps``."""
-        rows = self.rows[-steps:]
+        """``size`` transitions drawn from the last ``steps``, of those without a fallback if any.
+
+        What the policy itself visits: it would go on as it began, had it not been handed over.
+        """
+        rows, handed = self.rows[-steps:], self._handed_over[: self.size][-steps:]
+        if self._any_handed_over and not handed.all():
+            rows = rows[~handed]
         return self.layout.unpack(rows[draw_indices(len(rows), size, generator)])
 
     def mean_episode_length(self, steps: int) -> float:
@@ -138,7 +149,8 @@ class OnlineBuffer:
     def recent_visits(self, steps: int, *, until_accident: bool) -> Visited:
         """The last ``steps`` transitions, fewer if there are fewer.
 
-        ``until_accident``: those behind the first accident of their episode do not count.
+        ``until_accident``: those behind the first accident of their episode do not count. Nor do
+        those in which a fallback acted, unless it did in all; without it there would be as many.
         """
         # Episodes from the one on that the first of the transitions belongs to.
         first = max(0, self.size - steps)
@@ -152,10 +164,12 @@ class OnlineBuffer:
             before = accidents.cumsum(0) - accidents  # accidents of the rows before
             counted = (before == before[starts[:-1] - begin][episode]).to(counted.dtype)
         counts = counted.new_zeros(len(starts) - 1).index_add_(0, episode, counted)
+        own = counted[first - begin :].to(self._store.device)
+        handed = self._handed_over[first : self.size]
+        if self._any_handed_over and not handed.all():
+            own = own * ~handed
         return Visited(
-            self.recent_transitions(steps),
-            counted[first - begin :].to(self._store.device),
-            _mean_of_recent(counts, starts, steps),
+            self.recent_transitions(steps), own, _mean_of_recent(counts, starts, steps)
         )
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ _PATHS = ("dataset", "pretrained")
 # What a run of an earlier version did that had no word for it.
 _BEFORE: Mapping[str, Mapping[str, Any]] = {
     "pretrain": {"fallback": {"steps": 0}},
-    "finetune": {"guard": False, "selection": {"share": 0.0}},
+    "finetune": {"guard": False, "selection": {"share": 0.0}, "visited_episodes": 0},
 }
 
 

@@ -33,6 +33,9 @@ class FinetuneConfig:
     ``guard`` switch each part off; all off is RLPD warm-started from the same policy, which then
     deploys its learner after every episode, as it does with the guard alone.
 
+    The states of the latest ``visited_episodes``, and at least of ``visited_steps``, stand for what
+    the deployed policy visits: one episode is luck, and an estimate of it leads lambda astray.
+
     ``cautious_entropy`` (nats per action dimension) replaces ``learner.target_entropy`` while the
     safety constraint is on. The noise that a policy explores with is itself a source of
     accidents; -1 is SAC's target, where RLPD has -0.5. ``cautious_discrete_entropy`` (share of
@@ -67,6 +70,7 @@ class FinetuneConfig:
     cautious_entropy: float = -1.0
     cautious_discrete_entropy: float = 0.1
     visited_steps: int = 2_000
+    visited_episodes: int = 10
     device: DeviceChoice = "auto"
     compile: CompileMode = "auto"
     precision: Precision = "fp32"

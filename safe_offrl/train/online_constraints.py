@@ -77,17 +77,23 @@ class OnlineConstraints:
         """What a proposal is held against, one a limit."""
         return [self._judge(constraint) for constraint in self._constraints]
 
+    @property
+    def _latest(self) -> int:
+        """Steps whose states stand for what the deployed policy visits."""
+        config, buffer = self._config, self._experience.buffer
+        return max(config.visited_steps, buffer.steps_of_recent(config.visited_episodes))
+
     def _judge(self, constraint: Constrained) -> Judge:
         limit, critic, _ = constraint
         visited = self._experience.buffer.recent_visits(
-            self._config.visited_steps, until_accident=limit.quantity.until_accident
+            self._latest, until_accident=limit.quantity.until_accident
         )
         states = self._estimate_states(critic.outlook, DECISION_STATES)
         return Judge(limit, critic, visited, states)
 
     def _estimate_states(self, outlook: Outlook, size: int) -> States:
         """Estimate states of the deployed policy: starts, and for a cost its visits."""
-        visited, length, latest = None, 0.0, self._config.visited_steps
+        visited, length, latest = None, 0.0, self._latest
         if outlook.over_visits:
             visited = self._experience.buffer.draw_recent(latest, size, self._generator)
             length = self._experience.buffer.mean_episode_length(latest)

@@ -53,6 +53,7 @@ def test_what_is_derived_as_episodes_come_is_what_all_of_them_at_once_give() -> 
     for buffer in (one, other):
         assert torch.equal(buffer.start_observations, firsts)
         assert buffer.mean_episode_length(50) == 24 / 5
+        assert [buffer.steps_of_recent(n) for n in (1, 2, 4, 5, 9)] == [3, 15, 17, 24, 24]
         generator = torch.Generator().manual_seed(1)
         batch, weights, spans = buffer.risk_sampler().draw(40, 0.25, generator)
         # The rule by which they were derived from all rows after every episode.
@@ -176,6 +177,24 @@ def test_who_acted_is_kept_and_comes_back() -> None:
     assert again.state_dict().keys() == buffer.state_dict().keys()
     assert torch.equal(again.state_dict()["handed_over"], handed(2, 3, 5, of=8))
     assert state["handed_over"].data_ptr() != buffer._handed_over.data_ptr()  # a copy
+
+
+def test_what_a_fallback_did_is_no_visit_of_the_policy() -> None:
+    """Rows 2, 3 and 5 of 7, two episodes of 4 and 3: rows 0, 1, 4 and 6 are the policy's own."""
+    buffer = OnlineBuffer(LAYOUT, 9)
+    buffer.append(two_episodes(), handed(2, 3, 5, of=7))
+    own = {float(buffer.rows[row].sum()) for row in (4, 6)}
+    assert len(own) == 2
+    drawn = LAYOUT.pack(buffer.draw_recent(4, 200, torch.Generator().manual_seed(0)))
+    assert {float(row.sum()) for row in drawn} == own
+    seen = buffer.recent_visits(5, until_accident=False)
+    assert seen.counted.tolist() == [0.0, 0.0, 1.0, 0.0, 1.0]
+    assert seen.per_episode == 3.0  # of the second, which begins there, hand-overs included
+    # Where a fallback acted in all, there is nothing else.
+    other = OnlineBuffer(LAYOUT, 9)
+    other.append(two_episodes(), handed(*range(7), of=7))
+    assert other.recent_visits(5, until_accident=False).counted.tolist() == [1.0] * 5
+    assert len(LAYOUT.pack(other.draw_recent(4, 20, torch.Generator().manual_seed(0)))) == 20
 
 
 def test_a_state_without_hand_overs_leaves_none_behind() -> None:
