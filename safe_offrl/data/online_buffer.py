@@ -168,9 +168,7 @@ class OnlineBuffer:
         handed = self._handed_over[first : self.size]
         if self._any_handed_over and not handed.all():
             own = own * ~handed
-        return Visited(
-            self.recent_transitions(steps), own, _mean_of_recent(counts, starts, steps)
-        )
+        return Visited(self.recent_transitions(steps), own, _mean_of_recent(counts, starts, steps))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what was stored; enough to continue bitwise.

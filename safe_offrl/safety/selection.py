@@ -8,7 +8,8 @@ each of its episodes may show another one to be better.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,35 +49,49 @@ class SelectionConfig:
             )
 
 
-class Evidence(NamedTuple):
-    """What episodes did: their number, and sums of their returns and outcomes (one a limit)."""
+class Sums(NamedTuple):
+    """Of a number that each of some episodes has: how many there are, their sum, that of squares.
 
-    episodes: int
-    total_return: float
-    outcomes: tuple[float, ...]
+    >>> sums = Sums.of(1.0) + Sums.of(2.0) + Sums.of(6.0)
+    >>> sums.mean, round(sums.error, 3)
+    (3.0, 1.528)
+    """
 
-    @property
-    def mean_return(self) -> float:
-        """Return of an episode."""
-        return self.total_return / self.episodes
-
-    @property
-    def mean_outcomes(self) -> tuple[float, ...]:
-        """Outcome of an episode for each limit, in [0, 1]."""
-        return tuple(outcome / self.episodes for outcome in self.outcomes)
+    episodes: int = 0
+    total: float = 0.0
+    squares: float = 0.0
 
     @classmethod
-    def summed(cls, several: Iterable[Evidence], limits: int) -> Evidence:
-        """All of them together; none of them is no episode."""
-        total = cls(0, 0.0, (0.0,) * limits)
-        for one in several:
-            sums = zip(total.outcomes, one.outcomes, strict=True)
-            total = cls(
-                total.episodes + one.episodes,
-                total.total_return + one.total_return,
-                tuple(a + b for a, b in sums),
-            )
-        return total
+    def of(cls, value: float) -> Sums:
+        """Of one episode."""
+        return cls(1, value, value * value)
+
+    def __add__(self, other: Sums) -> Sums:  # type: ignore[override]  # tuples would be joined
+        return Sums(
+            self.episodes + other.episodes, self.total + other.total, self.squares + other.squares
+        )
+
+    @property
+    def mean(self) -> float:
+        """Of an episode; at least one is needed."""
+        return self.total / self.episodes
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean, of two episodes at least."""
+        n = self.episodes
+        return math.sqrt(max(self.squares - self.total**2 / n, 0.0) / (n * (n - 1)))
+
+
+class Evidence(NamedTuple):
+    """What episodes did: their returns, and their outcomes in [0, 1] for each limit."""
+
+    returns: Sums
+    outcomes: tuple[Sums, ...]
+
+    def __add__(self, other: Evidence) -> Evidence:  # type: ignore[override]
+        outcomes = zip(self.outcomes, other.outcomes, strict=True)
+        return Evidence(self.returns + other.returns, tuple(a + b for a, b in outcomes))
 
 
 class Candidate(NamedTuple):
@@ -97,6 +112,7 @@ class Selection:
     def __init__(self, config: SelectionConfig, limits: Sequence[Limit]) -> None:
         self.config = config
         self._limits = limits
+        self._none = Evidence(Sums(), (Sums(),) * len(limits))
         self._place = 0  # of the version that acts
         self._candidates: dict[int, Candidate] = {}
         self._evidence: dict[int, Evidence] = {}
@@ -118,9 +134,8 @@ class Selection:
             self._candidates[place] = Candidate(
                 version, copy.deepcopy(actor).requires_grad_(False), copy.deepcopy(shield)
             )
-        new = Evidence(1, episode_return, tuple(outcomes))
-        known = [self._evidence[place]] if place in self._evidence else []
-        self._evidence[place] = Evidence.summed([*known, new], len(self._limits))
+        new = Evidence(Sums.of(episode_return), tuple(map(Sums.of, outcomes)))
+        self._evidence[place] = self._evidence.get(place, self._none) + new
         if testing:
             self._tests[place] = self._tests.get(place, 0) + 1
         self._forget()
@@ -132,18 +147,18 @@ class Selection:
     def around(self, place: int) -> Evidence:
         """Of the version at a place and its neighbours."""
         reach = range(place - self.config.neighbours, place + self.config.neighbours + 1)
-        found = (self._evidence[p] for p in reach if p in self._evidence)
-        return Evidence.summed(found, len(self._limits))
+        return sum((self._evidence.get(p, self._none) for p in reach), start=self._none)
 
     def choose(self, *, last: bool, exceeded: bool) -> Candidate | None:
         """The version that acts from now on; None if it acts already.
 
-        The highest return among those whose episodes keep every limit on average; of none that
-        does, the one that exceeds them least. The ``last`` choice is among those that were tested.
-        What is ``exceeded``, by an alarm, is what acts: it is not chosen again.
+        The highest return less its standard error, among those whose episodes keep every limit
+        with one standard error to spare; of none that does, the one that exceeds them least. The
+        ``last`` choice is among those that were tested. What is ``exceeded``, by an alarm, is what
+        acts: it is not chosen again.
         """
         options = [p for p in self._candidates if not last or p in self._tests]
-        options = [p for p in options if self.around(p).episodes >= ENOUGH]
+        options = [p for p in options if self._rank(p)[1] > -math.inf]
         if exceeded:
             options = [p for p in options if p != self._place]
         best = max(options, key=lambda p: (*self._rank(p), p == self._place), default=self._place)
@@ -156,11 +171,15 @@ class Selection:
 
     def _rank(self, place: int) -> tuple[bool, float]:
         found = self.around(place)
+        if found.returns.episodes < ENOUGH:
+            return False, -math.inf
         excess = max(
-            mean / limit.share - 1.0
-            for mean, limit in zip(found.mean_outcomes, self._limits, strict=True)
+            (sums.mean + sums.error) / limit.share - 1.0
+            for sums, limit in zip(found.outcomes, self._limits, strict=True)
         )
-        return (True, found.mean_return) if excess <= 0.0 else (False, -excess)
+        if excess > 0.0:
+            return False, -excess
+        return True, found.returns.mean - found.returns.error
 
     def _forget(self) -> None:
         """Keep the best; those whose neighbours have not all acted cannot be compared yet."""
@@ -179,12 +198,13 @@ class Selection:
         found = self.around(self._place)
         told = [
             f"{limit.quantity.per_episode} "
-            f"{limit.quantity.text(mean * limit.scale)} (limit {limit.quantity.text(limit.value)})"
-            for mean, limit in zip(found.mean_outcomes, self._limits, strict=True)
+            f"{limit.quantity.text(sums.mean * limit.scale)} "
+            f"(limit {limit.quantity.text(limit.value)})"
+            for sums, limit in zip(found.outcomes, self._limits, strict=True)
         ]
         return (
-            f"version {self._candidates[self._place].version}: return {found.mean_return:.4g}, "
-            f"{', '.join(told)} over {found.episodes} episodes of it and its neighbours"
+            f"version {self._candidates[self._place].version}: return {found.returns.mean:.4g}, "
+            f"{', '.join(told)} over {found.returns.episodes} episodes of it and its neighbours"
         )
 
     # --- resume ---
@@ -203,7 +223,7 @@ class Selection:
         return {
             "place": self._place,
             "candidates": [[place, found.version] for place, found in self._candidates.items()],
-            "evidence": [[p, n, ret, *sums] for p, (n, ret, sums) in self._evidence.items()],
+            "evidence": [[p, ret, *several] for p, (ret, several) in self._evidence.items()],
             "tests": [[place, tests] for place, tests in self._tests.items()],
         }
 
@@ -214,5 +234,8 @@ class Selection:
             place: Candidate(version, copy.deepcopy(actor), copy.deepcopy(shield))
             for place, version in info["candidates"]
         }
-        self._evidence = {p: Evidence(n, ret, tuple(sums)) for p, n, ret, *sums in info["evidence"]}
+        self._evidence = {
+            place: Evidence(Sums(*returns), tuple(Sums(*sums) for sums in several))
+            for place, returns, *several in info["evidence"]
+        }
         self._tests = dict(info["tests"])

@@ -59,8 +59,8 @@ def test_evidence_is_pooled_over_neighbours() -> None:
     expected = {0: (3, 7, 30), 1: (4, 15, 70), 2: (4, 30, 140), 3: (2, 24, 120)}
     for place, (episodes, returns, cost) in expected.items():
         found = chosen.around(place)
-        assert (found.episodes, found.total_return) == (episodes, returns)
-        assert found.mean_outcomes == pytest.approx((cost / 100 / episodes,))
+        assert found.returns[:2] == (episodes, returns)
+        assert [sums.mean for sums in found.outcomes] == pytest.approx([cost / 100 / episodes])
 
 
 def test_the_highest_return_that_keeps_the_limit_is_chosen() -> None:
@@ -82,8 +82,10 @@ def test_the_highest_return_that_keeps_the_limit_is_chosen() -> None:
 
 def test_where_nobody_keeps_the_limit_the_nearest_to_it_is_chosen() -> None:
     chosen = selection(neighbours=0, limits=(COST, ACCIDENT))
-    acts(chosen, 0, (1, 50), (1, 50), (1, 0), (1, 0))  # 25 and 50 %: both are kept
-    assert chosen._rank(0) == (True, 1.0)
+    acts(chosen, 0, (1, 10), (4, 0), (7, 0), (4, 0))  # 5 and 25 %, with standard errors 50
+    assert list(chosen._rank(0)) == pytest.approx([True, 4.0 - 1.5**0.5])
+    acts(chosen, 0, (4, 10))  # 40 % and its standard error of 24 are beyond the limit
+    assert list(chosen._rank(0)) == pytest.approx([False, 1.0 - 0.64495 / 0.5], rel=1e-4)
     chosen = selection(neighbours=0, limits=(COST, ACCIDENT))
     acts(chosen, 0, *[(90, 80)] * 3)  # 80 and 100 %: 2.2 limits too much
     chosen.moved(back=False)
@@ -92,7 +94,8 @@ def test_where_nobody_keeps_the_limit_the_nearest_to_it_is_chosen() -> None:
     acts(chosen, 2, *[(95, 10)] * 3)  # 10 and 100 %: one limit too much, though it keeps one
     assert version_of(chosen) is None
     chosen.moved(back=False)
-    acts(chosen, 3, (1, 80), (1, 0), (1, 0))  # 27 and 33 %: the nearest
+    # 12 and, with a standard error of 16, 56 %: the nearest.
+    acts(chosen, 3, *[(1, 30)] * 4, *[(1, 0)] * 6)
     assert version_of(chosen) is None
 
 
@@ -133,8 +136,8 @@ def test_what_was_put_back_stands_apart() -> None:
     acts(chosen, 2, (1, 0))
     chosen.moved(back=False)
     acts(chosen, 3, (1, 0))
-    assert [chosen.around(place).episodes for place in (0, 1, 3, 4)] == [2, 2, 2, 2]
-    assert chosen.around(3).mean_outcomes == (0.0,)
+    assert [chosen.around(place).returns.episodes for place in (0, 1, 3, 4)] == [2, 2, 2, 2]
+    assert chosen.around(3).outcomes[0].mean == 0.0
 
 
 def test_only_the_best_are_kept() -> None:
