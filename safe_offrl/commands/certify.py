@@ -40,7 +40,7 @@ from safe_offrl.deploy.episodes import distinct, faults_in_a_row
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
-from safe_offrl.limits import COST, QUANTITIES
+from safe_offrl.limits import COST, QUANTITIES, quantity_named
 from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.find_run import find_run
 from safe_offrl.record.ledger import LedgerWriter
@@ -241,10 +241,11 @@ def _play(final: FinalPolicy, claims: Sequence[Claim], path: Path, say: Say) -> 
         try:
             while not finished(claims, totals, len(played)):
                 before = played[-1].total_steps if played else 0
-                about = claim, len(played), final.env, final.policy, before, final.worst_cost
+                about = claim, len(played), final.env, final.policy, before
+                worst = final.worst_cost, final.worst_signals
                 if real:
-                    record.reserve(reserve(*about).worst)
-                episode, fault = play(*about)
+                    record.reserve(reserve(*about, *worst).worst)
+                episode, fault = play(*about, *worst)
                 record.append(episode)
                 faults = faults_in_a_row(faults, fault)
                 totals = [
@@ -305,7 +306,7 @@ def _header(final: FinalPolicy, claims: Sequence[Claim], situations: Situations 
     """What a person should know before it starts."""
     claim = claims[0]
     asked = " and ".join(map(quantity, claims))
-    evidence = " or ".join(dict.fromkeys(QUANTITIES[c.quantity].evidence for c in claims))
+    evidence = " or ".join(dict.fromkeys(quantity_named(c.quantity).evidence for c in claims))
     many = (
         f"{claim.episodes:,} episodes, then one look"
         if claim.method == "one look"

@@ -76,6 +76,7 @@ def evaluate_run(
             mean_action=mean_action,
             watch=watch,
             worst_cost=final.worst_cost,
+            worst_signals=final.worst_signals,
         ):
             played.append(episode)  # noqa: PERF402  # its length is shown meanwhile
     # Outcomes.

@@ -35,7 +35,7 @@ from safe_offrl.data_formats.validation import check_learnable, check_matches_en
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env, time_limit
 from safe_offrl.errors import DataError
-from safe_offrl.limits import COST
+from safe_offrl.limits import ACCIDENT, COST
 from safe_offrl.record.progress import Heartbeat, Say
 from safe_offrl.record.run_config import RunInputs
 from safe_offrl.record.trust import is_trusted_log
@@ -106,7 +106,7 @@ def pretrain_config(
     # What settings begin with depends on what is constrained, which they say themselves.
     with_costs = functools.partial(resolve, inherited=COST.pretraining)
     config = with_costs()
-    if config.safety.quantity is COST:
+    if config.safety.quantity is not ACCIDENT:
         resolve = with_costs
     else:
         config = resolve()
@@ -172,7 +172,7 @@ def plan_pretrain(
         check_learnable(dataset, config.safety)
         require_both_outcomes(dataset, path, config.safety)
         # This refuses a limit that cannot bind.
-        config.safety.all_limits(dataset.horizon, dataset.cost_max)
+        config.safety.all_limits(dataset.horizon, dataset.cost_max, dataset.signals_max)
         env_versions, env_identity = env.versions(), env.identity()
         units = _assumed_units(dataset, env)
     finally:

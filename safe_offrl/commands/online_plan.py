@@ -260,7 +260,8 @@ def plan_finetune(
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
-        limits = config.safety.all_limits(env.horizon, dataset.cost_max)
+        largest = dataset.cost_max, dataset.signals_max
+        limits = config.safety.all_limits(env.horizon, *largest)
         if config.videos:
             require_pictures(env)
         # Pretrained policy and shield.

@@ -68,10 +68,14 @@ def _select(rows: Rows, index: Tensor) -> Tensor:
 
 
 class Reach(NamedTuple):
-    """What a transition spans that a safety critic learns from: steps, discounted."""
+    """What a transition spans that a safety critic learns from: steps, discounted.
+
+    ``limited`` is the signal whose costs it learns, see :class:`Layout`.
+    """
 
     steps: int = 1
     discount: float = 1.0
+    limited: str = ""
 
 
 class RiskSampler:
@@ -114,7 +118,7 @@ class RiskSampler:
         names = ("costs", *map(signal_column, dataset.layout.signals))
         columns = torch.stack([dataset.column(name).to(device) for name in names], dim=-1)
         costs = n_step_costs(columns, starts, steps, discount)
-        stratified = StratifiedSampler(dataset.column("accidents").to(device))
+        stratified = StratifiedSampler(dataset.column(dataset.layout.event).to(device))
         return cls(dataset.rows, dataset.layout, stratified, *costs, steps=steps)
 
     def draw(

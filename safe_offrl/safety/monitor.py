@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from safe_offrl.stats.anytime import (
     run_level_upper,
 )
 from safe_offrl.stats.fixed import episodes_needed, error_share, smallest_epsilon
+
+NO_SIGNALS: Mapping[str, float] = {}
 
 
 class SafetyMonitor:
@@ -47,9 +50,19 @@ class SafetyMonitor:
         self._alarm = False
         self._alarm_resets = 0
 
-    def update(self, accident: bool, cost: float, version: int) -> None:
-        """Take in one complete episode of the deployed policy ``version``; ``cost`` is its sum."""
-        outcome = self.limit.outcome(accident, cost)
+    def update(
+        self,
+        accident: bool,
+        cost: float,
+        version: int,
+        signal_costs: Mapping[str, float] = NO_SIGNALS,
+    ) -> None:
+        """Take in one complete episode of the deployed policy ``version``.
+
+        ``cost`` is its sum, and ``signal_costs`` are those of the named cost signals.
+        """
+        limited = self.limit.quantity.cost_of(cost, signal_costs)
+        outcome = self.limit.outcome(accident, limited)
         self.episodes += 1
         self.accidents += accident
         self.cost += cost
@@ -58,7 +71,7 @@ class SafetyMonitor:
         self.version = version
         k, n = self._versions.get(version, (0.0, 0))
         self._versions[version] = (k + outcome, n + 1)
-        alarming, limit = self.limit.alarm(accident, cost)
+        alarming, limit = self.limit.alarm(accident, limited)
         self._alarm_state = alarm_update(self._alarm_state, alarming, limit)
         # The alarm is sticky: crossing the threshold once is the proof, whatever follows.
         self._alarm = self._alarm or self.log_evidence >= self.alarm_threshold
