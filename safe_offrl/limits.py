@@ -2,10 +2,11 @@
 
 A class a quantity: how it is called, counted, steered and watched. ``constraint`` is its name in
 settings, ``measure`` in curves and files, ``symbol`` in formulas, ``limit`` what a limit is called
-there; ``signal`` is the named cost signal that it is of, "" of none; ``form`` is how a value of it is written, ``estimate_form`` what the safety critic makes of
-it; other words stand in sentences and on charts. Of the policy that acts, ``recent_episodes`` are
-those that say what it really does now. ``pretraining`` and ``finetuning`` are settings that the
-phases begin with where others are not given.
+there; ``signal`` is the named cost signal that it is of, "" of none, and ``cost`` what episodes
+cost beside their accidents; ``form`` is how a value of it is written, ``estimate_form`` what the
+safety critic makes of it; other words stand in sentences and on charts. Of the policy that acts,
+``recent_episodes`` are those that say what it really does now. ``pretraining`` and ``finetuning``
+are settings that the phases begin with where others are not given.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class AccidentProbability:
 
     constraint = "accident"
     signal = ""
+    cost, inside = "cost", ""
     event = "accident"
     limit = "epsilon"
     limit_in_words = "epsilon"
@@ -138,7 +140,7 @@ class ExpectedCost:
     def __init__(self, signal: str = "") -> None:
         """The words of the cost of ``signal``, "" of the environment's own."""
         cost, inside = (f"{signal} cost", f" in {signal}") if signal else ("cost", "")
-        self.signal, self.cost, self._inside = signal, cost, inside
+        self.signal, self.cost, self.inside = signal, cost, inside
         self.constraint = signal or "cost"
         self.event = cost
         self.limit = f"limits.{signal}" if signal else "cost_limit"
@@ -223,7 +225,7 @@ class ExpectedCost:
 
     def alarming(self, limit: float) -> str:
         """An episode that counts fully for the alarm, in words."""
-        return f"that cost {ALARM_RANGE * limit:g} or more{self._inside}"
+        return f"that cost {ALARM_RANGE * limit:g} or more{self.inside}"
 
     def worst_cost(self, scale: float, logged: float) -> float:
         """What an episode counts as whose end is unknown: all that it can cost."""

@@ -31,8 +31,8 @@ class SafetySpec:
     environment's own time limit.
 
     ``limits`` are several constraints at once, each kept by every policy that acts: what is limited
-    ("accident", "cost", a name of ``signals``) and its limit. The first is the one that ``constraint`` names; ``epsilon``
-    and ``cost_limit`` are then what it says.
+    ("accident", "cost", a name of ``signals``) and its limit. The first is the one that
+    ``constraint`` names; ``epsilon`` and ``cost_limit`` are then what it says.
 
     ``signals`` are costs beside ``info["cost"]``, {name: where it is found}: a key of info, a path
     of keys ("constraints.vases"), or "package.module:function" as an accident rule. In order of

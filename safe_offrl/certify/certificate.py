@@ -49,10 +49,11 @@ RECORD = "episodes.jsonl"
 class Claim:
     """What is to be shown: ``quantity`` < ``limit``, both as a share of ``scale``.
 
-    ``quantity`` is "accident" (the probability of an episode with at least one accident, scale 1)
-    or "cost" (the expected cost of an episode; scale is the largest it can be), or the name of a
-    cost signal, of which the same is claimed. ``episodes`` is their number ("one look") or the most there will be ("anytime"). ``shares`` are the claims of
-    one certificate, between which the error is divided: all of them hold with ``confidence``.
+    ``quantity`` is "accident" (the probability of an episode with at least one accident, scale 1),
+    "cost" (the expected cost of an episode; scale is the largest it can be), or the name of a cost
+    signal (likewise). ``episodes`` is their number ("one look") or the most there will be
+    ("anytime"). ``shares`` are the claims of one certificate, between which the error is divided:
+    all of them hold with ``confidence``.
     """
 
     quantity: str

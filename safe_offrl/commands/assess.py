@@ -20,10 +20,10 @@ from safe_offrl.commands.common import (
     warning_lines,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
-from safe_offrl.commands.given_limits import Limits, require_own_limit
+from safe_offrl.commands.given_limits import Limits, limits_by_name, require_own_limit
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.errors import RunError
+from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, plain, write_atomic
 from safe_offrl.limits import QUANTITIES, Limit, quantity_named
 from safe_offrl.record.checkpoints import Checkpoint
@@ -187,11 +187,18 @@ def _subjects(run: RunDir, limits: Limits, confidence: float | None, say: Say) -
     inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
     configure(inputs.threads)
     require_own_limit(config.safety, limits)
-    asked: dict[str, Any] = {**limits, "confidence": confidence}
+    asked: dict[str, Any] = {"confidence": confidence}
     given = {k: v for k, v in asked.items() if v is not None}
-    own = {q.constraint: given[q.limit] for q in QUANTITIES.values() if q.limit in given}
+    own = limits_by_name(limits)
+    if other := [name for name in own if name not in config.safety.bounds]:
+        raise ConfigError(
+            f'The run "{run.name}" has no limit of "{other[0]}", so nothing was learnt of it. Give '
+            f"limits of {' and '.join(config.safety.bounds)}, or pretrain with it."
+        )
     if config.safety.limits:
         given["limits"] = config.safety.limits | own
+    else:
+        given |= {QUANTITIES[name].limit: value for name, value in own.items()}
     safety = dataclasses.replace(config.safety, **given)
     dataset = stored_dataset(inputs, safety, discount_of(config))
     if run.environments:

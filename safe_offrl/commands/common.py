@@ -20,11 +20,12 @@ from safe_offrl.files import unwritable
 from safe_offrl.limits import quantity_named
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import RunInputs
-from safe_offrl.record.trust import require_trusted_log
+from safe_offrl.record.trust import require_trusted_log, require_trusted_signal
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.pretrain_config import PretrainConfig
 
 DEFAULT_ENV = "PointHazard-v0"
+LIMITS = "safety.limits."  # before the name of what is limited
 
 
 def say_plain(text: str) -> None:
@@ -65,6 +66,31 @@ def with_logged_rule(
     if imports and config.safety.accident != rule["accident"]:
         require_trusted_log(metadata)
     return worded
+
+
+def logged_signals(
+    metadata: Mapping[str, Any],
+    overrides: Sequence[str],
+    limited: Iterable[str] = (),
+    *,
+    imports: bool = True,
+) -> dict[str, str]:
+    """Settings that say where a log's own signals are found, of those that are limited.
+
+    By ``overrides``, which may say it themselves, or else ``limited``. ConfigError if that is a
+    function of a module (which a run ``imports``) and the log was not made here.
+    """
+    keys, said = [text.partition("=")[0] for text in overrides], metadata.get("signals")
+    stated = said if isinstance(said, dict) else {}
+    asked = [*limited, *(key.removeprefix(LIMITS) for key in keys if key.startswith(LIMITS))]
+    found = {}
+    for name in asked:
+        source, key = stated.get(name), f"safety.signals.{name}"
+        if isinstance(source, str) and key not in keys:
+            if imports:
+                require_trusted_signal(metadata, name, source)
+            found[key] = source
+    return found
 
 
 def stated_safety(

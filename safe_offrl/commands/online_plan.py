@@ -124,7 +124,6 @@ class FinetuneSettings(Limits, total=False):
     accident_budget: int | None
     videos: int | None
     keep_versions: bool | None
-    limit: Sequence[str] | None  # NAME=VALUE each
     seed: int | None
     kl: bool | None  # whether it is constrained
     safety_constraint: bool | None

@@ -40,9 +40,9 @@ class Outputs(NamedTuple):
 class PolicyGraph(nn.Module):
     """A frozen copy of policy, shield, guard and scaling of observations.
 
-    ``draws`` is K, ``spent`` are the names of the S costs that the guard asks for. The noise is what the policy's sampler in numpy draws: a row makes an action,
-    row 0 the first choice. Row 0 all zero makes that the mean action, or the most probable one. A
-    shield that abstains has K = 1.
+    ``draws`` is K, ``spent`` names the S costs that the guard asks for. The noise is what the
+    policy's sampler in numpy draws: a row makes an action, row 0 the first choice. Row 0 all zero
+    makes that the mean action, or the most probable one. A shield that abstains has K = 1.
     """
 
     mean: Tensor

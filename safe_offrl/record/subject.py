@@ -43,11 +43,19 @@ def subject_of(final: FinalPolicy) -> dict[str, Any]:
             "accident": safety.accident,
             **rule_source(safety.accident),
             "cost_threshold": safety.cost_threshold,
+            **_signal_sources(final),
             KEY: env.identity(),
         },
         "versions": versions(env.versions()),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _signal_sources(final: FinalPolicy) -> dict[str, Any]:
+    """Where each signal is found that is limited; nothing if none is."""
+    limited = [limit.constraint for limit in final.limits if limit.quantity.signal]
+    found = {name: final.safety.signals[name] for name in limited}
+    return {"signals": found} if found else {}
 
 
 def rule_source(accident: str) -> dict[str, str]:

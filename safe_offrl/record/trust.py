@@ -40,7 +40,10 @@ def trust_own(
 
 def trust_log(metadata: Mapping[str, Any]) -> None:
     """Remember what a log that was made here says of itself, if that would import anything."""
-    if any(":" in str(metadata.get(key, "")) for key in ("env_id", "accident")):
+    signals = metadata.get("signals")
+    sources = signals.values() if isinstance(signals, dict) else ()
+    named = (metadata.get("env_id", ""), metadata.get("accident", ""), *sources)
+    if any(":" in str(source) for source in named):
         with contextlib.suppress(RunError):  # Where nothing can be remembered, trust is asked for.
             remember(metadata_text(metadata))
 
@@ -58,6 +61,16 @@ def require_trusted_log(metadata: Mapping[str, Any]) -> None:
             f'The log was made under the accident rule "{rule}", which would be imported and '
             "executed, and it was not made on this machine as far as it knows. If you trust it, "
             f"say safety.accident={rule}; else name another rule."
+        )
+
+
+def require_trusted_signal(metadata: Mapping[str, Any], name: str, source: str) -> None:
+    """Raise ConfigError if the function that a log from elsewhere finds a signal by would be."""
+    if ":" in source and not is_trusted_log(metadata):
+        raise ConfigError(
+            f'The log found its signal "{name}" by "{source}", which would be imported and '
+            "executed, and it was not made on this machine as far as it knows. If you trust it, "
+            f"say safety.signals.{name}={source}."
         )
 
 

@@ -80,12 +80,12 @@ class CalibrationReport:
             for refusals in (self.shield_refusals, self.guard_refusals)
         )
         quantity = quantity_named(self.constraint)
-        cost = f"{quantity.signal} cost".lstrip()
         form = quantity.estimate_form
         return "\n".join(
             [
                 f"calibration {self.episodes} held-out episodes, {self.accident_episodes} with an "
-                f"accident ({self.behaviour_accident_rate:.1%}), {cost} {self.behaviour_cost:.3g} "
+                f"accident ({self.behaviour_accident_rate:.1%}), "
+                f"{quantity.cost} {self.behaviour_cost:.3g} "
                 "each",
                 f"{quantity.short_name:<12}"
                 f"{self.estimate:{form}} per episode for the new policy (upper estimate "
