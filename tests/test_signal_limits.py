@@ -17,9 +17,11 @@ from gymnasium import spaces
 
 from safe_offrl import commands
 from safe_offrl.agents.bc import safe_episodes
+from safe_offrl.assess.assessment import assess_policy
 from safe_offrl.assess.fitted_features import FittedConfig, episode_totals
-from safe_offrl.certify.certificate import Claim, contribution, sealed
+from safe_offrl.certify.certificate import Claim, contribution, play, reserve, sealed
 from safe_offrl.certify.recheck import recheck
+from safe_offrl.check.situations import find_situations
 from safe_offrl.collect.build import _unsafe_episodes
 from safe_offrl.collect.penalty import Account, Penalised
 from safe_offrl.commands.common import logged_signals, require_both_outcomes
@@ -28,13 +30,17 @@ from safe_offrl.data.online_buffer import OnlineBuffer
 from safe_offrl.data.sampling import Reach, RiskSampler
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.deploy import export
+from safe_offrl.deploy.episodes import play_episode
+from safe_offrl.deploy.evaluate import evaluate
 from safe_offrl.deploy.graph import Inputs, Outputs, PolicyGraph
+from safe_offrl.deploy.policy import DeployedPolicy
+from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
-from safe_offrl.errors import ConfigError, DataError
+from safe_offrl.errors import ConfigError, DataError, EnvFault
 from safe_offrl.limits import ACCIDENT, COST, Limit, quantity_named
-from safe_offrl.policies.networks import NetworkConfig
+from safe_offrl.policies.networks import Actor, NetworkConfig
 from safe_offrl.policy import load_policy
-from safe_offrl.record.final_policy import final_policy
+from safe_offrl.record.final_policy import final_policy, stored_policy
 from safe_offrl.record.ledger import parse_ledger
 from safe_offrl.record.online_curves import OnlineCurves
 from safe_offrl.record.run import RunDir
@@ -44,12 +50,13 @@ from safe_offrl.safety.critic import SafetyCriticConfig
 from safe_offrl.safety.guard import Guard, Watch
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.safety.outlook import CostAhead, accident_within
+from safe_offrl.safety.shield import Shield
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.fallback import Fallback
 from safe_offrl.train.foundation import Foundation, settings_of
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import PretrainConfig
-from safe_offrl.types import Batch, Episode, Layout
+from safe_offrl.types import Batch, Episode, Layout, Normalizer
 from tests.safety.test_guard import LEFT, fallback, guard_of, net_of, v
 from tests.test_resume import killed, record, silent
 from tests.toll_line import ENV, HORIZON, SIGNALS, TINY, logged_tolls
@@ -252,7 +259,7 @@ def test_the_critic_of_each_limit_learns_its_own_truth() -> None:
     """Whatever is done, a step costs 4 in a with a probability of 1/4, and 2 in b with 1/2.
 
     So the discounted mean of the costs ahead, as a share of the largest, is (1 - .5^n) / 4 and
-    / 2 with n steps left. The environment's own cost, and the accidents, are in every step.
+    / 2 with n steps left. The environment's own cost is 0, and an accident in every step.
     """
     rng, layout, n = np.random.default_rng(0), Layout(1, 1, ("a", "b")), 20
     ones = torch.ones(200 * n)
@@ -261,7 +268,8 @@ def test_the_critic_of_each_limit_learns_its_own_truth() -> None:
     a = torch.from_numpy(4.0 * (rng.random(200 * n) < 0.25)).float()
     b = torch.from_numpy(2.0 * (rng.random(200 * n) < 0.5)).float()
     signals = torch.stack([a, b], -1)
-    batch = Batch(column, column, ones, ones, ones, column, 0.0 * ones, left, ones, signals)
+    nothing = 0.0 * ones
+    batch = Batch(column, column, ones, ones, nothing, column, nothing, left, ones, signals)
     starts = np.arange(0, 200 * n + 1, n)
     data = Dataset(layout.pack(batch), layout, starts, left.numpy() < 1.5 / n, n, "x")
     config = PretrainConfig(
@@ -275,6 +283,8 @@ def test_the_critic_of_each_limit_learns_its_own_truth() -> None:
     loop = Pretraining(config, data)
     states = layout.unpack(data.rows[:n])  # type: ignore[index]
     for i, truth in enumerate((0.25, 0.5)):
+        start = torch.sigmoid(loop.constraints[i].critic.net.output.bias)
+        assert start.mean().item() == pytest.approx(truth, abs=0.02)  # as the log's steps are
         for _ in range(400):
             loop.offline.update(i, loop.networks.actor, states)
         critic = loop.constraints[i].critic
@@ -339,19 +349,36 @@ def test_the_guard_adds_what_was_spent_of_each_limit() -> None:
     assert other.sha256 != guard.sha256
 
 
-def test_a_graph_is_told_of_each_limit_that_spends() -> None:
-    from safe_offrl.deploy.policy import DeployedPolicy
-    from safe_offrl.safety.shield import Shield
-    from safe_offrl.types import Normalizer
+def test_an_episode_adds_up_what_each_limit_is_told_of() -> None:
+    """To the right every step costs 3: after four 10 are spent. Of never nothing ever is."""
+    spec = SafetySpec(signals=SIGNALS)
+    with contextlib.closing(make_env(ENV, spec)) as env:
+        for name, limit in (("right", 10.0), ("never", 1e-6)):
+            watch = Watch(name, limit, net_of(-30.0), 1.0, spends=True)
+            guard = Guard([fallback(0.25)], [watch])
+            played = play_episode(env, acting(guard), 3, np.random.default_rng(0))
+            tolls = env.signals.index("right")
+            costs = Layout(1, 1, env.signals).unpack(played.rows).signals
+            assert costs is not None
+            before = costs[:, tolls].cumsum(0) - costs[:, tolls]
+            wanted = (before >= 10.0).tolist() if name == "right" else [False] * HORIZON
+            assert list(played.handed_over) == wanted
+            assert 0 < sum(played.handed_over) < HORIZON or name == "never"
 
+
+def acting(guard: Guard) -> DeployedPolicy:
+    """A policy whose mean action is a quarter, behind this guard."""
+    normalizer = Normalizer(np.zeros(1, np.float32), np.ones(1, np.float32))
+    return DeployedPolicy.from_actor(fallback(0.25), Shield.abstaining(), normalizer, 0, guard)
+
+
+def test_a_graph_is_told_of_each_limit_that_spends() -> None:
     watches = [
         Watch("accident", 0.9, net_of(-3.0), 1.0, spends=False),
         *(Watch(k, x, net_of(0.0), 20.0, spends=True) for k, x in (("a", 25.0), ("b", 15.0))),
     ]
     guard = Guard([fallback(LEFT)], watches)
-    normalizer = Normalizer(np.zeros(1, np.float32), np.ones(1, np.float32))
-    actor = fallback(0.25)
-    policy = DeployedPolicy.from_actor(actor, Shield.abstaining(), normalizer, 0, guard)
+    policy = acting(guard)
     graph = PolicyGraph(policy, spaces.Box(-1.0, 1.0, (1,), np.float32))
     assert graph.spent == ("a", "b")
     spent = torch.tensor([[14.0, 4.0], [15.5, 4.0], [4.0, 5.5], [5.5, 4.0], [4.0, math.nan]])
@@ -532,6 +559,60 @@ def test_its_certificate_is_of_the_signal(online: RunDir) -> None:
         commands.certify_run(online.path, limit=["never=5"], say=silent)
 
 
+def test_the_online_critics_learn_from_their_own_costs(pretrained: RunDir) -> None:
+    loop = commands.online.start_loop(online_plan(pretrained))
+    for _, event in zip(range(3), loop.run(), strict=False):
+        assert isinstance(event, Episode)
+    right = loop.foundation.layout.signals.index("right")
+    generator = torch.Generator().manual_seed(0)
+    for index, limited in enumerate((True, False)):
+        batch, _, _ = loop.experience.stratified_batch(64, 0.1, generator, index)
+        assert batch.signals is not None
+        assert torch.equal(batch.costs, batch.signals[:, right]) == limited
+        assert batch.costs.any()
+
+
+def test_shield_and_guard_are_judged_by_the_signal(
+    pretrained: RunDir, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(log, limits=LIMITS)
+    _, held_out = load_dataset(log, discount=0.99, spec=config.safety).split(config.held_out, 0)
+    report = pretrained.read_json("calibration.json")
+    assert report["constraint"] == "right"
+    assert report["behaviour_cost"] == pytest.approx(held_out.signal_costs["right"].mean())
+    other = pretrained.read_json("calibration_cost.json")
+    assert other["behaviour_cost"] == pytest.approx(held_out.episode_costs.mean())
+    seen: list[str] = []
+
+    def watched(critic: Any, actor: Any, data: Dataset, *_: Any) -> tuple[str, ...]:
+        seen.append(data.layout.limited)
+        return ()
+
+    monkeypatch.setattr("safe_offrl.train.fallback.guard_refusals", watched)
+    plan = commands.plan_pretrain(config, say=silent)
+    loop = Pretraining(config, plan.dataset)
+    assert loop._fallback is not None
+    loop._fallback.refusals(loop.held_out, 60)
+    assert seen == ["right", ""]
+
+
+def test_what_never_costs_anything_is_estimated_at_nothing(pretrained: RunDir, log: Path) -> None:
+    data = load_dataset(log, discount=0.99, spec=SafetySpec(signals=SIGNALS))
+    data = replace(data, behaviour_log_probs=np.full(len(data.rows), -0.7, np.float32))
+    config, actor = FittedConfig(steps=50, replicates=10), stored_actor(pretrained)
+    never, right = (
+        assess_policy(data, actor, Limit(name, 0.5, 60.0), config) for name in ("never", "right")
+    )
+    assert (never.risk.value, never.risk.error) == (0.0, 0.0)
+    assert right.risk.value > 0.01
+    assert never.weighted_risk is not None
+    assert never.weighted_risk.wis == 0.0
+
+
+def stored_actor(run: RunDir) -> Actor:
+    return stored_policy(run, run.load_checkpoint()).actor
+
+
 def test_assess_and_the_gate_speak_of_the_signal(
     pretrained: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +637,11 @@ def test_what_is_played_afterwards_is_of_the_signal(online: RunDir, root: Path) 
     assert f"right cost {mean:.2f} +- {error:.2f}" in said[-1]
     replayed = commands.replay_run(online.path, episodes=3, say=silent)
     assert (replayed["constraint"], replayed["further"]) == ("right", {"cost": 15.0})
+    final = final_policy(online)
+    with contextlib.closing(final.env):
+        played = list(evaluate(final.env, final.policy, 3, 0, worst_cost=0.0))
+    truth = sum(e.signal_costs["right"] for e in played) / 3
+    assert replayed["versions"][-1]["truth"] == pytest.approx(truth)
     data = read_run(online.path)
     assert (data.constraint, data.limit, data.limits) == ("right", 40.0, LIMITS)
     rights = [e.signal_costs["right"] for e in online.episodes()]
@@ -565,7 +651,9 @@ def test_what_is_played_afterwards_is_of_the_signal(online: RunDir, root: Path) 
     assert "right cost per episode" in page.read_text()
 
 
-def test_a_finished_policy_is_told_both_costs(online: RunDir, root: Path) -> None:
+def test_a_finished_policy_is_told_both_costs(
+    online: RunDir, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = load_policy(online.path)
     observation = np.zeros(1, np.float32)
     with pytest.raises(ConfigError, match="must be told"):
@@ -583,6 +671,12 @@ def test_a_finished_policy_is_told_both_costs(online: RunDir, root: Path) -> Non
         assert action.tolist() == pytest.approx(wanted.tolist())
     with pytest.raises(ConfigError, match="2 costs for 1 observations"):
         policy.predict(observation, episode_cost={"right": [0.0, 1.0], "cost": 0.0})
+    # Where the policy sees a share of the cost, it must be told of that too.
+    monkeypatch.setattr(policy._env, "sums_cost", True)
+    with pytest.raises(ConfigError, match="of each of cost, right"):
+        policy._costs(3.0, ("right",), 1)
+    told = policy._costs({"cost": 3.0, "right": [4.0]}, ("right",), 1)
+    assert told == {"cost": [3.0], "right": [4.0]}
     manifest = commands.export_run(
         online.path, file_format="torchscript", out=root / "p.pt", say=silent
     )
@@ -600,9 +694,6 @@ def final(online: RunDir) -> Iterator[Any]:
 
 def test_an_episode_that_fails_costs_all_that_it_can(final: Any, monkeypatch: Any) -> None:
     """In the limited signal, in a certificate as online."""
-    from safe_offrl.certify.certificate import play, reserve
-    from safe_offrl.errors import EnvFault
-
     claim = Claim("right", 40.0, 60.0, 0.95, "anytime", 100, 0)
     about = claim, 0, final.env, final.policy, 0, final.worst_cost, final.worst_signals
     assert reserve(*about).worst.signal_costs == {"never": 0.0, "right": 60.0}
@@ -616,6 +707,22 @@ def test_an_episode_that_fails_costs_all_that_it_can(final: Any, monkeypatch: An
     assert contribution(claim, played) == 1.0
 
 
+def test_an_evaluation_counts_it_so_too(
+    online: RunDir, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = final_policy(online)
+    situations = find_situations(final.env)
+    final.env.close()
+
+    def failing(self: AccidentEnv, action: Any) -> Any:
+        raise EnvFault("It broke.")
+
+    monkeypatch.setattr("safe_offrl.commands.evaluate.find_situations", lambda env: situations)
+    monkeypatch.setattr(AccidentEnv, "step", failing)
+    found = commands.evaluate_run(online.path, episodes=2, out=root / "e.json", say=silent)
+    assert found["signals"] == {"right": (60.0, 0.0)}
+
+
 def test_inspect_says_whether_the_signal_is_kept(log: Path) -> None:
     said: list[str] = []
     overrides = ["safety.limits.right=30"]
@@ -627,4 +734,4 @@ def test_inspect_says_whether_the_signal_is_kept(log: Path) -> None:
     assert "identified    expected right cost < 30" in said[0]
     assert "left" in {signal["name"] for signal in found["signals"]}
     assert len(said[0].split("of the episodes below 30")) == 2
-    assert HORIZON == 20
+    assert not found["identification"]["identified"]  # of the cost it would be: 10 an episode
