@@ -167,21 +167,19 @@ class SafetySpec:
             return self.limits[self.constraint]
         return self.epsilon if self.constraint == "accident" else self.cost_limit
 
-    def limit(
-        self, horizon: int, cost_max: float, signals_max: Mapping[str, float] | None = None
-    ) -> Limit:
+    def limit(self, horizon: int, cost_max: float, signals_max: Mapping[str, float] = {}) -> Limit:
         """The first constraint, see :meth:`all_limits`."""
         return self.all_limits(horizon, cost_max, signals_max)[0]
 
     def all_limits(
-        self, horizon: int, cost_max: float, signals_max: Mapping[str, float] | None = None
+        self, horizon: int, cost_max: float, signals_max: Mapping[str, float] = {}
     ) -> tuple[Limit, ...]:
         """The constraints in the critic's unit; ``cost_max`` is the largest cost of a step.
 
         ``signals_max`` is that of each named cost signal. Raises ConfigError for a limit of a cost
         that no episode could ever exceed.
         """
-        largest = {"cost": cost_max, **(signals_max or {})}
+        largest = {"cost": cost_max, **signals_max}
         return tuple(
             Limit(name, value, 1.0)
             if name == "accident"

@@ -199,7 +199,7 @@ def test_each_reach_draws_the_costs_and_events_of_its_limit() -> None:
     buffer = OnlineBuffer(data.layout, 8, reaches=[Reach(2, 0.5, "a"), Reach(2, 0.5), Reach()])
     assert isinstance(data.rows, torch.Tensor)
     buffer.append(data.rows)
-    logged = RiskSampler.from_dataset(data.under(A), steps=2, discount=0.5)
+    logged = RiskSampler.from_dataset(data, steps=2, discount=0.5, limited="a")
     wanted = {"a": [1.0, 4.0, 4.0, 4.0, 8.0], "cost": [1.0, 0.0, 0.0, 0.0, 0.0]}
     share = 0.9
     for sampler, name, events in (

@@ -20,7 +20,7 @@ from safe_offrl.files import unwritable
 from safe_offrl.limits import quantity_named
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import RunInputs
-from safe_offrl.record.trust import require_trusted_log, require_trusted_signal
+from safe_offrl.record.trust import require_trusted_log
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.pretrain_config import PretrainConfig
 
@@ -88,7 +88,7 @@ def logged_signals(
         source, key = stated.get(name), f"safety.signals.{name}"
         if isinstance(source, str) and key not in keys:
             if imports:
-                require_trusted_signal(metadata, name, source)
+                require_trusted_log(metadata, name)
             found[key] = source
     return found
 

@@ -74,9 +74,10 @@ class Dataset:
     behaviour_log_probs: np.ndarray | None = None
     remarks: tuple[str, ...] = ()
 
-    def under(self, limit: Limit) -> Dataset:
-        """The same rows as this limit sees them: of a named signal, its costs are the costs."""
-        return replace(self, layout=self.layout._replace(limited=limit.quantity.signal))
+    def under(self, limit: Limit | str) -> Dataset:
+        """The same rows as this limit (of this signal) sees them: its costs are the costs."""
+        limited = limit if isinstance(limit, str) else limit.quantity.signal
+        return replace(self, layout=self.layout._replace(limited=limited))
 
     @property
     def transitions(self) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,13 +39,7 @@ class Experience:
         self.buffer = OnlineBuffer(dataset.layout, capacity, reaches=reaches, device=device)
         self._logged_starts = dataset.initial_observations.to(device)
         self._logged = [
-            RiskSampler.from_dataset(
-                replace(dataset, layout=dataset.layout._replace(limited=limited)),
-                steps=steps,
-                discount=discount,
-                device=device,
-            )
-            for steps, discount, limited in reaches
+            RiskSampler.from_dataset(dataset, **reach._asdict(), device=device) for reach in reaches
         ]
 
     def batches(self, updates: int, batch_size: int, generator: torch.Generator) -> list[Batch]:

@@ -108,12 +108,14 @@ class RiskSampler:
         *,
         steps: int = 1,
         discount: float = 1.0,
+        limited: str = "",
         device: torch.device | None = None,
     ) -> RiskSampler:
         """Of a whole dataset, for batches on ``device``, the CPU by default.
 
-        A transition spans ``steps`` steps, fewer where its episode ends before.
+        A transition spans ``steps`` steps, fewer where its episode ends before; see :class:`Reach`.
         """
+        dataset = dataset.under(limited)
         starts = torch.from_numpy(dataset.episode_starts).to(device)
         names = ("costs", *map(signal_column, dataset.layout.signals))
         columns = torch.stack([dataset.column(name).to(device) for name in names], dim=-1)

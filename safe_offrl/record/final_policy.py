@@ -73,7 +73,9 @@ def final_policy(run: RunDir) -> FinalPolicy:
             env=env,
             environment=environment,
             safety=safety,
-            limits=safety.all_limits(env.horizon, float(info["cost_max"]), info.get("signals_max")),
+            limits=safety.all_limits(
+                env.horizon, float(info["cost_max"]), info.get("signals_max", {})
+            ),
             worst_cost=float(info["worst_cost"]),
             worst_signals=info.get("worst_signals", {}),
             checkpoint_sha256=checkpoint.sha256,

@@ -27,7 +27,6 @@ class OnlineCurves:
         self._budget = budget
         self._returns: list[float] = []
         self._costs: list[float] = []
-        self._limited: dict[str, list[float]] = {}  # costs of the signals that are limited
         self._steps: list[tuple[int, int]] = []  # of an episode: those of the guard's fallback, all
         self._iteration: dict[str, Any] = {}
         self._iterations = 0
@@ -47,10 +46,6 @@ class OnlineCurves:
         if episode.outcome == "complete":  # Nobody knows what another would have brought.
             self._returns.append(episode.episode_return)
         self._costs.append(episode.cost)
-        for limit in (other.limit for other in (self._monitor, *self._further)):
-            if limit.quantity.signal:
-                cost = limit.quantity.of_episode(episode)
-                self._limited.setdefault(limit.constraint, []).append(cost)
         self._steps.append((episode.guarded_steps, episode.steps))
         return before // LOG_EVERY != self.step // LOG_EVERY
 
@@ -105,7 +100,7 @@ class OnlineCurves:
                 further[f"safety/{name}_mean_lower"] = other.lower_mean * other.limit.scale
                 further[f"safety/{name}_mean_upper"] = other.upper_mean * other.limit.scale
             if quantity.signal:
-                further[f"safety/{name}_mean"] = _mean(self._limited.get(name, []))
+                further[f"safety/{name}_mean"] = other.mean * other.limit.scale
             limit = f"{name}_limit" if quantity.signal else quantity.limit
             further[f"safety/{limit}"] = other.limit.value
         return {
@@ -144,11 +139,12 @@ class OnlineCurves:
             ]
             estimate = f"V_acc {self.estimate:.3f}"
         else:
-            paid = self._limited.get(limit.constraint, self._costs)
-            mean = _mean(paid) if limit.quantity.signal else monitor.cost_mean
+            mean, recent = monitor.cost_mean, self.recent_cost
+            if limit.quantity.signal:
+                mean, recent = monitor.mean * limit.scale, monitor.recent_mean * limit.scale
             parts = [
                 f"{limit.quantity.event} {mean:.1f} an episode",
-                f"last 10: {_mean(paid[-10:]):.1f} (limit {limit.value:g})",
+                f"last 10: {recent:.1f} (limit {limit.value:g})",
                 f"accidents {monitor.accidents} of {monitor.episodes}",
             ]
             estimate = f"estimate {self.estimate:.1f}"

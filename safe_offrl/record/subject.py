@@ -18,6 +18,7 @@ def subject_of(final: FinalPolicy) -> dict[str, Any]:
     """What a certificate, or an exported file, is about."""
     policy, safety, env = final.policy, final.safety, final.env
     shield, guard = policy.shield, policy.guard
+    signals = {k: x for k, x in safety.signals.items() if k in safety.bounds}  # that are limited
     return {
         "policy": {
             "run": final.run.name,
@@ -43,19 +44,12 @@ def subject_of(final: FinalPolicy) -> dict[str, Any]:
             "accident": safety.accident,
             **rule_source(safety.accident),
             "cost_threshold": safety.cost_threshold,
-            **_signal_sources(final),
+            **({"signals": signals} if signals else {}),
             KEY: env.identity(),
         },
         "versions": versions(env.versions()),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _signal_sources(final: FinalPolicy) -> dict[str, Any]:
-    """Where each signal is found that is limited; nothing if none is."""
-    limited = [limit.constraint for limit in final.limits if limit.quantity.signal]
-    found = {name: final.safety.signals[name] for name in limited}
-    return {"signals": found} if found else {}
 
 
 def rule_source(accident: str) -> dict[str, str]:

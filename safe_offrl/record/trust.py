@@ -53,24 +53,18 @@ def is_trusted_log(metadata: Mapping[str, Any]) -> bool:
     return _record(metadata_text(metadata)).is_file()
 
 
-def require_trusted_log(metadata: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the accident rule that a log from elsewhere names would be imported."""
-    rule = str(metadata["accident"])
+def require_trusted_log(metadata: Mapping[str, Any], signal: str = "") -> None:
+    """Raise ConfigError if what a log from elsewhere names would be imported: its accident rule, or
+    the function that finds this ``signal`` of it.
+    """
+    rule = str(metadata["signals"][signal] if signal else metadata["accident"])
+    made = f'found the signal "{signal}" by' if signal else "was made under the accident rule"
     if ":" in rule and not is_trusted_log(metadata):
         raise ConfigError(
-            f'The log was made under the accident rule "{rule}", which would be imported and '
+            f'The log {made} "{rule}", which would be imported and '
             "executed, and it was not made on this machine as far as it knows. If you trust it, "
-            f"say safety.accident={rule}; else name another rule."
-        )
-
-
-def require_trusted_signal(metadata: Mapping[str, Any], name: str, source: str) -> None:
-    """Raise ConfigError if the function that a log from elsewhere finds a signal by would be."""
-    if ":" in source and not is_trusted_log(metadata):
-        raise ConfigError(
-            f'The log found its signal "{name}" by "{source}", which would be imported and '
-            "executed, and it was not made on this machine as far as it knows. If you trust it, "
-            f"say safety.signals.{name}={source}."
+            f"say safety.{f'signals.{signal}' if signal else 'accident'}={rule}; else name another "
+            f"{'source' if signal else 'rule'}."
         )
 
 

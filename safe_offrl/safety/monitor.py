@@ -20,8 +20,6 @@ from safe_offrl.stats.anytime import (
 )
 from safe_offrl.stats.fixed import episodes_needed, error_share, smallest_epsilon
 
-NO_SIGNALS: Mapping[str, float] = {}
-
 
 class SafetyMonitor:
     """Counts EVERY episode of a run (warm-up and evaluation included) and bounds what it means.
@@ -51,11 +49,7 @@ class SafetyMonitor:
         self._alarm_resets = 0
 
     def update(
-        self,
-        accident: bool,
-        cost: float,
-        version: int,
-        signal_costs: Mapping[str, float] = NO_SIGNALS,
+        self, accident: bool, cost: float, version: int, signal_costs: Mapping[str, float] = {}
     ) -> None:
         """Take in one complete episode of the deployed policy ``version``.
 
@@ -106,6 +100,11 @@ class SafetyMonitor:
     def lower_mean(self) -> float:
         """Lower bound of the same mean. Each bound alone is at ``confidence``."""
         return run_level_lower(self.total, self.confidence) / max(1, self.episodes)
+
+    @property
+    def mean(self) -> float:
+        """Mean outcome of all episodes, NaN before the first."""
+        return self.total / self.episodes if self.episodes else math.nan
 
     @property
     def recent_mean(self) -> float:

@@ -41,9 +41,10 @@ class OfflineConstraints:
             critic.start_from(critic.outlook.first_logit(dataset.under(limit)))
         self._risky = [
             RiskSampler.from_dataset(
-                logged.under(limit),
+                logged,
                 steps=critic.outlook.steps,
                 discount=critic.outlook.discount,
+                limited=limit.quantity.signal,
                 device=generator.device,
             )
             for limit, critic, _ in constraints

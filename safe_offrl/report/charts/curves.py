@@ -48,12 +48,13 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
     """
     # Numbers of the captions.
     quantity = quantity_of(groups)
+    of_episode = quantity.of_episode
     window, short = quantity.select((_LONG_WINDOW, _WINDOW), (_COST_WINDOW,) * 2)
     ends = {g.label: f"{iqm([final_return(r) for r in g.runs]):.4g}" for g in groups}
     totals = {g.label: f"{np.mean([r.accidents for r in g.runs]):.3g}" for g in groups}
     rates = {g.label: f"{_pooled_end(g.runs):.2%}" for g in groups}
     costs = {
-        g.label: f"{np.mean([_paid(e, quantity) for r in g.runs for e in r.episodes]):.3g}"
+        g.label: f"{np.mean([of_episode(e) for r in g.runs for e in r.episodes]):.3g}"
         for g in groups
     }
     estimates = {
@@ -210,14 +211,9 @@ def _pooled_end(runs: Sequence[RunData]) -> float:
     return sum(run.accidents for run in runs) / sum(len(run.episodes) for run in runs)
 
 
-def _paid(episode: Episode, quantity: Quantity) -> float:
-    """What an episode cost of what is limited."""
-    return quantity.cost_of(episode.cost, episode.signal_costs)
-
-
 def _draw_cost(axis: Axes, groups: Sequence[Group], quantity: Quantity, title: str) -> None:
     for group in groups:
-        curves = [smoothed(run, _COST_WINDOW, lambda e: _paid(e, quantity)) for run in group.runs]
+        curves = [smoothed(run, _COST_WINDOW, quantity.of_episode) for run in group.runs]
         draw_group(axis, group, *together(curves), mean_of_curves)
     finish(axis, title, f"{quantity.cost}, mean over runs")
     over_steps(axis, groups)
