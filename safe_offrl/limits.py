@@ -2,18 +2,25 @@
 
 A class a quantity: how it is called, counted, steered and watched. ``constraint`` is its name in
 settings, ``measure`` in curves and files, ``symbol`` in formulas, ``limit`` what a limit is called
-there; ``form`` is how a value of it is written, ``estimate_form`` what the safety critic makes of
-it; other words stand in sentences and on charts. Of the policy that acts, ``recent_episodes`` are
-those that say what it really does now. ``pretraining`` and ``finetuning`` are settings that the
-phases begin with where others are not given.
+there; ``signal`` is the named cost signal that it is of, "" of none, and ``cost`` what episodes
+cost beside their accidents; ``form`` is how a value of it is written, ``estimate_form`` what the
+safety critic makes of it; other words stand in sentences and on charts. Of the policy that acts,
+``recent_episodes`` are those that say what it really does now. ``pretraining`` and ``finetuning``
+are settings that the phases begin with where others are not given.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from safe_offrl.errors import ConfigError
+
+if TYPE_CHECKING:  # which imports torch, and a limit is read without it
+    from safe_offrl.types import Episode
 
 Outcome = TypeVar("Outcome")
 
@@ -24,6 +31,8 @@ class AccidentProbability:
     """V_accident(s0), the probability of at least one accident within the horizon."""
 
     constraint = "accident"
+    signal = ""
+    cost, inside = "cost", ""
     event = "accident"
     limit = "epsilon"
     limit_in_words = "epsilon"
@@ -76,6 +85,14 @@ class AccidentProbability:
         """What is constrained, of an episode, of a step, or of many: the accident."""
         return accident
 
+    def cost_of(self, cost: float, signal_costs: Mapping[str, float]) -> float:
+        """The cost beside the accident: the environment's own."""
+        return cost
+
+    def of_episode(self, episode: Episode) -> float:
+        """What is constrained of an episode: 1 if it had an accident."""
+        return float(episode.accident)
+
     def seen(self, recent: Sequence[float]) -> float:
         """What recent outcomes show, [m >= 1] in [0, 1]; no estimate is lower."""
         return sum(recent) / len(recent)
@@ -94,26 +111,11 @@ class AccidentProbability:
 
 
 class ExpectedCost:
-    """The expected undiscounted cost of an episode (the CMDP of OmniSafe and DSRL)."""
+    """The expected undiscounted cost of an episode (the CMDP of OmniSafe and DSRL).
 
-    constraint = "cost"
-    event = "cost"
-    limit = "cost_limit"
-    limit_in_words = "cost limit"
-    measure = "expected_cost"
-    symbol = "expected cost"
-    in_words = "expected cost"
-    estimated = "cost per episode"
-    per_episode = "cost per episode"
-    rate = "cost per episode"
-    short_name = "cost"
-    claimed = "expected cost of an episode"
-    happened = "cost more than {limit:g}"
-    evidence = "an accident or a cost"
-    risk = "cost rate (share of the largest)"
-    interval = "2 standard errors"
-    evaluated = "evaluated cost, 2 standard errors"
-    bound = "limit"
+    Of the environment's own cost, or of one of its named signals.
+    """
+
     until_accident = False
     form = ".3g"
     estimate_form = ".1f"
@@ -135,6 +137,26 @@ class ExpectedCost:
         "baseline": {"pid": {"proportional": 0.3, "integral": 0.03, "derivative": 0.3}},
     }
 
+    def __init__(self, signal: str = "") -> None:
+        """The words of the cost of ``signal``, "" of the environment's own."""
+        cost, inside = (f"{signal} cost", f" in {signal}") if signal else ("cost", "")
+        self.signal, self.cost, self.inside = signal, cost, inside
+        self.constraint = signal or "cost"
+        self.event = cost
+        self.limit = f"limits.{signal}" if signal else "cost_limit"
+        self.limit_in_words = f"{signal or 'cost'} limit"
+        self.measure = f"expected_{self.constraint}"
+        self.symbol = self.in_words = f"expected {cost}"
+        self.estimated = self.per_episode = self.rate = f"{cost} per episode"
+        self.short_name = self.constraint
+        self.claimed = f"expected {cost} of an episode"
+        self.happened = f"cost more than {{limit:g}}{inside}"
+        self.evidence = f"any {cost}" if signal else "an accident or a cost"
+        self.risk = f"{cost} rate (share of the largest)"
+        self.interval = "2 standard errors"
+        self.evaluated = f"evaluated {cost}, 2 standard errors"
+        self.bound = "limit"
+
     def text(self, value: float) -> str:
         """A cost to three digits.
 
@@ -149,11 +171,11 @@ class ExpectedCost:
 
     def limit_text(self, value: float) -> str:
         """The cost limit and its value."""
-        return f"the cost limit of {value:g}"
+        return f"the {self.limit_in_words} of {value:g}"
 
     def promise(self, limit: float, horizon: int) -> str:
         """An expected cost below its limit."""
-        return f"expected cost of {horizon} steps < {limit:g} (cost_limit)"
+        return f"{self.in_words} of {horizon} steps < {limit:g} ({self.limit})"
 
     def rate_of(self, accidents: int, cost: float, episodes: int, steps: float) -> float:
         """What so many episodes did: cost per episode."""
@@ -162,6 +184,24 @@ class ExpectedCost:
     def select(self, accident: Outcome, cost: Outcome) -> Outcome:
         """What is constrained, of an episode, of a step, or of many: the cost."""
         return cost
+
+    def cost_of(self, cost: float, signal_costs: Mapping[str, float]) -> float:
+        """Of what an episode cost, in all and by its signals, what is constrained.
+
+        ConfigError if nothing is known of the signal.
+        """
+        if not self.signal:
+            return cost
+        if self.signal not in signal_costs:
+            raise ConfigError(
+                f'An episode\'s record does not say what it cost in "{self.signal}", which is '
+                "limited. Restore the record, or leave this run out."
+            )
+        return signal_costs[self.signal]
+
+    def of_episode(self, episode: Episode) -> float:
+        """What is constrained of an episode: what it cost."""
+        return self.cost_of(episode.cost, episode.signal_costs)
 
     def seen(self, recent: Sequence[float]) -> float:
         """What recent outcomes show: the mean less a standard error; 0 of one alone.
@@ -185,7 +225,7 @@ class ExpectedCost:
 
     def alarming(self, limit: float) -> str:
         """An episode that counts fully for the alarm, in words."""
-        return f"that cost {ALARM_RANGE * limit:g} or more"
+        return f"that cost {ALARM_RANGE * limit:g} or more{self.inside}"
 
     def worst_cost(self, scale: float, logged: float) -> float:
         """What an episode counts as whose end is unknown: all that it can cost."""
@@ -198,6 +238,22 @@ Quantity = AccidentProbability | ExpectedCost
 QUANTITIES: Mapping[str, Quantity] = {"accident": ACCIDENT, "cost": COST}
 
 
+@functools.cache
+def quantity_named(name: str) -> Quantity:
+    """What a limit of this name is of: an accident, the cost, or else the named cost signal.
+
+    ConfigError for what is no name. Of one name there is one object.
+
+    >>> quantity_named("hazards").limit_text(25.0)
+    'the hazards limit of 25'
+    """
+    if name in QUANTITIES:
+        return QUANTITIES[name]
+    if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
+        raise ConfigError(f"A limit of {name!r} means nothing. Give the name of a cost signal.")
+    return ExpectedCost(name)
+
+
 class Limit(NamedTuple):
     """What is constrained, in the safety critic's unit: a share in [0, 1] of ``scale``.
 
@@ -205,7 +261,7 @@ class Limit(NamedTuple):
     ``scale`` is the largest cost that an episode can have and ``share`` the limit divided by it.
     """
 
-    constraint: str  # "accident" or "cost"
+    constraint: str  # "accident", "cost" or the name of a cost signal
     share: float
     scale: float
 
@@ -217,11 +273,18 @@ class Limit(NamedTuple):
     @property
     def quantity(self) -> Quantity:
         """What is limited."""
-        return QUANTITIES[self.constraint]
+        return quantity_named(self.constraint)
 
     def outcome(self, accident: bool, cost: float) -> float:
-        """What an episode contributes, in [0, 1]; its mean is what is constrained."""
+        """What an episode contributes, in [0, 1]; its mean is what is constrained.
+
+        ``cost`` here and below is that of the quantity: of the signal, if it is one's.
+        """
         return min(self.quantity.select(float(accident), cost) / self.scale, 1.0)
+
+    def outcome_of(self, episode: Episode) -> float:
+        """The same of an episode on record."""
+        return min(self.quantity.of_episode(episode) / self.scale, 1.0)
 
     def alarm(self, accident: bool, cost: float) -> tuple[float, float]:
         """(outcome in [0, 1], limit of its mean) of an episode for the alarm."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError
 from safe_offrl.record.final_policy import final_policy
 from safe_offrl.record.find_run import find_run
+
+Costs = float | Sequence[float]  # of an episode so far, or of each of several
 
 
 class Policy:
@@ -39,7 +41,7 @@ class Policy:
         episode_start: Sequence[bool] | NDArray[np.bool_] | None = None,
         deterministic: bool = False,
         *,
-        episode_cost: float | Sequence[float] | None = None,
+        episode_cost: Costs | Mapping[str, Costs] | None = None,
     ) -> tuple[Any, tuple[int, ...]]:
         """The action to execute, and the state to hand back at the next step: the steps so far.
 
@@ -47,8 +49,9 @@ class Policy:
         environments; so is the action. Accident probabilities were learnt, and certified, for
         sampled actions: ``deterministic`` acts with the mean. ``episode_cost`` is what the episode
         has cost so far, or that of each: a guard that keeps a limit of cost asks for it, and under
-        the accident rule "episode_cost" the policy sees it. EnvError for an observation that does
-        not fit the space, ConfigError where a guard is not told the cost.
+        the accident rule "episode_cost" the policy sees it. Of several costs it is a mapping,
+        {"cost": ..., and a cost signal by its name}. EnvError for an observation that does not fit
+        the space, ConfigError where a guard is not told the cost.
         """
         guard = self._policy.guard
         if guard is not None and guard.until_end:
@@ -56,7 +59,8 @@ class Policy:
                 "The guard of this run is a baseline's, which never hands an episode back, and "
                 "predict has no memory for that. Give load_policy(..., guard=False)."
             )
-        if episode_cost is None and guard is not None and guard.spends:
+        asked = () if guard is None else guard.spends
+        if episode_cost is None and asked:
             raise ConfigError(
                 "The guard of this policy keeps a limit of cost, and must be told what the episode "
                 "has cost so far. Give predict(..., episode_cost=...), or load the policy without "
@@ -72,21 +76,42 @@ class Policy:
             started = np.atleast_1d(np.asarray(episode_start, dtype=bool))
             steps = [0 if begins else k for begins, k in zip(started, steps, strict=True)]
         # Actions.
-        given = np.asarray(0.0 if episode_cost is None else episode_cost, dtype=float)
-        one_of_each = given.ndim or (guard is not None and guard.spends)
-        if one_of_each and given.size != len(observations):
-            raise ConfigError(
-                f"episode_cost has {given.size} costs for {len(observations)} observations. Give "
-                "one of each."
-            )
-        costs = np.broadcast_to(given, len(observations))
+        costs = self._costs(episode_cost, asked, len(observations))
         actions = []
-        for one, k, cost in zip(observations, steps, costs.tolist(), strict=True):
-            flat = self._policy.normalizer(self._env.observe(one, cost))
+        for i, (one, k) in enumerate(zip(observations, steps, strict=True)):
+            spent = {name: values[i] for name, values in costs.items()}
+            flat = self._policy.normalizer(self._env.observe(one, spent.get("cost", 0.0)))
             left = max(0.0, 1.0 - k / self.horizon)
-            act = self._policy.act(flat, left, self._rng, cost, mean_action=deterministic)
+            act = self._policy.act(flat, left, self._rng, spent, mean_action=deterministic)
             actions.append(self._env.own_action(act.action))
         return (np.stack(actions) if stacked else actions[0]), tuple(k + 1 for k in steps)
+
+    def _costs(
+        self, given: Costs | Mapping[str, Costs] | None, asked: Sequence[str], n: int
+    ) -> dict[str, list[float]]:
+        """Of each cost by its name, what each of ``n`` episodes has cost so far."""
+        names = list(dict.fromkeys([*(["cost"] if self._env.sums_cost else []), *asked]))
+        if not isinstance(given, Mapping):
+            if len(names) > 1 and given is not None:
+                raise ConfigError(
+                    "What the episode has cost so far must be told of each of "
+                    f"{', '.join(names)}. Give episode_cost={{name: cost}}."
+                )
+            given = dict.fromkeys(names or ["cost"], 0.0 if given is None else given)
+        if missing := [name for name in asked if name not in given]:
+            raise ConfigError(
+                f"episode_cost does not say what the episode has cost in {missing[0]}, which the "
+                "guard of this policy keeps a limit of. Give that too."
+            )
+        costs = {}
+        for name, value in given.items():
+            values = np.asarray(value, dtype=float)
+            if (values.ndim or name in asked) and values.size != n:
+                raise ConfigError(
+                    f"episode_cost has {values.size} costs for {n} observations. Give one of each."
+                )
+            costs[name] = np.broadcast_to(values, n).tolist()
+        return costs
 
 
 def load_policy(

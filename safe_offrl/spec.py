@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from safe_offrl.errors import ConfigError
-from safe_offrl.limits import QUANTITIES, Limit, Quantity
+from safe_offrl.limits import QUANTITIES, Limit, Quantity, quantity_named
 
 COST_RULES = ("cost", "episode_cost")  # accident rules that look at the cost
 BUILT_IN_RULES = (*COST_RULES, "terminated")
@@ -31,8 +31,8 @@ class SafetySpec:
     environment's own time limit.
 
     ``limits`` are several constraints at once, each kept by every policy that acts: what is limited
-    ("accident", "cost") and its limit. The first is the one that ``constraint`` names; ``epsilon``
-    and ``cost_limit`` are then what it says.
+    ("accident", "cost", a name of ``signals``) and its limit. The first is the one that
+    ``constraint`` names; ``epsilon`` and ``cost_limit`` are then what it says.
 
     ``signals`` are costs beside ``info["cost"]``, {name: where it is found}: a key of info, a path
     of keys ("constraints.vases"), or "package.module:function" as an accident rule. In order of
@@ -91,10 +91,12 @@ class SafetySpec:
                 "safety.cost_threshold above 0, for example 25."
             )
         # The constraint and its limit.
-        if self.constraint not in ("accident", "cost"):
+        if self.constraint not in (*QUANTITIES, *self.limits):
             raise ConfigError(
                 f'safety.constraint is "{self.constraint}", but only "accident" (below epsilon) '
                 'and "cost" (expected cost per episode below cost_limit) can be constrained.'
+                + f" Of a signal give safety.limits.{self.constraint}."
+                * (self.constraint in self.signals)
             )
         if not 0.0 < self.cost_limit < math.inf:
             raise ConfigError(
@@ -124,13 +126,20 @@ class SafetySpec:
     def _take_limits(self) -> None:
         """Let the short forms say what ``limits`` say; ConfigError for an unknown name."""
         for name, value in self.limits.items():
-            if name not in QUANTITIES:
-                known = ", ".join(f'"{known}"' for known in QUANTITIES)
+            if name in QUANTITIES:
+                object.__setattr__(self, QUANTITIES[name].limit, value)
+            elif name not in self.signals:
+                known = ", ".join(f'"{known}"' for known in (*QUANTITIES, *self.signals))
                 raise ConfigError(
                     f'safety.limits has a limit of "{name}", but there are {known} to limit. '
-                    "Correct the name."
+                    "Correct the name, or say where this signal is found, as in "
+                    f"safety.signals.{name}=cost_{name}, a key of info."
                 )
-            object.__setattr__(self, QUANTITIES[name].limit, value)
+            elif not 0.0 < value < math.inf:
+                raise ConfigError(
+                    f"safety.limits.{name} is {value}, but a finite cost per episode above 0 is "
+                    "needed. Try 25."
+                )
         if self.limits:
             object.__setattr__(self, "constraint", next(iter(self.limits)))
 
@@ -141,39 +150,52 @@ class SafetySpec:
 
     def each(self) -> tuple[SafetySpec, ...]:
         """The same contract with one limit alone, for each of its limits."""
-        return tuple(replace(self, limits={}, constraint=name) for name in self.bounds)
+        return tuple(
+            replace(self, limits={} if name in QUANTITIES else {name: value}, constraint=name)
+            for name, value in self.bounds.items()
+        )
 
     @property
     def quantity(self) -> Quantity:
         """What is constrained, first of all."""
-        return QUANTITIES[self.constraint]
+        return quantity_named(self.constraint)
 
     @property
     def limit_value(self) -> float:
         """The limit of what is constrained, in its own unit."""
+        if self.constraint in self.limits:
+            return self.limits[self.constraint]
         return self.epsilon if self.constraint == "accident" else self.cost_limit
 
-    def limit(self, horizon: int, cost_max: float) -> Limit:
+    def limit(self, horizon: int, cost_max: float, signals_max: Mapping[str, float] = {}) -> Limit:
         """The first constraint, see :meth:`all_limits`."""
-        return self.all_limits(horizon, cost_max)[0]
+        return self.all_limits(horizon, cost_max, signals_max)[0]
 
-    def all_limits(self, horizon: int, cost_max: float) -> tuple[Limit, ...]:
+    def all_limits(
+        self, horizon: int, cost_max: float, signals_max: Mapping[str, float] = {}
+    ) -> tuple[Limit, ...]:
         """The constraints in the critic's unit; ``cost_max`` is the largest cost of a step.
 
-        Raises ConfigError for a cost limit that no episode could ever exceed.
+        ``signals_max`` is that of each named cost signal. Raises ConfigError for a limit of a cost
+        that no episode could ever exceed.
         """
-        return tuple(self._limit(name, horizon, cost_max) for name in self.bounds)
+        largest = {"cost": cost_max, **signals_max}
+        return tuple(
+            Limit(name, value, 1.0)
+            if name == "accident"
+            else _cost_limit(name, value, horizon, largest[name])
+            for name, value in self.bounds.items()
+        )
 
-    def _limit(self, constraint: str, horizon: int, cost_max: float) -> Limit:
-        if constraint == "accident":
-            return Limit("accident", self.epsilon, 1.0)
-        scale = horizon * cost_max
-        if self.cost_limit >= scale:
-            raise ConfigError(
-                f"safety.cost_limit is {self.cost_limit:g}, but {horizon:,} steps of cost at most "
-                f"{cost_max:g} never exceed {scale:g}. Lower the limit."
-            )
-        return Limit("cost", self.cost_limit / scale, scale)
+
+def _cost_limit(constraint: str, value: float, horizon: int, largest: float) -> Limit:
+    scale, quantity = horizon * largest, quantity_named(constraint)
+    if value >= scale:
+        raise ConfigError(
+            f"safety.{quantity.limit} is {value:g}, but {horizon:,} steps of {quantity.event} at "
+            f"most {largest:g} never exceed {scale:g}. Lower the limit."
+        )
+    return Limit(constraint, value / scale, scale)
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,14 @@ class Layout(NamedTuple):
     """Where each field of a :class:`Batch` stands in one row of contiguous storage [N, D].
 
     Nobody else writes a position: whoever fills a row names its fields. ``signals`` [K] are the
-    names of the costs beside the one, whose columns end a row.
+    names of the costs beside the one, whose columns end a row. ``limited`` is the signal whose
+    costs are read as the costs, as a limit of it sees the rows; "" of none.
     """
 
     observation_size: int
     action_size: int
     signals: tuple[str, ...] = ()
+    limited: str = ""
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -67,8 +69,17 @@ class Layout(NamedTuple):
 
     def column(self, rows: Tensor, name: str) -> Tensor:
         """One of :attr:`scalars` of rows [..., D], [...]: a view."""
-        names = self.scalars
+        names, name = self.scalars, self.stored(name)
         return rows[..., self.width - len(names) + names.index(name)]
+
+    def stored(self, name: str) -> str:
+        """The name of the column that is read as this one of :attr:`scalars`."""
+        return signal_column(self.limited) if self.limited and name == "costs" else name
+
+    @property
+    def event(self) -> str:
+        """Above 0 in the steps that a safety critic must see often: an accident, or the cost."""
+        return "costs" if self.limited else "accidents"
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -91,16 +102,20 @@ class Layout(NamedTuple):
         observations, actions, following, scalars, *rest = rows.split(
             sizes if sizes[-1] else sizes[:-1], dim=-1
         )
-        return Batch(
+        batch = Batch(
             observations=observations,
             actions=actions,
             next_observations=following,
             **dict(zip(SCALARS, scalars.unbind(-1), strict=True)),
             signals=rest[0] if rest else None,
         )
+        if self.limited:
+            return batch._replace(costs=rest[0][..., self.signals.index(self.limited)])
+        return batch
 
     def pack(self, batch: Batch) -> Tensor:
         """Copy a Batch into rows [N, D]; the inverse of :meth:`unpack`."""
+        assert not self.limited  # what is read as the costs would be written over them
         scalars = torch.stack([getattr(batch, name) for name in SCALARS], dim=-1)
         if batch.signals is not None:
             scalars = torch.cat([scalars, batch.signals], dim=-1)

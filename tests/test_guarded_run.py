@@ -168,8 +168,8 @@ def test_an_evaluation_is_of_the_policy_behind_its_guard(
     always = commands.evaluate_run("online", episodes=4, runs=root, out=root / "a", say=silent)
     take_over = Guard.take_over
 
-    def infinitely(self: Guard, observation: Any, left: float, action: Any, spent: float) -> Any:
-        return take_over(self, observation, left, action, math.inf)
+    def infinitely(self: Guard, observation: Any, left: float, action: Any, spent: Any) -> Any:
+        return take_over(self, observation, left, action, dict.fromkeys(spent, math.inf))
 
     monkeypatch.setattr(Guard, "take_over", infinitely)
     never = commands.evaluate_run("online", episodes=4, runs=root, out=root / "b", say=silent)

@@ -41,7 +41,8 @@ def safe_episodes(dataset: Dataset, limits: Sequence[Limit]) -> Dataset:
     """
     safe = np.ones(dataset.episodes, dtype=bool)
     for limit in limits:
-        outcomes = limit.quantity.select(dataset.episode_accidents, dataset.episode_costs)
+        costs = dataset.under(limit).episode_costs
+        outcomes = limit.quantity.select(dataset.episode_accidents, costs)
         safe &= outcomes <= limit.value
     if not safe.any():
         which = "the limit" if len(limits) == 1 else "every limit"

@@ -52,7 +52,7 @@ def assess_policy(
         )
     # Episodes that are assessed.
     logged, return_range = dataset.episodes, dataset.return_range
-    dataset = dataset.sample(MOST_ROWS, seed)
+    dataset = dataset.sample(MOST_ROWS, seed).under(limit)
     # Of an episode that was cut off there is nothing to reweigh.
     known = dataset.behaviour_log_probs is not None and bool(whole_episodes(dataset).all())
     # Fitted Q evaluation.

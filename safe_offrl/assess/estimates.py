@@ -12,7 +12,7 @@ from scipy import special
 
 from safe_offrl.assess.fitted_evaluation import Fitted
 from safe_offrl.assess.importance_sampling import Weighted
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import quantity_named
 
 LEAST_SUPPORT = 0.02  # of the logged actions: with fewer the fit says what it likes
 MOST_TIMES = 100.0  # as many episodes: beyond that "log more" is no advice
@@ -143,7 +143,7 @@ class Estimates:
 
     def sentence(self, limit: float, confidence: float) -> str:
         """What the log shows, in words."""
-        what = f"the {QUANTITIES[self.constraint].estimated}"
+        what = f"the {quantity_named(self.constraint).estimated}"
         below = f"{what} is below {risk_text(limit, self.constraint)}"
         if self.doubts:
             return f"The log says too little of this policy: {'; '.join(self.doubts)}."

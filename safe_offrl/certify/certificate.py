@@ -24,7 +24,7 @@ from safe_offrl.deploy.episodes import Reservation, distinct, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
 from safe_offrl.errors import ConfigError
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import quantity_named
 from safe_offrl.stats.anytime import betabinomial_sequence
 from safe_offrl.stats.fixed import (
     clopper_pearson_lower,
@@ -49,10 +49,11 @@ RECORD = "episodes.jsonl"
 class Claim:
     """What is to be shown: ``quantity`` < ``limit``, both as a share of ``scale``.
 
-    ``quantity`` is "accident" (the probability of an episode with at least one accident, scale 1)
-    or "cost" (the expected cost of an episode; scale is the largest it can be). ``episodes`` is
-    their number ("one look") or the most there will be ("anytime"). ``shares`` are the claims of
-    one certificate, between which the error is divided: all of them hold with ``confidence``.
+    ``quantity`` is "accident" (the probability of an episode with at least one accident, scale 1),
+    "cost" (the expected cost of an episode; scale is the largest it can be), or the name of a cost
+    signal (likewise). ``episodes`` is their number ("one look") or the most there will be
+    ("anytime"). ``shares`` are the claims of one certificate, between which the error is divided:
+    all of them hold with ``confidence``.
     """
 
     quantity: str
@@ -67,6 +68,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shown."""
+        quantity_named(self.quantity)
         if not 0.0 < self.limit < self.scale:
             raise ConfigError(
                 f"The limit is {self.limit:g}, but a number strictly between 0 and {self.scale:g} "
@@ -84,7 +86,7 @@ class Claim:
                 f"A claim of attempt {self.attempt} that shares the error between {self.shares} is "
                 "none. Both begin at 1."
             )
-        if self.method == "one look" and self.quantity == "cost":
+        if self.method == "one look" and self.quantity != "accident":
             raise ConfigError(
                 "A fixed number of episodes certifies accidents, which happen or do not, but not "
                 "a cost. Leave --episodes out, or give --epsilon alone."
@@ -151,10 +153,10 @@ def contribution(claim: Claim, episode: Episode) -> float:
 
     ConfigError if it cost more than an episode can: nothing could be certified then.
     """
-    value = QUANTITIES[claim.quantity].select(float(episode.accident), episode.cost)
+    value = quantity_named(claim.quantity).of_episode(episode)
     if value > claim.scale:  # The scale of accidents is 1.
         raise ConfigError(
-            f"Episode {episode.index} cost {episode.cost:g}, but the log says that none costs more "
+            f"Episode {episode.index} cost {value:g}, but the log says that none costs more "
             f"than {claim.scale:g}, so its mean cannot be certified. Log such episodes first."
         )
     return value / claim.scale
@@ -193,10 +195,12 @@ def play(
     policy: DeployedPolicy,
     steps_before: int,
     worst_cost: float,
+    worst_signals: Mapping[str, float],
 ) -> tuple[Episode, str]:
     """The ``index``-th episode of a claim, and how the environment failed in it ("" if not).
 
-    Its seed and its noise depend on nothing else. It costs ``worst_cost`` if the environment fails.
+    Its seed and its noise depend on nothing else. If the environment fails it costs ``worst_cost``,
+    and in each signal what ``worst_signals`` say.
     """
     seed = episode_seed(claim.seed, index, claim.stream)
     rng = np.random.default_rng([claim.seed, claim.attempt, index])
@@ -206,6 +210,7 @@ def play(
         seed=seed,
         steps_before=steps_before,
         worst_cost=worst_cost,
+        worst_signals=worst_signals,
         version=policy.version,
         phase="certify",
         content=played.content,
@@ -220,6 +225,7 @@ def reserve(
     policy: DeployedPolicy,
     steps_before: int,
     worst_cost: float,
+    worst_signals: Mapping[str, float],
 ) -> Reservation:
     """What the ``index``-th episode counts as if it is cut off where none can be played again."""
     return Reservation.for_episode(
@@ -228,6 +234,7 @@ def reserve(
         steps=env.horizon,
         steps_before=steps_before,
         worst_cost=worst_cost,
+        worst_signals=worst_signals,
         version=policy.version,
         phase="certify",
     )

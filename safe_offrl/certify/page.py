@@ -6,19 +6,20 @@ import html
 from typing import Any
 
 from safe_offrl.certify.certificate import CERTIFICATE, RECORD, Claim, Finding, bounds_in_words
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import quantity_named
 
 
 def seen(claim: Claim, total: float, episodes: int) -> str:
     """What so many episodes showed, in words."""
     if claim.quantity == "accident":
         return f"{round(total)} of {episodes:,} episodes with an accident"
-    return f"cost {total * claim.scale / episodes:.3g} per episode over {episodes:,} episodes"
+    cost = quantity_named(claim.quantity).event
+    return f"{cost} {total * claim.scale / episodes:.3g} per episode over {episodes:,} episodes"
 
 
 def quantity(claim: Claim) -> str:
     """The claim, in words."""
-    return f"{QUANTITIES[claim.quantity].claimed} < {claim.limit:g}"
+    return f"{quantity_named(claim.quantity).claimed} < {claim.limit:g}"
 
 
 def summary(certificate: dict[str, Any]) -> str:

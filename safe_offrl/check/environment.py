@@ -287,7 +287,9 @@ def _check_accidents(
         often = "" if steps == listener.steps else f" in {steps / listener.steps:.0%} of the steps"
         text += f", an accident being 1, since {words}{often}"
     found = (ADVICE_ON_SHARE.get(share), None if mean_cost else NO_COST)
-    advice = " ".join(filter(None, (QUANTITIES[name].select(*found) for name in spec.bounds)))
+    advice = " ".join(
+        filter(None, (q.select(*found) for k, q in QUANTITIES.items() if k in spec.bounds))
+    )
     if min(r.outcomes[:, 1].min() for r in recordings) < 0.0:
         advice = "A cost below 0 was seen: what is limited is a sum, so make costs 0 or more."
     if not advice:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safe_offrl.check.groups import EpisodeGroup, Identification, group_episodes, identify
 from safe_offrl.check.signals import SignalSummary, summarise_signals
 from safe_offrl.data.dataset import FLOAT32_EPS, Dataset
-from safe_offrl.limits import QUANTITIES, Limit
+from safe_offrl.limits import Limit, quantity_named
 from safe_offrl.safety.calibration import MIN_HELD_OUT_EPISODES
 from safe_offrl.spec import SafetySpec
 from safe_offrl.stats.fixed import clopper_pearson
@@ -92,9 +92,9 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
     accidents = int(dataset.episode_accidents.sum())
     last_steps = dataset.episode_starts[1:] - 1
     truncated = int(dataset.truncated[last_steps].sum())
-    groups = group_episodes(dataset)
-    limit = safety.limit(dataset.horizon, dataset.cost_max)
-    outcomes = limit.quantity.select(dataset.episode_accidents, dataset.episode_costs)
+    limit = safety.limit(dataset.horizon, dataset.cost_max, dataset.signals_max)
+    seen = dataset.under(limit)
+    outcomes = limit.quantity.select(dataset.episode_accidents, seen.episode_costs)
     components = principal_components(observations)
     return DatasetSummary(
         env_id=dataset.metadata.get("env_id"),
@@ -119,11 +119,11 @@ def summarise(dataset: Dataset, safety: SafetySpec, held_out: float) -> DatasetS
         action_coverage=_action_coverage(dataset, actions),
         observation_coverage=_principal_coverage(components),
         state_action_coverage=_state_action_coverage(components, actions),
-        groups=groups,
+        groups=group_episodes(dataset),
         constraint=limit.constraint,
         limit=limit.value,
         within_limit=float((outcomes < limit.value).mean()),
-        identification=identify(dataset, groups, limit),
+        identification=identify(seen, group_episodes(seen), limit),
         warnings=tuple(dataset_warnings(dataset, limit, held_out)),
         signals=summarise_signals(dataset),
     )
@@ -135,15 +135,15 @@ def format_summary(summary: DatasetSummary) -> str:
     s = summary
     low, high = s.accident_interval
     within = f"; {s.within_limit:.0%} of the episodes below {s.limit:g}"
-    kept = f"{QUANTITIES[s.constraint].symbol} < {s.limit:g}"
+    quantity = quantity_named(s.constraint)
     lines = [
         f"dataset       {s.env_id or 'unknown environment'}, sha256 {s.sha256[:12]}",
         f"transitions   {s.transitions:,} in {s.episodes:,} episodes, horizon {s.horizon}",
         f"length        {_quantile_text(s.lengths, '.0f')} steps",
         f"return        {_quantile_text(s.returns, '.4g')}",
         f"cost          {_quantile_text(s.costs, '.4g')}"
-        + QUANTITIES[s.constraint].select("", within),
-        *(f"signal        {signal}" for signal in s.signals),
+        + quantity.select("", within) * (not quantity.signal),
+        *(f"signal        {x}" + within * (x.name == quantity.signal) for x in s.signals),
         f"accidents     {s.accident_episodes:,} episodes = {s.accident_episodes / s.episodes:.1%} "
         f"(95 % interval {low:.1%} to {high:.1%}), {s.accident_steps:,} steps",
         f"first at      {_bars(s.accident_times)} of the horizon, in tenths: "
@@ -170,7 +170,7 @@ def format_summary(summary: DatasetSummary) -> str:
         for g in s.groups
     ]
     # Conclusions.
-    lines.append(f"identified    {kept}: {s.identification.sentence}")
+    lines.append(f"identified    {quantity.symbol} < {s.limit:g}: {s.identification.sentence}")
     lines += [f"warning: {warning}" for warning in s.warnings]
     return "\n".join(lines)
 
@@ -274,7 +274,7 @@ def dataset_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[st
     if "warning" in dataset.metadata:
         found.append(str(dataset.metadata["warning"]))
     # Too few episodes or steps.
-    found += _outcome_warnings(dataset, limit, held_out)
+    found += _outcome_warnings(dataset.under(limit), limit, held_out)
     if len(dataset.rows) < MIN_TRANSITIONS:
         found.append(
             f"only {len(dataset.rows)} transitions: enough to try the commands, too few to learn. "
@@ -315,13 +315,13 @@ def _outcome_warnings(dataset: Dataset, limit: Limit, held_out: float) -> list[s
         "are held out)"
     )
     # Under a limit on the cost.
-    if limit.constraint == "cost":
+    if limit.constraint != "accident":
         kept = int((dataset.episode_costs < limit.value).sum())
         if min(kept, episodes - kept) >= needed:
             return []
-        which = f"below the limit of {limit.value:g}"
+        which = f"below the limit of {limit.value:g}{limit.quantity.inside}"
         if kept > episodes - kept:
-            which, kept = f"above the limit of {limit.value:g}", episodes - kept
+            which, kept = which.replace("below", "above", 1), episodes - kept
         return [f"only {kept} episodes are {which}, {too_few}. Log {needed - kept} more."]
     # Under a limit on accidents.
     accidents, found = int(dataset.episode_accidents.sum()), []

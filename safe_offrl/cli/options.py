@@ -100,7 +100,7 @@ COST_LIMIT = Option("cost_limit", float, "Limit of the expected cost per episode
 LIMIT = Option(
     "limit",
     list[str],
-    "A limit: accident=0.05 or cost=25; once for each.",
+    "A limit: accident=0.05, cost=25, or of a signal its name; once for each.",
     metavar="NAME=VALUE",
 )
 CONFIDENCE = Option("confidence", float, "Of intervals and limits.")
@@ -147,7 +147,7 @@ TAKEN: dict[str, tuple[Option, ...]] = {
     "assess": (
         argument("run_names", list[str], "RUN...", "Pretrain runs."),
         EPSILON._replace(help="Limit of P(accident); each run's own if left out."),
-        *(COST_LIMIT, CONFIDENCE, OUT, RUNS, JSON, DEBUG),
+        *(COST_LIMIT, LIMIT, CONFIDENCE, OUT, RUNS, JSON, DEBUG),
     ),
     "finetune": (
         OVERRIDES._replace(name="arguments", metavar="RUN|KEY=VALUE"),
@@ -181,6 +181,7 @@ TAKEN: dict[str, tuple[Option, ...]] = {
         RUN._replace(help="A finished pretrain or finetune run."),
         EPSILON._replace(help="Accident probability to stay below; the run's own if out."),
         COST_LIMIT._replace(help="Expected cost of an episode to stay below."),
+        LIMIT,
         CONFIDENCE._replace(help="Of the certificate, over all attempts on this run."),
         count("episodes", "Look once, after so many; else after each, until it is settled"),
         SEED._replace(help="Seed of the episodes.", default=0),

@@ -37,6 +37,7 @@ from safe_offrl.errors import EnvError, UserError
 from safe_offrl.files import cache_folder
 from safe_offrl.record.progress import Say
 from safe_offrl.spec import SafetySpec
+from safe_offrl.types import signal_column
 
 SOURCES = (
     "behaviours.py",
@@ -266,7 +267,9 @@ def _unsafe_episodes(arrays: Mapping[str, NDArray[Any]], spec: SafetySpec) -> ND
     """Whether each episode had an accident or, if that is constrained, cost above the limit [M]."""
     starts = _starts(arrays)
     accidents = np.logical_or.reduceat(arrays["accidents"], starts)
-    costs = np.add.reduceat(arrays["costs"], starts, dtype=np.float64)
+    signal = spec.quantity.signal
+    column = signal_column(signal) if signal else "costs"
+    costs = np.add.reduceat(arrays[column], starts, dtype=np.float64)
     return np.asarray(spec.quantity.select(accidents, costs) > spec.limit_value)
 
 

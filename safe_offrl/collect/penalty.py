@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safe_offrl.collect.dropped import Dropped
 from safe_offrl.env.adapter import AccidentEnv, Vector, episode_seed
 from safe_offrl.errors import EnvFault
+from safe_offrl.limits import COST, Quantity
 
 EPISODES_PER_STEP = 8  # finished ones between two steps of an adapted penalty
 PROPORTIONAL, INTEGRAL = 0.5, 0.1  # gains of an adapted penalty, in its natural unit
@@ -58,9 +59,10 @@ class Penalised(gymnasium.Wrapper[Vector, Any, Vector, Vector]):
     if it does so in too many episodes in a row.
     """
 
-    def __init__(self, env: AccidentEnv, account: Account) -> None:
+    def __init__(self, env: AccidentEnv, account: Account, limited: Quantity = COST) -> None:
+        """Of a ``limited`` signal its cost is penalised."""
         super().__init__(env)
-        self._adapted, self._account = env, account
+        self._adapted, self._account, self._limited = env, account, limited
         if env.discrete:
             self.action_space = spaces.Discrete(env.action_size)
         self._return = self._cost = 0.0
@@ -89,10 +91,11 @@ class Penalised(gymnasium.Wrapper[Vector, Any, Vector, Vector]):
             return self._observation, 0.0, False, True, {}
         self._observation = observation
         self._return += reward
-        self._cost += info["cost"]
+        cost = self._limited.cost_of(info["cost"], info.get("signals", {}))
+        self._cost += cost
         if terminated or truncated:
             self._account.episodes.append((self._return, self._cost))
             self._account.dropped.completed()
         penalty = self._account.penalty
-        reward = (reward - penalty * info["cost"]) / (1.0 + penalty)
+        reward = (reward - penalty * cost) / (1.0 + penalty)
         return observation, reward, terminated, truncated, info

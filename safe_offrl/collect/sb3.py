@@ -238,7 +238,7 @@ def _train(job: _Job, progress: Say) -> _Trained:
         # Environments and learner.
         envs = DummyVecEnv(
             [
-                lambda: Penalised(make_env(job.env_id, job.spec), account)
+                lambda: Penalised(make_env(job.env_id, job.spec), account, job.spec.quantity)
                 for _ in range(PARALLEL_ENVS)
             ]
         )

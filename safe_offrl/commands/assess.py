@@ -20,12 +20,12 @@ from safe_offrl.commands.common import (
     warning_lines,
 )
 from safe_offrl.commands.environment import learnt_lines, since_log
-from safe_offrl.commands.given_limits import Limits, require_own_limit
+from safe_offrl.commands.given_limits import Limits, limits_by_name, require_own_limit
 from safe_offrl.compute.device import configure
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.errors import RunError
+from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, plain, write_atomic
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import QUANTITIES, Limit, quantity_named
 from safe_offrl.record.checkpoints import Checkpoint
 from safe_offrl.record.final_policy import stored_policy
 from safe_offrl.record.find_run import find_run
@@ -165,7 +165,12 @@ def _file_of(subject: Subject) -> str:
 
 def limit_of(subject: Subject) -> float:
     """The limit that a policy is held to, in its own unit."""
-    return subject.safety.limit(subject.dataset.horizon, subject.dataset.cost_max).value
+    return _limit(subject).value
+
+
+def _limit(subject: Subject) -> Limit:
+    dataset = subject.dataset
+    return subject.safety.limit(dataset.horizon, dataset.cost_max, dataset.signals_max)
 
 
 def each_subject(subject: Subject, safety: SafetySpec) -> list[Subject]:
@@ -182,11 +187,18 @@ def _subjects(run: RunDir, limits: Limits, confidence: float | None, say: Say) -
     inputs, config = parse_run_yaml(run.config_text, "pretrain", PretrainConfig, run.path)
     configure(inputs.threads)
     require_own_limit(config.safety, limits)
-    asked: dict[str, Any] = {**limits, "confidence": confidence}
+    asked: dict[str, Any] = {"confidence": confidence}
     given = {k: v for k, v in asked.items() if v is not None}
-    own = {q.constraint: given[q.limit] for q in QUANTITIES.values() if q.limit in given}
+    own = limits_by_name(limits)
+    if other := [name for name in own if name not in config.safety.bounds]:
+        raise ConfigError(
+            f'The run "{run.name}" has no limit of "{other[0]}", so nothing was learnt of it. Give '
+            f"limits of {' and '.join(config.safety.bounds)}, or pretrain with it."
+        )
     if config.safety.limits:
         given["limits"] = config.safety.limits | own
+    else:
+        given |= {QUANTITIES[name].limit: value for name, value in own.items()}
     safety = dataclasses.replace(config.safety, **given)
     dataset = stored_dataset(inputs, safety, discount_of(config))
     if run.environments:
@@ -209,7 +221,7 @@ def assessed(subject: Subject, say: Say, *, store: bool = True) -> Estimates:
         policy = stored_policy(run, subject.checkpoint)
         # Returns are estimated in the environment's unit.
         normalizer = policy.normalizer._replace(reward_scale=1.0)
-        limit = subject.safety.limit(dataset.horizon, dataset.cost_max)
+        limit = _limit(subject)
         # Estimates.
         say(f"assess      {run.path}: the policy, without its shield, from the log alone")
         line = ProgressLine(100, 0, None if say is say_plain else say, "%")
@@ -287,7 +299,7 @@ def numbers(estimates: Estimates, limit: float, confidence: float) -> str:
     value = min(max(0.0, estimates.risk.value), 1.0) * estimates.scale
     low, high = (risk_text(x, kind) for x in estimates.risk_interval(confidence))
     return (
-        f"{QUANTITIES[kind].estimated} {risk_text(value, kind)} [{low}, {high}], at most "
+        f"{quantity_named(kind).estimated} {risk_text(value, kind)} [{low}, {high}], at most "
         f"{risk_text(estimates.risk_upper(confidence), kind)} ({confidence:.0%}); limit "
         f"{risk_text(limit, kind)}"
     )

@@ -35,12 +35,12 @@ from safe_offrl.certify.page import page, quantity, seen, summary
 from safe_offrl.check.situations import Situations, find_situations, require_situations
 from safe_offrl.commands.common import say_plain
 from safe_offrl.commands.environment import changed_line, since_run
-from safe_offrl.commands.given_limits import Limits
+from safe_offrl.commands.given_limits import Limits, limits_by_name
 from safe_offrl.deploy.episodes import distinct, faults_in_a_row
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, write_atomic
-from safe_offrl.limits import COST, QUANTITIES
+from safe_offrl.limits import ACCIDENT, quantity_named
 from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.find_run import find_run
 from safe_offrl.record.ledger import LedgerWriter
@@ -124,13 +124,13 @@ def _claims(
 ) -> tuple[Claim, ...]:
     """What was asked for; all the run's own limits if nothing was."""
     safety = final.safety
-    given = {q: limits.get(q.limit) for q in QUANTITIES.values()}
-    asked = {q: float(value) for q, value in given.items() if isinstance(value, int | float)}
+    asked = {quantity_named(name): value for name, value in limits_by_name(limits).items()}
     own = {limit.quantity: limit for limit in final.limits}
-    if COST in asked and COST not in own:
+    if any(quantity is not ACCIDENT and quantity not in own for quantity in asked):
+        kept = "accidents" if set(own) == {ACCIDENT} else " and ".join(final.safety.bounds)
         raise ConfigError(
-            "The run constrains accidents, and how much an episode can cost is not known. "
-            "Give --epsilon."
+            f"The run constrains {kept}, and how much an episode can cost is not known. "
+            f"Give {'--epsilon' if kept == 'accidents' else 'limits of the same'}."
         )
     wanted = asked or {quantity: limit.value for quantity, limit in own.items()}
     return tuple(
@@ -241,10 +241,11 @@ def _play(final: FinalPolicy, claims: Sequence[Claim], path: Path, say: Say) -> 
         try:
             while not finished(claims, totals, len(played)):
                 before = played[-1].total_steps if played else 0
-                about = claim, len(played), final.env, final.policy, before, final.worst_cost
+                about = claim, len(played), final.env, final.policy, before
+                worst = final.worst_cost, final.worst_signals
                 if real:
-                    record.reserve(reserve(*about).worst)
-                episode, fault = play(*about)
+                    record.reserve(reserve(*about, *worst).worst)
+                episode, fault = play(*about, *worst)
                 record.append(episode)
                 faults = faults_in_a_row(faults, fault)
                 totals = [
@@ -305,7 +306,7 @@ def _header(final: FinalPolicy, claims: Sequence[Claim], situations: Situations 
     """What a person should know before it starts."""
     claim = claims[0]
     asked = " and ".join(map(quantity, claims))
-    evidence = " or ".join(dict.fromkeys(QUANTITIES[c.quantity].evidence for c in claims))
+    evidence = " or ".join(dict.fromkeys(quantity_named(c.quantity).evidence for c in claims))
     many = (
         f"{claim.episodes:,} episodes, then one look"
         if claim.method == "one look"

@@ -17,7 +17,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError, DataError, RunError
 from safe_offrl.files import unwritable
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import quantity_named
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import RunInputs
 from safe_offrl.record.trust import require_trusted_log
@@ -25,6 +25,7 @@ from safe_offrl.spec import SafetySpec
 from safe_offrl.train.pretrain_config import PretrainConfig
 
 DEFAULT_ENV = "PointHazard-v0"
+LIMITS = "safety.limits."  # before the name of what is limited
 
 
 def say_plain(text: str) -> None:
@@ -65,6 +66,31 @@ def with_logged_rule(
     if imports and config.safety.accident != rule["accident"]:
         require_trusted_log(metadata)
     return worded
+
+
+def logged_signals(
+    metadata: Mapping[str, Any],
+    overrides: Sequence[str],
+    limited: Iterable[str] = (),
+    *,
+    imports: bool = True,
+) -> dict[str, str]:
+    """Settings that say where a log's own signals are found, of those that are limited.
+
+    By ``overrides``, which may say it themselves, or else ``limited``. ConfigError if that is a
+    function of a module (which a run ``imports``) and the log was not made here.
+    """
+    keys, said = [text.partition("=")[0] for text in overrides], metadata.get("signals")
+    stated = said if isinstance(said, dict) else {}
+    asked = [*limited, *(key.removeprefix(LIMITS) for key in keys if key.startswith(LIMITS))]
+    found = {}
+    for name in asked:
+        source, key = stated.get(name), f"safety.signals.{name}"
+        if isinstance(source, str) and key not in keys:
+            if imports:
+                require_trusted_log(metadata, name)
+            found[key] = source
+    return found
 
 
 def stated_safety(
@@ -118,12 +144,16 @@ def stored_pretrain_run(inputs: RunInputs) -> RunDir:
 
 def require_both_outcomes(dataset: Dataset, path: Path, safety: SafetySpec) -> None:
     """Raise DataError if the data cannot tell safe from unsafe: all episodes of one kind."""
-    if "cost" in safety.bounds:
-        costs = dataset.episode_costs
+    for name in safety.bounds:
+        if name == "accident":
+            continue
+        quantity = quantity_named(name)
+        costs = dataset.signal_costs[name] if quantity.signal else dataset.episode_costs
         if costs.min() == costs.max():
             raise DataError(
-                f'Every episode of the dataset "{path}" has the cost {costs[0]:g}, so cost cannot '
-                "be learnt from it. Log cheap and expensive episodes, or check the file's costs."
+                f'Every episode of the dataset "{path}" has the {quantity.event} {costs[0]:g}, so '
+                f"{quantity.event} cannot be learnt from it. Log cheap and expensive episodes, or "
+                "check the file's costs."
             )
     if "accident" not in safety.bounds:
         return
@@ -155,7 +185,7 @@ def warning_lines(dataset: Dataset, safety: SafetySpec, held_out: float) -> list
     sample = dataset.sample(INSPECTED, seed=0)
     found = [
         f"warning     {text}"
-        for limit in safety.all_limits(dataset.horizon, dataset.cost_max)
+        for limit in safety.all_limits(dataset.horizon, dataset.cost_max, dataset.signals_max)
         for text in dataset_warnings(sample, limit, held_out)
     ]
     return list(dict.fromkeys(found))  # what two limits have in common is said once
@@ -163,7 +193,9 @@ def warning_lines(dataset: Dataset, safety: SafetySpec, held_out: float) -> list
 
 def constraint_line(safety: SafetySpec, horizon: int) -> str:
     """Header line: what is promised."""
-    promised = [QUANTITIES[name].promise(value, horizon) for name, value in safety.bounds.items()]
+    promised = [
+        quantity_named(name).promise(value, horizon) for name, value in safety.bounds.items()
+    ]
     return (
         f"constraints {', '.join(promised)}, KL < {safety.delta:g} nats (delta), "
         f'confidence {safety.confidence:.0%}, accident = "{safety.accident}"'

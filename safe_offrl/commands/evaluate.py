@@ -76,6 +76,7 @@ def evaluate_run(
             mean_action=mean_action,
             watch=watch,
             worst_cost=final.worst_cost,
+            worst_signals=final.worst_signals,
         ):
             played.append(episode)  # noqa: PERF402  # its length is shown meanwhile
     # Outcomes.
@@ -83,6 +84,8 @@ def evaluate_run(
     returns = [e.episode_return for e in played if e.outcome == "complete"]
     mean, error = _mean_and_error(returns)
     cost, cost_error = _mean_and_error([episode.cost for episode in played])
+    limited = [limit.quantity for limit in final.limits if limit.quantity.signal]
+    signals = {q.signal: _mean_and_error([q.of_episode(e) for e in played]) for q in limited}
     different = distinct(played)
     # Of a few situations that are played again and again, a repeated episode says nothing new.
     counted = different if situations.few else played
@@ -103,6 +106,7 @@ def evaluate_run(
         "return_standard_error": plain(error),
         "mean_cost": cost,
         "cost_standard_error": cost_error,
+        **({"signals": signals} if signals else {}),  # of each limited one mean, standard error
         "mean_length": sum(episode.steps for episode in played) / episodes,
         "guarded_share": guarded,
         "mean_action": mean_action,
@@ -116,7 +120,9 @@ def evaluate_run(
     say(
         f"{run.name}: {accidents} accidents in {episodes} episodes, "
         f"rate {accidents / episodes:.3f} [{low:.3f}, {high:.3f}] at {safety.confidence:.0%}, "
-        f"cost {cost:.2f} +- {cost_error:.2f}, return {gain}{behind}"
+        f"cost {cost:.2f} +- {cost_error:.2f}, "
+        + "".join(f"{k} cost {m:.2f} +- {e:.2f}, " for k, (m, e) in signals.items())
+        + f"return {gain}{behind}"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, json_bytes(result))

@@ -152,9 +152,10 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
             },
             {
                 "name": "spent",
-                "shape": ["batch"],
+                "shape": ["batch", *([len(graph.spent)] if len(graph.spent) > 1 else [])],
                 "dtype": "float32",
-                "meaning": "what the episode has cost so far, 0 at its first step",
+                "meaning": f"what the episode has cost so far{_in_what(graph)}, 0 at its first "
+                "step",
             },
         ][: len(graph.inputs)],
         "outputs": [
@@ -174,10 +175,15 @@ def _interface(graph: PolicyGraph, env: AccidentEnv) -> dict[str, Any]:
         ][: len(graph.outputs)],
         "episode": "Begin with time_to_go 1. At each step draw noise, run the graph, execute "
         "action, lower time_to_go by 1 / horizon"
-        + (", and add the step's cost to spent." if "spent" in graph.inputs else "."),
+        + (f", and add the step's cost{_in_what(graph)} to spent." if graph.spent else "."),
         "certificate": "A certificate with the same sha256 of policy, shield and guard is about "
         "this file, as long as noise is drawn.",
     }
+
+
+def _in_what(graph: PolicyGraph) -> str:
+    """The costs that the guard asks for, where they are not the one of the environment alone."""
+    return "" if graph.spent in ((), ("cost",)) else f" in {', '.join(graph.spent)}, in this order"
 
 
 def _observation_parts(env: AccidentEnv) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from safe_offrl.commands.assess import (
 )
 from safe_offrl.errors import RunError
 from safe_offrl.files import unwritable
-from safe_offrl.limits import QUANTITIES, Limit
+from safe_offrl.limits import Limit, quantity_named
 from safe_offrl.record.progress import Say
 from safe_offrl.safety.monitor import allowance
 from safe_offrl.stats.fixed import shared_confidence
@@ -60,7 +60,8 @@ def gate(subject: Subject, *, accepted: str | None, allowed: bool, say: Say) -> 
 
 
 def _refusal(subject: Subject, estimates: Estimates, limit: float, confidence: float) -> RunError:
-    option = QUANTITIES[estimates.constraint].limit.replace("_", "-")
+    quantity = quantity_named(estimates.constraint)
+    option = f"limit {quantity.signal}" if quantity.signal else quantity.limit.replace("_", "-")
     allow = "" if estimates.shows_above(limit, confidence) else ", give an --accident-budget"
     return RunError(
         f'Before the first step of "{subject.run.name}": '

@@ -15,6 +15,7 @@ class Limits(TypedDict, total=False):
 
     epsilon: float | None  # of P(accident)
     cost_limit: float | None  # of the expected cost per episode
+    limit: Sequence[str] | None  # NAME=VALUE each
 
 
 def require_own_limit(safety: SafetySpec, limits: Limits) -> None:
@@ -27,6 +28,16 @@ def require_own_limit(safety: SafetySpec, limits: Limits) -> None:
                 f"{other.limit} means nothing to it. Leave it out, or pretrain under the other "
                 "constraint."
             )
+
+
+def limits_by_name(limits: Limits) -> dict[str, float]:
+    """All that are given, in the order of their options: {what is limited: its limit}."""
+    short = {q.constraint: limits.get(q.limit) for q in QUANTITIES.values()}
+    given = {name: float(x) for name, x in short.items() if isinstance(x, int | float)}
+    named = parse_limits(limits.get("limit")) or {}
+    if twice := [name for name in named if name in given]:
+        raise ConfigError(f"The limit of {twice[0]} is given twice. Give it once.")
+    return given | named
 
 
 def parse_limits(arguments: Sequence[str] | None) -> dict[str, float] | None:

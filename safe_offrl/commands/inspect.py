@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_offrl.check.inspect import INSPECTED, format_summary, summarise
-from safe_offrl.commands.common import say_plain, with_logged_rule
+from safe_offrl.commands.common import logged_signals, say_plain, with_logged_rule
 from safe_offrl.config import load_config
 from safe_offrl.data_formats.loading import load_dataset, stated_metadata
 from safe_offrl.files import plain
@@ -31,11 +31,13 @@ def inspect_dataset(
     of its environment, and the cost signals are all that there are unless some are named.
     """
     stated = stated_metadata(dataset)
+    limited = logged_signals(stated, overrides, imports=False)
     resolve = functools.partial(
         load_config,
         PretrainConfig,
         section="pretrain",
         env_id=str(stated.get("env_id", "")),
+        flags=limited,
         overrides=overrides,
     )
     config = with_logged_rule(resolve(), stated, resolve, imports=False)
@@ -43,7 +45,7 @@ def inspect_dataset(
         dataset,
         discount=discount_of(config),
         spec=config.safety,
-        every_signal=not config.safety.signals,
+        every_signal=len(config.safety.signals) == len(limited),
     )
     loaded = loaded.sample(INSPECTED, seed=0)
     summary = summarise(loaded, config.safety, config.held_out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safe_offrl.commands.common import (
     constraint_line,
     data_line,
     device_line,
+    logged_signals,
     require_both_outcomes,
     say_plain,
     warning_lines,
@@ -35,7 +36,7 @@ from safe_offrl.data_formats.validation import check_learnable, check_matches_en
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env, time_limit
 from safe_offrl.errors import DataError
-from safe_offrl.limits import COST
+from safe_offrl.limits import ACCIDENT, COST
 from safe_offrl.record.progress import Heartbeat, Say
 from safe_offrl.record.run_config import RunInputs
 from safe_offrl.record.trust import is_trusted_log
@@ -94,22 +95,28 @@ def pretrain_config(
     named = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "env"]
     flags: dict[str, Any] = {"env": env, "dataset": dataset, "agent": agent, "steps": steps}
     flags |= {"seed": seed, "safety.limits": parse_limits(limit)}
-    resolve = functools.partial(
-        load_config,
-        PretrainConfig,
-        section="pretrain",
-        env_id=(named[-1:] or [env or DEFAULT_ENV])[0],
-        preset=preset,
-        flags=flags,
-        overrides=overrides,
-    )
+    signals = logged_signals(_stated(dataset), overrides, flags["safety.limits"] or ())
+
+    def resolve(
+        inherited: Mapping[str, Any] | None = None, logged: Mapping[str, Any] | None = None
+    ) -> PretrainConfig:
+        return load_config(
+            PretrainConfig,
+            section="pretrain",
+            env_id=(named[-1:] or [env or DEFAULT_ENV])[0],
+            preset=preset,
+            inherited=inherited,
+            logged={**signals, **(logged or {})},
+            flags=flags,
+            overrides=overrides,
+        )
+
     # What settings begin with depends on what is constrained, which they say themselves.
-    with_costs = functools.partial(resolve, inherited=COST.pretraining)
-    config = with_costs()
-    if config.safety.quantity is COST:
-        resolve = with_costs
-    else:
-        config = resolve()
+    own = functools.partial(resolve, COST.pretraining)
+    config = own()
+    if config.safety.quantity is ACCIDENT:
+        own = functools.partial(resolve, None)
+        config = own()
     stated_safety: Any = {}
     if preset is not None:  # It has been read once, so it can be.
         file = read_yaml(Path(preset).read_text(encoding="utf-8"), str(preset))
@@ -117,26 +124,27 @@ def pretrain_config(
     require_given_once(limit, overrides, {}, stated_safety)
     # The log's own rule.
     if config.dataset is not None:
-        try:
-            stated = stated_metadata(config.dataset)
-        except DataError:  # Whoever loads it refuses it.
-            stated = {}
-        config = with_logged_rule(config, stated, resolve)
+        config = with_logged_rule(config, _stated(config.dataset), own)
     return replace(config, agents=with_own_settings(config.agent, config.agents))
 
 
 def _logged_env(dataset: str | None, overrides: Sequence[str]) -> str | None:
     """The environment that a dataset names; None where another is, or it would import a module."""
-    if dataset is None or any(text.partition("=")[0] == "env" for text in overrides):
+    if any(text.partition("=")[0] == "env" for text in overrides):
         return None
-    try:
-        stated = stated_metadata(dataset)
-    except DataError:
-        return None
+    stated = _stated(dataset)
     env_id = stated.get("env_id")
     if not isinstance(env_id, str) or (":" in env_id and not is_trusted_log(stated)):
         return None
     return env_id
+
+
+def _stated(dataset: str | None) -> dict[str, Any]:
+    """What a log says of itself; nothing of none, or of one that whoever loads it refuses."""
+    try:
+        return {} if dataset is None else stated_metadata(dataset)
+    except DataError:
+        return {}
 
 
 def plan_pretrain(
@@ -172,7 +180,7 @@ def plan_pretrain(
         check_learnable(dataset, config.safety)
         require_both_outcomes(dataset, path, config.safety)
         # This refuses a limit that cannot bind.
-        config.safety.all_limits(dataset.horizon, dataset.cost_max)
+        config.safety.all_limits(dataset.horizon, dataset.cost_max, dataset.signals_max)
         env_versions, env_identity = env.versions(), env.identity()
         units = _assumed_units(dataset, env)
     finally:

@@ -124,7 +124,6 @@ class FinetuneSettings(Limits, total=False):
     accident_budget: int | None
     videos: int | None
     keep_versions: bool | None
-    limit: Sequence[str] | None  # NAME=VALUE each
     seed: int | None
     kl: bool | None  # whether it is constrained
     safety_constraint: bool | None
@@ -260,7 +259,8 @@ def plan_finetune(
         dataset = stored_dataset(source, config.safety, discount_of(source_config))
         sizes = env.observation_size, env.action_size
         check_matches_env(dataset, source.env_id, *sizes, discrete=env.discrete)
-        limits = config.safety.all_limits(env.horizon, dataset.cost_max)
+        largest = dataset.cost_max, dataset.signals_max
+        limits = config.safety.all_limits(env.horizon, *largest)
         if config.videos:
             require_pictures(env)
         # Pretrained policy and shield.

@@ -19,7 +19,7 @@ from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.files import json_bytes, plain, write_atomic
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import quantity_named
 from safe_offrl.record.final_policy import FinalPolicy, final_policy
 from safe_offrl.record.find_run import find_run
 from safe_offrl.record.kept_versions import REPLAY, kept_versions, load_version
@@ -152,7 +152,8 @@ def _truth_of(
     final: FinalPolicy, policy: DeployedPolicy, episodes: int, seed: int, few: bool
 ) -> dict[str, Any]:
     """What a version is in truth; where there are ``few`` situations, bounds count what differs."""
-    played = list(evaluate(final.env, policy, episodes, seed, worst_cost=final.worst_cost))
+    worst: dict[str, Any] = {"worst_cost": final.worst_cost, "worst_signals": final.worst_signals}
+    played = list(evaluate(final.env, policy, episodes, seed, **worst))
     bounded, confidence = distinct(played) if few else played, final.safety.confidence
     truths = []  # of each limit
     for limit in final.limits:
@@ -212,10 +213,10 @@ def _correlation(versions: list[dict[str, Any]]) -> float | None:
 
 
 def _summary(result: Mapping[str, Any]) -> str:
-    quantity = QUANTITIES[result["constraint"]]
+    quantity = quantity_named(result["constraint"])
     n, last = len(result["versions"]), result["versions"][-1]
     limits = {result["constraint"]: result["limit"], **result.get("further", {})}
-    limit = " or ".join(QUANTITIES[name].limit_text(value) for name, value in limits.items())
+    limit = " or ".join(quantity_named(name).limit_text(value) for name, value in limits.items())
     sure = f"{result['confidence']:.0%}"
     told = result["correlation"]
     lines = [

@@ -14,6 +14,7 @@ from torch import Tensor
 from safe_offrl.data.content import MAX_DATASET_BYTES, chunks
 from safe_offrl.data.offsets import offset_of
 from safe_offrl.errors import DataError
+from safe_offrl.limits import Limit
 from safe_offrl.types import Batch, Layout, Normalizer, signal_column
 
 # Temperatures, conservatism and learning rates are chosen for rewards of the size that they have in
@@ -73,6 +74,11 @@ class Dataset:
     behaviour_log_probs: np.ndarray | None = None
     remarks: tuple[str, ...] = ()
 
+    def under(self, limit: Limit | str) -> Dataset:
+        """The same rows as this limit (of this signal) sees them: its costs are the costs."""
+        limited = limit if isinstance(limit, str) else limit.quantity.signal
+        return replace(self, layout=self.layout._replace(limited=limited))
+
     @property
     def transitions(self) -> Batch:
         """All transitions [N, ...]: views, or a copy in memory of a memory-mapped set."""
@@ -95,7 +101,7 @@ class Dataset:
         """One of the layout's scalars for all transitions [N], without reading the others."""
         if isinstance(self.rows, Tensor):
             return self.layout.column(self.rows, name)
-        return self.rows.column(name)
+        return self.rows.column(self.layout.stored(name))
 
     @property
     def discrete(self) -> bool:
@@ -125,6 +131,21 @@ class Dataset:
         return np.maximum.reduceat(accidents, self.episode_starts[:-1]) > 0
 
     @property
+    def dangers(self) -> np.ndarray:
+        """What a safety critic is judged by, [N] bool: steps with an accident.
+
+        Under a limit of a signal, which may cost a little in every step, those dearer than the
+        mean.
+        """
+        values = self.column(self.layout.event).numpy()
+        return values > (values.mean(dtype=np.float64) if self.layout.limited else 0.0)
+
+    @property
+    def dangerous_episodes(self) -> np.ndarray:
+        """Whether each episode held such a step [M], bool."""
+        return np.logical_or.reduceat(self.dangers, self.episode_starts[:-1])
+
+    @property
     def episode_returns(self) -> np.ndarray:
         """Undiscounted sum of rewards of each episode [M], float64."""
         return self._episode_sums("rewards")
@@ -146,7 +167,15 @@ class Dataset:
     @property
     def cost_max(self) -> float:
         """Largest cost of a step: the unit of costs; 1 if none is above 0."""
-        largest = float(self.column("costs").max())
+        return self._largest("costs")
+
+    @property
+    def signals_max(self) -> dict[str, float]:
+        """The same of each named cost signal, by its name."""
+        return {name: self._largest(signal_column(name)) for name in self.layout.signals}
+
+    def _largest(self, column: str) -> float:
+        largest = float(self.column(column).max())
         return largest if largest > 0.0 else 1.0
 
     @property

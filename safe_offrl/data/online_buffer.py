@@ -39,6 +39,7 @@ class OnlineBuffer:
         self.layout = layout
         self.capacity = capacity
         self._reaches = tuple(reaches)
+        self._layouts = [layout._replace(limited=reach.limited) for reach in reaches]
         self._store = torch.zeros(capacity, layout.width, device=device)
         # Costs and spans of each reach.
         self._costs = torch.zeros(len(reaches), capacity, 1 + len(layout.signals), device=device)
@@ -50,7 +51,8 @@ class OnlineBuffer:
         self._handed_over.zero_()
         self._any_handed_over = False
         self.start_observations = self._store.new_zeros(0, self.layout.observation_size)
-        self._accident_rows = torch.zeros(0, dtype=torch.int64, device=self._store.device)
+        none = torch.zeros(0, dtype=torch.int64, device=self._store.device)
+        self._event_rows = [none] * len(self._reaches)  # what each sees often, see Layout.event
         self._starts = torch.zeros(1, dtype=torch.int64)  # first rows of episodes, and N; on CPU
 
     @property
@@ -85,19 +87,20 @@ class OnlineBuffer:
         initial = added.observations[starts[:-1]]
         self.start_observations = torch.cat([self.start_observations, initial])
         self._starts = torch.cat([self._starts, first + starts[1:].cpu()])
-        # Costs, spans and accidents, which the safety critic learns from.
+        # Costs, spans and accidents, which the safety critics learn from.
         signals = [] if added.signals is None else [added.signals]
-        columns = torch.cat([added.costs.unsqueeze(-1), *signals], dim=-1)
         cuts = starts
         if handed_over is not None:
             handed = self._handed_over[first:end] = handed_over.to(self._store.device)
             self._any_handed_over = True
             cuts = torch.cat([starts, handed.nonzero().squeeze(1)]).unique()
-        for k, reach in enumerate(self._reaches):
-            costs, spans = n_step_costs(columns, cuts, *reach)
+        for k, (reach, layout) in enumerate(zip(self._reaches, self._layouts, strict=True)):
+            seen = layout.unpack(self._store[first:end])
+            columns = torch.cat([seen.costs.unsqueeze(-1), *signals], dim=-1)
+            costs, spans = n_step_costs(columns, cuts, reach.steps, reach.discount)
             self._costs[k, first:end], self._spans[k, first:end] = costs, spans
-        accidents = first + (added.accidents > 0).nonzero().squeeze(1)
-        self._accident_rows = torch.cat([self._accident_rows, accidents])
+            events = first + (getattr(seen, layout.event) > 0).nonzero().squeeze(1)
+            self._event_rows[k] = torch.cat([self._event_rows[k], events])
 
     def risk_sampler(self, reach: int = 0) -> RiskSampler:
         """Batches for a safety critic from the rows stored; at least one episode is needed.
@@ -106,11 +109,11 @@ class OnlineBuffer:
         """
         if not self.size:
             raise ValueError("no episode has been added yet")
-        accidents = self.layout.unpack(self.rows).accidents
+        layout = self._layouts[reach]
         return RiskSampler(
             self.rows,
-            self.layout,
-            StratifiedSampler(accidents, self._accident_rows),
+            layout,
+            StratifiedSampler(layout.column(self.rows, layout.event), self._event_rows[reach]),
             self._costs[reach, : self.size],
             self._spans[reach, : self.size],
             steps=self._reaches[reach].steps,

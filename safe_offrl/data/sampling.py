@@ -68,10 +68,14 @@ def _select(rows: Rows, index: Tensor) -> Tensor:
 
 
 class Reach(NamedTuple):
-    """What a transition spans that a safety critic learns from: steps, discounted."""
+    """What a transition spans that a safety critic learns from: steps, discounted.
+
+    ``limited`` is the signal whose costs it learns, see :class:`Layout`.
+    """
 
     steps: int = 1
     discount: float = 1.0
+    limited: str = ""
 
 
 class RiskSampler:
@@ -104,17 +108,19 @@ class RiskSampler:
         *,
         steps: int = 1,
         discount: float = 1.0,
+        limited: str = "",
         device: torch.device | None = None,
     ) -> RiskSampler:
         """Of a whole dataset, for batches on ``device``, the CPU by default.
 
-        A transition spans ``steps`` steps, fewer where its episode ends before.
+        A transition spans ``steps`` steps, fewer where its episode ends before; see :class:`Reach`.
         """
+        dataset = dataset.under(limited)
         starts = torch.from_numpy(dataset.episode_starts).to(device)
         names = ("costs", *map(signal_column, dataset.layout.signals))
         columns = torch.stack([dataset.column(name).to(device) for name in names], dim=-1)
         costs = n_step_costs(columns, starts, steps, discount)
-        stratified = StratifiedSampler(dataset.column("accidents").to(device))
+        stratified = StratifiedSampler(dataset.column(dataset.layout.event).to(device))
         return cls(dataset.rows, dataset.layout, stratified, *costs, steps=steps)
 
     def draw(

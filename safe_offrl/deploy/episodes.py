@@ -155,8 +155,9 @@ def play_episode(
                 action = policy.guard.fallback_action(observation, time_to_go)
                 replaced, handed = False, True
             else:
+                spent = {"cost": cost, **signal_costs}
                 action, replaced, handed = policy.act(
-                    observation, time_to_go, rng, cost, mean_action=mean_action
+                    observation, time_to_go, rng, spent, mean_action=mean_action
                 )
             if not np.isfinite(action).all():
                 raise EnvError(

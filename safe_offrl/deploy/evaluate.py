@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -21,11 +21,13 @@ def evaluate(
     mean_action: bool = False,
     watch: Callable[[Episode, PlayedEpisode], None] | None = None,
     worst_cost: float,
+    worst_signals: Mapping[str, float] | None = None,
 ) -> Iterator[Episode]:
     """Play ``episodes`` episodes on seeds of their own stream and yield each as it ends.
 
     ``watch`` is shown each episode together with its transitions. ``worst_cost`` is what an episode
-    counts as in which the environment fails; EnvError if it does so in three in a row.
+    counts as in which the environment fails, ``worst_signals`` those of named signals; EnvError if
+    it does so in three in a row.
     """
     rng = np.random.default_rng([seed, 1])  # not the stream that the online phase acts with
     steps = faults = 0
@@ -40,6 +42,7 @@ def evaluate(
             seed=reset_seed,
             steps_before=steps,
             worst_cost=worst_cost,
+            worst_signals=worst_signals,
             version=policy.version,
             phase="evaluate",
             content=played.content,

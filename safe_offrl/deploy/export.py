@@ -24,6 +24,7 @@ from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor
+from safe_offrl.safety.guard import Spent
 
 Arrays = dict[str, NDArray[Any]]
 Runner = Callable[[Arrays], Arrays]  # arrays by names of Inputs, in their order -> of Outputs
@@ -164,7 +165,7 @@ def _examples(graph: PolicyGraph, policy: DeployedPolicy) -> Arrays:
     }
     if "spent" in graph.inputs:  # from nothing to all that can be spent
         limit = max(limit for _, limit, _ in graph.watches)
-        arrays["spent"] = limit * rng.random(EXAMPLES, dtype=np.float32)
+        arrays["spent"] = limit * rng.random((EXAMPLES, *_several(graph)), dtype=np.float32)
     return arrays
 
 
@@ -178,12 +179,25 @@ def _chosen(
             policy.normalizer(arrays["observation"][row]),
             float(arrays["time_to_go"][row]),
             np.random.default_rng(row),
-            float(arrays["spent"][row]) if "spent" in arrays else 0.0,
+            _spent(arrays, row, policy),
         )
         chosen["action"].append(env.own_action(action))
         chosen["intervened"].append(intervened)
         chosen["handed_over"].append(handed_over)
     return {name: np.stack(values) for name, values in chosen.items()}
+
+
+def _spent(arrays: Arrays, row: np.intp, policy: DeployedPolicy) -> Spent | None:
+    """What the guard is told at a row of the examples."""
+    if policy.guard is None or "spent" not in arrays:
+        return None
+    spent = np.atleast_1d(arrays["spent"][row]).tolist()
+    return dict(zip(policy.guard.spends, spent, strict=True))
+
+
+def _several(graph: PolicyGraph) -> tuple[int, ...]:
+    """The shape of what is spent at one observation: () of one cost."""
+    return (len(graph.spent),) if len(graph.spent) > 1 else ()
 
 
 def _tolerance(env: AccidentEnv) -> Any:
@@ -198,7 +212,8 @@ def _tolerance(env: AccidentEnv) -> Any:
 def _zeros(graph: PolicyGraph, b: int) -> tuple[torch.Tensor, ...]:
     """Inputs of the right shapes for b observations."""
     noise = torch.zeros(b, graph.draws, *graph.actor.noise_shape)
-    inputs = torch.zeros(b, len(graph.mean)), torch.zeros(b), noise, torch.zeros(b)
+    spent = torch.zeros(b, *_several(graph))
+    inputs = torch.zeros(b, len(graph.mean)), torch.zeros(b), noise, spent
     return inputs[: len(graph.inputs)]
 
 

@@ -25,7 +25,8 @@ class Inputs(NamedTuple):
     observation: Tensor  # [B, O] float32, flattened, as the environment gives it
     time_to_go: Tensor  # [B] float32, share of the horizon left: 1 at an episode's first step
     noise: Tensor  # [B, K, *noise_shape] float32, independent draws
-    spent: Tensor | None = None  # [B] float32, cost of the episode so far; where a guard asks
+    # [B] float32, cost of the episode so far, where a guard asks; [B, S] where it asks for several.
+    spent: Tensor | None = None
 
 
 class Outputs(NamedTuple):
@@ -39,9 +40,9 @@ class Outputs(NamedTuple):
 class PolicyGraph(nn.Module):
     """A frozen copy of policy, shield, guard and scaling of observations.
 
-    ``draws`` is K. The noise is what the policy's sampler in numpy draws: a row makes an action,
-    row 0 the first choice. Row 0 all zero makes that the mean action, or the most probable one. A
-    shield that abstains has K = 1.
+    ``draws`` is K, ``spent`` names the S costs that the guard asks for. The noise is what the
+    policy's sampler in numpy draws: a row makes an action, row 0 the first choice. Row 0 all zero
+    makes that the mean action, or the most probable one. A shield that abstains has K = 1.
     """
 
     mean: Tensor
@@ -57,6 +58,7 @@ class PolicyGraph(nn.Module):
         self.acts, self.draws, self.margin = shield.acts, shield.draws, shield.margin
         guard = policy.guard
         self.watches: tuple[tuple[float, float, float], ...] = ()  # weight, limit, 1 if it spends
+        self.spent: tuple[str, ...] = () if guard is None else guard.spends
         if guard is not None:
             if guard.until_end:
                 raise ConfigError(
@@ -79,8 +81,7 @@ class PolicyGraph(nn.Module):
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of what it takes."""
-        spends = any(spends for *_, spends in self.watches)
-        return Inputs._fields if spends else Inputs._fields[:3]
+        return Inputs._fields if self.spent else Inputs._fields[:3]
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -113,7 +114,8 @@ class PolicyGraph(nn.Module):
         instead, excess = self._guarded(states, unit, spent)
         over = ~((excess < 0.0).all(0) & usable)
         unit = torch.where(over[:, None], instead, unit)
-        usable = torch.isfinite(states).all(-1) & torch.isfinite(spent)
+        known = torch.isfinite(spent)
+        usable = torch.isfinite(states).all(-1) & (known if known.ndim == 1 else known.all(-1))
         return self._own_action(unit, usable), (taken > 0) & ~over, over
 
     def closeness(self, inputs: Inputs) -> Tensor:
@@ -180,11 +182,14 @@ class PolicyGraph(nn.Module):
 
     def _shares(self, states: Tensor, actions: Tensor, spent: Tensor) -> Tensor:
         """What is spent and what actions [K, B, A] lead to, as shares of the limits [L, K, B]."""
-        shares = []
+        shares: list[Tensor] = []
+        columns = iter([spent] if spent.ndim == 1 else spent.unbind(-1))
+        so_far = spent if spent.ndim == 1 else spent[:, 0]
         for (weight, limit, spends), net in zip(self.watches, self.watch_nets, strict=True):
             assert isinstance(net, StackedMLP)
+            so_far = next(columns, so_far) if spends else so_far
             ahead = torch.sigmoid(net.over_actions(states, actions)).mean(0)
-            shares.append((spends * spent + weight * ahead) / limit)
+            shares.append((spends * so_far + weight * ahead) / limit)
         return torch.stack(shares)
 
     def _own_action(self, unit: Tensor, finite: Tensor) -> Tensor:

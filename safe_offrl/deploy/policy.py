@@ -13,7 +13,7 @@ from safe_offrl.policies.acting import NumpyActor, Sampler, UniformActor
 from safe_offrl.policies.kinds import KINDS, kind_for
 from safe_offrl.policies.networks import Actor, StackedMLP
 from safe_offrl.policies.protocol import Vector
-from safe_offrl.safety.guard import Guard
+from safe_offrl.safety.guard import Guard, Spent
 from safe_offrl.safety.shield import Shield
 from safe_offrl.types import Normalizer
 
@@ -62,14 +62,14 @@ class DeployedPolicy(NamedTuple):
         observation: Vector,
         time_to_go: float,
         rng: np.random.Generator,
-        spent: float = 0.0,
+        spent: Spent | None = None,
         *,
         mean_action: bool = False,
     ) -> Act:
         """The action to execute: the policy's behind its shield, or the fallback's.
 
         ``observation`` [O] is standardised by :attr:`normalizer`; ``time_to_go`` is the share of
-        the horizon that is left, ``spent`` what the episode has cost so far.
+        the horizon that is left, ``spent`` what the episode has cost so far, None at its begin.
         """
         action, replaced = self.shield.choose(
             self.sampler, observation, time_to_go, rng, mean_action=mean_action

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from safe_offrl.compute.device import configure
@@ -21,7 +22,8 @@ from safe_offrl.spec import EnvironmentConfig, SafetySpec
 class FinalPolicy(NamedTuple):
     """A run's policy at its newest checkpoint, and what it acts in and is held against.
 
-    ``worst_cost`` is what an episode counts as whose end is unknown.
+    ``worst_cost`` is what an episode counts as whose end is unknown, and ``worst_signals`` in each
+    named cost signal, where one is limited.
     """
 
     run: RunDir
@@ -31,6 +33,7 @@ class FinalPolicy(NamedTuple):
     safety: SafetySpec
     limits: tuple[Limit, ...]
     worst_cost: float
+    worst_signals: Mapping[str, float]
     checkpoint_sha256: str
 
     @property
@@ -70,8 +73,11 @@ def final_policy(run: RunDir) -> FinalPolicy:
             env=env,
             environment=environment,
             safety=safety,
-            limits=safety.all_limits(env.horizon, float(info["cost_max"])),
+            limits=safety.all_limits(
+                env.horizon, float(info["cost_max"]), info.get("signals_max", {})
+            ),
             worst_cost=float(info["worst_cost"]),
+            worst_signals=info.get("worst_signals", {}),
             checkpoint_sha256=checkpoint.sha256,
         )
     except BaseException:

@@ -95,10 +95,14 @@ class OnlineCurves:
             for other in self._further
         }
         for other in (monitor, *self._further):
-            if other.limit.constraint == "cost":
-                further["safety/cost_mean_lower"] = other.lower_mean * other.limit.scale
-                further["safety/cost_mean_upper"] = other.upper_mean * other.limit.scale
-            further[f"safety/{other.limit.quantity.limit}"] = other.limit.value
+            name, quantity = other.limit.constraint, other.limit.quantity
+            if name != "accident":
+                further[f"safety/{name}_mean_lower"] = other.lower_mean * other.limit.scale
+                further[f"safety/{name}_mean_upper"] = other.upper_mean * other.limit.scale
+            if quantity.signal:
+                further[f"safety/{name}_mean"] = other.mean * other.limit.scale
+            limit = f"{name}_limit" if quantity.signal else quantity.limit
+            further[f"safety/{limit}"] = other.limit.value
         return {
             "safety/accident_rate": monitor.accident_rate,
             "safety/accident_rate_lower": low,
@@ -135,9 +139,12 @@ class OnlineCurves:
             ]
             estimate = f"V_acc {self.estimate:.3f}"
         else:
+            mean, recent = monitor.cost_mean, self.recent_cost
+            if limit.quantity.signal:
+                mean, recent = monitor.mean * limit.scale, monitor.recent_mean * limit.scale
             parts = [
-                f"cost {monitor.cost_mean:.1f} an episode",
-                f"last 10: {self.recent_cost:.1f} (limit {limit.value:g})",
+                f"{limit.quantity.event} {mean:.1f} an episode",
+                f"last 10: {recent:.1f} (limit {limit.value:g})",
                 f"accidents {monitor.accidents} of {monitor.episodes}",
             ]
             estimate = f"estimate {self.estimate:.1f}"

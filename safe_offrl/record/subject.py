@@ -18,6 +18,7 @@ def subject_of(final: FinalPolicy) -> dict[str, Any]:
     """What a certificate, or an exported file, is about."""
     policy, safety, env = final.policy, final.safety, final.env
     shield, guard = policy.shield, policy.guard
+    signals = {k: x for k, x in safety.signals.items() if k in safety.bounds}  # that are limited
     return {
         "policy": {
             "run": final.run.name,
@@ -43,6 +44,7 @@ def subject_of(final: FinalPolicy) -> dict[str, Any]:
             "accident": safety.accident,
             **rule_source(safety.accident),
             "cost_threshold": safety.cost_threshold,
+            **({"signals": signals} if signals else {}),
             KEY: env.identity(),
         },
         "versions": versions(env.versions()),

@@ -40,7 +40,10 @@ def trust_own(
 
 def trust_log(metadata: Mapping[str, Any]) -> None:
     """Remember what a log that was made here says of itself, if that would import anything."""
-    if any(":" in str(metadata.get(key, "")) for key in ("env_id", "accident")):
+    signals = metadata.get("signals")
+    sources = signals.values() if isinstance(signals, dict) else ()
+    named = (metadata.get("env_id", ""), metadata.get("accident", ""), *sources)
+    if any(":" in str(source) for source in named):
         with contextlib.suppress(RunError):  # Where nothing can be remembered, trust is asked for.
             remember(metadata_text(metadata))
 
@@ -50,14 +53,18 @@ def is_trusted_log(metadata: Mapping[str, Any]) -> bool:
     return _record(metadata_text(metadata)).is_file()
 
 
-def require_trusted_log(metadata: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the accident rule that a log from elsewhere names would be imported."""
-    rule = str(metadata["accident"])
+def require_trusted_log(metadata: Mapping[str, Any], signal: str = "") -> None:
+    """Raise ConfigError if what a log from elsewhere names would be imported: its accident rule, or
+    the function that finds this ``signal`` of it.
+    """
+    rule = str(metadata["signals"][signal] if signal else metadata["accident"])
+    made = f'found the signal "{signal}" by' if signal else "was made under the accident rule"
     if ":" in rule and not is_trusted_log(metadata):
         raise ConfigError(
-            f'The log was made under the accident rule "{rule}", which would be imported and '
+            f'The log {made} "{rule}", which would be imported and '
             "executed, and it was not made on this machine as far as it knows. If you trust it, "
-            f"say safety.accident={rule}; else name another rule."
+            f"say safety.{f'signals.{signal}' if signal else 'accident'}={rule}; else name another "
+            f"{'source' if signal else 'rule'}."
         )
 
 

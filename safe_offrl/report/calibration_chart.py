@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import quantity_named
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.report.charts.style import blank_figure
 from safe_offrl.report.realised import realised
@@ -89,7 +89,7 @@ def _draw_reliability(axis: Axes, report: CalibrationReport) -> None:
     _risk_axis(axis, floor)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(loc="upper left", fontsize=8.5, framealpha=0.85)
-    what = QUANTITIES[report.constraint].risk
+    what = quantity_named(report.constraint).risk
     finish(axis, f"Reliability: {what}", "what followed", "what the critic said")
 
 
@@ -159,7 +159,7 @@ def _draw_ranking(axis: Axes, report: CalibrationReport) -> None:
 
 def _draw_start(axis: Axes, report: CalibrationReport) -> None:
     # Estimates.
-    quantity = QUANTITIES[report.constraint]
+    quantity = quantity_named(report.constraint)
     logged = quantity.select(report.behaviour_accident_rate, report.behaviour_cost)
     rows = {
         "upper estimate": (report.estimate_upper, _BLUE),
@@ -220,7 +220,7 @@ def online_blocks(
     The estimate of an episode is that of the policy that played it, as it was measured BEFORE: in
     the last iteration that had ended. Episodes without one (the warm-up) are left out. Interval: of
     an accident rate Clopper-Pearson's, of a cost two standard errors. ``iterations`` are the lines
-    of iterations.jsonl; ``constraint`` is "accident" or "cost".
+    of iterations.jsonl; ``constraint`` is the limit's.
     """
     forecasts: list[tuple[int, float]] = []
     for line in iterations:
@@ -235,7 +235,7 @@ def online_blocks(
             k += 1
         if k >= 0 and not math.isnan(forecasts[k][1]):
             known.append((episode, forecasts[k][1]))
-    count = min(BLOCKS, len(known) // MIN_BLOCK[constraint])
+    count = min(BLOCKS, len(known) // MIN_BLOCK.get(constraint, MIN_BLOCK["cost"]))
     cuts = [round(i * len(known) / count) for i in range(count + 1)] if count else []
     return tuple(_block(known[a:b], constraint) for a, b in itertools.pairwise(cuts))
 
@@ -258,7 +258,7 @@ def online_png(blocks: Sequence[Block], constraint: str, limit: float) -> bytes:
     """The blocks of an online phase (at least one) as a PNG: what was estimated, what happened."""
     import matplotlib as mpl
 
-    quantity = QUANTITIES[constraint]
+    quantity = quantity_named(constraint)
     with mpl.rc_context(LIGHT):
         figure = blank_figure(9.0, 4.8)
         axis = figure.subplots()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from safe_offrl.limits import quantity_named
 from safe_offrl.stats.fixed import (
     clopper_pearson,
     clopper_pearson_lower,
@@ -30,8 +31,8 @@ def realised(episodes: Sequence[Episode], constraint: str, confidence: float = 0
     """Of an accident rate with bounds of Clopper and Pearson; of a cost two standard errors, and
     Student's bound, at ``confidence`` as the other.
     """
-    if constraint == "cost":
-        costs = [episode.cost for episode in episodes]
+    if constraint != "accident":
+        costs = [quantity_named(constraint).of_episode(episode) for episode in episodes]
         mean, error = mean_and_error(costs)
         low, high = max(0.0, mean - 2.0 * error), mean + 2.0 * error
         return Realised(mean, low, high, max(0.0, mean_lower(costs, confidence)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import quantity_named
 from safe_offrl.report.calibration_chart import figure_png
 from safe_offrl.report.charts import COLOURS, LIGHT, finish
 from safe_offrl.report.charts.style import DASHED, blank_figure
@@ -20,7 +20,8 @@ def replay_png(result: Mapping[str, Any]) -> bytes:
     """A PNG of what replay.json holds: over the steps of the run, and one against the other."""
     import matplotlib as mpl
 
-    quantity, limit, rows = QUANTITIES[result["constraint"]], result["limit"], result["versions"]
+    quantity, limit = quantity_named(result["constraint"]), result["limit"]
+    rows = result["versions"]
     truth, low, high = (np.array([row[key] for row in rows]) for key in ("truth", "low", "high"))
     estimate = np.array([np.nan if (e := row.get("estimate")) is None else e for row in rows])
     steps = np.array([row.get("step", 0) for row in rows])

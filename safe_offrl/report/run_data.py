@@ -16,9 +16,11 @@ import yaml
 
 from safe_offrl.env.identity import KEY
 from safe_offrl.errors import RunError
+from safe_offrl.limits import Quantity
 from safe_offrl.record.kept_versions import REPLAY
 from safe_offrl.record.run import RunDir
 from safe_offrl.report.decisions import LoggedDecision, logged_decision
+from safe_offrl.stats.fixed import Mean
 from safe_offrl.types import Episode
 
 _LIMIT_KEYS = {"accident": "epsilon", "cost": "cost_limit"}
@@ -42,6 +44,13 @@ class StoredEvaluation(NamedTuple):
     mean_length: float  # steps; NaN in evaluations from before it was written
     seed: int | None = None  # which episodes were played; this and the next None in old ones
     mean_action: bool | None = None
+    signals: Mapping[str, Sequence[float]] = {}  # of each: mean cost, and its standard error
+
+    def cost_in(self, quantity: Quantity) -> Mean:
+        """The mean cost of what is limited; NaN if it was not measured."""
+        if not quantity.signal:
+            return Mean(self.mean_cost, self.cost_standard_error)
+        return Mean(*self.signals.get(quantity.signal, (math.nan, math.nan)))
 
 
 class StoredReplay(NamedTuple):
@@ -80,7 +89,7 @@ class RunData:
     pretrained: str  # identity of the policy it started from; pairs runs together with the seed
     env_id: str
     budget: int | None
-    constraint: str  # "accident" or "cost"
+    constraint: str  # "accident", "cost" or a cost signal
     limit: float  # epsilon, or the cost limit; NaN if unknown
     limits: Mapping[str, float]  # of a run that has several, by what is limited
     confidence: float
@@ -153,7 +162,7 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
             origin = inputs.get("pretrained_sha256") or inputs.get("pretrained")
         # Record.
         decisions = [logged_decision(line) for line in run.iterations()]
-        constraint = str(safety.get("constraint", "accident"))
+        constraint, limits = str(safety.get("constraint", "accident")), safety.get("limits") or {}
         return RunData(
             name=run.name if group is None else f"{group}/{run.path.name}",
             kind=kind,
@@ -164,8 +173,8 @@ def read_run(path: Path, group_by: str | None = None, group: str | None = None) 
             env_id=str(inputs.get("env_id") or settings.get("env") or "unknown"),
             budget=int(settings["budget"]) if "budget" in settings else None,
             constraint=constraint,
-            limit=float(safety.get(_LIMIT_KEYS[constraint], math.nan)),
-            limits=dict(safety.get("limits") or {}),
+            limit=float(limits.get(constraint, safety.get(_LIMIT_KEYS.get(constraint), math.nan))),
+            limits=limits,
             confidence=float(safety.get("confidence", 0.95)),
             episodes=run.episodes(),
             constrained=kind == "finetune"
@@ -237,6 +246,7 @@ def _evaluation(values: Mapping[str, Any]) -> StoredEvaluation:
         mean_length=math.nan if length is None else float(length),
         seed=None if seed is None else int(seed),
         mean_action=values.get("mean_action"),
+        signals=values.get("signals", {}),
     )
 
 

@@ -84,7 +84,7 @@ class Row:
     satisfied: int | None  # iterations after which both measured constraints held; None: unmeasured
     violations: int | None  # None for a method without constraints
     recovering: int
-    constraint: str  # what the estimate is of: "accident" or "cost"
+    constraint: str  # what the estimate is of: "accident", "cost", or a signal
     estimate: Mean  # for the final policies, to be held against evaluated_rate or evaluated_cost
     # Iterations whose acting policy's estimate was not below the limit; None if never measured.
     above_limit: int | None

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.limits import QUANTITIES, Limit
+from safe_offrl.limits import Limit, quantity_named
 from safe_offrl.policies.networks import Actor
 from safe_offrl.safety.critic import RiskEstimate, SafetyCritic
 from safe_offrl.safety.outlook import Floats, accident_within
@@ -79,12 +79,13 @@ class CalibrationReport:
             "abstains: " + "; ".join(refusals) if refusals else "allowed"
             for refusals in (self.shield_refusals, self.guard_refusals)
         )
-        quantity = QUANTITIES[self.constraint]
+        quantity = quantity_named(self.constraint)
         form = quantity.estimate_form
         return "\n".join(
             [
                 f"calibration {self.episodes} held-out episodes, {self.accident_episodes} with an "
-                f"accident ({self.behaviour_accident_rate:.1%}), cost {self.behaviour_cost:.3g} "
+                f"accident ({self.behaviour_accident_rate:.1%}), "
+                f"{quantity.cost} {self.behaviour_cost:.3g} "
                 "each",
                 f"{quantity.short_name:<12}"
                 f"{self.estimate:{form}} per episode for the new policy (upper estimate "
@@ -127,8 +128,8 @@ def calibrate_critic(
 ) -> CalibrationReport:
     """Judge the critic on held-out episodes, and whether a shield may act on it.
 
-    ``logged`` is the number of all episodes of the log: of what is missing so much more is to be
-    logged as a share of it is held out.
+    ``held_out`` is as the limit sees it. ``logged`` is the number of all episodes of the log: of
+    what is missing so much more is to be logged as a share of it is held out.
     """
     # What the critic says of the held-out steps, and what followed them.
     t = held_out.transitions
@@ -146,12 +147,11 @@ def calibrate_critic(
     score = auroc(risk, danger)
     # Demands that the shield needs met; a NaN meets none of them.
     accident_episodes = int(held_out.episode_accidents.sum())
+    told_by = int(held_out.dangerous_episodes.sum()) * logged / held_out.episodes
     demands = {
         **critic_demands(held_out, score, logged),
         f"ranking among actions is {ranking_low:.2f} at least, above {MIN_RANKING} needed"
-        + _more_to_rank(concordant, pairs, accident_episodes * logged / held_out.episodes): (
-            ranking_low > MIN_RANKING
-        ),
+        + _more_to_rank(concordant, pairs, told_by, _danger(held_out)): (ranking_low > MIN_RANKING),
     }
     # The report, in the unit of the limit.
     episode = np.repeat(np.arange(held_out.episodes), held_out.episode_lengths)
@@ -182,14 +182,20 @@ def critic_demands(held_out: Dataset, score: float, logged: int) -> dict[str, bo
 
     ``score`` is its AUROC; ``logged`` are the episodes of the log.
     """
-    accident_episodes = int(held_out.episode_accidents.sum())
-    missing = max(0, MIN_HELD_OUT_EPISODES - accident_episodes)
+    found, danger = int(held_out.dangerous_episodes.sum()), _danger(held_out)
+    missing = max(0, MIN_HELD_OUT_EPISODES - found)
     more = -(-missing * logged // held_out.episodes)
     return {
-        f"{accident_episodes} held-out accident episodes, {MIN_HELD_OUT_EPISODES} needed (log "
-        f"about {more:,} more episodes with an accident)": not missing,
+        f"{found} held-out {danger.removeprefix('an ')} episodes, {MIN_HELD_OUT_EPISODES} needed "
+        f"(log about {more:,} more episodes with {danger})": not missing,
         f"AUROC {score:.2f}, {MIN_AUROC} needed": score >= MIN_AUROC,
     }
+
+
+def _danger(dataset: Dataset) -> str:
+    """What is dangerous in a log as a limit sees it, in words."""
+    signal = dataset.layout.limited
+    return f"high {signal} cost" if signal else "an accident"
 
 
 def calibration_window(horizon: int) -> int:
@@ -197,7 +203,9 @@ def calibration_window(horizon: int) -> int:
     return max(1, round(WINDOW_SHARE * horizon))
 
 
-def _more_to_rank(right: int, pairs: int, accident_episodes: float) -> str:
+def _more_to_rank(
+    right: int, pairs: int, accident_episodes: float, danger: str = "an accident"
+) -> str:
     """How many more of the log's ``accident_episodes`` would show a ranking like this, in words.
 
     "" where none would: right in half of the pairs, or in fewer.
@@ -206,7 +214,7 @@ def _more_to_rank(right: int, pairs: int, accident_episodes: float) -> str:
         return ""
     enough = fewest(2 * pairs, lambda n: _shows_ranking(right * n // pairs, n))
     more = math.ceil((enough / pairs - 1.0) * accident_episodes)
-    return f" (log about {more:,} more episodes with an accident, if {right / pairs:.2f} holds)"
+    return f" (log about {more:,} more episodes with {danger}, if {right / pairs:.2f} holds)"
 
 
 def _shows_ranking(right: int, pairs: int) -> bool:

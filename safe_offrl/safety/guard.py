@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from safe_offrl.compute.state import arrays_sha256, collect_state, restore_state, seeded
 from safe_offrl.errors import ConfigError
-from safe_offrl.limits import Limit
+from safe_offrl.limits import QUANTITIES, Limit
 from safe_offrl.policies.acting import NumpyActor, NumpyRisk
 from safe_offrl.policies.networks import Actor, StackedMLP
 from safe_offrl.policies.protocol import Kind, Vector
@@ -52,6 +52,10 @@ class GuardConfig:
                 f"guarding.caution is {self.caution}, but 1 or more is needed. Try 2, or "
                 "--no-guard."
             )
+
+
+# What an episode has cost so far: "cost", and each named cost signal by its name.
+Spent = Mapping[str, float]
 
 
 class Watch(NamedTuple):
@@ -107,18 +111,19 @@ class Guard:
         return Guard(self.fallbacks, watches, config.caution, until_end=self.until_end)
 
     def take_over(
-        self, observation: Vector, time_to_go: float, action: Vector, spent: float
+        self, observation: Vector, time_to_go: float, action: Vector, spent: Spent | None
     ) -> Vector | None:
         """What to do instead of this action [A], or None where it may be done.
 
         ``observation`` [O] is standardised, ``time_to_go`` the share of the horizon that is left,
-        ``spent`` what the episode has cost so far, for limits that spend. An action or a risk that
-        is not a number is not affordable.
+        ``spent`` what the episode has cost so far, for limits that spend: of each by its name, None
+        where it begins. An action or a risk that is not a number is not affordable.
         """
         over, doubtful = False, []
         for watch, risk in zip(self.watches, self._risks, strict=True):
             ahead = self.weight(watch) * float(risk(observation, time_to_go, action[None])[0])
-            if not ahead + watch.spends * spent < watch.limit:
+            so_far = spent[watch.constraint] if spent is not None and watch.spends else 0.0
+            if not ahead + so_far < watch.limit:
                 over |= watch.spends or self.until_end
                 doubtful.append((watch, risk, ahead))
         if not doubtful:
@@ -143,9 +148,9 @@ class Guard:
         return watch.ahead_at_one * (self.caution if watch.spends else 1.0)
 
     @property
-    def spends(self) -> bool:
-        """Whether it must be told what the episode has cost so far."""
-        return any(watch.spends for watch in self.watches)
+    def spends(self) -> tuple[str, ...]:
+        """Of which limits it must be told what the episode has cost so far."""
+        return tuple(watch.constraint for watch in self.watches if watch.spends)
 
     @property
     def sha256(self) -> str:
@@ -155,7 +160,12 @@ class Guard:
             [self.weight(watch), watch.limit, watch.spends, self.until_end]
             for watch in self.watches
         ]
-        return arrays_sha256(arrays | {"n": np.asarray(numbers, dtype=np.float64)})
+        arrays["n"] = np.asarray(numbers, dtype=np.float64)
+        # Whether one spends tells an accident from a cost, but not one signal from another.
+        names = [watch.constraint for watch in self.watches]
+        if not QUANTITIES.keys() >= set(names):
+            arrays["names"] = np.frombuffer(" ".join(names).encode(), dtype=np.uint8)
+        return arrays_sha256(arrays)
 
     def _nets(self) -> dict[str, nn.Module]:
         fallbacks = {f"guard/fallback_{i}": actor for i, actor in enumerate(self.fallbacks)}

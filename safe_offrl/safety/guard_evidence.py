@@ -74,7 +74,7 @@ def guard_refusals(
     logged: int,
     confidence: float,
 ) -> tuple[str, ...]:
-    """Why the guard must not watch a limit; () if it may.
+    """Why the guard must not watch a limit, which sees ``held_out`` so; () if it may.
 
     ``estimate`` is of the fallback at start states: where going on with it is not affordable from
     there, as far as its critic sees, nothing in the log is, and handing over helps nobody.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,9 +48,15 @@ class SafetyMonitor:
         self._alarm = False
         self._alarm_resets = 0
 
-    def update(self, accident: bool, cost: float, version: int) -> None:
-        """Take in one complete episode of the deployed policy ``version``; ``cost`` is its sum."""
-        outcome = self.limit.outcome(accident, cost)
+    def update(
+        self, accident: bool, cost: float, version: int, signal_costs: Mapping[str, float] = {}
+    ) -> None:
+        """Take in one complete episode of the deployed policy ``version``.
+
+        ``cost`` is its sum, and ``signal_costs`` are those of the named cost signals.
+        """
+        limited = self.limit.quantity.cost_of(cost, signal_costs)
+        outcome = self.limit.outcome(accident, limited)
         self.episodes += 1
         self.accidents += accident
         self.cost += cost
@@ -58,7 +65,7 @@ class SafetyMonitor:
         self.version = version
         k, n = self._versions.get(version, (0.0, 0))
         self._versions[version] = (k + outcome, n + 1)
-        alarming, limit = self.limit.alarm(accident, cost)
+        alarming, limit = self.limit.alarm(accident, limited)
         self._alarm_state = alarm_update(self._alarm_state, alarming, limit)
         # The alarm is sticky: crossing the threshold once is the proof, whatever follows.
         self._alarm = self._alarm or self.log_evidence >= self.alarm_threshold
@@ -93,6 +100,11 @@ class SafetyMonitor:
     def lower_mean(self) -> float:
         """Lower bound of the same mean. Each bound alone is at ``confidence``."""
         return run_level_lower(self.total, self.confidence) / max(1, self.episodes)
+
+    @property
+    def mean(self) -> float:
+        """Mean outcome of all episodes, NaN before the first."""
+        return self.total / self.episodes if self.episodes else math.nan
 
     @property
     def recent_mean(self) -> float:

@@ -170,11 +170,14 @@ def _later(dataset: Dataset, values: NDArray[Any], steps: int) -> NDArray[Any]:
 
 
 def accident_within(dataset: Dataset, window: int) -> NDArray[np.bool_]:
-    """Whether an accident follows within ``window`` steps, this one included, [N]."""
-    accidents = dataset.column("accidents").numpy() > 0
-    result = np.zeros(len(accidents), dtype=bool)
+    """Whether an accident follows within ``window`` steps, this one included, [N].
+
+    Or whatever else is dangerous in the eyes of a limit, see :attr:`Dataset.dangers`.
+    """
+    dangers = dataset.dangers
+    result = np.zeros(len(dangers), dtype=bool)
     starts = dataset.episode_starts
     for first, end in itertools.pairwise(starts):
-        for t in np.flatnonzero(accidents[first:end]):
+        for t in np.flatnonzero(dangers[first:end]):
             result[max(first, first + t - window + 1) : first + t + 1] = True
     return result

@@ -48,7 +48,7 @@ class Decisions:
                 deployment.actor,
                 deployment.shield,
                 episode.episode_return,
-                [limit.outcome(episode.accident, episode.cost) for limit in self._limits],
+                [limit.outcome_of(episode) for limit in self._limits],
                 testing=episode.phase == "testing",
             )
 

@@ -91,7 +91,7 @@ class Fallback:
             guard_refusals(
                 critic.in_memory(),
                 actor,
-                held_out,
+                held_out.under(limit),
                 self.offline.estimate(i, self.actor, at_start=True),
                 limit,
                 logged,

@@ -77,8 +77,8 @@ class Finetuning:
             config.budget,
             config.offline_share,
             reaches=[
-                Reach(critic.outlook.steps, critic.outlook.discount)
-                for _, critic, _ in self.constraints
+                Reach(critic.outlook.steps, critic.outlook.discount, limit.quantity.signal)
+                for limit, critic, _ in self.constraints
             ],
             device=self.generator.device,
         )
@@ -227,7 +227,8 @@ class Finetuning:
             if episode.version > self.deployment.version:  # lost, with its checkpoint
                 self.deployment.version = episode.version + 1
         for monitor in self.monitors:
-            monitor.update(episode.accident, episode.cost, episode.version)
+            seen = episode.accident, episode.cost, episode.version
+            monitor.update(*seen, episode.signal_costs)
         self.decisions.see(episode)
 
     @property
@@ -296,8 +297,7 @@ class Finetuning:
             **self.decisions.info(),
             **self.deployment.info(),
             "policy": self.policy.words(),
-            "cost_max": self.foundation.cost_max,
-            "worst_cost": self.foundation.worst_cost,
+            **self.foundation.costs_info(),
             "next_proposal": self.next_proposal,
             "stopped": self.stopped,
             "recent": self.monitor.recent,

@@ -36,6 +36,7 @@ class Foundation(NamedTuple):
     layout: Layout  # of the log's rows
     horizon: int
     cost_max: float  # largest cost of a step in the log
+    signals_max: Mapping[str, float]  # the same of each named cost signal
     generator: torch.Generator
     compute: Compute
     networks: Networks
@@ -54,19 +55,29 @@ class Foundation(NamedTuple):
     ) -> Foundation:
         """Generator and networks for a log and a horizon; ConfigError if its limit cannot bind."""
         generator, kind = seeded(config.seed, device), kind_for(discrete=dataset.discrete)
-        limits = config.safety.all_limits(horizon, dataset.cost_max)
+        limits = config.safety.all_limits(horizon, dataset.cost_max, dataset.signals_max)
+        own = [limit for limit in limits if not limit.quantity.signal]
         return cls(
             config,
             dataset.layout,
             horizon,
             dataset.cost_max,
+            dataset.signals_max,
             generator,
             Compute(compiled, config.precision, device),
             Networks(*dataset.layout.sizes, config.networks, generator, kind),
             limits,
-            max(limit.worst_cost(dataset.worst_cost) for limit in limits),
-            dataset.worst_signals,
+            max((x.worst_cost(dataset.worst_cost) for x in own), default=dataset.worst_cost),
+            dataset.worst_signals
+            | {x.constraint: x.worst_cost(0.0) for x in limits if x.quantity.signal},
         )
+
+    def costs_info(self) -> dict[str, Any]:
+        """What of the log's costs is to be known where the log is not; JSON-able."""
+        signals = {"signals_max": self.signals_max, "worst_signals": self.worst_signals}
+        limited = any(limit.quantity.signal for limit in self.limits)
+        costs = {"cost_max": self.cost_max, "worst_cost": self.worst_cost}
+        return {**costs, **(signals if limited else {})}
 
     def constraints(self) -> tuple[Constrained, ...]:
         """A new safety critic and multiplier of each limit."""
@@ -77,7 +88,8 @@ class Foundation(NamedTuple):
 
     def _critic(self, limit: Limit) -> SafetyCritic:
         settings = settings_of(self.config, "critic", limit.quantity, self.config.critic)
-        outlook = outlook_on(limit, self.horizon, self.cost_max, settings)
+        cost_max = self.signals_max.get(limit.quantity.signal, self.cost_max)
+        outlook = outlook_on(limit, self.horizon, cost_max, settings)
         return SafetyCritic(*self.layout.sizes, outlook, settings, self.generator, self.compute)
 
     def _multiplier(self, limit: Limit) -> Multiplier | PIDMultiplier:
@@ -96,10 +108,10 @@ def settings_of(
 ) -> Settings:
     """A section of the settings for a limit of ``quantity``; ``first`` is that of the first limit.
 
-    A further limit of another quantity begins with its own quantity's defaults in all that depends
-    on it, and has everything else from the first.
+    A further limit of another kind of quantity begins with its own kind's defaults in all that
+    depends on it, and has everything else from the first.
     """
-    if quantity is config.safety.quantity:
+    if type(quantity) is type(config.safety.quantity):
         return first
     phases = (
         ["pretraining"] if isinstance(config, PretrainConfig) else ["pretraining", "finetuning"]

@@ -37,16 +37,17 @@ class OfflineConstraints:
         """
         self._config, self._constraints, self._generator = config, constraints, generator
         self._layout = dataset.layout
-        for _, critic, _ in constraints:
-            critic.start_from(critic.outlook.first_logit(dataset))
+        for limit, critic, _ in constraints:
+            critic.start_from(critic.outlook.first_logit(dataset.under(limit)))
         self._risky = [
             RiskSampler.from_dataset(
                 logged,
                 steps=critic.outlook.steps,
                 discount=critic.outlook.discount,
+                limited=limit.quantity.signal,
                 device=generator.device,
             )
-            for _, critic, _ in constraints
+            for limit, critic, _ in constraints
         ]
         self.rows = logged.rows
         self._starts = logged.initial_observations.to(generator.device)

@@ -155,7 +155,7 @@ class Pretraining:
             calibrate_critic(
                 critic.in_memory(),
                 actor,
-                self.held_out,
+                self.held_out.under(limit),
                 self.estimate(i),
                 limit,
                 self._logged_episodes,
@@ -204,8 +204,7 @@ class Pretraining:
             "shield_acts": acts,
             "policy": self.policy.words(),
             "guard": self._guard.words() if self._guard else None,
-            "cost_max": self.foundation.cost_max,
-            "worst_cost": self.foundation.worst_cost,
+            **self.foundation.costs_info(),
             **({"unlogged": unlogged} if unlogged else {}),
         }
 

@@ -158,7 +158,7 @@ def play_both(
         result = play({name: arrays[name] for name in names})
         clear.append(policy_graph.closeness(Inputs(*map(torch.from_numpy, arrays.values()))) > 1e-5)
         seen = deployed.normalizer(policy._env.observe(observation, cost))
-        acts.append(deployed.act(seen, left, same, cost, mean_action=deterministic))
+        acts.append(deployed.act(seen, left, same, {"cost": cost}, mean_action=deterministic))
         action, state = policy.predict(
             observation, state, deterministic=deterministic, episode_cost=cost
         )
@@ -450,7 +450,7 @@ def test_a_file_hands_over_where_the_policy_does(
             policy.normalizer(arrays["observation"][row]),
             float(arrays["time_to_go"][row]),
             np.random.default_rng(row),
-            float(arrays["spent"][row]),
+            {"cost": float(arrays["spent"][row])},
         )
         for row in clear
     ]
@@ -538,7 +538,7 @@ def test_a_graph_takes_the_fallback_that_is_a_number(final: FinalPolicy, watched
             seen = guarded.policy.normalizer(arrays["observation"][row])
             left = float(arrays["time_to_go"][row])
             spent = float(arrays["spent"][row]) if "spent" in arrays else 0.0
-            act = guarded.policy.act(seen, left, np.random.default_rng(row), spent)
+            act = guarded.policy.act(seen, left, np.random.default_rng(row), {"cost": spent})
             assert bool(result.handed_over[row]) == act.handed_over
             assert bool(result.action[row].isnan().any()) == (act.handed_over and broken == 2)
             if not np.isnan(act.action).any():

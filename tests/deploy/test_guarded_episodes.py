@@ -182,7 +182,7 @@ def test_who_chose_an_action_is_one_of_three() -> None:
 
     def acts(guard: Guard | None) -> list[Act]:
         policy, rng = deployed(guard, actor=noisy, shield=shield), np.random.default_rng(0)
-        return [policy.act(observation, 1.0, rng, 1.0) for _ in range(40)]
+        return [policy.act(observation, 1.0, rng, {"cost": 1.0}) for _ in range(40)]
 
     shielded, passed, taken = (acts(g) for g in (None, guard_of(toll(9.0)), guard_of(toll(1.0))))
     assert 20 < sum(act.replaced for act in shielded) < 40

@@ -81,7 +81,7 @@ def instead(
     guard: Guard, spent: float = 0.0, *, action: float = 0.0, at: float = 0.0, left: float = 0.5
 ) -> float | None:
     """What the guard does instead of an action, None if it lets it pass."""
-    taken = guard.take_over(v(at), left, v(action), spent)
+    taken = guard.take_over(v(at), left, v(action), {"cost": spent})
     if taken is None:
         return None
     assert taken.dtype == np.float32
@@ -272,11 +272,11 @@ def test_the_most_probable_of_discrete_actions_is_taken() -> None:
     net.output.bias[:] = 0.0
     guard = Guard([choosing(0.6, 0.3, 0.1), choosing(0.3, 0.6, 0.1)], [watching_cost(net)])
     dearest = np.array([1.0, 0.0, 0.0], np.float32)
-    taken = guard.take_over(v(0.0), 0.5, dearest, 25.0)
+    taken = guard.take_over(v(0.0), 0.5, dearest, {"cost": 25.0})
     assert taken is not None
     assert taken.tolist() == [0.0, 1.0, 0.0]
-    assert guard.take_over(v(0.0), 0.5, dearest, 7.0) is None  # 20 sigmoid(2) is 17.6
-    assert guard.take_over(v(0.0), 0.5, dearest, 8.0) is not None
+    assert guard.take_over(v(0.0), 0.5, dearest, {"cost": 7.0}) is None  # 20 sigmoid(2) is 17.6
+    assert guard.take_over(v(0.0), 0.5, dearest, {"cost": 8.0}) is not None
 
 
 # --- what it is made of ---
@@ -390,9 +390,8 @@ def taken(guard: Guard, steps: int = 200) -> list[list[float] | None]:
     rng, found = np.random.default_rng(0), []
     for _ in range(steps):
         observation, action = (rng.standard_normal(n, dtype=np.float32) for n in (3, 2))
-        instead = guard.take_over(
-            observation, rng.random(), np.tanh(action), float(rng.uniform(-4.0, 3.0))
-        )
+        left, spent = rng.random(), {"cost": float(rng.uniform(-4.0, 3.0))}
+        instead = guard.take_over(observation, left, np.tanh(action), spent)
         found.append(None if instead is None else instead.tolist())
     return found
 

@@ -285,10 +285,10 @@ def test_a_guard_is_made_where_the_log_shows_that_it_helps(constraint: str) -> N
     assert to_the_right(other) == to_the_right(loop.networks.actor)
     # Everything to the right is too much, and the way back is to the left.
     at, right, left = (np.array([x], np.float32) for x in (0.0, 0.6, -0.6))
-    instead = guard.take_over(at, 0.5, right, 4.0)
+    instead = guard.take_over(at, 0.5, right, {"cost": 4.0})
     assert instead is not None
     assert instead[0] < -0.4
-    assert guard.take_over(at, 0.5, left, 4.0) is None
+    assert guard.take_over(at, 0.5, left, {"cost": 4.0}) is None
 
 
 def test_a_guard_of_discrete_actions_is_restored() -> None:
@@ -296,10 +296,10 @@ def test_a_guard_of_discrete_actions_is_restored() -> None:
     guard = Guard.restored(loop.state_dict(), loop.info()["guard"], (1, 2), kind_for(discrete=True))
     left, right = np.eye(2, dtype=np.float32)
     at = np.zeros(1, np.float32)
-    instead = guard.take_over(at, 0.5, right, 4.0)
+    instead = guard.take_over(at, 0.5, right, {"cost": 4.0})
     assert instead is not None
     assert instead.tolist() == left.tolist()
-    assert guard.take_over(at, 0.5, left, 4.0) is None
+    assert guard.take_over(at, 0.5, left, {"cost": 4.0}) is None
 
 
 def test_what_the_guard_is_made_of_changes_with_nothing_else() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.limits import QUANTITIES
+from safe_offrl.limits import Quantity, quantity_named
 from safe_offrl.report.charts.style import (
     DOTTED,
     POINTS,
@@ -47,12 +47,15 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
     takes the place of the accident rate.
     """
     # Numbers of the captions.
-    window, short = quantity_of(groups).select((_LONG_WINDOW, _WINDOW), (_COST_WINDOW,) * 2)
+    quantity = quantity_of(groups)
+    of_episode = quantity.of_episode
+    window, short = quantity.select((_LONG_WINDOW, _WINDOW), (_COST_WINDOW,) * 2)
     ends = {g.label: f"{iqm([final_return(r) for r in g.runs]):.4g}" for g in groups}
     totals = {g.label: f"{np.mean([r.accidents for r in g.runs]):.3g}" for g in groups}
     rates = {g.label: f"{_pooled_end(g.runs):.2%}" for g in groups}
     costs = {
-        g.label: f"{np.mean([e.cost for r in g.runs for e in r.episodes]):.3g}" for g in groups
+        g.label: f"{np.mean([of_episode(e) for r in g.runs for e in r.episodes]):.3g}"
+        for g in groups
     }
     estimates = {
         g.label: f"{np.mean(known):.3g}"
@@ -61,7 +64,8 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
     }
     # Accident rate or cost.
     confidence = f"{100 * min(run.confidence for g in groups for run in g.runs):g} %"
-    rate = quantity_of(groups).select(
+    cost = quantity.cost[:1].upper() + quantity.cost[1:]
+    rate = quantity.select(
         Panel(
             "rate",
             f"Accident rate so far, anytime {confidence} band",
@@ -71,9 +75,9 @@ def curve_panels(groups: Sequence[Group]) -> list[Panel]:
         ),
         Panel(
             "cost",
-            f"Cost, mean of {window} episodes",
-            lambda axis: _draw_cost(axis, groups),
-            f"Cost per episode over environment steps. Mean of all episodes: {in_words(costs)}.",
+            f"{cost}, mean of {window} episodes",
+            lambda axis: _draw_cost(axis, groups, quantity, f"{cost}, mean of {window} episodes"),
+            f"{cost} per episode over environment steps. Mean of all episodes: {in_words(costs)}.",
         ),
     )
     # Panels.
@@ -207,11 +211,11 @@ def _pooled_end(runs: Sequence[RunData]) -> float:
     return sum(run.accidents for run in runs) / sum(len(run.episodes) for run in runs)
 
 
-def _draw_cost(axis: Axes, groups: Sequence[Group]) -> None:
+def _draw_cost(axis: Axes, groups: Sequence[Group], quantity: Quantity, title: str) -> None:
     for group in groups:
-        curves = [smoothed(run, _COST_WINDOW, lambda e: e.cost) for run in group.runs]
+        curves = [smoothed(run, _COST_WINDOW, quantity.of_episode) for run in group.runs]
         draw_group(axis, group, *together(curves), mean_of_curves)
-    finish(axis, f"Cost, mean of {_COST_WINDOW} episodes", "cost, mean over runs")
+    finish(axis, title, f"{quantity.cost}, mean over runs")
     over_steps(axis, groups)
     axis.set_ylim(bottom=0)
     _draw_limits(axis, groups)
@@ -227,10 +231,7 @@ def _draw_estimates(axis: Axes, groups: Sequence[Group], window: int) -> None:
         if estimates:
             draw_group(axis, group, *together(estimates, 60), mean_of_curves, linewidth=1.6)
         if estimates or not group.look.crowded:
-            realised = [
-                smoothed(run, window, lambda e: quantity.select(float(e.accident), e.cost))
-                for run in group.runs
-            ]
+            realised = [smoothed(run, window, quantity.of_episode) for run in group.runs]
             grid, values = together(realised)
             thin = {"linestyle": DOTTED, "linewidth": 1.5, "marker": ""}
             axis.plot(grid, mean_of_curves(values), **group.look.curve(**thin))
@@ -251,7 +252,7 @@ def _estimates(run: RunData) -> Curve:
 
 def _draw_limits(axis: Axes, groups: Sequence[Group]) -> None:
     limits = {
-        (QUANTITIES[run.constraint].bound, run.limit)
+        (quantity_named(run.constraint).bound, run.limit)
         for group in groups
         for run in group.runs
         if not math.isnan(run.limit)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from safe_offrl.limits import COST, Quantity
+from safe_offrl.limits import ACCIDENT, Quantity
 from safe_offrl.report.charts.style import DASHED, Group, Panel, finish, in_words, quantity_of
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import learned_online, outcome
@@ -88,13 +88,14 @@ def harm(run: RunData, quantity: Quantity) -> float:
     """Cost per episode or accidents per 1000 steps: while learning, else of the evaluation."""
     if learned_online(run):
         accidents = run.accidents
-        cost = math.fsum(e.cost for e in run.episodes)
+        cost = math.fsum(quantity.cost_of(e.cost, e.signal_costs) for e in run.episodes)
         return quantity.rate_of(accidents, cost, len(run.episodes), run.episodes[-1].total_steps)
     if run.evaluation is None:
         return math.nan
     played = run.evaluation
     n = played.episodes
-    return quantity.rate_of(played.accidents, n * played.mean_cost, n, n * played.mean_length)
+    cost = n * played.cost_in(quantity).value
+    return quantity.rate_of(played.accidents, cost, n, n * played.mean_length)
 
 
 def _finite(runs: Sequence[RunData], quantity: Quantity) -> list[RunData]:
@@ -148,9 +149,10 @@ def _judgement(runs: Sequence[RunData], quantity: Quantity) -> tuple[float, floa
     """(mean estimate, evaluated value, low, high) of runs that have both."""
     estimate = float(np.mean([run.estimate for run in runs]))
     played = [run.evaluation for run in runs if run.evaluation is not None]
-    if quantity is COST:
-        mean, error = mean_and_error([e.mean_cost for e in played])
-        margin = 2.0 * (played[0].cost_standard_error if len(played) == 1 else error)
+    if quantity is not ACCIDENT:
+        costs = [e.cost_in(quantity) for e in played]
+        mean, error = mean_and_error([cost.value for cost in costs])
+        margin = 2.0 * (costs[0].error if len(played) == 1 else error)
         return estimate, mean, max(0.0, mean - margin), mean + margin
     k, n = sum(e.accidents for e in played), sum(e.episodes for e in played)
     return estimate, k / n, *clopper_pearson(k, n, min(run.confidence for run in runs))

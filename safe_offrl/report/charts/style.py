@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from safe_offrl.limits import ACCIDENT, COST, Quantity
+from safe_offrl.limits import ACCIDENT, Quantity, quantity_named
 from safe_offrl.report.run_data import RunData
 from safe_offrl.report.summaries import BOOTSTRAP_SEED
 from safe_offrl.stats.resampling import Statistic, bootstrap_band
@@ -87,8 +87,9 @@ class Panel(NamedTuple):
 
 
 def quantity_of(groups: Sequence[Group]) -> Quantity:
-    """What is compared: cost, as soon as a run constrains it."""
-    return COST if any(run.constraint == "cost" for g in groups for run in g.runs) else ACCIDENT
+    """What is compared: a cost, as soon as a run constrains it."""
+    limited = [run.constraint for g in groups for run in g.runs if run.constraint != "accident"]
+    return quantity_named(limited[0]) if limited else ACCIDENT
 
 
 def looks_of(methods: Sequence[str]) -> dict[str, Look]:
