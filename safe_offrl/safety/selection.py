@@ -142,7 +142,7 @@ class Selection:
 
     def moved(self, *, back: bool) -> None:
         """Another version acts from now on: the next one, or one that an alarm put ``back``."""
-        self._place = max(self._evidence, default=0) + (self.config.neighbours if back else 0) + 1
+        self._place += (self.config.neighbours if back else 0) + 1
 
     def around(self, place: int) -> Evidence:
         """Of the version at a place and its neighbours."""

@@ -138,6 +138,13 @@ def test_what_was_put_back_stands_apart() -> None:
     acts(chosen, 3, (1, 0))
     assert [chosen.around(place).returns.episodes for place in (0, 1, 3, 4)] == [2, 2, 2, 2]
     assert chosen.around(3).outcomes[0].mean == 0.0
+    # So it is where the version that was put back did not act before another one came.
+    chosen = selection(neighbours=1)
+    acts(chosen, 0, (1, 100))
+    chosen.moved(back=True)
+    chosen.moved(back=False)
+    acts(chosen, 2, (1, 0))
+    assert chosen.around(3).returns.episodes == 1
 
 
 def test_only_the_best_are_kept() -> None:
