@@ -676,6 +676,17 @@ def test_a_finished_policy_is_told_both_costs(
         action, _ = policy.predict(observation, episode_cost=costs)
         wanted = guard.fallback_action(policy._policy.normalizer(observation), 1.0)
         assert action.tolist() == pytest.approx(wanted.tolist())
+    # What it sees of the cost itself, where its rule is about that, is by its name too.
+    shown: list[float] = []
+
+    def observe(one: Any, cost: float) -> Any:
+        shown.append(cost)
+        return one
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy._env, "observe", observe)
+        policy.predict(observation, episode_cost={"right": 1.0, "cost": 3.0})
+    assert shown == [3.0]
     with pytest.raises(ConfigError, match="2 costs for 1 observations"):
         policy.predict(observation, episode_cost={"right": [0.0, 1.0], "cost": 0.0})
     # Where the policy sees a share of the cost, it must be told of that too.
