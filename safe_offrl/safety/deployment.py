@@ -161,18 +161,22 @@ class Deployment:
         actor: Actor,
         shield: Shield,
         reason: str,
+        realised: Sequence[float],
         judges: Sequence[Judge],
         confidence: float,
         generator: torch.Generator,
     ) -> Decision:
         """Let a policy act that has acted before, behind the shield that it had; what that means.
 
-        Like a roll-back it may be further away than delta: no step that a learner proposes.
+        Like a roll-back it may be further away than delta: no step that a learner proposes. So far
+        away no estimate from the states of another policy holds, and its own episodes are known:
+        ``realised``, one a limit, stands for it.
         """
         before = upper_estimates(self.actor, judges, confidence, generator)
         measured = self._measured(actor, judges, before, generator)
         self.deploy(actor, shield)
-        return measured._replace(reason=reason)
+        first, *further = zip(before, realised, strict=True)
+        return measured._replace(reason=reason, v_candidate=first[1], further=tuple(further))
 
     def _measured(
         self,

@@ -173,13 +173,16 @@ class Selection:
         found = self.around(place)
         if found.returns.episodes < ENOUGH:
             return False, -math.inf
-        excess = max(
-            (sums.mean + sums.error) / limit.share - 1.0
-            for sums, limit in zip(found.outcomes, self._limits, strict=True)
-        )
+        upper = self.realised(place)
+        excess = max(u / limit.share - 1.0 for u, limit in zip(upper, self._limits, strict=True))
         if excess > 0.0:
             return False, -excess
         return True, found.returns.mean - found.returns.error
+
+    def realised(self, place: int | None = None) -> tuple[float, ...]:
+        """Of the version that acts, or at a place: mean outcomes and a standard error more."""
+        found = self.around(self._place if place is None else place)
+        return tuple(sums.mean + sums.error for sums in found.outcomes)
 
     def _forget(self) -> None:
         """Keep the best; those whose neighbours have not all acted cannot be compared yet."""

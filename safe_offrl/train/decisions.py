@@ -83,6 +83,7 @@ class Decisions:
             chosen.actor,
             chosen.shield,
             SELECTED + self.selection.words(),
+            self.selection.realised(),
             self._online.judges(),
             self._config.safety.confidence,
             self._generator,

@@ -654,11 +654,17 @@ def test_the_last_part_tests_who_has_acted(dataset: Dataset, pretraining: Pretra
     for episode in trace.episodes:
         if episode.phase != "testing":
             evidence[episode.version].append(episode)
-    kept = {
-        v: sum(e.episode_return for e in played) / len(played)
-        for v, played in evidence.items()
-        if len(played) >= 3 and sum(e.accident for e in played) <= 0.9 * len(played)
-    }
+
+    def error(values: Sequence[float]) -> float:
+        return float(np.std(values, ddof=1)) / len(values) ** 0.5
+
+    kept, upper = {}, {}
+    for version, played in evidence.items():
+        if len(played) >= 3:
+            returns, accidents = zip(*((e.episode_return, e.accident) for e in played), strict=True)
+            upper[version] = np.mean(accidents) + error(accidents)
+            if upper[version] <= 0.9:
+                kept[version] = np.mean(returns) - error(returns)
     best = max(kept, key=lambda v: kept[v])
     assert equal(trace.policies[tests[0].version], trace.policies[best])
     assert trace.iterations[-1].step >= 300
@@ -666,6 +672,7 @@ def test_the_last_part_tests_who_has_acted(dataset: Dataset, pretraining: Pretra
     assert selected
     assert selected[0].rolled_back
     assert selected[0].version == tests[0].version != best
+    assert selected[0].v_candidate == pytest.approx(upper[best])  # what its own episodes showed
     # Who is handed over was tested.
     assert tuning.decisions.selection.tested > 0
     tested = {e.version for e in tests}
