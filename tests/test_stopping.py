@@ -354,7 +354,7 @@ def test_online_updates_that_take_for_ever_are_left(
 
     def endless(self: Finetuning, *arguments: Any, **named: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 700:
+        if calls[0] == 600:
             later(0.1)
             time.sleep(60.0)
         return original(self, *arguments, **named)
