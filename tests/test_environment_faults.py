@@ -149,7 +149,7 @@ def test_a_run_with_faults_is_resumed_bitwise(
     plan = plan_with(folder, "Failing")
     whole = commands.finetune_run(plan, name=f"whole-{method}", runs=folder, say=silent)
     with monkeypatch.context() as patch:
-        kill_at(patch, method, 9 if method == "append_episode" else 2)
+        kill_at(patch, method, 9 if method == "append_episode" else 1)
         with pytest.raises(Killed):
             commands.finetune_run(
                 plan_with(folder, "Failing"),
