@@ -6,12 +6,10 @@ import copy
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from safe_offrl.policies.mlp import normalise
 from safe_offrl.policies.networks import Actor, StackedLinear, StackedMLP
 from safe_offrl.policies.protocol import Kind, Noise, Rows, Vector
-
-NORM_EPSILON = np.float32(1e-5)  # that of torch.nn.LayerNorm
 
 
 class Sampler(Protocol):
@@ -95,16 +93,9 @@ class NumpyRisk:
         x = actions @ weight[:, size:]
         x += (state @ weight[:, :size] + bias[:, 0])[:, None]
         for weight, bias in rest:
-            _normalise(x)
+            normalise(x)
             x = np.maximum(x, 0.0, out=x) @ weight
             x += bias
         logits = np.maximum(x[..., 0], -80.0)  # what is below that is 0 as well
         risk: Vector = (1.0 / (1.0 + np.exp(-logits))).mean(0)
         return risk
-
-
-def _normalise(x: NDArray[np.float32]) -> None:
-    """LayerNorm over the last of [M, K, width], in place."""
-    width = np.float32(x.shape[-1])
-    x -= np.add.reduce(x, -1, keepdims=True) / width
-    x /= np.sqrt(np.add.reduce(x * x, -1, keepdims=True) / width + NORM_EPSILON)
