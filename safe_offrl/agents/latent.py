@@ -4,10 +4,10 @@ A flow learns the log's behaviour, a generator F makes its actions in one step, 
 Gaussian over F's noise, is steered by gradients through F (DSRL, arXiv:2506.15799, with FQL's
 one-step generator, arXiv:2502.02538, and IQL's values, which never ask about unlogged actions):
 
-    minimise E_{w ~ pi}[ -Q(s, a)/|Q| + sum lambda Q_C(s, a) ] + weight KL(pi || N(0, I)),  a = F(s, w)
+    minimise E_{w ~ pi}[ -Q(s, a)/|Q| + sum lambda Q_C(s, a) ] + weight KL(pi || N(0, I))
 
-F(s, N(0, I)) is the behaviour, so the KL, in closed form, bounds the one from the log. All learn in
-the same steps. Online F stays as it is, and RLPD goes on with the actor.
+with a = F(s, w). F(s, N(0, I)) is the behaviour, so the KL, in closed form, bounds the one from the
+log. All learn in the same steps. Online F stays as it is, and RLPD goes on with the actor.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from safe_offrl.compute.state import Part
 from safe_offrl.policies.gaussian import Gaussian
 from safe_offrl.policies.latent import LATENT, Latent, LatentNetwork, generate
 from safe_offrl.policies.mlp import linear_layers
+from safe_offrl.policies.networks import polyak_
 from safe_offrl.policies.protocol import normal
 from safe_offrl.types import Batch
 
@@ -37,7 +38,7 @@ EULER_STEPS = 10  # of the flow from noise to an action, as in FQL
 class LatentConfig:
     """Settings of latent steering: of IQL's values as published, and one of its own.
 
-    ``kl_weight`` of KL(pi || N(0, I)) over the noise, in nats, against the normalised critics: the
+    ``tau`` is also that of the flow's average. ``kl_weight`` of KL(pi || N(0, I)) over the noise, in nats, against the normalised critics: the
     larger, the nearer to the log.
     """
 
@@ -63,6 +64,9 @@ class LatentSteering:
         o, a = self.networks.layout.sizes
         widths = (*self.networks.sizes.actor_hidden, a)
         self.flow = linear_layers(o + a + 1, widths, self.generator, layer_norm=True)
+        # The border between two modes trembles with each step of the flow. Of a step that moves, a
+        # regression makes a slope, which is actions between the modes: F learns from an average.
+        self.target_flow = copy.deepcopy(self.flow).requires_grad_(False)
         self.action_generator = learnable(self.actor.layers)
         self.flow_optimizer = Adam(self.flow.parameters(), lr)
         self.generator_optimizer = Adam(self.action_generator.parameters(), lr)
@@ -78,23 +82,11 @@ class LatentSteering:
         return {
             **self.values.parts(),
             "flow": self.flow,
+            "target_flow": self.target_flow,
             "flow_optimizer": self.flow_optimizer,
             "generator_optimizer": self.generator_optimizer,
             "actor_optimizer": self.actor_optimizer,
         }
-
-    def velocity(self, observations: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """v(s, x, t) of the flow: [B, O], [B, A], [B, 1] -> [B, A]."""
-        v: Tensor = self.flow(torch.cat([observations, x, t], dim=-1))
-        return v
-
-    def integrate(self, observations: Tensor, w: Tensor) -> Tensor:
-        """The action [B, A] to which the flow leads from noise w [B, A], by Euler's method."""
-        x = w
-        for step in range(EULER_STEPS):
-            t = torch.full_like(w[:, :1], step / EULER_STEPS)
-            x = x + self.velocity(observations, x, t) / EULER_STEPS
-        return x.clamp(-1.0, 1.0)
 
     def flow_loss(self, batch: Batch, x0: Tensor, t: Tensor) -> tuple[Tensor]:
         """``|v(s, x_t, t) - (a - x0)|^2`` at ``x_t = (1-t) x0 + t a``, mean over batch and action.
@@ -102,13 +94,13 @@ class LatentSteering:
         ``x0`` [B, A] is standard normal, ``t`` [B, 1] uniform in [0, 1] (FQL, eq. 3).
         """
         x_t = (1.0 - t) * x0 + t * batch.actions
-        error = self.velocity(batch.observations, x_t, t) - (batch.actions - x0)
+        error = velocity(self.flow, batch.observations, x_t, t) - (batch.actions - x0)
         return (error.square().mean(),)
 
     def distillation_loss(self, observations: Tensor, w: Tensor) -> tuple[Tensor]:
-        """``|F(s, w) - Euler(v; s, w)|^2``, mean over batch and action (FQL, eq. 8)."""
+        """``|F(s, w) - Euler(v'; s, w)|^2``, mean over batch and action (FQL, eq. 8)."""
         with torch.no_grad():
-            target = self.integrate(observations, w)
+            target = integrate(self.target_flow, observations, w)
         error = generate(self.action_generator, observations, w) - target
         return (error.square().mean(),)
 
@@ -132,6 +124,7 @@ class LatentSteering:
         x0, w, noise = (normal(shape, generator) for _ in range(3))
         t = torch.rand((len(batch.actions), 1), generator=generator, device=generator.device)
         (flow_loss,) = self._descend_flow(batch, x0, t)
+        polyak_(self.target_flow, self.flow, self.config.tau)
         (distillation_loss,) = self._descend_generator(batch.observations, w)
         actor_loss, divergence = self._descend_actor(batch, noise, steering.penalties)
         return metrics | {
@@ -140,6 +133,21 @@ class LatentSteering:
             "actor/flow_loss": flow_loss,
             "actor/distillation_loss": distillation_loss,
         }
+
+
+def velocity(flow: nn.Module, observations: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """v(s, x, t) of a flow: [B, O], [B, A], [B, 1] -> [B, A]."""
+    v: Tensor = flow(torch.cat([observations, x, t], dim=-1))
+    return v
+
+
+def integrate(flow: nn.Module, observations: Tensor, w: Tensor) -> Tensor:
+    """The action [B, A] to which a flow leads from noise w [B, A], by Euler's method."""
+    x = w
+    for step in range(EULER_STEPS):
+        t = torch.full_like(w[:, :1], step / EULER_STEPS)
+        x = x + velocity(flow, observations, x, t) / EULER_STEPS
+    return x.clamp(-1.0, 1.0)
 
 
 def learnable(network: nn.Module) -> nn.Module:
