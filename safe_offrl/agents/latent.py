@@ -38,8 +38,8 @@ EULER_STEPS = 10  # of the flow from noise to an action, as in FQL
 class LatentConfig:
     """Settings of latent steering: of IQL's values as published, and one of its own.
 
-    ``tau`` is also that of the flow's average. ``kl_weight`` of KL(pi || N(0, I)) over the noise, in nats, against the normalised critics: the
-    larger, the nearer to the log.
+    ``tau`` is also that of the flow's average. ``kl_weight`` of KL(pi || N(0, I)) over the noise,
+    in nats, against the normalised critics: the larger, the nearer to the log.
     """
 
     learning_rate: float = 3e-4

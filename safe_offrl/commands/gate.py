@@ -35,8 +35,9 @@ def gate(subject: Subject, *, accepted: str | None, allowed: bool, say: Say) -> 
     """Whether a run may begin, and how; RunError if it must not.
 
     It must not where the log shows that some limit is exceeded, and where it does not show that all
-    are kept, or cannot, unless a probation is ``allowed``. ``accepted`` says why the risk is taken as it is,
-    None if it is not: nothing is refused then, and nothing assessed that has not been before.
+    are kept, or cannot, unless a probation is ``allowed``. ``accepted`` says why the risk is taken
+    as it is, None if it is not: nothing is refused then, and nothing assessed that has not been
+    before.
     """
     subjects = each_subject(subject, subject.safety)
     if accepted is not None:
