@@ -87,8 +87,8 @@ def test_what_is_distilled_is_by_hand() -> None:
     linear_(agent.target_flow, [0.0, -1.0, 1.0], 0.5)
     linear_(agent.action_generator, [0.0, 0.3], 0.1)
     ends = []
-    for w in (0.2, 3.5):
-        x = w
+    for begin in (0.2, 3.5):
+        x = begin
         for step in range(10):
             x = 0.9 * x + 0.1 * (step / 10.0 + 0.5)
         ends.append(x)
@@ -161,7 +161,7 @@ def test_online_the_generator_stays_bit_for_bit() -> None:
     for _ in range(5):
         learner.update_critics(batch)
         metrics = learner.update_actor(batch, Steering((risk,), anchor, torch.tensor(0.1)))
-    assert all(math.isfinite(float(value)) for value in metrics.values())
+        assert all(math.isfinite(float(value)) for value in metrics.values())
     assert bits(network.generator) == generator
     assert bits(network.policy) != policy
 

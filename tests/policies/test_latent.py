@@ -35,8 +35,8 @@ def actor_of(seed: int = 0, sharp: float = 3.0) -> Actor:
     actor = Actor(O, A, (16, 16), seeded(seed), LATENT)
     network = parts_of(actor)
     with torch.no_grad():
-        network.policy[-1].weight.mul_(100.0)  # type: ignore[operator, union-attr]
-        network.generator[-1].weight.mul_(sharp)  # type: ignore[operator, union-attr]
+        network.policy[-1].weight.mul_(100.0)  # type: ignore[operator]
+        network.generator[-1].weight.mul_(sharp)  # type: ignore[operator]
     return actor
 
 
