@@ -200,6 +200,13 @@ def test_it_acts_in_numpy_as_in_torch() -> None:
         np.testing.assert_allclose(drawn, wanted.numpy(), atol=2e-6)
         assert drawn.dtype == np.float32
         np.testing.assert_allclose(sampler.mean_action(observation.numpy()), mean, atol=2e-6)
+    # Beyond the reach of the generator too.
+    far = 100.0 * torch.randn(6, A, generator=seeded(2))
+    with torch.no_grad():
+        wanted = actor(observations[:1]).act(far[:, None])[:, 0]
+    drawn = LATENT.in_numpy(actor.layers)(observations[0].numpy(), far.numpy())
+    np.testing.assert_allclose(drawn, wanted.numpy(), atol=2e-6)
+    # Without noise it is what the generator makes of the mean.
     over_noise = latent(actor, observations).over_noise
     of_mean = generate(parts_of(actor).generator, observations, over_noise.mean)
     assert torch.equal(actor(observations).act(torch.zeros(1, 20, A))[0], of_mean)
