@@ -223,7 +223,7 @@ def offline_plan(dataset: Path, agent: str) -> commands.PretrainPlan:
 
 @needs_gpu
 @pytest.mark.promise("R1")
-@pytest.mark.parametrize("agent", ["iql", "calql"])
+@pytest.mark.parametrize("agent", ["iql", "calql", "latent"])
 def test_runs_are_resumed_bitwise_and_used_without_a_gpu(
     root: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, agent: str
 ) -> None:

@@ -19,10 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig
+from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.descent import EAGER, Compute
@@ -39,7 +40,9 @@ LAYOUT = Layout(observation_size=4, action_size=2)
 SIZES = NetworkConfig(actor_hidden=(16, 16), critic_hidden=(16, 16), critics=4)
 COMMON = {"learning_rate": 1e-3, "discount": 0.97, "tau": 0.01}
 CONFIGS = AgentConfigs(
-    iql=IQLConfig(**COMMON, expectile=0.7), cql=CQLConfig(**COMMON, alpha=1.0, actions=5)
+    iql=IQLConfig(**COMMON, expectile=0.7),
+    cql=CQLConfig(**COMMON, alpha=1.0, actions=5),
+    latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),
 )
 EXTRACTION = ExtractionConfig(
     learning_rate=1e-3, weight=0.1, components=3, inverse_temperature=3.0, weight_limit=100.0
@@ -91,7 +94,7 @@ def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
 
 def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
-    networks = Networks(*LAYOUT.sizes, SIZES, generator)
+    networks = Networks(*LAYOUT.sizes, SIZES, generator, kind_of(name, discrete=False))
     setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
     agent = AGENTS[name](setup, CONFIGS.settings_for(AGENTS[name]))
     steering = Steering((Penalty(risk, torch.tensor(2.0)),))

@@ -8,13 +8,21 @@ from typing import Any
 from safe_offrl.agents.bc import BC, BCConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
+from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import ConfigError
-from safe_offrl.policies.protocol import require_density
+from safe_offrl.policies.kinds import kind_for
+from safe_offrl.policies.protocol import Kind, require_entropy
 
-AGENTS: dict[str, type[Agent]] = {"bc_safe": BC, "iql": IQL, "cql": CQL, "calql": CalQL}
+AGENTS: dict[str, type[Agent]] = {
+    "bc_safe": BC,
+    "iql": IQL,
+    "cql": CQL,
+    "calql": CalQL,
+    "latent": LatentSteering,
+}
 
 
 def find_agent(name: str) -> type[Agent]:
@@ -44,6 +52,22 @@ def find_online(name: str) -> type[OnlineAgent]:
     )
 
 
+def kind_of(name: str, *, discrete: bool) -> Kind:
+    """The kind of policy that the agent of this name trains.
+
+    Its own ``kind``, or the first whose actions are like those of the log; ConfigError if its own
+    has others.
+    """
+    kind: Kind = getattr(find_agent(name), "kind", None) or kind_for(discrete=discrete)
+    if kind.one_hot != discrete:
+        words = ("numbers", "discrete")
+        raise ConfigError(
+            f'The agent "{name}" trains a policy of the kind "{kind.name}", whose actions are '
+            f"{words[kind.one_hot]}, but those here are {words[discrete]}. Take another agent."
+        )
+    return kind
+
+
 @dataclass(frozen=True)
 class AgentConfigs:
     """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter.
@@ -54,6 +78,7 @@ class AgentConfigs:
     bc: BCConfig = field(default_factory=BCConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:
@@ -81,6 +106,6 @@ class AgentConfigs:
 def online_agent(name: str, setup: Setup, configs: AgentConfigs) -> OnlineAgent:
     """Who learns online: RLPD by its own name, else the online form of the agent of this name."""
     if name == "rlpd":
-        require_density(setup.networks.actor.kind, "The entropy that rlpd keeps online")
+        require_entropy(setup.networks.actor.kind, "The entropy that rlpd keeps online")
         return RLPD(setup.networks, setup.learner, setup.generator, setup.compute)
     return find_online(name)(setup, configs.settings_for(find_agent(name)))

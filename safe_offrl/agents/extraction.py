@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.agents.steering import Penalty, Steering
+from safe_offrl.agents.steering import Penalty, Steering, steered
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
@@ -150,15 +150,7 @@ class Extraction:
         """
         distribution = self.actor(batch.observations)
         policy, log_ratio = self.behaviour(batch.observations).log_ratio(distribution, noise)
-        observations = policy.repeat(batch.observations)
-        time_to_go = policy.repeat(batch.time_to_go)
-        loss = torch.zeros_like(time_to_go)
-        if critics is not None:
-            q = critics(observations, policy.actions).amin(0)
-            scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
-            loss = -q / scale
-        for risk, multiplier in penalties:
-            loss = loss + multiplier * risk(observations, time_to_go, policy.actions)
+        loss = steered(policy, batch, critics, penalties)
         loss = policy.expect(loss + self.config.weight * log_ratio)
         return loss.mean(), policy.expect(log_ratio).detach().mean()
 

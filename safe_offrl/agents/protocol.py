@@ -57,7 +57,8 @@ class Agent(Protocol):
     """What the offline loop knows of an algorithm.
 
     ``Config`` is a frozen dataclass with a learning rate and the ``discount`` of the values, None
-    where it learns none. ``Online`` is its form that goes on online, None where only RLPD does.
+    where it learns none. ``Online`` is its form that goes on online, None where only RLPD does. A
+    class that trains a certain kind of policy names it, a Kind, as ``kind``.
     """
 
     Config: type[Any]

@@ -65,10 +65,10 @@ class RLPD:
         device = next(networks.actor.parameters()).device
         self.log_temperature = torch.tensor(config.temperature_init, device=device).log()
         self.log_temperature.requires_grad_()
-        density = networks.actor.kind.density
+        target_entropy = networks.actor.kind.target_entropy
         self._target_entropy = (
-            density.target_entropy(action_size, config.target_entropy, config.discrete_entropy)
-            if density is not None
+            target_entropy(action_size, config.target_entropy, config.discrete_entropy)
+            if target_entropy is not None
             else math.nan  # then it learns values alone, and this is not asked for
         )
         lr = config.learning_rate
@@ -111,9 +111,10 @@ class RLPD:
         """``E_pi[-Q/|Q| + temperature log pi + sum lambda Q_C] + kl_weight KL(pi||anchor)``, mean.
 
         Q is divided by its mean magnitude (TD3+BC, arXiv:2106.06860, eq. 5), so that temperature,
-        lambda and kl_weight mean the same on every reward scale. Returns (loss, mean log pi).
+        lambda and kl_weight mean the same on every reward scale. log pi is whatever density the
+        policy scores itself by. Returns (loss, mean log pi).
         """
-        distribution = self.networks.actor.density(batch.observations)
+        distribution = self.networks.actor.scored(batch.observations)
         policy, log_probs = distribution.scored(noise)
         observations = policy.repeat(batch.observations)
         q = self.networks.q(observations, policy.actions).mean(0)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from safe_offrl.policies.networks import Actor, Risk
+from safe_offrl.policies.networks import Actor, QFunction, Risk
+from safe_offrl.policies.protocol import Quadrature
+from safe_offrl.types import Batch
 
 
 class Penalty(NamedTuple):
@@ -25,3 +28,23 @@ class Steering(NamedTuple):
     penalties: tuple[Penalty, ...] = ()
     anchor: Actor | None = None
     kl_weight: Tensor | float = 0.0
+
+
+def steered(
+    policy: Quadrature, batch: Batch, critics: QFunction | None, penalties: tuple[Penalty, ...]
+) -> Tensor:
+    """``-min Q / |Q| + sum lambda Q_C`` of each of a policy's actions at a batch, [K B].
+
+    Q is divided by its mean magnitude under the policy (TD3+BC, arXiv:2106.06860, eq. 5). Without
+    ``critics`` reward has no part in it.
+    """
+    observations = policy.repeat(batch.observations)
+    time_to_go = policy.repeat(batch.time_to_go)
+    loss = torch.zeros_like(time_to_go)
+    if critics is not None:
+        q = critics(observations, policy.actions).amin(0)
+        scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
+        loss = -q / scale
+    for risk, multiplier in penalties:
+        loss = loss + multiplier * risk(observations, time_to_go, policy.actions)
+    return loss

@@ -17,6 +17,7 @@ from safe_offrl.commands.assess import (
 from safe_offrl.errors import RunError
 from safe_offrl.files import unwritable
 from safe_offrl.limits import Limit, quantity_named
+from safe_offrl.record.final_policy import stored_policy
 from safe_offrl.record.progress import Say
 from safe_offrl.safety.monitor import allowance
 from safe_offrl.stats.fixed import shared_confidence
@@ -34,8 +35,9 @@ def gate(subject: Subject, *, accepted: str | None, allowed: bool, say: Say) -> 
     """Whether a run may begin, and how; RunError if it must not.
 
     It must not where the log shows that some limit is exceeded, and where it does not show that all
-    are kept unless a probation is ``allowed``. ``accepted`` says why the risk is taken as it is,
-    None if it is not: nothing is refused then, and nothing assessed that has not been before.
+    are kept, or cannot, unless a probation is ``allowed``. ``accepted`` says why the risk is taken
+    as it is, None if it is not: nothing is refused then, and nothing assessed that has not been
+    before.
     """
     subjects = each_subject(subject, subject.safety)
     if accepted is not None:
@@ -45,6 +47,15 @@ def gate(subject: Subject, *, accepted: str | None, allowed: bool, say: Say) -> 
             if (stored := stored_estimates(each)) is not None
         ]
         return Admission("; ".join([accepted, *(known or ["not assessed"])]), False)
+    kind = stored_policy(subject.run, subject.checkpoint).actor.kind
+    if kind.density is None:
+        if not allowed:
+            raise RunError(
+                f'The log cannot say what the policy of "{subject.run.name}" would do: one of the '
+                f'kind "{kind.name}" has no density. Give an --accident-budget, or start all the '
+                "same with --accept-risk."
+            )
+        return Admission(f'not assessed: a policy of the kind "{kind.name}" has no density', True)
     words, probation = [], False
     for each in subjects:
         limit, confidence = limit_of(each), each.safety.confidence

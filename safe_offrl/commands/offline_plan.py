@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from safe_offrl.agents import kind_of
 from safe_offrl.collect.build import default_dataset
 from safe_offrl.collect.log_plan import CollectConfig
 from safe_offrl.commands.common import (
@@ -168,6 +169,7 @@ def plan_pretrain(
     config = _with_logged_horizon(config)
     env = make_env(config.env, config.safety)
     try:
+        kind_of(config.agent, discrete=env.discrete)  # This refuses an agent for other actions.
         path = config.dataset or _default_dataset(config, preset, say)
         path = find_dataset(path)
         check_same_env(stated_metadata(path), config.env)

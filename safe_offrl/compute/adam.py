@@ -16,13 +16,14 @@ class Adam:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980); with ``weight_decay`` AdamW (arXiv:1711.05101).
 
     With moments ``m`` and ``v`` of the gradient g, both corrected for their start at 0:
-    ``x <- (1 - lr weight_decay) x - lr m / (sqrt(v) + eps)``. Equal to torch's own bit by bit.
+    ``x <- (1 - lr weight_decay) x - lr m / (sqrt(v) + eps)``. Equal to torch's own bit by bit. Of
+    the parameters it takes those that require a gradient.
     """
 
     def __init__(
         self, parameters: Iterable[Tensor], learning_rate: float, weight_decay: float = 0.0
     ) -> None:
-        self.parameters = list(parameters)
+        self.parameters = [p for p in parameters if p.requires_grad]
         self._learning_rate = learning_rate
         self._weight_decay = weight_decay
         self._means = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError
-from safe_offrl.policies.networks import StackedMLP
+from safe_offrl.policies.networks import Actor, StackedMLP
 
 
 class Inputs(NamedTuple):
@@ -174,10 +174,7 @@ class PolicyGraph(nn.Module):
     def _fallback(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """What the fallback can do [K, B, A], and what it leads to [K, B], as shares of limits."""
         nothing = torch.zeros_like(states[:, 0])
-        none = nothing.view(-1, *[1] * len(self.actor.noise_shape)).expand(
-            -1, *self.actor.noise_shape
-        )
-        actions = torch.cat([policy(states[:, :-1]).act(none[None]) for policy in self.fallbacks])
+        actions = torch.cat([_mean_action(policy, states[:, :-1]) for policy in self.fallbacks])
         return actions, self._shares(states, actions, nothing).sum(0)
 
     def _shares(self, states: Tensor, actions: Tensor, spent: Tensor) -> Tensor:
@@ -204,6 +201,13 @@ class PolicyGraph(nn.Module):
 
 def _frozen(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
+
+
+def _mean_action(policy: nn.Module, states: Tensor) -> Tensor:
+    """What a policy makes of no noise: [B, O] -> [1, B, A]."""
+    assert isinstance(policy, Actor)
+    noise = states[:, 0].view(-1, *[1] * len(policy.noise_shape)).expand(-1, *policy.noise_shape)
+    return policy(states).act(torch.zeros_like(noise)[None])
 
 
 def _at(values: Tensor, rows: Tensor) -> Tensor:

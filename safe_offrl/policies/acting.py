@@ -6,13 +6,11 @@ import copy
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
+from safe_offrl.policies.mlp import normalise
 from safe_offrl.policies.networks import Actor, StackedLinear, StackedMLP
 from safe_offrl.policies.protocol import Kind, Noise, Rows, Vector
-
-NORM_EPSILON = np.float32(1e-5)  # that of torch.nn.LayerNorm
 
 
 class Sampler(Protocol):
@@ -97,16 +95,9 @@ class NumpyRisk:
         x = actions[:, None, None] @ weight[:, size:]
         x += (state @ weight[:, :size] + bias[:, 0])[:, None]
         for weight, bias in rest:
-            _normalise(x)
+            normalise(x)
             x = np.maximum(x, 0.0, out=x) @ weight
             x += bias
         risk: Vector = np.add.reduce(special.expit(x[..., 0, 0]), 1)
         risk /= np.float32(len(bias))
         return risk
-
-
-def _normalise(x: NDArray[np.float32]) -> None:
-    """LayerNorm over the last of [M, K, width], in place."""
-    width = np.float32(x.shape[-1])
-    x -= np.add.reduce(x, -1, keepdims=True) / width
-    x /= np.sqrt(np.add.reduce(x * x, -1, keepdims=True) / width + NORM_EPSILON)

@@ -98,8 +98,8 @@ CATEGORICAL = Kind(
     uniform=lambda shape, rng: np.eye(shape[1], dtype=np.float32)[
         rng.integers(shape[1], size=shape[0])
     ],
+    target_entropy=lambda a, per_dimension, share: share * math.log(a),
     density=Density(
-        target_entropy=lambda a, per_dimension, share: share * math.log(a),
         behaviour_outputs=lambda a, components: a,
         behaviour=lambda outputs, components: _from_outputs(outputs),
     ),

@@ -58,7 +58,8 @@ class Gaussian(NamedTuple):
     mean: Tensor  # [..., A], before tanh
     log_std: Tensor  # [..., A]
 
-    def _before_tanh(self, noise: Tensor) -> Tensor:
+    def unsquashed(self, noise: Tensor) -> Tensor:
+        """Before tanh, of standard normal noise [..., A]."""
         return self.mean + self.log_std.exp() * noise
 
     def _noise_of(self, before: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class Gaussian(NamedTuple):
 
     def act(self, noise: Tensor) -> Tensor:
         """Actions of standard normal noise, [..., A] each."""
-        return torch.tanh(self._before_tanh(noise))
+        return torch.tanh(self.unsquashed(noise))
 
     def quadrature(self, noise: Tensor) -> Quadrature:
         """One reparameterised action each."""
@@ -74,7 +75,7 @@ class Gaussian(NamedTuple):
 
     def scored(self, noise: Tensor) -> tuple[Quadrature, Tensor]:
         """One reparameterised action each, and its log density."""
-        before = self._before_tanh(noise)
+        before = self.unsquashed(noise)
         density = log_density(noise, self.log_std) - log_jacobian(before)
         return Quadrature(torch.tanh(before)), density.sum(-1)
 
@@ -115,7 +116,7 @@ class Mixture(NamedTuple):
     def log_ratio(self, policy: Gaussian, noise: Tensor) -> tuple[Quadrature, Tensor]:
         """One reparameterised action each, and ``log pi - log mixture``."""
         assert isinstance(policy, Gaussian)
-        before = policy._before_tanh(noise)
+        before = policy.unsquashed(noise)
         # Both densities are before tanh: its Jacobian cancels in the ratio.
         density = log_density(noise, policy.log_std).sum(-1)
         return Quadrature(torch.tanh(before)), density - self._log_density(before)
@@ -163,8 +164,8 @@ GAUSSIAN = Kind(
     in_numpy=_in_numpy,
     draw_noise=lambda shape, rng: rng.standard_normal(shape, dtype=np.float32),
     uniform=lambda shape, rng: rng.uniform(-1.0, 1.0, shape).astype(np.float32),
+    target_entropy=lambda a, per_dimension, share: per_dimension * a,
     density=Density(
-        target_entropy=lambda a, per_dimension, share: per_dimension * a,
         behaviour_outputs=lambda a, components: components * (1 + 2 * a),
         behaviour=_behaviour,
     ),

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from safe_offrl.compute.state import Part
 from safe_offrl.policies.gaussian import GAUSSIAN
-from safe_offrl.policies.protocol import ActionDistribution, DensityPolicy, Kind, Quadrature, normal
+from safe_offrl.policies.protocol import (
+    ActionDistribution,
+    DensityPolicy,
+    Kind,
+    Quadrature,
+    ScoredPolicy,
+    normal,
+)
 from safe_offrl.types import Layout
 
 # Q(s, a) of all critics: [B, O], [B, A] -> [E, B]
@@ -152,6 +159,10 @@ class Actor(nn.Module):
 
     def forward(self, observations: Tensor) -> ActionDistribution:
         return self.kind.distribution(self.layers, observations)
+
+    def scored(self, observations: Tensor) -> ScoredPolicy:
+        """The same, for whoever has asked for an entropy by :func:`protocol.require_entropy`."""
+        return cast(ScoredPolicy, self(observations))
 
     def density(self, observations: Tensor) -> DensityPolicy:
         """The same, for whoever has asked for a density by :func:`protocol.require_density`."""

@@ -2,8 +2,9 @@
 
 A kind is one file beside this one, with everything that sets it apart: what its network gives, its
 distribution in torch, how it acts in numpy and in an exported graph, how far apart two of its
-policies are. Nobody asks which kind it has; whoever needs more than every kind offers, a
-probability density, asks for that and says so (:func:`require_density`).
+policies are. Nobody asks which kind it has; whoever needs more than every kind offers, an entropy
+(:func:`require_entropy`) or a probability density (:func:`require_density`), asks for that and
+says so.
 """
 
 from __future__ import annotations
@@ -77,17 +78,25 @@ class ActionDistribution(Protocol):
         """How far this policy is from another of its kind [B]; 0 if they are the same."""
 
 
-class DensityPolicy(ActionDistribution, Protocol):
-    """A policy whose actions have a probability density, or, being discrete, a probability."""
+class ScoredPolicy(ActionDistribution, Protocol):
+    """A policy that says how random it is."""
+
+    def scored(self, noise: Tensor) -> tuple[Quadrature, Tensor]:
+        """The quadrature, and the log density of each of its actions, or of what it is made of.
+
+        [K B]; its mean, negated, is the policy's entropy. Where the quadrature is a sample, noise
+        may have further axes in front, and both have them.
+        """
+
+
+class DensityPolicy(ScoredPolicy, Protocol):
+    """A policy whose actions have a probability density, or, being discrete, a probability.
+
+    It scores its actions by that.
+    """
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log density of given actions, [..., A] -> [...]."""
-
-    def scored(self, noise: Tensor) -> tuple[Quadrature, Tensor]:
-        """The quadrature, and the log density of each of its actions [K B].
-
-        Where the quadrature is a sample, noise may have further axes in front, and both have them.
-        """
 
     def typical(self, actions: Tensor) -> Tensor:
         """Whether given actions are such as the policy takes, [B, A] -> bool [B]."""
@@ -106,12 +115,10 @@ class BehaviourModel(Protocol):
 class Density(NamedTuple):
     """What a kind has whose distributions are each a :class:`DensityPolicy`.
 
-    ``target_entropy`` is made of action size, an entropy per dimension, and a share of the most
-    there can be, whichever fits; in nats. ``behaviour`` is made of a network's outputs [B, n] and a
-    number of components, ``behaviour_outputs`` says n for action size and components.
+    ``behaviour`` is made of a network's outputs [B, n] and a number of components,
+    ``behaviour_outputs`` says n for action size and components.
     """
 
-    target_entropy: Callable[[int, float, float], float]
     behaviour_outputs: Callable[[int, int], int]
     behaviour: Callable[[Tensor, int], BehaviourModel]
 
@@ -135,7 +142,19 @@ class Kind(NamedTuple):
     in_numpy: Callable[[nn.Module], Callable[[Vector, Noise], Rows]]
     draw_noise: Callable[[Sequence[int], np.random.Generator], Noise]  # of this shape
     uniform: Callable[[tuple[int, int], np.random.Generator], Rows]  # random actions [K, A]
+    # What the entropy of a kind is to be whose distributions are each a ScoredPolicy, in nats: of
+    # A, an entropy per dimension, and a share of the most there can be, whichever fits.
+    target_entropy: Callable[[int, float, float], float] | None = None
     density: Density | None = None
+
+
+def require_entropy(kind: Kind, user: str) -> None:
+    """ConfigError in the name of whoever needs it if policies of the kind have no entropy."""
+    if kind.target_entropy is None:
+        raise ConfigError(
+            f"{user} needs to know how random a policy is, but one of the kind "
+            f'"{kind.name}" does not say. Take a learner that does without, or another kind.'
+        )
 
 
 def require_density(kind: Kind, user: str) -> Density:

@@ -29,6 +29,7 @@ from safe_offrl.compute.state import arrays_sha256, collect_state, restore_state
 from safe_offrl.errors import ConfigError
 from safe_offrl.limits import QUANTITIES, Limit
 from safe_offrl.policies.acting import NumpyActor, NumpyRisk
+from safe_offrl.policies.kinds import KINDS
 from safe_offrl.policies.networks import Actor, StackedMLP
 from safe_offrl.policies.protocol import Kind, Vector
 from safe_offrl.safety.critic import SafetyCritic
@@ -180,6 +181,7 @@ class Guard:
         """The rest, JSON-able."""
         return {
             "fallbacks": [list(fallback.hidden) for fallback in self.fallbacks],
+            "kinds": [fallback.kind.name for fallback in self.fallbacks],
             "caution": self.caution,
             "until_end": self.until_end,
             "watches": [
@@ -203,11 +205,16 @@ class Guard:
         sizes: Sequence[int],
         kind: Kind,
     ) -> Guard:
-        """From :meth:`tensors` and :meth:`words`; ``sizes`` are of observations and actions."""
+        """From :meth:`tensors` and :meth:`words`; ``sizes`` are of observations and actions.
+
+        Runs of earlier versions do not name the kinds of their fallbacks: all are of this ``kind``.
+        """
         generator = seeded(0)  # of weights that are replaced
         observation, action = sizes
+        names = words.get("kinds", [kind.name] * len(words["fallbacks"]))
         fallbacks = [
-            Actor(observation, action, hidden, generator, kind) for hidden in words["fallbacks"]
+            Actor(observation, action, hidden, generator, KINDS[name])
+            for hidden, name in zip(words["fallbacks"], names, strict=True)
         ]
         watches = []
         for said in words["watches"]:

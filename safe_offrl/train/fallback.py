@@ -5,7 +5,8 @@ the log's actions those count that are less risky than its own, and it minimises
 
     caution sum Q_C(s, a) + weight KL(pi || mixture of these actions)
 
-with safety critics of its own actions. What such a policy says of a state is what cannot be
+with safety critics of its own actions. It is a Gaussian, or a categorical, whatever kind of policy
+the agent trains. What such a policy says of a state is what cannot be
 avoided any more, and so it can be left to act where another policy has got to.
 """
 

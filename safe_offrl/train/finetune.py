@@ -25,6 +25,7 @@ from safe_offrl.data.sampling import Reach
 from safe_offrl.deploy.episodes import Reservation, faults_in_a_row, play_episode
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv, episode_seed
+from safe_offrl.policies.kinds import KINDS
 from safe_offrl.safety.constrained import constrained_parts
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
@@ -58,7 +59,16 @@ class Finetuning:
         env.offset = self.normalizer.offset
         self.rng = np.random.default_rng(config.seed)
         # What learns, in the order in which it is drawn.
-        self.foundation = base = Foundation.from_log(config, dataset, env.horizon, compiled, device)
+        # A policy from scratch is of the usual kind: it could not go on with another one's parts.
+        words = {} if config.baseline.from_scratch else pretrained_info.get("policy", {})
+        self.foundation = base = Foundation.from_log(
+            config,
+            dataset,
+            env.horizon,
+            compiled,
+            device,
+            KINDS[words["kind"]] if "kind" in words else None,
+        )
         self.networks, self.limits, self.generator = base.networks, base.limits, base.generator
         logged = dataset.normalised(self.normalizer).on(self.generator.device)
         built_from = (self.networks, logged, self.limits, self.generator, base.compute)

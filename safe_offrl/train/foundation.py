@@ -19,6 +19,7 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.limits import QUANTITIES, Limit, Quantity
 from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import Networks
+from safe_offrl.policies.protocol import Kind
 from safe_offrl.safety.constrained import Constrained
 from safe_offrl.safety.critic import SafetyCritic, outlook_on
 from safe_offrl.safety.multiplier import Multiplier, PIDMultiplier
@@ -52,9 +53,13 @@ class Foundation(NamedTuple):
         horizon: int,
         compiled: bool,
         device: Device,
+        kind: Kind | None = None,
     ) -> Foundation:
-        """Generator and networks for a log and a horizon; ConfigError if its limit cannot bind."""
-        generator, kind = seeded(config.seed, device), kind_for(discrete=dataset.discrete)
+        """Generator and networks for a log and a horizon; ConfigError if its limit cannot bind.
+
+        The policy is of this ``kind``, None: of the first that fits the log's actions.
+        """
+        generator, kind = seeded(config.seed, device), kind or kind_for(discrete=dataset.discrete)
         limits = config.safety.all_limits(horizon, dataset.cost_max, dataset.signals_max)
         own = [limit for limit in limits if not limit.quantity.signal]
         return cls(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from safe_offrl.agents import find_agent
+from safe_offrl.agents import find_agent, kind_of
 from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.agents.steering import Steering
@@ -55,7 +55,12 @@ class Pretraining:
         self.held_out = held_out.sample(HELD_OUT_ROWS, config.seed).normalised(self.normalizer)
         # What learns, in the order in which it is drawn.
         self.foundation = base = Foundation.from_log(
-            config, dataset, dataset.horizon, compiled, device
+            config,
+            dataset,
+            dataset.horizon,
+            compiled,
+            device,
+            kind_of(config.agent, discrete=dataset.discrete),
         )
         self.networks, self.generator = base.networks, base.generator
         agent = find_agent(config.agent)
@@ -71,9 +76,11 @@ class Pretraining:
         logged = self.train.on(self.generator.device)
         learnt_from = self.train, logged
         self.offline = OfflineConstraints(config, self.constraints, *learnt_from, self.generator)
-        # What the guard falls back to; a policy without a density has none.
-        able = config.fallback.steps and self.networks.actor.kind.density is not None
-        self._fallback = Fallback(config, dataset, *learnt_from, compiled, device) if able else None
+        # What the guard falls back to.
+        careful = config.fallback.steps > 0
+        self._fallback = (
+            Fallback(config, dataset, *learnt_from, compiled, device) if careful else None
+        )
         # Where it is.
         self.step = 0
         self.reports: tuple[CalibrationReport, ...] = ()  # one a limit, made when training ends

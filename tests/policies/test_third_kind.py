@@ -246,16 +246,21 @@ def test_a_checkpoint_from_before_kinds_had_names_is_read(discrete: bool) -> Non
 REFUSED = r'{} needs the probability density .* the kind "two_ways" has none\. Take'
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("name", [n for n, agent in AGENTS.items() if not hasattr(agent, "kind")])
 def test_an_agent_that_needs_a_density_says_so_before_it_learns(name: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED.format(f".*{name}.*")):
         AGENTS[name](without_density(), AgentConfigs().settings_for(AGENTS[name]))
 
 
-@pytest.mark.parametrize("name", ["rlpd", "iql", "calql"])
+@pytest.mark.parametrize("name", ["iql", "calql"])
 def test_so_does_one_that_goes_on_online(name: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED.format(f".*{name}.*")):
         online_agent(name, without_density(), AgentConfigs())
+
+
+def test_so_does_rlpd_which_needs_an_entropy_alone() -> None:
+    with pytest.raises(ConfigError, match=r'rlpd .*how random .* kind "two_ways" does not say\.'):
+        online_agent("rlpd", without_density(), AgentConfigs())
 
 
 def test_so_does_an_assessment() -> None:

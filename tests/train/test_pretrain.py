@@ -13,6 +13,7 @@ from torch import Tensor
 from safe_offrl.agents import AGENTS, AgentConfigs
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.iql import IQLConfig
+from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
@@ -179,7 +180,8 @@ def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
 def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
     """bc_safe learns none: what is aligned after it has the alignment's own discount."""
     agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
-    own = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93}[agent]
+    agents = dataclasses.replace(agents, latent=LatentConfig(discount=0.9))
+    own = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93, "latent": 0.9}[agent]
     config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
     assert discount_of(config) == own
     if agent != "bc_safe":
