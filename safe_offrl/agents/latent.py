@@ -1,4 +1,4 @@
-"""Latent steering: a policy with as many modes as the log, which cannot leave the log's support.
+"""Latent steering: a policy with as many modes as the log, which stays within the log's support.
 
 A flow learns the log's behaviour, a generator F makes its actions in one step, and the actor, a
 Gaussian over F's noise, is steered by gradients through F (DSRL, arXiv:2506.15799, with FQL's
@@ -91,14 +91,17 @@ class LatentSteering:
     def flow_loss(self, batch: Batch, x0: Tensor, t: Tensor) -> tuple[Tensor]:
         """``|v(s, x_t, t) - (a - x0)|^2`` at ``x_t = (1-t) x0 + t a``, mean over batch and action.
 
-        ``x0`` [B, A] is standard normal, ``t`` [B, 1] uniform in [0, 1] (FQL, eq. 3).
+        ``x0`` [B, A] is standard normal, ``t`` [B, 1] uniform in [0, 1] (FQL, arXiv:2502.02538).
         """
         x_t = (1.0 - t) * x0 + t * batch.actions
         error = velocity(self.flow, batch.observations, x_t, t) - (batch.actions - x0)
         return (error.square().mean(),)
 
     def distillation_loss(self, observations: Tensor, w: Tensor) -> tuple[Tensor]:
-        """``|F(s, w) - Euler(v'; s, w)|^2``, mean over batch and action (FQL, eq. 8)."""
+        """``|F(s, w) - Euler(v'; s, w)|^2``, mean over batch and action (FQL, arXiv:2502.02538).
+
+        v' is the flow's average; where it leads outside of [-1, 1] it is clipped.
+        """
         with torch.no_grad():
             target = integrate(self.target_flow, observations, w)
         error = generate(self.action_generator, observations, w) - target

@@ -1,7 +1,8 @@
 """Latent policies, ``a = F(s, w)``: a Gaussian over the noise w of a frozen generator F of actions.
 
-F makes the log's behaviour of standard normal noise, as many modes as that has, and nothing else:
-whatever the Gaussian over w does, actions stay where the log has some (DSRL, arXiv:2506.15799). Two
+F makes the log's behaviour of standard normal noise, as many modes as that has: whatever the
+Gaussian over w does, actions stay, as far as F has learnt it, where the log has some (DSRL,
+arXiv:2506.15799). Between two modes F is steep but continuous: a few actions lie there. Two
 policies that share F are no further apart in actions than in noise, by the data-processing
 inequality ``KL(pi'(a|s) || pi(a|s)) <= KL(pi'(w|s) || pi(w|s))``, and the latter is in closed form.
 
