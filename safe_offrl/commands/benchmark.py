@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safe_offrl.agents import AgentConfigs, find_agent
 from safe_offrl.bench.methods import METHODS
 from safe_offrl.bench.suite import Job, Suite, flat, folder_name, jobs_of, settings_of
 from safe_offrl.collect.processes import own_command
@@ -112,6 +113,11 @@ def _matters(key: str, settings: Mapping[str, Any]) -> bool:
     """Whether a setting says which run it is: not how it is made, and of a part that it has."""
     if key.startswith("baseline.pid."):
         return bool(settings["baseline.multiplier"] == "pid")
+    section, _, rest = key.partition("agents.")
+    if rest and section in ("", "baseline."):
+        name = settings[f"{section}learner" if section else "agent"]
+        own = "" if name == "rlpd" else AgentConfigs().key(find_agent(name))
+        return rest.partition(".")[0] == own
     return key not in _HOW
 
 

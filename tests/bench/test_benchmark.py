@@ -18,6 +18,7 @@ from safe_offrl.bench.methods import METHODS
 from safe_offrl.bench.suite import Job, Suite, jobs_of, load_suite, narrowed, parse_suite
 from safe_offrl.commands import benchmark_run, benchmark_text, finetune_config, pretrain_config
 from safe_offrl.commands.benchmark import _next_command, _settings_now
+from safe_offrl.config import read_yaml, yaml_text
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import RunInputs, run_yaml
@@ -334,6 +335,31 @@ def test_how_a_run_was_computed_is_no_difference_nor_is_a_setting_it_did_not_kno
     path.write_text(text.replace("  budget: 300\n", "  bugdet: 300\n"))
     with pytest.raises(RunError, match=r'rlpd/0" cannot be compared.*"bugdet"'):
         benchmark_text(suite, tmp_path)
+
+
+def test_settings_of_an_agent_count_where_it_is_chosen(tmp_path: Path) -> None:
+    jobs = {job.kind: job.folder for job in write_finished(suite_of(), tmp_path)}
+
+    def change(kind: str, agent: str) -> None:
+        path = jobs[kind] / "config.yaml"
+        config = read_yaml(path.read_text(), path.name)
+        settings = config[kind] if kind == "pretrain" else config[kind]["baseline"]
+        settings["agents"][agent]["learning_rate"] = 0.7
+        path.write_text(yaml_text(config))
+
+    for kind in jobs:
+        change(kind, "cql")
+    change("finetune", "iql")  # RLPD goes on online
+    assert finished(suite_of(), tmp_path) == 3
+    change("pretrain", "iql")
+    with pytest.raises(RunError, match=r"made with agents\.iql\.learning_rate 0\.7"):
+        benchmark_text(suite_of(), tmp_path)
+    online = suite_of(SMALL.replace("ours, rlpd", "iql"))
+    shutil.rmtree(tmp_path)
+    jobs = {job.kind: job.folder for job in write_finished(online, tmp_path)}
+    change("finetune", "iql")
+    with pytest.raises(RunError, match=r"made with baseline\.agents\.iql\.learning_rate 0\.7"):
+        benchmark_text(online, tmp_path)
 
 
 def test_gains_of_a_controller_count_where_there_is_one(tmp_path: Path) -> None:
