@@ -30,7 +30,8 @@ how much other seeds would change it (bootstrap of pairs; too narrow for fewer t
 p of all sign flips of the differences, which n pairs cannot bring below 2 / 2^n).
 eval.: of the final policy (safe-offrl evaluate); estimate: its V_accident(s0) in %, or
 its expected cost per episode, by the safety critic; both held: iterations after which the
-acting policy satisfied both measured constraints; violations: accepted without both;
+acting policy satisfied both measured constraints (one that is put back, by an alarm or to
+be tested, may be further away than delta); violations: accepted without both;
 recovering: accepted while the acting policy exceeded the limit, with a lower estimate than
 its predecessor; est. >= limit: iterations whose acting policy, measured again, was not
 below the limit."""
