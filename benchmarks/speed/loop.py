@@ -10,6 +10,7 @@ updates as a share of the time inside them. Writes loop.txt.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import subprocess
@@ -32,19 +33,25 @@ from safe_offrl.collect.behaviours import random_behaviour
 from safe_offrl.collect.mixture import log_episodes
 from safe_offrl.compute.descent import choose_compute
 from safe_offrl.compute.device import configure
+from safe_offrl.compute.state import seeded
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.online_buffer import OnlineBuffer
 from safe_offrl.data_formats.hdf5 import write_dataset
 from safe_offrl.data_formats.loading import load_dataset
+from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.make import make_env
 from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.policies.networks import NetworkConfig
+from safe_offrl.policies.networks import Actor, NetworkConfig, StackedMLP
+from safe_offrl.safety.guard import Guard, Watch
+from safe_offrl.safety.selection import SelectionConfig
+from safe_offrl.safety.shield import Shield
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import PretrainConfig
+from safe_offrl.types import Normalizer
 
 RULES = {"Pendulum-v1": "terminated", "PointHazard-v0": "cost"}  # a pendulum has no accidents
 
@@ -79,6 +86,7 @@ def online(
         kl=constrained,
         safety_constraint=constrained,
         shield=constrained,
+        selection=SelectionConfig(share=0.0),  # tests at the end pay for no update
     )
     info = pretrained.info() | {"shield_acts": True}
     loop = Finetuning(config, env, data, pretrained.state_dict(), info, compiled=True)
@@ -121,6 +129,35 @@ def microseconds(call: Callable[[], object], calls: int = 300) -> float:
     return statistics.median(rounds)
 
 
+def acting(width: int) -> dict[str, float]:
+    """Microseconds of an action of the policy alone, and behind shield and guard that let it pass.
+
+    Observation 60, action 2; two hidden layers, two members a network of risk, four draws.
+    """
+    generator, hidden = seeded(0), (width, width)
+
+    def risk() -> StackedMLP:
+        net = StackedMLP(2, 60 + 1 + 2, hidden, layer_norm=True, generator=generator)
+        return net.requires_grad_(False)
+
+    actors = [Actor(60, 2, hidden, generator) for _ in range(3)]
+    units = Normalizer(np.zeros(60, np.float32), np.ones(60, np.float32))
+    shield = Shield(risk(), 4, 0.5, acts=True)
+    guard = Guard(actors[1:], [Watch("cost", 1e9, risk(), 100.0, True)], 2.0)
+    observation = np.random.default_rng(0).standard_normal(60).astype(np.float32)
+    behind = {
+        "policy alone": DeployedPolicy.from_actor(actors[0], Shield.abstaining(), units, 0),
+        "behind shield and guard": DeployedPolicy.from_actor(actors[0], shield, units, 0, guard),
+    }
+    rng = np.random.default_rng(0)
+    return {
+        f"{name}, {width} wide": microseconds(
+            functools.partial(policy.act, observation, 0.5, rng, {"cost": 3.0})
+        )
+        for name, policy in behind.items()
+    }
+
+
 def calls(folder: Path) -> dict[str, float]:
     """Microseconds of what happens beside an update; observation 60, action 2."""
     store = ours.Store(Shape(60, 2), 2, layer_norm=True)
@@ -137,6 +174,8 @@ def calls(folder: Path) -> dict[str, float]:
     return {
         "policy, one observation": microseconds(lambda: actor.draw(observation, 1, rng)),
         "  Stable-Baselines3 predict": microseconds(lambda: model.predict(observation)),
+        **acting(128),
+        **acting(256),
         "insert one transition": row + insert / 1000,
         "draw a batch of 256": microseconds(lambda: store.batches(1)),
         "draw 20 batches of 256": microseconds(lambda: store.batches(20)),

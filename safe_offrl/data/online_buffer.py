@@ -49,7 +49,7 @@ class OnlineBuffer:
 
     def _clear(self) -> None:
         self._handed_over.zero_()
-        self._any_handed_over = False
+        self._own: dict[int, Tensor] = {}
         self.start_observations = self._store.new_zeros(0, self.layout.observation_size)
         none = torch.zeros(0, dtype=torch.int64, device=self._store.device)
         self._event_rows = [none] * len(self._reaches)  # what each sees often, see Layout.event
@@ -78,6 +78,7 @@ class OnlineBuffer:
         if end > self.capacity:
             raise ValueError(f"{end} rows are more than the capacity of {self.capacity}")
         # Rows.
+        self._own = {}
         self._store[first:end] = rows
         added = self.layout.unpack(self._store[first:end])
         # Episodes.
@@ -92,7 +93,6 @@ class OnlineBuffer:
         cuts = starts
         if handed_over is not None:
             handed = self._handed_over[first:end] = handed_over.to(self._store.device)
-            self._any_handed_over = True
             cuts = torch.cat([starts, handed.nonzero().squeeze(1)]).unique()
         for k, (reach, layout) in enumerate(zip(self._reaches, self._layouts, strict=True)):
             seen = layout.unpack(self._store[first:end])
@@ -137,10 +137,20 @@ class OnlineBuffer:
 
         What the policy itself visits: it would go on as it began, had it not been handed over.
         """
-        rows, handed = self.rows[-steps:], self._handed_over[: self.size][-steps:]
-        if self._any_handed_over and not handed.all():
-            rows = rows[~handed]
-        return self.layout.unpack(rows[draw_indices(len(rows), size, generator)])
+        own = self._own_rows(steps)
+        return self.layout.unpack(self.rows[own[draw_indices(len(own), size, generator)]])
+
+    def _own_rows(self, steps: int) -> Tensor:
+        """Which of the last ``steps`` rows no fallback acted in, or all if it did in each [n].
+
+        Asked for at every update, and found once an episode.
+        """
+        if steps not in self._own:
+            first = max(0, self.size - steps)
+            own = first + (~self._handed_over[first : self.size]).nonzero().squeeze(1)
+            every = torch.arange(first, self.size, device=own.device)
+            self._own = {steps: own if len(own) else every}
+        return self._own[steps]
 
     def mean_episode_length(self, steps: int) -> float:
         """Mean length of the episodes that begin among the last ``steps`` transitions.
@@ -167,11 +177,12 @@ class OnlineBuffer:
             before = accidents.cumsum(0) - accidents  # accidents of the rows before
             counted = (before == before[starts[:-1] - begin][episode]).to(counted.dtype)
         counts = counted.new_zeros(len(starts) - 1).index_add_(0, episode, counted)
-        own = counted[first - begin :].to(self._store.device)
-        handed = self._handed_over[first : self.size]
-        if self._any_handed_over and not handed.all():
-            own = own * ~handed
-        return Visited(self.recent_transitions(steps), own, _mean_of_recent(counts, starts, steps))
+        counted = counted[first - begin :].to(self._store.device)
+        own = torch.zeros_like(counted)
+        own[self._own_rows(steps) - first] = 1.0
+        return Visited(
+            self.recent_transitions(steps), counted * own, _mean_of_recent(counts, starts, steps)
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what was stored; enough to continue bitwise.

@@ -123,18 +123,22 @@ class Selection:
         version: int,
         actor: Actor,
         shield: Shield,
-        episode_return: float,
+        episode_return: float | None,
         outcomes: Sequence[float],
         *,
         testing: bool,
     ) -> None:
-        """Take in an episode of the version that acts; ``outcomes`` in [0, 1], one a limit."""
+        """Take in an episode of the version that acts; ``outcomes`` in [0, 1], one a limit.
+
+        The return is None of an episode whose end nobody saw: it counts for the limits alone.
+        """
         place = self._place
         if place not in self._candidates:
             self._candidates[place] = Candidate(
                 version, copy.deepcopy(actor).requires_grad_(False), copy.deepcopy(shield)
             )
-        new = Evidence(Sums.of(episode_return), tuple(map(Sums.of, outcomes)))
+        returns = Sums() if episode_return is None else Sums.of(episode_return)
+        new = Evidence(returns, tuple(map(Sums.of, outcomes)))
         self._evidence[place] = self._evidence.get(place, self._none) + new
         if testing:
             self._tests[place] = self._tests.get(place, 0) + 1

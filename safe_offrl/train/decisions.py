@@ -47,7 +47,7 @@ class Decisions:
                 episode.version,
                 deployment.actor,
                 deployment.shield,
-                episode.episode_return,
+                episode.episode_return if episode.outcome == "complete" else None,
                 [limit.outcome_of(episode) for limit in self._limits],
                 testing=episode.phase == "testing",
             )

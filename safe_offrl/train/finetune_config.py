@@ -124,6 +124,11 @@ class FinetuneConfig:
                 "warmup_steps, iteration_steps, utd and update_every must be at least 1. Raise the "
                 "one that is too small."
             )
+        if self.visited_steps < 1 or self.visited_episodes < 0:
+            raise ConfigError(
+                f"visited_steps is {self.visited_steps} and visited_episodes "
+                f"{self.visited_episodes}, but 1 and 0 at least are needed. Try 2000 and 10."
+            )
         if self.batch_size < 2:
             raise ConfigError(
                 f"batch_size is {self.batch_size}, but at least 2 is needed. Try 256."

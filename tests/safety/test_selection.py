@@ -80,6 +80,21 @@ def test_the_highest_return_that_keeps_the_limit_is_chosen() -> None:
     )
 
 
+def test_an_episode_whose_end_nobody_saw_has_no_return() -> None:
+    """It counts for the limits, as what it may have cost."""
+    chosen = selection(neighbours=0)
+    acts(chosen, 0, *[(-5, 0)] * 3)
+    chosen.see(0, actor_of(0), Shield.abstaining(), None, [0.2], testing=False)
+    found = chosen.around(0)
+    assert (found.returns.mean, found.returns.episodes) == (-5.0, 3)
+    assert (found.outcomes[0].mean, found.outcomes[0].episodes) == (0.05, 4)
+    # Four of them say nothing of what a version is worth.
+    chosen.moved(back=False)
+    for _ in range(4):
+        chosen.see(1, actor_of(1), Shield.abstaining(), None, [0.0], testing=False)
+    assert version_of(chosen) == 0
+
+
 def test_where_nobody_keeps_the_limit_the_nearest_to_it_is_chosen() -> None:
     chosen = selection(neighbours=0, limits=(COST, ACCIDENT))
     acts(chosen, 0, (1, 10), (4, 0), (7, 0), (4, 0))  # 5 and 25 %, with standard errors 50

@@ -863,6 +863,8 @@ def test_two_runs_are_equal_and_seeds_matter(dataset: Dataset, pretraining: Pret
         {"update_every": 0},
         {"batch_size": 1},
         {"offline_share": 1.0},
+        {"visited_steps": 0},
+        {"visited_episodes": -1},
         {"offline_share": -0.1},
         {"offline_share": math.nan},
     ],
