@@ -95,6 +95,12 @@ def test_a_fault_is_charged_ledgered_and_an_accident(folder: Path, name: str) ->
     checkpoint = run.load_checkpoint()
     assert checkpoint.info["steps"] == sum(e.steps for e in episodes) <= 200
     assert checkpoint.info["monitor"]["accidents"] == sum(e.accident for e in episodes)
+    # What it would have returned nobody knows, what it may have done counts.
+    returns, outcomes = (
+        [part[i] for _, *part in checkpoint.info["selection"]["evidence"]] for i in (0, 1)
+    )
+    assert sum(n for n, *_ in returns) == len(episodes) - len(faulty)
+    assert sum(n for n, *_ in outcomes) == len(episodes)
     # Nothing is learnt from an episode in which the environment failed.
     learnt = sum(e.steps for e in episodes if e.outcome == "complete")
     assert len(checkpoint.tensors["experience/rows"]) == learnt

@@ -190,6 +190,17 @@ def test_what_a_fallback_did_is_no_visit_of_the_policy() -> None:
     seen = buffer.recent_visits(5, until_accident=False)
     assert seen.counted.tolist() == [0.0, 0.0, 1.0, 0.0, 1.0]
     assert seen.per_episode == 3.0  # of the second, which begins there, hand-overs included
+    # Another episode has other rows.
+    buffer.append(numbered(7, 8))
+    assert buffer.recent_visits(5, until_accident=False).counted.tolist() == [
+        1.0,
+        0.0,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    drawn = LAYOUT.pack(buffer.draw_recent(4, 200, torch.Generator().manual_seed(0)))
+    assert {float(row.sum()) for row in drawn} == {float(buffer.rows[i].sum()) for i in (6, 7, 8)}
     # Where a fallback acted in all, there is nothing else.
     other = OnlineBuffer(LAYOUT, 9)
     other.append(two_episodes(), handed(*range(7), of=7))
