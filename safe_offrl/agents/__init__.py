@@ -55,17 +55,20 @@ def find_online(name: str) -> type[OnlineAgent]:
 def kind_of(name: str, *, discrete: bool) -> Kind:
     """The kind of policy that the agent of this name trains.
 
-    Its own ``kind``, or the first whose actions are like those of the log; ConfigError if its own
-    has others.
+    The first of its own ``kinds``, else of all, whose actions are like those of the log;
+    ConfigError if it has none for them.
     """
-    kind: Kind = getattr(find_agent(name), "kind", None) or kind_for(discrete=discrete)
-    if kind.one_hot != discrete:
+    own: tuple[Kind, ...] = getattr(find_agent(name), "kinds", ())
+    if not own:
+        return kind_for(discrete=discrete)
+    fitting = [kind for kind in own if kind.one_hot == discrete]
+    if not fitting:
         words = ("numbers", "discrete")
         raise ConfigError(
-            f'The agent "{name}" trains a policy of the kind "{kind.name}", whose actions are '
-            f"{words[kind.one_hot]}, but those here are {words[discrete]}. Take another agent."
+            f'The agent "{name}" trains policies whose actions are {words[not discrete]}, but '
+            f"those here are {words[discrete]}. Take another agent."
         )
-    return kind
+    return fitting[0]
 
 
 @dataclass(frozen=True)

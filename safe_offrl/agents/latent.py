@@ -54,7 +54,7 @@ class LatentSteering:
 
     Config = LatentConfig
     Online: type[OnlineAgent] | None = None
-    kind = LATENT
+    kinds = (LATENT,)
 
     def __init__(self, setup: Setup, config: LatentConfig) -> None:
         self.networks, self.generator, self.config = setup.networks, setup.generator, config

@@ -58,7 +58,7 @@ class Agent(Protocol):
 
     ``Config`` is a frozen dataclass with a learning rate and the ``discount`` of the values, None
     where it learns none. ``Online`` is its form that goes on online, None where only RLPD does. A
-    class that trains a certain kind of policy names it, a Kind, as ``kind``.
+    class that trains certain kinds of policies names them, each a Kind, as ``kinds``.
     """
 
     Config: type[Any]
