@@ -21,8 +21,8 @@ class Suite:
     """What to run. ``pretrain`` and ``finetune`` hold for every method, ``settings`` for one.
 
     ``settings`` maps a method to ``{"pretrain": {...}, "finetune": {...}}``: what was tuned for it.
-    ``datasets`` maps an environment to its log; the others use the cached default. With
-    ``replay_episodes`` every version that acted is kept, and played again so often afterwards.
+    ``datasets`` maps an environment to its log; the others use the cached default. Where a run
+    keeps its versions (``keep_versions``), each is played ``replay_episodes`` times afterwards.
     """
 
     name: str
@@ -145,7 +145,15 @@ def parse_suite(text: str, name: str) -> Suite:
             "Raise what is too small."
         )
     plain["seeds"] = tuple(range(plain["seeds"]))
-    return Suite(name=name, **plain, **nested)
+    suite = Suite(name=name, **plain, **nested)
+    # Versions to play.
+    online = [setting for method in suite.methods for setting in settings_of(suite, method)[1]]
+    if suite.replay_episodes and "keep_versions=True" not in online:
+        raise ConfigError(
+            f"The suite {name} plays versions again, but no method of it keeps any. Set "
+            '"keep_versions: true" in "finetune", or in "finetune" of a method\'s settings.'
+        )
+    return suite
 
 
 def narrowed(suite: Suite, methods: str | None, seeds: str | None) -> Suite:
@@ -171,7 +179,6 @@ def jobs_of(suite: Suite, root: Path) -> list[Job]:
     the outer loop: an interrupted suite has whole pairs.
     """
     jobs: dict[Path, Job] = {}
-    kept = ("keep_versions=true",) if suite.replay_episodes else ()
     for seed in suite.seeds:
         for env in suite.environments:
             base = root / folder_name(env)
@@ -199,7 +206,7 @@ def jobs_of(suite: Suite, root: Path) -> list[Job]:
                     folder=folder,
                     kind="finetune",
                     options={"budget": suite.budget, "seed": seed},
-                    overrides=(*online, *kept),
+                    overrides=tuple(online),
                     needs=pretrained,
                 )
     return list(jobs.values())

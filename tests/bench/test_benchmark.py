@@ -181,6 +181,7 @@ def test_only_some_methods_and_other_seeds() -> None:
         ("finetune:", "datasets: {HazardLine-v0: 3}\nfinetune:", "text is needed"),
         ("finetune:", "replay_episodes: 1\nfinetune:", "takes 2 episodes at least"),
         ("finetune:", "replay_episodes: -5\nfinetune:", "takes 2 episodes at least"),
+        ("finetune:", "replay_episodes: 2\nfinetune:", "no method of it keeps any"),
     ],
 )
 def test_a_wrong_suite_is_one_sentence(old: str, new: str, message: str) -> None:
@@ -382,10 +383,12 @@ def test_the_records_kept_here_are_of_the_suite_as_it_is(tmp_path: Path) -> None
 
 
 def test_versions_are_played_again_after_the_evaluation(tmp_path: Path) -> None:
-    suite = suite_of(**{"finetune:": "replay_episodes: 3\nfinetune:"})
-    offline, online, _ = write_finished(suite, tmp_path)
-    assert "keep_versions=true" in online.arguments
-    assert "keep_versions=true" not in offline.arguments
+    keeps = "settings: {ours: {finetune: {keep_versions: true}}}"
+    suite = suite_of(**{"finetune:": f"replay_episodes: 3\n{keeps}\nfinetune:"})
+    offline, online, other = write_finished(suite, tmp_path)
+    assert "keep_versions=True" in online.arguments
+    for job in (offline, other):
+        assert not any("keep_versions" in argument for argument in job.arguments)
     assert _next_command(online, suite) is None  # nothing was kept, so nothing can be played
     (online.folder / "versions").mkdir()
     (online.folder / "versions" / "000000.safetensors").touch()
@@ -397,8 +400,8 @@ def test_versions_are_played_again_after_the_evaluation(tmp_path: Path) -> None:
     found = {"episodes": 3, "seed": 0, "versions": [{}]}
     run.write_json("replay.json", found)
     assert _next_command(online, suite) is None
-    other: tuple[dict[str, Any], ...] = ({"episodes": 2}, {"seed": 1}, {"versions": []})
-    for changes in other:
+    others: tuple[dict[str, Any], ...] = ({"episodes": 2}, {"seed": 1}, {"versions": []})
+    for changes in others:
         run.write_json("replay.json", found | changes)
         assert _next_command(online, suite) == command
     assert _next_command(online, suite_of()) is None  # the suite does not ask for it
@@ -464,7 +467,8 @@ def test_a_suite_says_how_many_versions_were_above_the_limit(
     tmp_path: Path, cached: Callable[[str], Suite]
 ) -> None:
     said: list[str] = []
-    suite = cached(SMALL.replace("[ours, rlpd]", "[rlpd]") + "replay_episodes: 2\n")
+    keeps = "settings: {rlpd: {finetune: {keep_versions: true}}}\n"
+    suite = cached(SMALL.replace("[ours, rlpd]", "[rlpd]") + "replay_episodes: 2\n" + keeps)
     result = benchmark_run(suite, root=tmp_path / "bench", workers=1, say=said.append)
     run = RunDir(tmp_path / "bench" / "HazardLine-v0" / "rlpd" / "0")
     kept = list((run.path / "versions").iterdir())
