@@ -65,7 +65,7 @@ MOST_AT_THE_TOP = 8  # files directly in safe_offrl/
 MOST_ROOMS = 20
 MOST_OF_RING_1 = 12_470  # lines; 8,500
 MOST_OF_A_FILE = 350  # lines
-MOST_OF_ALL = 32_230  # lines; 21,585
+MOST_OF_ALL = 32_450  # lines; 21,585
 MOST_DECISIONS = 25  # by the kind of what is constrained, outside of its files
 MOST_TWICE = 15  # top-level names; an allow-list: the words, where one name means one thing
 

@@ -1,0 +1,214 @@
+"""What every learner must do, offline and online, with continuous and with discrete actions.
+
+Parametrised over AGENTS: a new agent is tested by its line there, and one with an online form in
+that too.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from safe_offrl.agents import AGENTS, AgentConfigs, kind_of, online_agent
+from safe_offrl.agents.steering import Penalty, Steering
+from safe_offrl.compute.adam import Adam
+from safe_offrl.compute.descent import Descent
+from safe_offrl.compute.state import Part, collect_state, restore_state, seeded
+from safe_offrl.data.dataset import Dataset
+from safe_offrl.errors import ConfigError
+from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
+from safe_offrl.types import Batch, Layout
+from tests.agents.setups import setup_of
+
+LAYOUT, SIZES, ROWS = Layout(3, 2), NetworkConfig((16,), (16,), 4), 16
+
+
+class Learner(NamedTuple):
+    """One of them with a step of training as the loops do it."""
+
+    parts: dict[str, Part]  # all that it has learnt, and its generator
+    step: Callable[[Batch], Any]
+
+
+def batch_of(seed: int, *, discrete: bool) -> Batch:
+    g = seeded(seed)
+    actions = 2.0 * torch.rand(ROWS, 2, generator=g) - 1.0
+    return Batch(
+        observations=torch.randn(ROWS, 3, generator=g),
+        actions=torch.eye(2)[actions.argmax(-1)] if discrete else actions,
+        rewards=torch.randn(ROWS, generator=g),
+        accidents=(torch.rand(ROWS, generator=g) < 0.2).float(),
+        costs=torch.zeros(ROWS),
+        next_observations=torch.randn(ROWS, 3, generator=g),
+        terminated=(torch.rand(ROWS, generator=g) < 0.2).float(),
+        time_to_go=torch.rand(ROWS, generator=g),
+        return_to_go=torch.randn(ROWS, generator=g),
+    )
+
+
+def log_of(*, discrete: bool) -> Dataset:
+    """Two episodes of 8 steps, the second with an accident."""
+    batch = batch_of(100, discrete=discrete)
+    last = (torch.arange(ROWS) == ROWS - 1).float()
+    rows = LAYOUT.pack(batch._replace(accidents=last, terminated=last))
+    return Dataset(rows, LAYOUT, np.array([0, 8, 16]), np.array([False, True]), 8, "")
+
+
+def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+    return torch.sigmoid(actions.sum(-1))
+
+
+def learner(name: str, phase: str, *, discrete: bool, seed: int = 0) -> Learner:
+    generator, configs = seeded(seed), AgentConfigs()
+    agent = AGENTS.get(name)
+    kind = kind_of(name if agent else "iql", discrete=discrete)
+    networks = Networks(*LAYOUT.sizes, SIZES, generator, kind)
+    setup = setup_of(networks, generator)._replace(dataset=log_of(discrete=discrete))
+    one = torch.tensor(1.0)
+    parts: dict[str, Part] = {**networks.parts(), "generator": generator}
+    if phase == "offline":
+        assert agent is not None
+        offline = agent(setup, configs.settings_for(agent))
+        steering = Steering((Penalty(risk, one),))
+        parts |= offline.parts()
+        return Learner(parts, lambda batch: offline.update(batch, steering))
+    online = online_agent(name, setup, configs)
+    anchor = Actor(*LAYOUT.sizes, SIZES.actor_hidden, seeded(7), kind)
+    steering = Steering((Penalty(risk, one),), anchor, one)
+
+    def step(batch: Batch) -> None:
+        online.update_critics(batch)
+        online.update_actor(batch, steering)
+
+    return Learner(parts | online.parts(), step)
+
+
+def cases() -> list[Any]:
+    """(name, phase, discrete), of all that can be."""
+    found = []
+    for name in (*AGENTS, "rlpd"):
+        agent = AGENTS.get(name)
+        phases = [
+            *(["offline"] if agent else []),
+            *(["online"] if not agent or agent.Online else []),
+        ]
+        for discrete in (False, True):
+            try:
+                kind_of(name if agent else "iql", discrete=discrete)
+            except ConfigError:
+                continue
+            words = "discrete" if discrete else "continuous"
+            found += [
+                pytest.param((name, phase, discrete), id=f"{name}-{phase}-{words}")
+                for phase in phases
+            ]
+    return found
+
+
+def learns_values(name: str) -> bool:
+    return name == "rlpd" or AGENTS[name].Config().discount is not None
+
+
+Case = tuple[str, str, bool]
+everyone = pytest.mark.parametrize("case", cases())
+with_values = pytest.mark.parametrize(
+    "case", [case for case in cases() if learns_values(case.values[0][0])]
+)
+
+
+def make(case: Case, seed: int = 0) -> Learner:
+    name, phase, discrete = case
+    return learner(name, phase, discrete=discrete, seed=seed)
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert torch.equal(tensor, other[key]), key
+
+
+@everyone
+def test_what_is_kept_goes_on_bit_for_bit(case: Case) -> None:
+    mine, other = make(case, seed=0), make(case, seed=1)
+    for i in range(3):
+        mine.step(batch_of(i, discrete=case[2]))
+    other.step(batch_of(9, discrete=case[2]))
+    restore_state(other.parts, collect_state(mine.parts))
+    for i in range(3):
+        mine.step(batch_of(i, discrete=case[2]))
+        other.step(batch_of(i, discrete=case[2]))
+    assert_equal(collect_state(mine.parts), collect_state(other.parts))
+
+
+@everyone
+def test_the_generator_is_the_only_source_of_randomness(case: Case) -> None:
+    results = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        mine = make(case)
+        for i in range(2):
+            mine.step(batch_of(i, discrete=case[2]))
+        results.append(collect_state(mine.parts))
+    assert_equal(*results)
+
+
+@everyone
+def test_losses_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine: Learner | None = None
+    looked = []
+    differentiate = Descent._differentiate
+
+    def watched(self: Descent, *arguments: Any) -> Any:
+        assert mine is not None
+        tensors = _tensors(arguments)
+        before, copies = collect_state(mine.parts), [x.clone() for x in tensors]
+        random = torch.get_rng_state()
+        found = differentiate(self, *arguments)
+        assert_equal(collect_state(mine.parts), before)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True))
+        looked.append(self)
+        return found
+
+    monkeypatch.setattr(Descent, "_differentiate", watched)
+    mine = make(case)
+    mine.step(batch_of(1, discrete=case[2]))
+    assert looked
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    return [x for a in arguments for x in _tensors(a)] if isinstance(arguments, tuple) else []
+
+
+@with_values
+@pytest.mark.parametrize("field", ["rewards", "terminated"])
+def test_wrong_shapes_are_refused(case: Case, field: str) -> None:
+    batch = batch_of(0, discrete=case[2])
+    with pytest.raises(ValueError, match="expected equal shapes"):
+        make(case).step(batch._replace(**{field: getattr(batch, field).unsqueeze(-1)}))
+
+
+@everyone
+def test_every_trained_tensor_is_in_one_optimiser_and_moves(case: Case) -> None:
+    mine = make(case)
+    held = [p for part in mine.parts.values() if isinstance(part, Adam) for p in part.parameters]
+    assert len({id(p) for p in held}) == len(held)
+    modules = {key: part for key, part in mine.parts.items() if isinstance(part, nn.Module)}
+    of_modules = [p for part in modules.values() for p in part.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in held]
+    for i in range(4):
+        mine.step(batch_of(i, discrete=case[2]))
+    assert held
+    assert not [p.shape for p, old in zip(held, before, strict=True) if torch.equal(p, old)]
+    # What asks for gradients and is in no optimiser would never be learnt: the reward critics of an
+    # agent without values are aligned afterwards.
+    learnt = {p.data_ptr() for p in held}
+    idle = (
+        {p.data_ptr() for p in modules["critics"].parameters()} if "critics" in modules else set()
+    )
+    assert all(p.data_ptr() in learnt or p.data_ptr() in idle for p in of_modules)
