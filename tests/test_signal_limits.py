@@ -738,7 +738,7 @@ def test_an_evaluation_counts_it_so_too(
     monkeypatch.setattr("safe_offrl.commands.evaluate.find_situations", lambda env: situations)
     monkeypatch.setattr(AccidentEnv, "step", failing)
     found = commands.evaluate_run(online.path, episodes=2, out=root / "e.json", say=silent)
-    assert found["signals"] == {"right": (60.0, 0.0)}
+    assert found["signals"] == {"never": (0.0, 0.0), "right": (60.0, 0.0)}
 
 
 def test_inspect_says_whether_the_signal_is_kept(log: Path) -> None:

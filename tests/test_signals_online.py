@@ -48,6 +48,14 @@ def test_an_online_run_has_the_sums_of_its_signals(
         assert list(episode["signal_costs"]) == ["far", "same"]
         assert episode["signal_costs"]["same"] == episode["cost"]
         assert 0.0 < episode["signal_costs"]["far"] < 2.0 * episode["steps"]
+    # So has an evaluation, though neither is limited.
+    run(monkeypatch, "evaluate", "on", "--episodes", "3")
+    evaluated = json.loads((folder / "evaluation.json").read_text())
+    assert evaluated["signals"]["same"] == [
+        evaluated["mean_cost"],
+        evaluated["cost_standard_error"],
+    ]
+    assert list(evaluated["signals"]) == ["far", "same"]
     # What nobody sees the end of counts as the worst of the log.
     run(monkeypatch, "finetune", "off", "--name", "real", "--accept-risk", *budget, "env.kind=real")
     ledger = (tmp_path / "runs" / "real" / "ledger.jsonl").read_text().splitlines()

@@ -84,8 +84,10 @@ def evaluate_run(
     returns = [e.episode_return for e in played if e.outcome == "complete"]
     mean, error = _mean_and_error(returns)
     cost, cost_error = _mean_and_error([episode.cost for episode in played])
-    limited = [limit.quantity for limit in final.limits if limit.quantity.signal]
-    signals = {q.signal: _mean_and_error([q.of_episode(e) for e in played]) for q in limited}
+    signals = {
+        name: _mean_and_error([episode.signal_costs[name] for episode in played])
+        for name in final.env.signals
+    }
     different = distinct(played)
     # Of a few situations that are played again and again, a repeated episode says nothing new.
     counted = different if situations.few else played
@@ -106,7 +108,7 @@ def evaluate_run(
         "return_standard_error": plain(error),
         "mean_cost": cost,
         "cost_standard_error": cost_error,
-        **({"signals": signals} if signals else {}),  # of each limited one mean, standard error
+        **({"signals": signals} if signals else {}),  # of each mean, standard error
         "mean_length": sum(episode.steps for episode in played) / episodes,
         "guarded_share": guarded,
         "mean_action": mean_action,
