@@ -1,15 +1,16 @@
 """Best of N proposals: a frozen generator F proposes N actions ``a_i = F(s, w_i)`` of independent
 normal noise, and one of them is taken with probability ``softmax_i l(s, a_i)``.
 
-The scorer l is all that learns. Every action is one of F's, which makes the log's behaviour: however
-l chooses, no action leaves the log, as far as F has learnt it. Given the proposals the choice is a
-categorical distribution, so that an expectation over it is exact, and the entropy lies between 0
-and log N. Two policies that share F propose the same: by the chain rule and the data-processing
-inequality
+The scorer l is all that learns. Every action is one of F's, which makes the log's behaviour:
+however l chooses, no action leaves the log, as far as F has learnt it. Given the proposals the
+choice is a categorical distribution, so that an expectation over it is exact, and its entropy lies
+between 0 and log N. Two policies that share F propose the same: by the chain rule and the
+data-processing inequality
 
     KL(pi'(a|s) || pi(a|s)) <= E_proposals KL(softmax l' || softmax l),
 
-a closed form given the proposals, and from the behaviour, l = 0, no more than log N.
+a closed form given the proposals, and from the behaviour, l = 0, no more than log N. The few
+actions that F has between two modes are proposed too, and taken if they score best.
 
 Noise of exactly zero, which is no draw, stands for proposals that are the same at every state. So
 the action without noise is a best one, not that between two modes to which F may lead zeros.

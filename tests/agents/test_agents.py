@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.idql import IDQLConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
@@ -112,26 +113,28 @@ def offline(
     own = agent.cql if name == "calql" else agent
 
     def update_values(batch: Batch) -> None:
-        own.values.update(*((batch,) if name in ("iql", "latent") else (batch, generator)))
+        own.values.update(*((batch,) if name in ("iql", "latent", "idql") else (batch, generator)))
 
     def losses(batch: Batch) -> None:
-        if name in ("iql", "latent"):
+        if name in ("iql", "latent", "idql"):
             own.values.value_loss(batch)
             own.values.critic_loss(batch)
         else:
             cql_loss(own.values, batch)
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
         zeros = torch.zeros(len(batch.rewards))
-        if name == "latent":
+        if name in ("latent", "idql"):
             own.behaviour.flow_loss(batch, noise, zeros.unsqueeze(-1))
             own.distillation.distillation_loss(batch.observations, noise)
-            own.actor_loss(batch, noise, steering.penalties)
+            actor = own if name == "latent" else own.choice
+            drawn = networks.actor.noise((len(zeros),), seeded(5))
+            actor.actor_loss(batch, drawn, steering.penalties)
             return
         own.extraction.mixture_loss(batch, zeros, steering.penalties, noise)
         own.extraction.actor_loss(batch, noise, networks.q, steering.penalties)
 
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
-    if name == "latent":  # what is learnt of the actor's frozen generator
+    if name in ("latent", "idql"):  # what is learnt of the actor's frozen generator
         parts["action_generator"] = agent.distillation.action_generator
     return Setup(
         networks,
@@ -202,7 +205,7 @@ CONTINUOUS: dict[str, Maker] = {
 DISCRETE: dict[str, Maker] = {
     f"discrete {name}": functools.partial(make, discrete=True)
     for name, make in CONTINUOUS.items()
-    if name != "latent"
+    if name not in ("latent", "idql")
 }
 MAKERS = {**CONTINUOUS, **DISCRETE}
 everyone = pytest.mark.parametrize("name", list(MAKERS))
@@ -348,6 +351,7 @@ def probe_setup(name: str, observations: int, discount: float) -> Setup:
         iql=IQLConfig(**common, expectile=0.7),
         cql=CQLConfig(**common, alpha=0.01, actions=4),
         latent=LatentConfig(**common, expectile=0.7, kl_weight=0.02),
+        idql=IDQLConfig(**common, expectile=0.7, temperature=0.02),
     )
     extraction = ExtractionConfig(learning_rate=FAST, weight=0.02)
     return MAKERS[name](layout=layout, sizes=sizes, configs=configs, extraction=extraction)
@@ -372,7 +376,8 @@ def test_bandit_finds_the_best_action(name: str) -> None:
     source = transitions(here, actions, reward, here, torch.ones(500))
     setup = probe(name, observations=1, steps=600, discount=0.9, source=source)
     with torch.no_grad():
-        drawn = setup.networks.actor(here).act(torch.randn(500, 1, generator=seeded(5)))
+        actor = setup.networks.actor
+        drawn = actor(here).act(actor.noise((500,), seeded(5)))
         q = setup.networks.q(here, actions).mean(0)
     assert drawn.mean().item() == pytest.approx(0.5, abs=0.15)
     assert drawn.std().item() < 0.4
