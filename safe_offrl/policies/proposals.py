@@ -114,11 +114,15 @@ def _distribution(network: nn.Module, observations: Tensor) -> Proposals:
 
 def _network(o: int, a: int, hidden: Sequence[int], generator: torch.Generator) -> ProposalNetwork:
     """A policy that begins near an even choice, the behaviour, once F has learnt."""
-    scorer = linear_layers(o + a, (*hidden, 1), generator)
+    scorer = linear_layers(o + a, (*hidden, 1), generator, layer_norm=True)
     last = scorer[-1]
     assert isinstance(last, nn.Linear)
     with torch.no_grad():
         last.weight.mul_(NEARLY_NOTHING)
+        last.bias.zero_()
+    # What all scores have in common is nothing to a softmax: Adam would turn the rounding of a
+    # gradient of zero into steps. So this bias stays, and with LayerNorm no other is alike.
+    last.bias.requires_grad_(False)
     proposing = linear_layers(o + a, (*hidden, a), generator, layer_norm=True)
     half = normal((PROPOSALS_MADE, a), seeded(0)).to(generator.device)
     return ProposalNetwork(scorer, proposing, torch.stack([half, -half]))
