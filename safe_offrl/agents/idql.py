@@ -2,33 +2,27 @@
 log's behaviour, and of its samples the best.
 
 The model is a flow, distilled into the generator F of a policy that proposes N actions; what
-chooses among them is learnt:
-
-    minimise E[ -Q(s, a)/|Q| + sum lambda Q_C(s, a) ] + temperature KL(choice || even choice),
-
-exact given the proposals. The paper takes the argmax of Q, to which a temperature of 0 leads, or
-samples in proportion to weights of IQL's expectile; it needs the critics to act. Here the choice is
-a policy: it weighs risk, has an entropy and a divergence, and RLPD goes on with it online, while F
-stays as it is. Its KL from the behaviour is at most log N, whatever the critics say.
+chooses among them is learnt (agents/choice.py). The paper takes the argmax of Q, to which a
+temperature of 0 leads, or samples in proportion to weights of IQL's expectile, of diffusion samples
+and with the critics at hand. Here the choice is a policy: it weighs risk, has an entropy and a
+divergence, and RLPD goes on with it online, while F stays as it is. Its KL from the behaviour is at
+most log N, whatever the critics say.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from safe_offrl.agents.choice import Choice
 from safe_offrl.agents.flow import BehaviourFlow, Distillation
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.protocol import OnlineAgent, Setup
-from safe_offrl.agents.steering import Penalty, Steering, steered
-from safe_offrl.compute.adam import Adam
-from safe_offrl.compute.descent import EAGER, Compute, Descent
+from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.state import Part
-from safe_offrl.policies.networks import Networks
-from safe_offrl.policies.proposals import PROPOSALS, PROPOSALS_MADE, ProposalNetwork
+from safe_offrl.policies.proposals import PROPOSALS, ProposalNetwork
 from safe_offrl.policies.protocol import normal
 from safe_offrl.types import Batch
 
@@ -47,43 +41,6 @@ class IDQLConfig:
     tau: float = 5e-3
     expectile: float = 0.7
     temperature: float = 0.05
-
-
-class Choice:
-    """Trains what chooses among the proposals of a policy's frozen generator."""
-
-    def __init__(
-        self,
-        networks: Networks,
-        learning_rate: float,
-        temperature: float,
-        compute: Compute = EAGER,
-    ) -> None:
-        self.networks, self.temperature = networks, temperature
-        self.actor_optimizer = Adam(networks.actor.parameters(), learning_rate)
-        self._descend = Descent(self.actor_loss, self.actor_optimizer, compute)
-
-    def actor_loss(
-        self, batch: Batch, noise: Tensor, penalties: tuple[Penalty, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """The objective of this module's docstring, mean over the batch; (loss, mean KL).
-
-        The proposals are given, and so is what is said of them: only the probabilities learn.
-        """
-        policy, log_probs = self.networks.actor.scored(batch.observations).scored(noise)
-        with torch.no_grad():
-            of_each = steered(policy, batch, self.networks.q, penalties)
-        divergence = policy.expect(log_probs) + math.log(PROPOSALS_MADE)
-        loss = policy.expect(of_each) + self.temperature * divergence
-        return loss.mean(), divergence.detach().mean()
-
-    def update(
-        self, batch: Batch, steering: Steering, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """One step of the scorer; scalars to log."""
-        noise = self.networks.actor.noise(batch.actions.shape[:-1], generator)
-        loss, divergence = self._descend(batch, noise, steering.penalties)
-        return {"actor/loss": loss, "actor/kl_to_log": divergence}
 
 
 class IDQL:
@@ -109,7 +66,7 @@ class IDQL:
             **self.values.parts(),
             **self.behaviour.parts(),
             **self.distillation.parts(),
-            "actor_optimizer": self.choice.actor_optimizer,
+            **self.choice.parts(),
         }
 
     def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
