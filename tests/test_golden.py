@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents.bcq import BCQConfig
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.idql import IDQLConfig
@@ -45,6 +46,7 @@ CONFIGS = AgentConfigs(
     cql=CQLConfig(**COMMON, alpha=1.0, actions=5),
     latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),
     idql=IDQLConfig(**COMMON, expectile=0.7, temperature=0.05),
+    bcq=BCQConfig(**COMMON, perturbation=0.05, temperature=0.05),
 )
 EXTRACTION = ExtractionConfig(
     learning_rate=1e-3, weight=0.1, components=3, inverse_temperature=3.0, weight_limit=100.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from safe_offrl.agents.bc import BC, BCConfig
+from safe_offrl.agents.bcq import BCQ, BCQConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.idql import IDQL, IDQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
@@ -24,6 +25,7 @@ AGENTS: dict[str, type[Agent]] = {
     "calql": CalQL,
     "latent": LatentSteering,
     "idql": IDQL,
+    "bcq": BCQ,
 }
 
 
@@ -85,6 +87,7 @@ class AgentConfigs:
     cql: CQLConfig = field(default_factory=CQLConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     idql: IDQLConfig = field(default_factory=IDQLConfig)
+    bcq: BCQConfig = field(default_factory=BCQConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:

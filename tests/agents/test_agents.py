@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents.bcq import BCQConfig
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
 from safe_offrl.agents.idql import IDQLConfig
@@ -113,16 +114,28 @@ def offline(
     own = agent.cql if name == "calql" else agent
 
     def update_values(batch: Batch) -> None:
+        if name == "bcq":
+            own.values.update(batch, steering)
+            return
         own.values.update(*((batch,) if name in ("iql", "latent", "idql") else (batch, generator)))
 
     def losses(batch: Batch) -> None:
-        if name in ("iql", "latent", "idql"):
+        if name == "bcq":
+            own.values.critic_loss(batch, torch.zeros(2, *batch.actions.shape))
+        elif name in ("iql", "latent", "idql"):
             own.values.value_loss(batch)
             own.values.critic_loss(batch)
         else:
             cql_loss(own.values, batch)
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
         zeros = torch.zeros(len(batch.rewards))
+        if name == "bcq":
+            own.values.autoencoder_loss(batch, noise)
+            own.values.perturbation_loss(batch, noise, steering.penalties)
+            own.distillation.distillation_loss(batch.observations, noise)
+            drawn = networks.actor.noise((len(zeros),), seeded(5))
+            own.choice.actor_loss(batch, drawn, steering.penalties)
+            return
         if name in ("latent", "idql"):
             own.behaviour.flow_loss(batch, noise, zeros.unsqueeze(-1))
             own.distillation.distillation_loss(batch.observations, noise)
@@ -134,7 +147,7 @@ def offline(
         own.extraction.actor_loss(batch, noise, networks.q, steering.penalties)
 
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
-    if name in ("latent", "idql"):  # what is learnt of the actor's frozen generator
+    if name in ("latent", "idql", "bcq"):  # what is learnt of the actor's frozen generator
         parts["action_generator"] = agent.distillation.action_generator
     return Setup(
         networks,
@@ -205,7 +218,7 @@ CONTINUOUS: dict[str, Maker] = {
 DISCRETE: dict[str, Maker] = {
     f"discrete {name}": functools.partial(make, discrete=True)
     for name, make in CONTINUOUS.items()
-    if name not in ("latent", "idql")
+    if name not in ("latent", "idql", "bcq")
 }
 MAKERS = {**CONTINUOUS, **DISCRETE}
 everyone = pytest.mark.parametrize("name", list(MAKERS))
@@ -352,6 +365,7 @@ def probe_setup(name: str, observations: int, discount: float) -> Setup:
         cql=CQLConfig(**common, alpha=0.01, actions=4),
         latent=LatentConfig(**common, expectile=0.7, kl_weight=0.02),
         idql=IDQLConfig(**common, expectile=0.7, temperature=0.02),
+        bcq=BCQConfig(**common, perturbation=0.3, temperature=0.02),
     )
     extraction = ExtractionConfig(learning_rate=FAST, weight=0.02)
     return MAKERS[name](layout=layout, sizes=sizes, configs=configs, extraction=extraction)

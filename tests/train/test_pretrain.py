@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents.bcq import BCQConfig
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.idql import IDQLConfig
 from safe_offrl.agents.iql import IQLConfig
@@ -182,9 +183,11 @@ def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
     """bc_safe learns none: what is aligned after it has the alignment's own discount."""
     agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
     agents = dataclasses.replace(agents, latent=LatentConfig(discount=0.9))
-    agents = dataclasses.replace(agents, idql=IDQLConfig(discount=0.89))
+    agents = dataclasses.replace(
+        agents, idql=IDQLConfig(discount=0.89), bcq=BCQConfig(discount=0.88)
+    )
     discounts = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93}
-    own = (discounts | {"latent": 0.9, "idql": 0.89})[agent]
+    own = (discounts | {"latent": 0.9, "idql": 0.89, "bcq": 0.88})[agent]
     config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
     assert discount_of(config) == own
     if agent != "bc_safe":
