@@ -69,7 +69,7 @@ def test_what_a_dimension_of_a_code_costs_does_not_depend_on_their_number() -> N
         for parameter in net.parameters():
             nn.init.zeros_(parameter)
     with torch.no_grad():
-        agent.values.encoder[0].bias.copy_(torch.tensor([1.0, 0.5, 0.0, 0.0]))
+        list(agent.values.encoder.parameters())[1].copy_(torch.tensor([1.0, 0.5, 0.0, 0.0]))
     batch = batch_of(torch.tensor([[0.6, -0.2]]), torch.zeros(1))
     (loss,) = agent.values.autoencoder_loss(batch, torch.zeros(1, 2))
     expected = (0.36 + 0.04) / 2.0 + 0.25 * (0.5 + 0.125) / 2.0

@@ -232,11 +232,11 @@ def test_discrete_actions_are_refused_before_any_work(monkeypatch: pytest.Monkey
 def test_it_goes_online_on_probation_is_evaluated_and_exported(
     tmp_path: Path, tiny_dataset: Path
 ) -> None:
-    config = commands.pretrain_config(
+    learning = commands.pretrain_config(
         agent="idql", dataset=str(tiny_dataset), steps=30, overrides=TINY
     )
-    plan = commands.plan_pretrain(config, say=silent)
-    offline = commands.pretrain_run(plan, name="offline", runs=tmp_path, say=silent)
+    pretraining = commands.plan_pretrain(learning, say=silent)
+    offline = commands.pretrain_run(pretraining, name="offline", runs=tmp_path, say=silent)
     config = commands.finetune_config(offline, budget=600, overrides=ONLINE)
     plan = commands.plan_finetune(offline, config)
     assert plan.config.probation

@@ -181,7 +181,9 @@ def test_its_divergence_is_by_hand() -> None:
 def test_its_gradient_is_that_of_its_own_scores() -> None:
     p, q = by_hand(1.0), by_hand(2.0)
     p.divergence(q).sum().backward()
-    assert all(x.grad is not None and x.grad.any() for x in [p.network.scorer[0].weight])
+    weight = next(p.network.scorer.parameters())
+    assert weight.grad is not None
+    assert weight.grad.any()
     assert all(x.grad is None for x in q.network.parameters())
     assert all(x.grad is None for x in p.network.generator.parameters())
 
@@ -268,7 +270,7 @@ def test_from_the_behaviour_it_is_at_most_log_n() -> None:
     others = torch.randn(4000, N - 1, generator=seeded(), dtype=torch.float64)
     narrow, flat = by_hand(300.0), by_hand(0.0)
     for policy in (narrow, flat):
-        policy.network.generator[0].weight.data.copy_(torch.tensor([[0.0, 0.25]]))  # type: ignore[union-attr]
+        next(policy.network.generator.parameters()).copy_(torch.tensor([[0.0, 0.25]]))
     found = kl_of_actions(narrow, flat, others, bins=2000)
     assert found == pytest.approx(math.log(16.0) - 15.0 / 16.0, rel=0.1)
 
