@@ -123,8 +123,8 @@ def offline(
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
         zeros = torch.zeros(len(batch.rewards))
         if name == "latent":
-            own.flow_loss(batch, noise, zeros.unsqueeze(-1))
-            own.distillation_loss(batch.observations, noise)
+            own.behaviour.flow_loss(batch, noise, zeros.unsqueeze(-1))
+            own.distillation.distillation_loss(batch.observations, noise)
             own.actor_loss(batch, noise, steering.penalties)
             return
         own.extraction.mixture_loss(batch, zeros, steering.penalties, noise)
@@ -132,7 +132,7 @@ def offline(
 
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
     if name == "latent":  # what is learnt of the actor's frozen generator
-        parts["action_generator"] = agent.action_generator
+        parts["action_generator"] = agent.distillation.action_generator
     return Setup(
         networks,
         {**parts, "generator": generator},
