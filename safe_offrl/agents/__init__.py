@@ -7,6 +7,7 @@ from typing import Any
 
 from safe_offrl.agents.bc import BC, BCConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
+from safe_offrl.agents.fql import FQL, FQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
@@ -22,6 +23,7 @@ AGENTS: dict[str, type[Agent]] = {
     "cql": CQL,
     "calql": CalQL,
     "latent": LatentSteering,
+    "fql": FQL,
 }
 
 
@@ -82,6 +84,7 @@ class AgentConfigs:
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
+    fql: FQLConfig = field(default_factory=FQLConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from safe_offrl.policies.categorical import CATEGORICAL
 from safe_offrl.policies.gaussian import GAUSSIAN
 from safe_offrl.policies.latent import LATENT
+from safe_offrl.policies.one_step import ONE_STEP
 from safe_offrl.policies.protocol import Kind
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (GAUSSIAN, CATEGORICAL, LATENT)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (GAUSSIAN, CATEGORICAL, LATENT, ONE_STEP)}
 
 
 def kind_for(*, discrete: bool) -> Kind:
