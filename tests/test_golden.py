@@ -22,6 +22,7 @@ from torch import Tensor
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.extraction import ExtractionConfig
+from safe_offrl.agents.fql import FQLConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
@@ -43,6 +44,7 @@ CONFIGS = AgentConfigs(
     iql=IQLConfig(**COMMON, expectile=0.7),
     cql=CQLConfig(**COMMON, alpha=1.0, actions=5),
     latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),
+    fql=FQLConfig(**COMMON, weight=0.3, aggregate="mean"),
 )
 EXTRACTION = ExtractionConfig(
     learning_rate=1e-3, weight=0.1, components=3, inverse_temperature=3.0, weight_limit=100.0

@@ -1,5 +1,5 @@
-"""FQL, flow Q-learning (Park et al. 2025, arXiv:2502.02538): a policy with as many modes as the log,
-which is moved from there by the critics.
+"""FQL, flow Q-learning (Park et al. 2025, arXiv:2502.02538): a policy with as many modes as the
+log, which the critics move from there.
 
 A flow v learns the log's behaviour, and the actor makes an action of noise in one step:
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
 from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.fql import FQLConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
@@ -112,9 +113,17 @@ def offline(
     own = agent.cql if name == "calql" else agent
 
     def update_values(batch: Batch) -> None:
+        if name == "fql":
+            return void(own.update_critics(batch))
         own.values.update(*((batch,) if name in ("iql", "latent") else (batch, generator)))
 
     def losses(batch: Batch) -> None:
+        if name == "fql":
+            both = networks.actor.noise((len(batch.rewards),), seeded(5))
+            own.critic_loss(batch, both)
+            own.behaviour.flow_loss(batch, both[:, :ACTIONS], both[:, :1])
+            own.actor_loss(batch, both, steering.penalties, networks.actor, 1.0)
+            return
         if name in ("iql", "latent"):
             own.values.value_loss(batch)
             own.values.critic_loss(batch)
@@ -202,7 +211,7 @@ CONTINUOUS: dict[str, Maker] = {
 DISCRETE: dict[str, Maker] = {
     f"discrete {name}": functools.partial(make, discrete=True)
     for name, make in CONTINUOUS.items()
-    if name != "latent"
+    if name not in ("latent", "fql")
 }
 MAKERS = {**CONTINUOUS, **DISCRETE}
 everyone = pytest.mark.parametrize("name", list(MAKERS))
@@ -348,6 +357,7 @@ def probe_setup(name: str, observations: int, discount: float) -> Setup:
         iql=IQLConfig(**common, expectile=0.7),
         cql=CQLConfig(**common, alpha=0.01, actions=4),
         latent=LatentConfig(**common, expectile=0.7, kl_weight=0.02),
+        fql=FQLConfig(**common, weight=0.02),
     )
     extraction = ExtractionConfig(learning_rate=FAST, weight=0.02)
     return MAKERS[name](layout=layout, sizes=sizes, configs=configs, extraction=extraction)
@@ -372,7 +382,8 @@ def test_bandit_finds_the_best_action(name: str) -> None:
     source = transitions(here, actions, reward, here, torch.ones(500))
     setup = probe(name, observations=1, steps=600, discount=0.9, source=source)
     with torch.no_grad():
-        drawn = setup.networks.actor(here).act(torch.randn(500, 1, generator=seeded(5)))
+        actor = setup.networks.actor
+        drawn = actor(here).act(actor.noise((500,), seeded(5)))
         q = setup.networks.q(here, actions).mean(0)
     assert drawn.mean().item() == pytest.approx(0.5, abs=0.15)
     assert drawn.std().item() < 0.4

@@ -178,8 +178,7 @@ BOTH_WAYS = torch.tensor([[-0.8], [0.8]]).repeat(SIZE // 2, 1)
 def drawn_from(actor: Actor, count: int = 20_000) -> Tensor:
     """Actions [count] in the one state there is."""
     with torch.no_grad():
-        noise = torch.randn(count, 1, 1, generator=seeded(7))
-        actions: Tensor = actor(torch.zeros(1, 1)).act(noise)
+        actions = actor(torch.zeros(1, 1)).act(actor.noise((count, 1), seeded(7)))
     return actions.flatten()
 
 

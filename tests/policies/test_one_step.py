@@ -5,21 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
 from safe_offrl.deploy.export import FORMATS
-from safe_offrl.deploy.graph import PolicyGraph
 from safe_offrl.deploy.policy import DeployedPolicy
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.acting import NumpyActor
-from safe_offrl.policies.networks import Actor, StackedMLP
+from safe_offrl.policies.networks import Actor
 from safe_offrl.policies.one_step import ONE_STEP, OneStep
 from safe_offrl.policies.protocol import require_density, require_entropy
 from safe_offrl.safety.acceptance import interpolate, measure_divergence
-from safe_offrl.safety.guard import Guard, Watch
-from safe_offrl.safety.shield import Shield
-from safe_offrl.types import Normalizer
+from tests.policies.test_latent import assert_same_in_a_file, deployed_of
 
 O, A = 3, 2  # noqa: E741
 
@@ -196,17 +192,6 @@ def test_an_action_of_a_network_that_is_not_finite_is_nan(place: int, value: flo
     assert np.isnan(drawn).all()
 
 
-def deployed_of(actor: Actor) -> DeployedPolicy:
-    """Behind a shield that acts and a guard with fallbacks of two kinds."""
-    g = seeded(4)
-    net = StackedMLP(2, O + 1 + A, (8,), layer_norm=True, generator=g).requires_grad_(False)
-    guard = Guard(
-        [Actor(O, A, (8,), g), actor_of(0)], [Watch("accident", 0.002, net, 1.0, spends=False)]
-    )
-    normalizer = Normalizer(np.full(O, 0.1, np.float32), np.full(O, 2.0, np.float32))
-    return DeployedPolicy.from_actor(actor, Shield(net, 6, 0.0, acts=True), normalizer, 3, guard)
-
-
 def test_a_checkpoint_brings_it_back_with_its_guard() -> None:
     deployed = deployed_of(actor_of())
     kept = DeployedPolicy.restored(deployed.tensors(), deployed.words())
@@ -218,21 +203,4 @@ def test_a_checkpoint_brings_it_back_with_its_guard() -> None:
 
 @pytest.mark.parametrize("file_format", list(FORMATS))
 def test_a_file_does_what_it_does(file_format: str) -> None:
-    deployed = deployed_of(actor_of())
-    graph = PolicyGraph(deployed, spaces.Box(-1.0, 1.0, (A,)))
-    run = FORMATS[file_format].open(FORMATS[file_format].write(graph))
-    rng, rows = np.random.default_rng(0), 50
-    seen = rng.standard_normal((rows, O), dtype=np.float32)
-    left = rng.random(rows, dtype=np.float32)
-    sampler = NumpyActor(deployed.actor)
-    noise = np.stack([sampler.noise(6, np.random.default_rng(row)) for row in range(rows)])
-    given = run({"observation": seen, "time_to_go": left, "noise": noise.astype(np.float32)})
-    acts = [
-        deployed.act(deployed.normalizer(seen[row]), float(left[row]), np.random.default_rng(row))
-        for row in range(rows)
-    ]
-    np.testing.assert_allclose(given["action"], np.stack([x.action for x in acts]), atol=1e-5)
-    assert given["intervened"].tolist() == [x.replaced for x in acts]
-    assert given["handed_over"].tolist() == [x.handed_over for x in acts]
-    assert given["intervened"].any()
-    assert given["handed_over"].any()
+    assert_same_in_a_file(deployed_of(actor_of()), file_format)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs
 from safe_offrl.agents.cql import CQLConfig
+from safe_offrl.agents.fql import FQLConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPDConfig
@@ -180,8 +181,18 @@ def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
 def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
     """bc_safe learns none: what is aligned after it has the alignment's own discount."""
     agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
-    agents = dataclasses.replace(agents, latent=LatentConfig(discount=0.9))
-    own = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93, "latent": 0.9}[agent]
+    agents = dataclasses.replace(
+        agents, latent=LatentConfig(discount=0.9), fql=FQLConfig(discount=0.89)
+    )
+    discounts = {
+        "iql": 0.91,
+        "cql": 0.92,
+        "calql": 0.92,
+        "bc_safe": 0.93,
+        "latent": 0.9,
+        "fql": 0.89,
+    }
+    own = discounts[agent]
     config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
     assert discount_of(config) == own
     if agent != "bc_safe":
