@@ -114,7 +114,8 @@ def offline(
 
     def update_values(batch: Batch) -> None:
         if name == "fql":
-            return void(own.update_critics(batch))
+            own.update_critics(batch)
+            return
         own.values.update(*((batch,) if name in ("iql", "latent") else (batch, generator)))
 
     def losses(batch: Batch) -> None:

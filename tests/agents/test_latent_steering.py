@@ -237,7 +237,7 @@ def test_discrete_actions_are_refused_before_any_work(monkeypatch: pytest.Monkey
         commands.plan_pretrain(config, say=lambda _: None)
 
 
-@pytest.mark.parametrize("name", [name for name in AGENTS if name != "latent"])
+@pytest.mark.parametrize("name", [n for n, agent in AGENTS.items() if not hasattr(agent, "kinds")])
 def test_whoever_needs_the_density_of_an_action_refuses_it(name: str) -> None:
     setup = setup_of(Networks(1, 1, SMALL, seeded(), LATENT), seeded())
     words = rf'{name}.* needs the probability density of .* kind "latent" has none\.'

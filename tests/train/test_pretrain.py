@@ -184,15 +184,8 @@ def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
     agents = dataclasses.replace(
         agents, latent=LatentConfig(discount=0.9), fql=FQLConfig(discount=0.89)
     )
-    discounts = {
-        "iql": 0.91,
-        "cql": 0.92,
-        "calql": 0.92,
-        "bc_safe": 0.93,
-        "latent": 0.9,
-        "fql": 0.89,
-    }
-    own = discounts[agent]
+    discounts = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93}
+    own = (discounts | {"latent": 0.9, "fql": 0.89})[agent]
     config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
     assert discount_of(config) == own
     if agent != "bc_safe":
