@@ -40,14 +40,16 @@ class FQLConfig:
     """Settings of FQL as published, but for ``weight``, alpha in the paper.
 
     It is that of the distance from the flow, against normalised critics: with those the authors try
-    .03 to 10, the larger, the nearer to the log. ``aggregate`` makes one target of all critics; in
-    the paper the minimum is for AntMaze. ``tau`` is also that of the flow's average.
+    .03 to 10. A small one lets an action change from one of the log's modes to another, a large one
+    imitates; between the two, near 1, actions stop half-way, where the log has none. ``aggregate``
+    makes one target of all critics; in the paper the minimum is for AntMaze. ``tau`` is also that
+    of the flow's average.
     """
 
     learning_rate: float = 3e-4
     discount: float = 0.99
     tau: float = 5e-3
-    weight: float = 1.0
+    weight: float = 0.3
     aggregate: Literal["mean", "min"] = "mean"
 
 

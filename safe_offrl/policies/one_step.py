@@ -67,14 +67,16 @@ class OneStep(NamedTuple):
         move where nothing is measured.
         """
         *_, bias = self.network.parameters()
-        z = _points(len(bias)).to(self.observations)
-        return self.divergence_given(other, z.expand(-1, len(self.observations), -1)).mean(0)
+        points = _points(len(bias)).to(self.observations)
+        # One after the other: of all at once the layers would fill the memory.
+        rows = (z.expand(len(self.observations), -1) for z in points)
+        return torch.stack([self.divergence_given(other, z) for z in rows]).mean(0)
 
 
 @functools.cache
 def _points(a: int) -> Tensor:
-    """Standard normal z and their opposites, always the same ones [POINTS, 1, A]."""
-    half = np.random.default_rng(0).standard_normal((POINTS // 2, 1, a), dtype=np.float32)
+    """Standard normal z and their opposites, always the same ones [POINTS, A]."""
+    half = np.random.default_rng(0).standard_normal((POINTS // 2, a), dtype=np.float32)
     return torch.from_numpy(np.concatenate([half, -half]))
 
 

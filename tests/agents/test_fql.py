@@ -67,15 +67,15 @@ def q_is(agent: FQL, monkeypatch: pytest.MonkeyPatch, **slopes: tuple[float, ...
 def test_the_critics_loss_is_by_hand(
     aggregate: str, slope: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """m = .5 z + .3 at s': of z = 1 and eps = 2 the next action is tanh(1), of 0 and 0 tanh(.3).
+    """m = .5 z + .3 at s' = 1: of z = 1 and eps = 2 the next action is tanh(1), of 0 and 0 tanh(.3).
 
     Q' is 2 a' and 4 a', Q is a and 5 a at the logged actions .5 and -.2; the second step ends.
     """
     agent = agent_of(LINEAR, aggregate=aggregate, discount=0.9)
-    linear_(agent.networks.actor, [0.7, 0.5], 0.3)
+    linear_(agent.networks.actor, [0.7, 0.5], -0.4)
     q_is(agent, monkeypatch, q=(1.0, 5.0), target_q=(2.0, 4.0))
     batch = batch_of(torch.tensor([[0.5], [-0.2]]), torch.tensor([0.1, 0.6]))
-    batch = batch._replace(terminated=torch.tensor([0.0, 1.0]))
+    batch = batch._replace(terminated=torch.tensor([0.0, 1.0]), next_observations=HERE + 1.0)
     (loss,) = agent.critic_loss(batch, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
     targets = 0.1 + 0.9 * slope * math.tanh(1.0), 0.6
     errors = [[k * a - y for a, y in zip((0.5, -0.2), targets, strict=True)] for k in (1.0, 5.0)]
@@ -108,6 +108,19 @@ def test_the_actor_s_loss_is_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, distance = actor_loss_of(agent, (penalty,), None, 0.0)
     assert distance == pytest.approx(DISTANCE, rel=1e-5)
     assert loss == pytest.approx(steered + 0.7 * DISTANCE, rel=1e-5)
+
+
+def test_the_distance_is_a_mean_over_the_numbers_of_an_action() -> None:
+    """Of a flow that stands still at z and an action of tanh(0): (.6^2 + .8^2) / 2."""
+    networks = Networks(1, 2, LINEAR, seeded(), ONE_STEP)
+    agent = FQL(setup_of(networks, seeded(1)), FQLConfig())
+    with torch.no_grad():
+        for module in (agent.behaviour.target_flow, networks.actor):
+            for parameter in module.parameters():
+                parameter.zero_()
+    batch = batch_of(torch.zeros(1, 2), torch.zeros(1))
+    _, distance = agent.actor_loss(batch, torch.tensor([[0.6, 0.8, 0.0, 0.0]]), (), None, 0.0)
+    assert distance.item() == pytest.approx(0.5)
 
 
 def test_an_anchor_costs_the_kl_given_z(monkeypatch: pytest.MonkeyPatch) -> None:
