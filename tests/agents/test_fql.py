@@ -67,7 +67,7 @@ def q_is(agent: FQL, monkeypatch: pytest.MonkeyPatch, **slopes: tuple[float, ...
 def test_the_critics_loss_is_by_hand(
     aggregate: str, slope: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """m = .5 z + .3 at s' = 1: of z = 1 and eps = 2 the next action is tanh(1), of 0 and 0 tanh(.3).
+    """m = .5 z + .3 at s' = 1: the next action of z = 1, eps = 2 is tanh(1), of 0 and 0 tanh(.3).
 
     Q' is 2 a' and 4 a', Q is a and 5 a at the logged actions .5 and -.2; the second step ends.
     """
