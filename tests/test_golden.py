@@ -24,6 +24,7 @@ from safe_offrl.agents.bcq import BCQConfig
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.idql import IDQLConfig
+from safe_offrl.agents.fql import FQLConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
@@ -47,6 +48,7 @@ CONFIGS = AgentConfigs(
     latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),
     idql=IDQLConfig(**COMMON, expectile=0.7, temperature=0.05),
     bcq=BCQConfig(**COMMON, perturbation=0.05, temperature=0.05),
+    fql=FQLConfig(**COMMON, weight=0.3, aggregate="mean"),
 )
 EXTRACTION = ExtractionConfig(
     learning_rate=1e-3, weight=0.1, components=3, inverse_temperature=3.0, weight_limit=100.0

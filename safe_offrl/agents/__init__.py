@@ -9,6 +9,7 @@ from safe_offrl.agents.bc import BC, BCConfig
 from safe_offrl.agents.bcq import BCQ, BCQConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.idql import IDQL, IDQLConfig
+from safe_offrl.agents.fql import FQL, FQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
@@ -26,6 +27,7 @@ AGENTS: dict[str, type[Agent]] = {
     "latent": LatentSteering,
     "idql": IDQL,
     "bcq": BCQ,
+    "fql": FQL,
 }
 
 
@@ -56,13 +58,25 @@ def find_online(name: str) -> type[OnlineAgent]:
     )
 
 
+def learner_after(name: str) -> str:
+    """Who goes on online from what the agent of this name learnt, where nobody else is asked for.
+
+    That is RLPD, or the agent itself where its policies have no entropy for RLPD to keep. For an
+    agent of one's own, which may not be imported here, it is RLPD.
+    """
+    agent = AGENTS.get(name)
+    kinds: tuple[Kind, ...] = getattr(agent, "kinds", ())
+    scored = not kinds or any(kind.target_entropy is not None for kind in kinds)
+    return "rlpd" if agent is None or agent.Online is None or scored else name
+
+
 def kind_of(name: str, *, discrete: bool) -> Kind:
-    """The kind of policy that the agent of this name trains.
+    """The kind of policy that the agent of this name, or RLPD, trains.
 
     The first of its own ``kinds``, else of all, whose actions are like those of the log;
     ConfigError if it has none for them.
     """
-    own: tuple[Kind, ...] = getattr(find_agent(name), "kinds", ())
+    own: tuple[Kind, ...] = () if name == "rlpd" else getattr(find_agent(name), "kinds", ())
     if not own:
         return kind_for(discrete=discrete)
     fitting = [kind for kind in own if kind.one_hot == discrete]
@@ -88,6 +102,7 @@ class AgentConfigs:
     latent: LatentConfig = field(default_factory=LatentConfig)
     idql: IDQLConfig = field(default_factory=IDQLConfig)
     bcq: BCQConfig = field(default_factory=BCQConfig)
+    fql: FQLConfig = field(default_factory=FQLConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:
@@ -112,9 +127,15 @@ class AgentConfigs:
         return None if discount is None else float(discount)
 
 
+def require_learner(name: str, kind: Kind) -> None:
+    """ConfigError if the learner is RLPD and cannot go on from policies of this kind."""
+    if name == "rlpd":
+        require_entropy(kind, "The entropy that rlpd keeps online")
+
+
 def online_agent(name: str, setup: Setup, configs: AgentConfigs) -> OnlineAgent:
     """Who learns online: RLPD by its own name, else the online form of the agent of this name."""
     if name == "rlpd":
-        require_entropy(setup.networks.actor.kind, "The entropy that rlpd keeps online")
+        require_learner(name, setup.networks.actor.kind)
         return RLPD(setup.networks, setup.learner, setup.generator, setup.compute)
     return find_online(name)(setup, configs.settings_for(find_agent(name)))

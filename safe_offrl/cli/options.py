@@ -134,7 +134,7 @@ RUNNING = (
 TAKEN: dict[str, tuple[Option, ...]] = {
     "pretrain": (
         OVERRIDES,
-        Option("agent", str, "iql, cql, calql, bc_safe, latent, or your own: module:name."),
+        Option("agent", str, "iql, cql, calql, bc_safe, latent, fql, or your own: module:name."),
         ENV,
         Option("dataset", str, "A file, a folder or a local Minari id.", metavar="PATH"),
         count("steps", "Gradient steps"),

@@ -32,7 +32,9 @@ def active_line(config: FinetuneConfig, refusals: Mapping[str, tuple[str, ...]])
         for name, words in refusals.items()
         if words and parts[name.partition(" of ")[0]]
     )
-    return f"active      {', '.join(on) if on else 'nothing: plain RLPD'}{why}"
+    learner = config.baseline.learner
+    plain = "RLPD" if learner == "rlpd" else learner
+    return f"active      {', '.join(on) if on else f'nothing: plain {plain}'}{why}"
 
 
 def pretrained_policy(

@@ -178,8 +178,7 @@ BOTH_WAYS = torch.tensor([[-0.8], [0.8]]).repeat(SIZE // 2, 1)
 def drawn_from(actor: Actor, count: int = 20_000) -> Tensor:
     """Actions [count] in the one state there is."""
     with torch.no_grad():
-        noise = torch.randn(count, 1, 1, generator=seeded(7))
-        actions: Tensor = actor(torch.zeros(1, 1)).act(noise)
+        actions = actor(torch.zeros(1, 1)).act(actor.noise((count, 1), seeded(7)))
     return actions.flatten()
 
 
@@ -238,9 +237,7 @@ def test_discrete_actions_are_refused_before_any_work(monkeypatch: pytest.Monkey
         commands.plan_pretrain(config, say=lambda _: None)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, agent in AGENTS.items() if not hasattr(agent, "kinds")]
-)
+@pytest.mark.parametrize("name", [n for n, agent in AGENTS.items() if not hasattr(agent, "kinds")])
 def test_whoever_needs_the_density_of_an_action_refuses_it(name: str) -> None:
     setup = setup_of(Networks(1, 1, SMALL, seeded(), LATENT), seeded())
     words = rf'{name}.* needs the probability density of .* kind "latent" has none\.'

@@ -18,7 +18,7 @@ from safe_offrl.policies.networks import Actor
 from safe_offrl.policies.proposals import PROPOSALS, ProposalNetwork, Proposals
 from safe_offrl.policies.protocol import require_density, require_entropy
 from safe_offrl.safety.acceptance import interpolate
-from tests.policies.test_latent import a_file_does_what_it_does, bits, deployed_of, seeded
+from tests.policies.test_latent import assert_same_in_a_file, bits, deployed_of, seeded
 
 O, A, N = 3, 2, 16  # noqa: E741
 
@@ -327,7 +327,7 @@ def test_a_checkpoint_brings_it_back() -> None:
 
 @pytest.mark.parametrize("file_format", list(FORMATS))
 def test_a_file_does_what_it_does(file_format: str) -> None:
-    a_file_does_what_it_does(deployed_of(actor_of()), file_format)
+    assert_same_in_a_file(deployed_of(actor_of()), file_format)
 
 
 def test_between_two_versions_the_generator_is_the_same_bit_for_bit() -> None:
