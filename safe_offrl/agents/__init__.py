@@ -6,11 +6,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from safe_offrl.agents.bc import BC, BCConfig
+from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
+from safe_offrl.agents.dqn import DQN, REM, DQNConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
+from safe_offrl.agents.qrdqn import QRDQN, QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD
+from safe_offrl.agents.spibb import SPIBB, SoftSPIBB, SoftSPIBBConfig, SPIBBConfig
 from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.kinds import kind_for
@@ -22,6 +26,12 @@ AGENTS: dict[str, type[Agent]] = {
     "cql": CQL,
     "calql": CalQL,
     "latent": LatentSteering,
+    "dqn": DQN,
+    "rem": REM,
+    "qrdqn": QRDQN,
+    "bcq_discrete": DiscreteBCQ,
+    "spibb": SPIBB,
+    "soft_spibb": SoftSPIBB,
 }
 
 
@@ -73,7 +83,7 @@ def kind_of(name: str, *, discrete: bool) -> Kind:
 
 @dataclass(frozen=True)
 class AgentConfigs:
-    """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter.
+    """Settings of every agent (Cal-QL uses CQL's, REM uses DQN's); only the chosen one's matter.
 
     ``own`` are those of an agent of one's own, by the names of its ``Config``.
     """
@@ -82,6 +92,11 @@ class AgentConfigs:
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
+    dqn: DQNConfig = field(default_factory=DQNConfig)
+    qrdqn: QRDQNConfig = field(default_factory=QRDQNConfig)
+    bcq_discrete: DiscreteBCQConfig = field(default_factory=DiscreteBCQConfig)
+    spibb: SPIBBConfig = field(default_factory=SPIBBConfig)
+    soft_spibb: SoftSPIBBConfig = field(default_factory=SoftSPIBBConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:
