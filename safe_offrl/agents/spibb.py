@@ -8,9 +8,9 @@ the best other action. Soft-SPIBB moves as much probability as
 the greedy transfers of its algorithm 1. pi_b is estimated from the counts too, as by Simao et al.
 2020 (arXiv:1909.05236).
 
-An actor imitates the table. With limits the table is tilted, ``pi exp(-sum lambda Q_C)``; what is
-guaranteed of the return is guaranteed without them. The critics that the online phase starts from
-are learnt afterwards, by alignment.
+An actor imitates what was planned. With limits it imitates the best of the same policies for
+``Q/|Q| - sum lambda Q_C``, Q that of the plan; what is guaranteed of the return is so without them.
+The critics that the online phase starts from are learnt afterwards, by alignment.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from safe_offrl.agents.protocol import OnlineAgent, Setup
-from safe_offrl.agents.tabular import Counts, Floats, Imitation, Improve, count, iterate
+from safe_offrl.agents.tabular import Counts, Imitation, Improve
 from safe_offrl.policies.categorical import CATEGORICAL
 
 
@@ -50,82 +51,70 @@ class SoftSPIBBConfig:
 def bootstrapped(counts: Counts, n_wedge: int) -> Improve:
     """SPIBB's step: pi_b where ``N(s, a) <= n_wedge``, the rest to the best action elsewhere."""
     known = counts.pairs > n_wedge
-    kept = np.where(known, 0.0, counts.behaviour)
-    some = known.any(1)
+    kept = counts.behaviour.masked_fill(known, 0.0)
+    free = torch.where(known.any(1), 1.0 - kept.sum(1), 0.0)
 
-    def improve(q: Floats, _: Floats) -> Floats:
-        best = np.where(known, q, -np.inf).argmax(1)
-        policy = kept.copy()
-        policy[some, best[some]] += 1.0 - kept[some].sum(1)
-        return policy
+    def improve(values: Tensor, states: Tensor) -> Tensor:
+        best = values.masked_fill(~known[states], -math.inf).argmax(1, keepdim=True)
+        return kept[states].scatter_add(1, best, free[states].unsqueeze(1))
 
     return improve
 
 
-def errors(counts: Counts, delta: float) -> Floats:
+def errors(counts: Counts, delta: float) -> Tensor:
     """e(s, a) = sqrt(2 ln(2 S A / delta) / N(s, a)) [S, A], infinite where nothing was logged."""
-    with np.errstate(divide="ignore"):
-        e: Floats = np.sqrt(2.0 * math.log(2.0 * counts.pairs.size / delta) / counts.pairs)
-    return e
+    return (2.0 * math.log(2.0 * counts.pairs.numel() / delta) / counts.pairs).sqrt()
 
 
-def transferred(q: Floats, behaviour: Floats, e: Floats, epsilon: float) -> Floats:
-    """Algorithm 1 of Soft-SPIBB in one state: Q, pi_b and e, each [A] -> pi [A].
+def transferred(values: Tensor, behaviour: Tensor, e: Tensor, epsilon: float) -> Tensor:
+    """Algorithm 1 of Soft-SPIBB: values of actions, pi_b and e, each [B, A] -> pi [B, A].
 
-    From the worst action upwards, probability goes to where it gains most per error.
+    From the worst action upwards, probability goes to where it gains most per error, no more than
+    half of what is left of ``epsilon`` being spent on either.
     """
-    policy, budget = behaviour.copy(), epsilon
-    for worse in q.argsort(kind="stable"):
-        movable = min(policy[worse], budget / (2.0 * e[worse]))
-        gain = (q - q[worse]) / e
-        for better in (-gain).argsort(kind="stable"):
-            if gain[better] <= 0.0:
-                break
-            moved = min(movable, budget / (2.0 * e[better]))
-            policy[worse] -= moved
-            policy[better] += moved
-            movable -= moved
-            budget = max(0.0, budget - moved * (e[worse] + e[better]))
+    policy = behaviour.clone()
+    budget, rows = torch.full_like(policy[:, 0], epsilon), torch.arange(len(policy))
+    for worse in values.argsort(1, stable=True).T:
+        movable = torch.minimum(policy[rows, worse], budget / (2.0 * e[rows, worse]))
+        gain = (values - values[rows, worse].unsqueeze(1)) / e
+        for better in gain.argsort(1, descending=True, stable=True).T:
+            moved = torch.minimum(movable, budget / (2.0 * e[rows, better]))
+            moved = torch.where(gain[rows, better] > 0.0, moved, 0.0)
+            policy[rows, worse] -= moved
+            policy[rows, better] += moved
+            movable = movable - moved
+            spent = moved * (e[rows, worse] + e[rows, better])
+            budget = (budget - torch.where(moved > 0.0, spent, 0.0)).clamp_min(0.0)
     return policy
 
 
-def softly(counts: Counts, epsilon: float, delta: float) -> Improve:
-    """Soft-SPIBB's step; a state keeps its policy where the transfers would be no gain on it."""
-    e = errors(counts, delta)
-
-    def improve(q: Floats, policy: Floats) -> Floats:
-        found = np.stack(
-            [transferred(*of, epsilon) for of in zip(q, counts.behaviour, e, strict=True)]
-        )
-        gains = ((found - policy) * q).sum(1) > 0.0
-        return np.where(gains[:, None], found, policy)
-
-    return improve
-
-
 class SPIBB:
-    """The table of SPIBB, found once, and the actor that imitates it."""
+    """The plan of SPIBB, made once, and the actor that imitates it."""
 
     Config = SPIBBConfig
     Online: type[OnlineAgent] | None = None
     kinds = (CATEGORICAL,)
 
     def __init__(self, setup: Setup, config: SPIBBConfig) -> None:
-        counts = count(setup.dataset, "spibb")
-        table = iterate(counts, config.discount, bootstrapped(counts, config.n_wedge))
-        self.imitation = Imitation(setup, table, counts, config.learning_rate)
+        counts = Counts.of(setup.dataset, "spibb")
+        improve = bootstrapped(counts, config.n_wedge)
+        self.imitation = Imitation(setup, counts, improve, config.discount, config.learning_rate)
         self.parts, self.update = self.imitation.parts, self.imitation.update
 
 
 class SoftSPIBB:
-    """The table of Soft-SPIBB, found once, and the actor that imitates it."""
+    """The plan of Soft-SPIBB, made once, and the actor that imitates it."""
 
     Config = SoftSPIBBConfig
     Online: type[OnlineAgent] | None = None
     kinds = (CATEGORICAL,)
 
     def __init__(self, setup: Setup, config: SoftSPIBBConfig) -> None:
-        counts = count(setup.dataset, "soft_spibb")
-        table = iterate(counts, config.discount, softly(counts, config.epsilon, config.delta))
-        self.imitation = Imitation(setup, table, counts, config.learning_rate)
+        counts = Counts.of(setup.dataset, "soft_spibb")
+        e = errors(counts, config.delta)
+
+        def improve(values: Tensor, states: Tensor) -> Tensor:
+            return transferred(values, counts.behaviour[states], e[states], config.epsilon)
+
+        self.imitation = Imitation(setup, counts, improve, config.discount, config.learning_rate)
         self.parts, self.update = self.imitation.parts, self.imitation.update
