@@ -70,19 +70,19 @@ def transferred(values: Tensor, behaviour: Tensor, e: Tensor, epsilon: float) ->
     """Algorithm 1 of Soft-SPIBB: values of actions, pi_b and e, each [B, A] -> pi [B, A].
 
     From the worst action upwards, probability goes to where it gains most per error, no more than
-    half of what is left of ``epsilon`` being spent on either.
+    half of what is left of ``epsilon`` being spent on either. What is left is counted anew for each
+    transfer: counted once an action that gives, as in the authors' code, it can be overspent.
     """
     policy = behaviour.clone()
     budget, rows = torch.full_like(policy[:, 0], epsilon), torch.arange(len(policy))
-    for worse in values.argsort(1, stable=True).T:
-        movable = torch.minimum(policy[rows, worse], budget / (2.0 * e[rows, worse]))
+    for worse in values.argsort(stable=True, dim=1).T:
         gain = (values - values[rows, worse].unsqueeze(1)) / e
-        for better in gain.argsort(1, descending=True, stable=True).T:
-            moved = torch.minimum(movable, budget / (2.0 * e[rows, better]))
+        for better in gain.argsort(stable=True, dim=1, descending=True).T:
+            larger = torch.maximum(e[rows, worse], e[rows, better])
+            moved = torch.minimum(policy[rows, worse], budget / (2.0 * larger))
             moved = torch.where(gain[rows, better] > 0.0, moved, 0.0)
             policy[rows, worse] -= moved
             policy[rows, better] += moved
-            movable = movable - moved
             spent = moved * (e[rows, worse] + e[rows, better])
             budget = (budget - torch.where(moved > 0.0, spent, 0.0)).clamp_min(0.0)
     return policy

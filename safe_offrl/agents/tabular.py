@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.steering import Steering, steered

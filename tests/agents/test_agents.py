@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents.bcq_discrete import DiscreteBCQConfig
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
+from safe_offrl.agents.dqn import DQNConfig
 from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.latent import LatentConfig
+from safe_offrl.agents.qrdqn import QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.adam import Adam
@@ -29,13 +32,17 @@ from safe_offrl.policies.gaussian import Gaussian
 from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import EVERY, Actor, Members, NetworkConfig, Networks
 from safe_offrl.types import Batch, Layout
-from tests.agents.setups import setup_of
+from tests.agents.setups import agents_for, setup_of
 
 OBSERVATIONS, ACTIONS, SIZE, MEMBERS = 3, 2, 16, 4
 LAYOUT = Layout(OBSERVATIONS, ACTIONS)
 SMALL = NetworkConfig((16,), (16,), MEMBERS)
 FAST = 3e-3
-WITH_VALUES = [name for name, agent in AGENTS.items() if agent.Config().discount is not None]
+WITH_VALUES = [
+    name
+    for name, agent in AGENTS.items()
+    if agent.Config().discount is not None and "spibb" not in name  # those learn them in no critic
+]
 NOTHING_ELSE = Steering()
 
 
@@ -109,12 +116,20 @@ def offline(
     built_from = setup_of(networks, generator, extraction=extraction)
     agent: Any = AGENTS[name](built_from, configs.settings_for(AGENTS[name]))
     steering = Steering((Penalty(no_risk, torch.tensor(1.0)),))
-    own = agent.cql if name == "calql" else agent
+    own = {"calql": "cql", "rem": "dqn"}.get(name)
+    own = getattr(agent, own) if own else agent
 
     def update_values(batch: Batch) -> None:
+        if not hasattr(own, "values"):
+            own.update_critics(batch)
+            return
         own.values.update(*((batch,) if name in ("iql", "latent") else (batch, generator)))
 
     def losses(batch: Batch) -> None:
+        if not hasattr(own, "values"):
+            own.critic_loss(batch, *([torch.eye(MEMBERS)] if name in ("dqn", "rem") else []))
+            own.greedy.loss(batch, steering.penalties)
+            return
         if name in ("iql", "latent"):
             own.values.value_loss(batch)
             own.values.critic_loss(batch)
@@ -181,6 +196,10 @@ def online(
         learner.update_actor(batch, Steering((Penalty(no_risk, one),)))
 
     def losses(batch: Batch) -> None:
+        if not hasattr(own, "values"):
+            own.critic_loss(batch, *([torch.eye(MEMBERS)] if name in ("dqn", "rem") else []))
+            own.greedy.loss(batch, steering.penalties)
+            return
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
         learner.critic_loss(batch, noise, torch.tensor([0, 1]))
         learner.actor_loss(batch, noise, (Penalty(no_risk, one),), networks.actor, one)
@@ -196,14 +215,14 @@ def online(
 
 Maker = Callable[..., Setup]
 CONTINUOUS: dict[str, Maker] = {
-    **{name: functools.partial(offline, name) for name in WITH_VALUES},
+    **{n: functools.partial(offline, n) for n in agents_for(discrete=False) if n in WITH_VALUES},
     "rlpd": online,
 }
 DISCRETE: dict[str, Maker] = {
-    f"discrete {name}": functools.partial(make, discrete=True)
-    for name, make in CONTINUOUS.items()
-    if name != "latent"
+    **{n: functools.partial(offline, n) for n in agents_for(discrete=True) if n in WITH_VALUES},
+    "rlpd": online,
 }
+DISCRETE = {f"discrete {n}": functools.partial(x, discrete=True) for n, x in DISCRETE.items()}
 MAKERS = {**CONTINUOUS, **DISCRETE}
 everyone = pytest.mark.parametrize("name", list(MAKERS))
 everyone_continuous = pytest.mark.parametrize("name", list(CONTINUOUS))
@@ -348,6 +367,9 @@ def probe_setup(name: str, observations: int, discount: float) -> Setup:
         iql=IQLConfig(**common, expectile=0.7),
         cql=CQLConfig(**common, alpha=0.01, actions=4),
         latent=LatentConfig(**common, expectile=0.7, kl_weight=0.02),
+        dqn=DQNConfig(**common),
+        qrdqn=QRDQNConfig(**common, quantiles=16),
+        bcq_discrete=DiscreteBCQConfig(**common),
     )
     extraction = ExtractionConfig(learning_rate=FAST, weight=0.02)
     return MAKERS[name](layout=layout, sizes=sizes, configs=configs, extraction=extraction)

@@ -38,7 +38,7 @@ WITH_Q = THEIRS[:4]
 
 # Online heads and target heads of one state with three actions.
 HEADS = [[1.0, 2.0, 0.0], [5.0, -1.0, 1.0]]
-TARGET_HEADS = [(1.0, 5.0, 3.0), (4.0, 2.0, 9.0)]
+TARGET_HEADS: list[tuple[float, ...]] = [(1.0, 5.0, 3.0), (4.0, 2.0, 9.0)]
 
 
 def tables(heads: list[list[float]], targets: list[tuple[float, ...]]) -> TableNetworks:
@@ -171,8 +171,9 @@ def test_the_colder_the_nearer_to_the_argmax() -> None:
 def test_nothing_can_pay_for_an_action_outside_the_mask() -> None:
     """Action 2 has a hundred times the Q and none of the risk."""
     safe = Penalty(lambda o, t, a: a @ torch.tensor([1.0, 1.0, 0.0]), torch.tensor(50.0))
-    found = learnt(greedy_of((0.1, 0.1, 0.8), (1.0, 0.9, 100.0), 0.02, allowing(0, 1)), (safe,))
-    assert found[2] < 0.1
+    greedy = greedy_of((0.1, 0.1, 0.8), (1.0, 0.9, 100.0), 0.02, allowing(0, 1))
+    found = learnt(greedy, (safe,), 600)
+    assert found[2] < 0.05
     assert found[0] > found[1]
 
 
@@ -315,13 +316,13 @@ def test_quantiles_are_those_of_a_known_distribution() -> None:
     Huber's loss draws them to the middle by (2 tau - 1) / 2 and less, where a spread is 8.
     """
     networks = Networks(1, 2, NetworkConfig((8,), (16,), 2), seeded(), CATEGORICAL)
-    config = QRDQNConfig(learning_rate=2e-2, quantiles=8)
+    config = QRDQNConfig(learning_rate=4e-2, quantiles=8)
     agent = QRDQN(setup_of(networks, seeded()), config)
     rewards = torch.tensor([-4.0, 4.0]).repeat(16)
     zeros = torch.zeros(32, 1)
     actions = one_hot(torch.zeros(32, dtype=torch.long), 2)
     batch = transitions(zeros, actions, rewards, zeros, torch.ones(32))
-    for _ in range(800):
+    for _ in range(500):
         agent.update_critics(batch)
     with torch.no_grad():
         found = agent.by_action(agent.quantiles(zeros[:1]))[0, 0]
@@ -352,7 +353,8 @@ def test_bcq_s_target_is_double_and_among_likely_actions() -> None:
 
     The target critics would choose action 0. Targets 3.5 and 2, Q 1 and 0: 2.5 - .5 and 2 - .5.
     """
-    networks = tables([[1.0, 2.0, 9.0], [0.0, 3.0, 9.0]], [(8.0, 5.0, 7.0), (9.0, 2.0, 7.0)])
+    targets: list[tuple[float, ...]] = [(8.0, 5.0, 7.0), (9.0, 2.0, 7.0)]
+    networks = tables([[1.0, 2.0, 9.0], [0.0, 3.0, 9.0]], targets)
     agent = bcq_of(networks, [0.5, 0.4, 0.1], discount=0.5)
     (loss,) = agent.critic_loss(discrete_batch(0))
     assert loss.item() == pytest.approx(2.0 + 1.5)
@@ -370,12 +372,14 @@ def test_the_behaviour_model_s_loss_by_hand() -> None:
     assert agent.behaviour_loss(discrete_batch(1))[0].item() == pytest.approx(-math.log(0.4))
 
 
-def trained(name: str, batch: Batch, penalties: tuple[Penalty, ...] = (), steps: int = 400) -> Any:
-    """An agent after some steps on all of a batch of three actions; (probabilities, agent)."""
-    sizes = NetworkConfig((32,), (32,), 4)
+def trained(
+    name: str, batch: Batch, penalties: tuple[Penalty, ...] = (), steps: int = 250
+) -> Tensor:
+    """Probabilities [3] in the first state after some steps, each on all of a batch."""
+    sizes = NetworkConfig((16,), (16,), 3)
     networks = Networks(batch.observations.shape[1], 3, sizes, seeded(), CATEGORICAL)
     agent: Any = AGENTS[name]
-    config = agent.Config(learning_rate=3e-3, tau=0.05)
+    config = agent.Config(learning_rate=1e-2, tau=0.05)
     learner = agent(setup_of(networks, seeded()), config)
     for _ in range(steps):
         learner.update(batch, Steering(penalties))
