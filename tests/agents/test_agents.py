@@ -128,6 +128,10 @@ def offline(
     def losses(batch: Batch) -> None:
         if not hasattr(own, "values"):
             own.critic_loss(batch, *([torch.eye(MEMBERS)] if name in ("dqn", "rem") else []))
+            if name == "qrdqn":
+                own.quantile_loss(batch)
+            if name == "bcq_discrete":
+                own.behaviour_loss(batch)
             own.greedy.loss(batch, steering.penalties)
             return
         if name in ("iql", "latent"):
@@ -196,10 +200,6 @@ def online(
         learner.update_actor(batch, Steering((Penalty(no_risk, one),)))
 
     def losses(batch: Batch) -> None:
-        if not hasattr(own, "values"):
-            own.critic_loss(batch, *([torch.eye(MEMBERS)] if name in ("dqn", "rem") else []))
-            own.greedy.loss(batch, steering.penalties)
-            return
         noise = torch.randn(batch.actions.shape, generator=seeded(5))
         learner.critic_loss(batch, noise, torch.tensor([0, 1]))
         learner.actor_loss(batch, noise, (Penalty(no_risk, one),), networks.actor, one)
