@@ -310,6 +310,15 @@ def test_critics_learn_the_mean_of_the_quantiles_at_every_action() -> None:
     assert agent.mean_q(torch.zeros(2, 1), torch.eye(2)).tolist() == [[4.5, 2.25]]
 
 
+def test_target_quantiles_follow_by_tau() -> None:
+    agent = qrdqn_of(tau=0.25)
+    *_, before = (x.clone() for x in agent.target_quantiles.parameters())
+    agent.update_critics(discrete_batch(1, 2))
+    *_, now = agent.target_quantiles.parameters()
+    *_, learnt = (x.detach() for x in agent.quantiles.parameters())
+    torch.testing.assert_close(now, before + 0.25 * (learnt - before))
+
+
 def test_quantiles_are_those_of_a_known_distribution() -> None:
     """Rewards of -4 or 4, as often: half of the quantiles near each, their mean 0.
 
