@@ -8,6 +8,9 @@ actor learns softmax(Q / temperature), which becomes the argmax as the temperatu
 which is ``temperature KL(pi || softmax((Q/|Q| - sum lambda Q_C) / temperature))`` plus a constant,
 exact over all actions. Where a mask allows only some of them, pi is what the actor is on those, and
 ``-log`` of its mass there is added: then neither Q nor a limit can pay for an action outside.
+
+Q is, as published, that of acting by Q alone ever after. Where limits turn the actor away it
+promises more than the actor gets, so that two states can send it to and fro between them.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ class SPIBBConfig:
 class SoftSPIBBConfig:
     """Settings of Soft-SPIBB: how much may be moved, and how sure e(s, a) is to be, at 1 - delta.
 
-    At ``delta`` 1, as in the paper's experiments, e is an order of magnitude and no bound.
+    At ``delta`` 1 e is an order of magnitude and no bound. What the actor learns is then tuned by
+    ``epsilon`` alone: 0 is the behaviour, and a large one the best plan of what was logged.
     """
 
     learning_rate: float = 1e-3
