@@ -398,6 +398,21 @@ def test_a_risk_is_seen_at_the_time_of_its_transition() -> None:
     assert target.argmax(1).tolist() == [1] * 50 + [0] * 50
 
 
+def test_what_is_drawn_of_the_log_is_what_a_risk_sees() -> None:
+    """Not the batch that it is given, of another state at another time."""
+    seen: list[Tensor] = []
+
+    def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
+        seen.append(torch.cat([observations, time_to_go[:, None]], 1))
+        return actions[:, 0]
+
+    agent, _ = imitator(SPIBB, SPIBBConfig(n_wedge=20), bandit(LOGGED, PAID), 3)
+    batch = steps_of(bandit(LOGGED, PAID), actions=3)
+    batch = batch._replace(observations=batch.observations + 7.0, time_to_go=batch.time_to_go * 0.3)
+    agent.update(batch, Steering((Penalty(risk, torch.tensor(1.0)),)))
+    assert torch.equal(torch.cat(seen), torch.tensor([[1.0, 0.0, 0.0, 1.0]]).expand(300, -1))
+
+
 def test_imitation_is_of_states_of_the_log_and_by_cross_entropy() -> None:
     """In state 0 it does one thing, in state 1 the other; the loss by hand at (.5, .5)."""
     rows = [(0, 0, 1, 1.0, True)] * 30 + [(1, 1, 0, 1.0, True)] * 30
