@@ -125,6 +125,14 @@ def test_the_model_discounts_once_bootstraps_at_a_cut_and_not_at_an_end() -> Non
     assert value[OF].tolist() == pytest.approx([0.7, 1.0, 1.0 / 0.3])
 
 
+def test_a_state_keeps_its_policy_where_a_step_would_make_it_worse() -> None:
+    """The step takes action 1 everywhere: better in state 1, worse in state 0."""
+    rows = [(s, a, 2, float(a == s), True) for s in (0, 1) for a in (0, 1)]
+    counts = counts_of(rows)
+    policy, _ = iterate(counts, 0.9, lambda q, _: torch.eye(2).double()[torch.ones(3).long()])
+    assert policy[OF][:2].tolist() == [[0.5, 0.5], [0.0, 1.0]]
+
+
 @pytest.mark.parametrize("name", ["spibb", "soft_spibb"])
 def test_too_many_observations_are_refused_in_one_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch
