@@ -10,10 +10,14 @@ from safe_offrl.agents.bcq import BCQ, BCQConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.idql import IDQL, IDQLConfig
 from safe_offrl.agents.fql import FQL, FQLConfig
+from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
+from safe_offrl.agents.dqn import DQN, REM, DQNConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
+from safe_offrl.agents.qrdqn import QRDQN, QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD
+from safe_offrl.agents.spibb import SPIBB, SoftSPIBB, SoftSPIBBConfig, SPIBBConfig
 from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.kinds import kind_for
@@ -28,6 +32,12 @@ AGENTS: dict[str, type[Agent]] = {
     "idql": IDQL,
     "bcq": BCQ,
     "fql": FQL,
+    "dqn": DQN,
+    "rem": REM,
+    "qrdqn": QRDQN,
+    "bcq_discrete": DiscreteBCQ,
+    "spibb": SPIBB,
+    "soft_spibb": SoftSPIBB,
 }
 
 
@@ -91,7 +101,7 @@ def kind_of(name: str, *, discrete: bool) -> Kind:
 
 @dataclass(frozen=True)
 class AgentConfigs:
-    """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter.
+    """Settings of every agent (Cal-QL uses CQL's, REM uses DQN's); only the chosen one's matter.
 
     ``own`` are those of an agent of one's own, by the names of its ``Config``.
     """
@@ -103,6 +113,11 @@ class AgentConfigs:
     idql: IDQLConfig = field(default_factory=IDQLConfig)
     bcq: BCQConfig = field(default_factory=BCQConfig)
     fql: FQLConfig = field(default_factory=FQLConfig)
+    dqn: DQNConfig = field(default_factory=DQNConfig)
+    qrdqn: QRDQNConfig = field(default_factory=QRDQNConfig)
+    bcq_discrete: DiscreteBCQConfig = field(default_factory=DiscreteBCQConfig)
+    spibb: SPIBBConfig = field(default_factory=SPIBBConfig)
+    soft_spibb: SoftSPIBBConfig = field(default_factory=SoftSPIBBConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:

@@ -26,6 +26,7 @@ from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import FallbackConfig, PretrainConfig, discount_of
+from tests.agents.setups import agents_for
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor], start: str) -> l
     return [k for k in one if k.startswith(start) and not torch.equal(one[k], other[k])]
 
 
-@pytest.mark.parametrize("agent", list(AGENTS))
+@pytest.mark.parametrize("agent", agents_for(discrete=False))
 def test_resume_equals_uninterrupted_bitwise(dataset: Dataset, agent: str) -> None:
     whole = Pretraining(config_of(agent), dataset)
     records, kept = [], {}
@@ -91,7 +92,7 @@ def test_the_fallback_comes_last_and_moves_by_itself(dataset: Dataset) -> None:
     assert not different(others, states[80], "")
 
 
-@pytest.mark.parametrize("agent", list(AGENTS))
+@pytest.mark.parametrize("agent", agents_for(discrete=False))
 def test_nothing_else_changes_with_the_fallback(dataset: Dataset, agent: str) -> None:
     """What it draws it draws from a generator of its own."""
     whole = Pretraining(config_of(agent), dataset)
@@ -178,7 +179,7 @@ def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
     assert (upper(0.99) - mean) / (upper(0.95) - mean) == pytest.approx(2.326 / 1.645, rel=1e-3)
 
 
-@pytest.mark.parametrize("agent", list(AGENTS))
+@pytest.mark.parametrize("agent", agents_for(discrete=False))
 def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
     """bc_safe learns none: what is aligned after it has the alignment's own discount."""
     agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
