@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents.aversion import Aversion
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
-from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
