@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from safe_offrl.agents.bc import BC, BCConfig
+from safe_offrl.agents.awac import AWAC, AWACConfig
+from safe_offrl.agents.awr import AWR, AWRConfig
+from safe_offrl.agents.bc import BC, BCConfig, BCSafe
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
+from safe_offrl.agents.crr import CRR, CRRConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
@@ -17,7 +20,11 @@ from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.protocol import Kind, require_entropy
 
 AGENTS: dict[str, type[Agent]] = {
-    "bc_safe": BC,
+    "bc": BC,
+    "bc_safe": BCSafe,
+    "awr": AWR,
+    "awac": AWAC,
+    "crr": CRR,
     "iql": IQL,
     "cql": CQL,
     "calql": CalQL,
@@ -73,12 +80,15 @@ def kind_of(name: str, *, discrete: bool) -> Kind:
 
 @dataclass(frozen=True)
 class AgentConfigs:
-    """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter.
+    """Settings of every agent (BC-Safe uses BC's, Cal-QL CQL's); only the chosen one's matter.
 
     ``own`` are those of an agent of one's own, by the names of its ``Config``.
     """
 
     bc: BCConfig = field(default_factory=BCConfig)
+    awr: AWRConfig = field(default_factory=AWRConfig)
+    awac: AWACConfig = field(default_factory=AWACConfig)
+    crr: CRRConfig = field(default_factory=CRRConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)

@@ -2,8 +2,8 @@
 
     y = r + discount (1 - terminated) E_{a' ~ pi(s')} min_e Q'_e(s', a')
 
-over target critics Q' (clipped double Q, TD3, arXiv:1802.09477, of any number of members; the
-expectation outside the minimum, as in AWAC, arXiv:2006.09359, eq. 4). No entropy in the backup.
+over target critics Q' (TD3's clipped double Q, arXiv:1802.09477, of any number of members). No
+entropy in the backup.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
 from safe_offrl.nn.losses import td_target
 from safe_offrl.policies.networks import Networks, polyak_
+from safe_offrl.policies.protocol import Quadrature
 from safe_offrl.types import Batch
 
 
@@ -53,13 +54,11 @@ class TDValues:
         q = self.networks.q(batch.observations, batch.actions)
         return ((q - target).square().mean(-1).sum(),)
 
-    @torch.no_grad()
-    def advantages(self, batch: Batch, noise: Tensor) -> Tensor:
+    def advantages(self, batch: Batch, policy: Quadrature) -> Tensor:
         """``min_e Q_e(s, a) - E_{a' ~ pi(s)} min_e Q_e(s, a')`` of logged actions, [B].
 
-        ``noise`` [B, *noise_shape] drives the policy's actions at s.
+        ``policy`` stands for pi at the batch's observations.
         """
-        policy = self.networks.actor(batch.observations).quadrature(noise)
         of_policy = self.networks.q(policy.repeat(batch.observations), policy.actions).amin(0)
         logged = self.networks.q(batch.observations, batch.actions).amin(0)
         return logged - policy.expect(of_policy)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from safe_offrl.policies.categorical import CATEGORICAL
 from safe_offrl.policies.gaussian import GAUSSIAN
 from safe_offrl.policies.latent import LATENT
+from safe_offrl.policies.mixture import MIXTURE
 from safe_offrl.policies.protocol import Kind
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (GAUSSIAN, CATEGORICAL, LATENT)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (GAUSSIAN, CATEGORICAL, LATENT, MIXTURE)}
 
 
 def kind_for(*, discrete: bool) -> Kind:
