@@ -109,9 +109,12 @@ class AgentConfigs:
 
         An agent of one's own may not be imported here: then it is as its settings were stored.
         """
-        agent = AGENTS.get(name.rpartition(":")[2])
+        module, _, own = name.rpartition(":")
+        agent = AGENTS.get(own)
         if agent is not None and self.key(agent) != "own":
-            return self.settings_for(agent).discount
+            if not module:
+                return self.settings_for(agent).discount
+            agent = None  # That of one's own has the same name.
         discount = self.own.get("discount", agent.Config().discount if agent else None)
         return None if discount is None else float(discount)
 

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
 from safe_offrl.agents.aversion import Aversion
+from safe_offrl.agents.awac import AWACConfig
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
+from safe_offrl.agents.crr import CRRConfig
 from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.latent import LatentConfig
@@ -36,7 +39,7 @@ OBSERVATIONS, ACTIONS, SIZE, MEMBERS = 3, 2, 16, 4
 LAYOUT = Layout(OBSERVATIONS, ACTIONS)
 SMALL = NetworkConfig((16,), (16,), MEMBERS)
 FAST = 3e-3
-WITH_VALUES = [name for name, agent in AGENTS.items() if agent.Config().discount is not None]
+WITH_VALUES = [name for name, agent in AGENTS.items() if hasattr(agent.Config(), "tau")]
 NOTHING_ELSE = Steering()
 
 
@@ -113,9 +116,14 @@ def offline(
     own = agent.cql if name == "calql" else agent
 
     def update_values(batch: Batch) -> None:
-        own.values.update(*((batch,) if name in ("iql", "latent") else (batch, generator)))
+        own.values.update(*((batch, generator) if name in ("cql", "calql") else (batch,)))
 
     def losses(batch: Batch) -> None:
+        if name in ("awac", "crr"):
+            drawn = networks.actor.noise((len(batch.rewards),), seeded(5))
+            own.values.critic_loss(batch, drawn)
+            own.imitation.loss(batch, drawn, steering.penalties, networks.actor, 1.0)
+            return
         if name in ("iql", "latent"):
             own.values.value_loss(batch)
             own.values.critic_loss(batch)
@@ -346,6 +354,8 @@ def probe_setup(name: str, observations: int, discount: float) -> Setup:
         )
         return MAKERS[name](layout=layout, sizes=sizes, config=config)
     configs = AgentConfigs(
+        awac=AWACConfig(**common, temperature=0.1),
+        crr=CRRConfig(**common, temperature=0.1),
         iql=IQLConfig(**common, expectile=0.7),
         cql=CQLConfig(**common, alpha=0.01, actions=4),
         latent=LatentConfig(**common, expectile=0.7, kl_weight=0.02),
@@ -373,7 +383,9 @@ def test_bandit_finds_the_best_action(name: str) -> None:
     source = transitions(here, actions, reward, here, torch.ones(500))
     setup = probe(name, observations=1, steps=600, discount=0.9, source=source)
     with torch.no_grad():
-        drawn = setup.networks.actor(here).act(torch.randn(500, 1, generator=seeded(5)))
+        actor, rng = setup.networks.actor, np.random.default_rng(5)
+        noise = actor.kind.draw_noise((1, 500, *actor.noise_shape), rng)
+        drawn = actor(here).act(torch.from_numpy(noise))
         q = setup.networks.q(here, actions).mean(0)
     assert drawn.mean().item() == pytest.approx(0.5, abs=0.15)
     assert drawn.std().item() < 0.4

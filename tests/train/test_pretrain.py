@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs
+from safe_offrl.agents.awac import AWACConfig
+from safe_offrl.agents.awr import AWRConfig
 from safe_offrl.agents.cql import CQLConfig
+from safe_offrl.agents.crr import CRRConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPDConfig
@@ -178,24 +181,29 @@ def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("agent", list(AGENTS))
 def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
-    """bc_safe learns none: what is aligned after it has the alignment's own discount."""
+    """bc and bc_safe learn none: what is aligned after it has the alignment's own discount."""
     agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
     agents = dataclasses.replace(agents, latent=LatentConfig(discount=0.9))
-    own = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93, "latent": 0.9}[agent]
+    agents = dataclasses.replace(agents, awr=AWRConfig(discount=0.94), crr=CRRConfig(discount=0.95))
+    agents = dataclasses.replace(agents, awac=AWACConfig(discount=0.96))
+    found = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93, "latent": 0.9}
+    found |= {"bc": 0.93, "awr": 0.94, "crr": 0.95, "awac": 0.96}
+    own = found[agent]
     config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
     assert discount_of(config) == own
-    if agent != "bc_safe":
+    if not agent.startswith("bc"):
         with pytest.raises(ConfigError, match=f"discounted by {own}"):
-            dataclasses.replace(config, alignment=RLPDConfig(discount=0.94))
+            dataclasses.replace(config, alignment=RLPDConfig(discount=0.5))
 
 
-def test_an_agent_of_ones_own_has_the_discount_of_its_settings() -> None:
+@pytest.mark.parametrize("agent", ["nowhere:toy", "nowhere:crr"])
+def test_an_agent_of_ones_own_has_the_discount_of_its_settings(agent: str) -> None:
     """Also where nobody has imported it, as in a process that reads a stored run."""
     own = AgentConfigs(own={"discount": 0.9})
-    config = PretrainConfig(agent="nowhere:toy", agents=own, alignment=RLPDConfig(discount=0.9))
+    config = PretrainConfig(agent=agent, agents=own, alignment=RLPDConfig(discount=0.9))
     assert discount_of(config) == 0.9
     with pytest.raises(ConfigError, match=r"discounted by 0\.9"):
-        PretrainConfig(agent="nowhere:toy", agents=own)
+        PretrainConfig(agent=agent, agents=own)
 
 
 def test_settings_of_an_agent_that_is_not_ones_own_are_named_as_such() -> None:
