@@ -95,6 +95,17 @@ def test_td_targets_are_by_hand() -> None:
     assert both.item() == pytest.approx(MEMBERS * (0.85**2 + 1.0) / 2.0)
 
 
+def test_td_targets_are_of_what_the_policy_does_next() -> None:
+    """Where it is going the policy is .2, .3, .5: .2 + .6 + 1.5 = 2.3, and y = 1 + .5 (2.3)."""
+    networks = discrete_networks(POLICY, (1.0, 2.0, 0.0), [(1.0, 2.0, 3.0)])
+    weight, _ = networks.actor.parameters()
+    with torch.no_grad():
+        weight.copy_(torch.tensor([[0.2 / 0.5], [0.3 / 0.3], [0.5 / 0.2]]).log())
+    batch = logged([0], next_observations=torch.ones(1, 1))
+    (loss,) = values_of(networks).critic_loss(batch, NO_NOISE)
+    assert loss.item() == pytest.approx(MEMBERS * 1.15**2)
+
+
 def test_advantages_are_by_hand() -> None:
     """The least Q of each action is 1, -2, 4: .5 - .6 + .8 = .7 under the policy."""
     networks = tables((1.0, 5.0, 4.0), (3.0, -2.0, 6.0))
