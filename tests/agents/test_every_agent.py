@@ -109,7 +109,8 @@ def cases() -> list[Any]:
 
 
 def learns_values(name: str) -> bool:
-    return name == "rlpd" or AGENTS[name].Config().discount is not None
+    """By temporal differences, that is: awr's are of the log's returns."""
+    return name == "rlpd" or (AGENTS[name].Config().discount is not None and name != "awr")
 
 
 Case = tuple[str, str, bool]
