@@ -405,7 +405,7 @@ def online_of(networks: Networks) -> OnlineAWAC:
 
 
 def test_online_awac_is_kept_near_the_policy_that_acts() -> None:
-    """Two ways in the batch, a policy that acts which knows one of them."""
+    """Two ways in the batch; the policy that acts does something else."""
     found = []
     for weight in (0.0, 30.0):
         networks = Networks(1, 1, SMALL, seeded(), MIXTURE)
@@ -413,8 +413,7 @@ def test_online_awac_is_kept_near_the_policy_that_acts() -> None:
         batch = batch_of(BOTH_WAYS, torch.ones(SIZE))
         for _ in range(200):
             assert set(learner.update_critics(batch)) == {"agent/critic_loss"}
-            metrics = learner.update_actor(batch, Steering((), anchor, torch.tensor(weight)))
-        assert set(metrics) == {"learner/actor_loss"}
+            learner.update_actor(batch, Steering((), anchor, torch.tensor(weight)))
         with torch.no_grad():
             divergence = networks.actor(torch.zeros(1, 1)).divergence(anchor(torch.zeros(1, 1)))
         found.append(divergence.item())
