@@ -25,6 +25,10 @@ from safe_offrl.agents.bcq import BCQConfig
 from safe_offrl.agents.bcq_discrete import DiscreteBCQConfig
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.dqn import DQNConfig
+from safe_offrl.agents.awac import AWACConfig
+from safe_offrl.agents.awr import AWRConfig
+from safe_offrl.agents.bc import BCConfig
+from safe_offrl.agents.crr import CRRConfig
 from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.idql import IDQLConfig
 from safe_offrl.agents.fql import FQLConfig
@@ -49,6 +53,10 @@ LAYOUT = Layout(observation_size=4, action_size=2)
 SIZES = NetworkConfig(actor_hidden=(16, 16), critic_hidden=(16, 16), critics=4)
 COMMON = {"learning_rate": 1e-3, "discount": 0.97, "tau": 0.01}
 CONFIGS = AgentConfigs(
+    bc=BCConfig(learning_rate=1e-3),
+    awr=AWRConfig(learning_rate=1e-3, discount=0.97, temperature=1.0, weight_limit=20.0),
+    awac=AWACConfig(**COMMON, temperature=2.0),
+    crr=CRRConfig(**COMMON, weighting="exp", temperature=1.0, weight_limit=20.0),
     iql=IQLConfig(**COMMON, expectile=0.7),
     cql=CQLConfig(**COMMON, alpha=1.0, actions=5),
     latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),

@@ -12,6 +12,10 @@ from safe_offrl.agents.idql import IDQL, IDQLConfig
 from safe_offrl.agents.fql import FQL, FQLConfig
 from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
 from safe_offrl.agents.dqn import DQN, REM, DQNConfig
+from safe_offrl.agents.awac import AWAC, AWACConfig
+from safe_offrl.agents.awr import AWR, AWRConfig
+from safe_offrl.agents.bc import BC, BCConfig, BCSafe
+from safe_offrl.agents.crr import CRR, CRRConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
@@ -24,7 +28,11 @@ from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.protocol import Kind, require_entropy
 
 AGENTS: dict[str, type[Agent]] = {
-    "bc_safe": BC,
+    "bc": BC,
+    "bc_safe": BCSafe,
+    "awr": AWR,
+    "awac": AWAC,
+    "crr": CRR,
     "iql": IQL,
     "cql": CQL,
     "calql": CalQL,
@@ -102,11 +110,15 @@ def kind_of(name: str, *, discrete: bool) -> Kind:
 @dataclass(frozen=True)
 class AgentConfigs:
     """Settings of every agent (Cal-QL uses CQL's, REM uses DQN's); only the chosen one's matter.
+    """Settings of every agent (BC-Safe uses BC's, Cal-QL CQL's); only the chosen one's matter.
 
     ``own`` are those of an agent of one's own, by the names of its ``Config``.
     """
 
     bc: BCConfig = field(default_factory=BCConfig)
+    awr: AWRConfig = field(default_factory=AWRConfig)
+    awac: AWACConfig = field(default_factory=AWACConfig)
+    crr: CRRConfig = field(default_factory=CRRConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
@@ -135,9 +147,12 @@ class AgentConfigs:
 
         An agent of one's own may not be imported here: then it is as its settings were stored.
         """
-        agent = AGENTS.get(name.rpartition(":")[2])
+        module, _, own = name.rpartition(":")
+        agent = AGENTS.get(own)
         if agent is not None and self.key(agent) != "own":
-            return self.settings_for(agent).discount
+            if not module:
+                return self.settings_for(agent).discount
+            agent = None  # That of one's own has the same name.
         discount = self.own.get("discount", agent.Config().discount if agent else None)
         return None if discount is None else float(discount)
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from safe_offrl.agents.aversion import Aversion, risk_averse
 from safe_offrl.agents.steering import Penalty, Steering, steered
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
@@ -31,8 +31,6 @@ from safe_offrl.policies.mlp import linear_layers
 from safe_offrl.policies.networks import Networks, QFunction
 from safe_offrl.policies.protocol import BehaviourModel, require_density
 from safe_offrl.types import Batch
-
-LARGEST_EXPONENT = 60.0  # of a weight: a batch of them can still be summed in float32
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,6 @@ class ExtractionConfig:
     def aversion(self) -> Aversion:
         """To what one limit is of."""
         return Aversion(self.risk_aversion, self.relative_risk)
-
-
-class Aversion(NamedTuple):
-    """How much a logged action of risk is to count, of what one limit is of; see the settings."""
-
-    weight: float
-    relative: bool
 
 
 class Extraction:
@@ -120,25 +111,12 @@ class Extraction:
 
         ``noise`` [B, A] drives the policy's own action, to which a relative risk is relative.
         """
-        danger = torch.zeros_like(advantages)
         with torch.no_grad():
             policy = None if noise is None else self.actor(batch.observations).quadrature(noise)
-            for (risk, _), aversion in zip(penalties, self._aversions, strict=True):
-                of_action = risk(batch.observations, batch.time_to_go, batch.actions)
-                if aversion.relative:
-                    assert policy is not None
-                    observations = policy.repeat(batch.observations)
-                    time_to_go = policy.repeat(batch.time_to_go)
-                    own = policy.expect(risk(observations, time_to_go, policy.actions))
-                    of_action = of_action - own
-                danger = danger + aversion.weight * of_action
         weight = exponential_weight(
             advantages, self.config.inverse_temperature, self.config.weight_limit
         )
-        # Normalised below: where some action is far less risky, no weight need overflow.
-        danger = danger - (danger.min() + LARGEST_EXPONENT).clamp_max(0.0)
-        weight = weight * (-danger).exp()
-        weight = weight / weight.mean().clamp_min(1e-6)
+        weight = risk_averse(weight, batch, penalties, self._aversions, policy)
         return (-(weight * self.behaviour(batch.observations).log_prob(batch.actions)).mean(),)
 
     def actor_loss(

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from safe_offrl.agents.extraction import Aversion, ExtractionConfig
+from safe_offrl.agents.aversion import Aversion
+from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import EAGER, Compute

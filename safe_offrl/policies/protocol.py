@@ -146,6 +146,7 @@ class Kind(NamedTuple):
     # A, an entropy per dimension, and a share of the most there can be, whichever fits.
     target_entropy: Callable[[int, float, float], float] | None = None
     density: Density | None = None
+    sampled: bool = True  # whether its quadrature, unless exact, is one action drawn from it
 
 
 def require_entropy(kind: Kind, user: str) -> None:
