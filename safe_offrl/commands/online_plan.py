@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from safe_offrl.agents import find_agent, find_online, learner_after, require_learner
-from safe_offrl.commands.active_parts import active_line, pretrained_policy
+from safe_offrl.commands.active_parts import active_line, learner_lines, pretrained_policy
 from safe_offrl.commands.assess import Subject
 from safe_offrl.commands.common import (
     constraint_line,
@@ -104,16 +104,6 @@ class FinetunePlan:
                 device_line(self.inputs, config.precision, self.compiling),
             ]
         )
-
-
-def learner_lines(config: FinetuneConfig, agent: str) -> list[str]:
-    """Who goes on online, where it is not RLPD, and, where nobody had to ask for it, why."""
-    learner = config.baseline.learner
-    if learner == "rlpd":
-        return []
-    own = learner == learner_after(agent)
-    why = ": its policies have no entropy, which rlpd would keep" if own else ""
-    return [f"learner     {learner} goes on online in a form of its own{why}"]
 
 
 def inherited(source: PretrainConfig) -> dict[str, Any]:
