@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
-from safe_offrl.agents.bcq import BCQConfig
-from safe_offrl.agents.bcq_discrete import DiscreteBCQConfig
-from safe_offrl.agents.cql import CQLConfig
-from safe_offrl.agents.dqn import DQNConfig
 from safe_offrl.agents.awac import AWACConfig
 from safe_offrl.agents.awr import AWRConfig
 from safe_offrl.agents.bc import BCConfig
+from safe_offrl.agents.bcq import BCQConfig
+from safe_offrl.agents.bcq_discrete import DiscreteBCQConfig
+from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.crr import CRRConfig
+from safe_offrl.agents.dqn import DQNConfig
 from safe_offrl.agents.extraction import ExtractionConfig
-from safe_offrl.agents.idql import IDQLConfig
 from safe_offrl.agents.fql import FQLConfig
+from safe_offrl.agents.idql import IDQLConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.qrdqn import QRDQNConfig

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from safe_offrl.agents.bc import BC, BCConfig
-from safe_offrl.agents.bcq import BCQ, BCQConfig
-from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
-from safe_offrl.agents.idql import IDQL, IDQLConfig
-from safe_offrl.agents.fql import FQL, FQLConfig
-from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
-from safe_offrl.agents.dqn import DQN, REM, DQNConfig
 from safe_offrl.agents.awac import AWAC, AWACConfig
 from safe_offrl.agents.awr import AWR, AWRConfig
 from safe_offrl.agents.bc import BC, BCConfig, BCSafe
+from safe_offrl.agents.bcq import BCQ, BCQConfig
+from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
+from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.crr import CRR, CRRConfig
+from safe_offrl.agents.dqn import DQN, REM, DQNConfig
+from safe_offrl.agents.fql import FQL, FQLConfig
+from safe_offrl.agents.idql import IDQL, IDQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
@@ -109,8 +108,9 @@ def kind_of(name: str, *, discrete: bool) -> Kind:
 
 @dataclass(frozen=True)
 class AgentConfigs:
-    """Settings of every agent (Cal-QL uses CQL's, REM uses DQN's); only the chosen one's matter.
-    """Settings of every agent (BC-Safe uses BC's, Cal-QL CQL's); only the chosen one's matter.
+    """Settings of every agent; only the chosen one's matter.
+
+    One's fields may be another's too: BC-Safe has BC's, Cal-QL CQL's, REM DQN's.
 
     ``own`` are those of an agent of one's own, by the names of its ``Config``.
     """
