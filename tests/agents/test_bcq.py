@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safe_offrl.agents.bcq import BCQ, BCQConfig
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.policies.proposals import PROPOSALS
+from safe_offrl.types import Batch
 from tests.agents.setups import setup_of
 from tests.agents.test_idql import drawn_from, network_of, share, without_noise
 from tests.agents.test_latent_steering import (
@@ -77,14 +78,14 @@ def test_what_a_dimension_of_a_code_costs_does_not_depend_on_their_number() -> N
 
 
 def proposing_by_hand(agent: BCQ, moves: float) -> None:
-    """tanh(2 z) of a code z within .5, moved by .05 tanh(``moves``)."""
-    linear_(agent.values.decoder, [0.0, 2.0], 0.0)
+    """tanh(2 z + .4 s) of a code z within .5, moved by .05 tanh(``moves``)."""
+    linear_(agent.values.decoder, [0.4, 2.0], 0.0)
     linear_(agent.values.perturbation, [0.0, 0.0], moves)
     linear_(agent.values.target_perturbation, [0.0, 0.0], moves)
 
 
-def proposed(z: float, moves: float) -> float:
-    decoded = math.tanh(2.0 * max(-0.5, min(0.5, z)))
+def proposed(z: float, moves: float, observation: float = 0.0) -> float:
+    decoded = math.tanh(2.0 * max(-0.5, min(0.5, z)) + 0.4 * observation)
     return max(-1.0, min(1.0, decoded + 0.05 * math.tanh(moves)))
 
 
@@ -94,6 +95,7 @@ def test_a_target_takes_the_best_of_a_mixture_of_least_and_largest(
     """Q' is 4 a, a + 1 or -9 a at three actions; a state that ends does not bootstrap."""
     agent = agent_of(LINEAR, discount=0.9)
     proposing_by_hand(agent, -1.5)
+    linear_(agent.values.perturbation, [0.0, 0.0], 9.0)  # the average counts, not this one
     networks = agent.values.networks
     monkeypatch.setattr(
         networks.target_critics,
@@ -103,15 +105,30 @@ def test_a_target_takes_the_best_of_a_mixture_of_least_and_largest(
     monkeypatch.setattr(networks, "q", lambda o, a: torch.zeros(3, len(a), requires_grad=True))
     codes, mixed = (0.1, -2.0, 0.4), []
     for code in codes:
-        a = proposed(code, -1.5)
+        a = proposed(code, -1.5, observation=0.25)
         q = (4.0 * a, a + 1.0, -9.0 * a)
         mixed.append(0.75 * min(q) + 0.25 * max(q))
     assert mixed.index(max(mixed)) == 1  # of the code that is clipped
     batch = batch_of(torch.zeros(2, 1), torch.tensor([0.5, -1.0]))
-    batch = batch._replace(terminated=torch.tensor([0.0, 1.0]))
+    batch = batch._replace(
+        terminated=torch.tensor([0.0, 1.0]), next_observations=torch.full((2, 1), 0.25)
+    )
     (loss,) = agent.values.critic_loss(batch, torch.tensor(codes).view(3, 1, 1).expand(3, 2, 1))
     wanted = 3.0 * ((0.5 + 0.9 * max(mixed)) ** 2 + 1.0) / 2.0
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_target_has_ten_actions_to_choose_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, codes = agent_of(LINEAR), []
+    descend = agent.values._descend_critics
+
+    def watched(batch: Batch, z: Tensor) -> tuple[Tensor, ...]:
+        codes.append(z.shape)
+        return descend(batch, z)
+
+    monkeypatch.setattr(agent.values, "_descend_critics", watched)
+    agent.update(batch_of(torch.rand(6, 1), torch.rand(6)), NOTHING_ELSE)
+    assert codes == [(10, 6, 1)]
 
 
 def test_the_perturbation_s_loss_is_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
