@@ -26,6 +26,8 @@ from safe_offrl.agents.awr import AWRConfig
 from safe_offrl.agents.bc import BCConfig
 from safe_offrl.agents.bcq import BCQConfig
 from safe_offrl.agents.bcq_discrete import DiscreteBCQConfig
+from safe_offrl.agents.bear import BEARConfig
+from safe_offrl.agents.brac import BRACConfig
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.crr import CRRConfig
 from safe_offrl.agents.dqn import DQNConfig
@@ -38,6 +40,7 @@ from safe_offrl.agents.qrdqn import QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.spibb import SoftSPIBBConfig, SPIBBConfig
 from safe_offrl.agents.steering import Penalty, Steering
+from safe_offrl.agents.td3bc import ReBRACConfig, TD3BCConfig
 from safe_offrl.compute.descent import EAGER, Compute
 from safe_offrl.compute.state import Part, collect_state
 from safe_offrl.data.dataset import Dataset
@@ -68,6 +71,17 @@ CONFIGS = AgentConfigs(
     bcq_discrete=DiscreteBCQConfig(**COMMON, threshold=0.3, temperature=0.02),
     spibb=SPIBBConfig(learning_rate=1e-3, discount=0.97, n_wedge=35),
     soft_spibb=SoftSPIBBConfig(learning_rate=1e-3, discount=0.97, epsilon=0.3, delta=1.0),
+    td3bc=TD3BCConfig(**COMMON, alpha=2.5, deployment_noise=0.1),
+    rebrac=ReBRACConfig(**COMMON, actor_weight=0.05, critic_weight=0.02, deployment_noise=0.1),
+    brac=BRACConfig(**COMMON, actor_weight=0.1, critic_weight=0.05, components=3),
+    bear=BEARConfig(
+        **COMMON,
+        threshold=0.05,
+        sigma=20.0,
+        samples=4,
+        multiplier_learning_rate=0.01,
+        components=3,
+    ),
 )
 EXTRACTION = ExtractionConfig(
     learning_rate=1e-3, weight=0.1, components=3, inverse_temperature=3.0, weight_limit=100.0
@@ -113,6 +127,14 @@ def batches() -> list[Batch]:
     return result
 
 
+@functools.cache
+def log() -> Dataset:
+    """The same as a log of episodes, for whoever draws batches of its own."""
+    rows = torch.cat([LAYOUT.pack(batch) for batch in batches()])
+    starts = np.arange(0, len(rows) + 1, 32)
+    return Dataset(rows, LAYOUT, starts, np.zeros(len(rows), bool), 32, "")
+
+
 def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
     return torch.sigmoid(3.0 * actions[:, 0] - 2.0)
 
@@ -123,6 +145,7 @@ def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]
     networks = Networks(*LAYOUT.sizes, SIZES, generator, kind_of(name, discrete=discrete))
     setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
     setup = setup._replace(dataset=tabular_log()) if "spibb" in name else setup
+    setup = setup._replace(dataset=log())
     agent = AGENTS[name](setup, CONFIGS.settings_for(AGENTS[name]))
     steering = Steering((Penalty(risk, torch.tensor(2.0)),))
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}

@@ -10,6 +10,8 @@ from safe_offrl.agents.awr import AWR, AWRConfig
 from safe_offrl.agents.bc import BC, BCConfig, BCSafe
 from safe_offrl.agents.bcq import BCQ, BCQConfig
 from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
+from safe_offrl.agents.bear import BEAR, BEARConfig
+from safe_offrl.agents.brac import BRAC, BRACConfig, BRACValue
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.crr import CRR, CRRConfig
 from safe_offrl.agents.dqn import DQN, REM, DQNConfig
@@ -21,6 +23,7 @@ from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
 from safe_offrl.agents.qrdqn import QRDQN, QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.agents.spibb import SPIBB, SoftSPIBB, SoftSPIBBConfig, SPIBBConfig
+from safe_offrl.agents.td3bc import TD3BC, ReBRAC, ReBRACConfig, TD3BCConfig
 from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.kinds import kind_for
@@ -45,6 +48,11 @@ AGENTS: dict[str, type[Agent]] = {
     "bcq_discrete": DiscreteBCQ,
     "spibb": SPIBB,
     "soft_spibb": SoftSPIBB,
+    "td3bc": TD3BC,
+    "rebrac": ReBRAC,
+    "brac_p": BRAC,
+    "brac_v": BRACValue,
+    "bear": BEAR,
 }
 
 
@@ -130,6 +138,10 @@ class AgentConfigs:
     bcq_discrete: DiscreteBCQConfig = field(default_factory=DiscreteBCQConfig)
     spibb: SPIBBConfig = field(default_factory=SPIBBConfig)
     soft_spibb: SoftSPIBBConfig = field(default_factory=SoftSPIBBConfig)
+    td3bc: TD3BCConfig = field(default_factory=TD3BCConfig)
+    rebrac: ReBRACConfig = field(default_factory=ReBRACConfig)
+    brac: BRACConfig = field(default_factory=BRACConfig)
+    bear: BEARConfig = field(default_factory=BEARConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:

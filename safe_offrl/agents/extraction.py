@@ -19,17 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safe_offrl.agents.aversion import Aversion, risk_averse
+from safe_offrl.agents.behaviour import Behaviour
 from safe_offrl.agents.steering import Penalty, Steering, steered
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
 from safe_offrl.nn.losses import exponential_weight
-from safe_offrl.policies.mlp import linear_layers
 from safe_offrl.policies.networks import Networks, QFunction
-from safe_offrl.policies.protocol import BehaviourModel, require_density
 from safe_offrl.types import Batch
 
 
@@ -76,12 +75,8 @@ class Extraction:
         self._aversions = tuple(aversions) or (config.aversion,)
         self.generator = generator
         user = "The KL from the log in iql, cql and calql"
-        self._density = require_density(self.actor.kind, user)
-        size, a = networks.layout.sizes
-        outputs = self._density.behaviour_outputs(a, config.components)
-        widths = (*networks.sizes.actor_hidden, outputs)
-        # The name is that which its parameters have in a checkpoint.
-        self.mixture = nn.ModuleDict({"layers": linear_layers(size, widths, generator)})
+        self.behaviour = Behaviour(networks, config.components, generator, user)
+        self.mixture = self.behaviour.network
         self.mixture_optimizer = Adam(self.mixture.parameters(), config.learning_rate)
         self.actor_optimizer = Adam(self.actor.parameters(), config.learning_rate)
         self._descend_mixture = Descent(self.mixture_loss, self.mixture_optimizer, compute)
@@ -94,11 +89,6 @@ class Extraction:
             "mixture_optimizer": self.mixture_optimizer,
             "actor_optimizer": self.actor_optimizer,
         }
-
-    def behaviour(self, observations: Tensor) -> BehaviourModel:
-        """The model of the log's behaviour: a mixture, where one policy cannot be one."""
-        outputs = self.mixture["layers"](observations)
-        return self._density.behaviour(outputs, self.config.components)
 
     def mixture_loss(
         self,

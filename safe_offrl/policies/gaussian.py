@@ -34,6 +34,11 @@ def log_std_of(unit: Numbers) -> Numbers:
     return LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (unit + 1.0)
 
 
+def raw_log_std(log_std: float) -> float:
+    """The network's output that becomes this one, strictly between -5 and 2."""
+    return math.atanh(2.0 * (log_std - LOG_STD_MIN) / (LOG_STD_MAX - LOG_STD_MIN) - 1.0)
+
+
 def log_density(noise: Tensor, log_std: Tensor) -> Tensor:
     """Log density before tanh, dimension by dimension, of ``mean + exp(log_std) noise``."""
     return -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
@@ -132,6 +137,16 @@ class Mixture(NamedTuple):
         # Both densities are before tanh: its Jacobian cancels in the ratio.
         quadrature, before, density = policy.drawn(noise)
         return quadrature, density - self.log_density(before).flatten()
+
+    def unsquashed(self, noise: Tensor, uniform: Tensor) -> Tensor:
+        """Draws before tanh, of standard normal noise [N, B, A] and uniform numbers [N, B].
+
+        The latter choose which Gaussian acts.
+        """
+        reached = uniform.unsqueeze(-1) >= self.log_weights.exp().cumsum(-1)[:, :-1]
+        chosen = F.one_hot(reached.sum(-1), self.log_weights.shape[-1]).to(noise.dtype)
+        mean, log_std = (torch.einsum("nbk,bka->nba", chosen, x) for x in self.parts)
+        return Gaussian(mean, log_std).unsquashed(noise)
 
     def log_density(self, before: Tensor) -> Tensor:
         """[..., B, A] -> [..., B]."""

@@ -68,8 +68,9 @@ def cases() -> list[Case]:
     return found
 
 
-# They learn values of the log's returns, or of the whole log before the first batch.
-OTHERWISE = ("awr", "spibb", "soft_spibb")
+# They learn values of the log's returns, of the whole log before the first batch, and of batches of
+# their own.
+OTHERWISE = ("awr", "spibb", "soft_spibb", "rebrac")
 
 
 def learns_values(case: Case) -> bool:
