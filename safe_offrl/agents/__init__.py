@@ -9,6 +9,7 @@ from safe_offrl.agents.bc import BC, BCConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
+from safe_offrl.agents.mopo import MOPO, MOPOConfig
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.env.user_code import import_user_module
@@ -22,6 +23,7 @@ AGENTS: dict[str, type[Agent]] = {
     "cql": CQL,
     "calql": CalQL,
     "latent": LatentSteering,
+    "mopo": MOPO,
 }
 
 
@@ -82,6 +84,7 @@ class AgentConfigs:
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
+    mopo: MOPOConfig = field(default_factory=MOPOConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:
