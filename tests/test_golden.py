@@ -20,29 +20,37 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents.combo import COMBOConfig
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
+from safe_offrl.agents.mopo import MOPOConfig
+from safe_offrl.agents.morel import MOReLConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering
+from safe_offrl.agents.world_model import ModelConfig
 from safe_offrl.compute.descent import EAGER, Compute
 from safe_offrl.compute.state import Part, collect_state
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.types import Batch, Layout, States
-from tests.agents.setups import setup_of
+from tests.agents.setups import log_of, setup_of
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS, LOGGED = 50, (1, 10, 25, 50)
 LAYOUT = Layout(observation_size=4, action_size=2)
 SIZES = NetworkConfig(actor_hidden=(16, 16), critic_hidden=(16, 16), critics=4)
 COMMON = {"learning_rate": 1e-3, "discount": 0.97, "tau": 0.01}
+MODEL = ModelConfig(learning_rate=1e-3, hidden=(16, 16), share=0.4)
 CONFIGS = AgentConfigs(
     iql=IQLConfig(**COMMON, expectile=0.7),
     cql=CQLConfig(**COMMON, alpha=1.0, actions=5),
     latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),
+    mopo=MOPOConfig(**COMMON, penalty=1.0, rollout_steps=3, real_share=0.05, model=MODEL),
+    morel=MOReLConfig(**COMMON, rollout_steps=3, real_share=0.05, model=MODEL),
+    combo=COMBOConfig(**COMMON, beta=0.5, rollout_steps=3, real_share=0.5, model=MODEL),
 )
 EXTRACTION = ExtractionConfig(
     learning_rate=1e-3, weight=0.1, components=3, inverse_temperature=3.0, weight_limit=100.0
@@ -95,7 +103,14 @@ def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
 def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
     networks = Networks(*LAYOUT.sizes, SIZES, generator, kind_of(name, discrete=False))
-    setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
+    setup = setup_of(
+        networks,
+        generator,
+        log_of(batches()[0], LAYOUT, horizon=20),
+        compute=compute,
+        extraction=EXTRACTION,
+        steps=STEPS,
+    )
     agent = AGENTS[name](setup, CONFIGS.settings_for(AGENTS[name]))
     steering = Steering((Penalty(risk, torch.tensor(2.0)),))
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}

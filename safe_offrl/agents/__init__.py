@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from safe_offrl.agents.bc import BC, BCConfig
+from safe_offrl.agents.combo import COMBO, COMBOConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.mopo import MOPO, MOPOConfig
+from safe_offrl.agents.morel import MOReL, MOReLConfig
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.env.user_code import import_user_module
@@ -24,6 +26,8 @@ AGENTS: dict[str, type[Agent]] = {
     "calql": CalQL,
     "latent": LatentSteering,
     "mopo": MOPO,
+    "morel": MOReL,
+    "combo": COMBO,
 }
 
 
@@ -85,6 +89,8 @@ class AgentConfigs:
     cql: CQLConfig = field(default_factory=CQLConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     mopo: MOPOConfig = field(default_factory=MOPOConfig)
+    morel: MOReLConfig = field(default_factory=MOReLConfig)
+    combo: COMBOConfig = field(default_factory=COMBOConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:

@@ -66,12 +66,7 @@ class MOPO:
         """One step of the model, or, when it has learnt, of critics and actor in it."""
         if self.model.learning:
             return self.model.update(batch)
-        settings = self.config
-        mixed = self.model.mixed(
-            batch, settings.rollout_steps, settings.real_share, self.penalised
-        )
+        steps, share = self.config.rollout_steps, self.config.real_share
+        mixed, _ = self.model.mixed(batch, steps, share, self.penalised)
         metrics = self.learner.update_critics(mixed) | self.learner.update_actor(mixed, steering)
-        return metrics | {
-            "agent/reward": mixed.rewards.mean(),
-            "agent/accidents": mixed.accidents.mean(),
-        }
+        return metrics | self.model.metrics(mixed)

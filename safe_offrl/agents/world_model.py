@@ -45,7 +45,7 @@ class WorldModel:
 
     def __init__(self, setup: Setup, config: ModelConfig, actor_optimizer: Adam) -> None:
         self.actor, self.generator = setup.networks.actor, setup.generator
-        require_density(self.actor.kind, "The imitation that a model-based agent begins with")
+        require_density(self.actor.kind, "The imitation that mopo, morel and combo begin with")
         self.horizon = setup.dataset.horizon
         train, held_out = setup.dataset.split(HELD_OUT, 0)
         if not held_out.episodes:  # there is only one
@@ -93,7 +93,7 @@ class WorldModel:
         self.updates += 1
         if not self.learning:
             self.elites.copy_(self.best_members())
-        return {"agent/model_loss": loss, "actor/loss": actor_loss}
+        return {"model/loss": loss, "actor/loss": actor_loss}
 
     @torch.no_grad()
     def best_members(self) -> Tensor:
@@ -122,18 +122,25 @@ class WorldModel:
         fields = zip(*(step.tensors for step in steps_of), strict=True)
         return Batch(*(torch.cat(field) for field in fields))
 
-    def mixed(self, batch: Batch, steps: int, real_share: float, judge: Judgement) -> Batch:
-        """A batch as large, whose first rows are logged and whose last ``steps`` n are imagined.
+    def mixed(
+        self, batch: Batch, steps: int, real_share: float, judge: Judgement
+    ) -> tuple[Batch, int]:
+        """A batch as large, and how many of its rows are logged: they come first, at least one.
 
-        The imagined ones begin in n states of the batch; at least one row is logged.
+        The others are imagined, ``steps`` from each of some states of the batch.
         """
         size = len(batch.rewards)
-        n = max(1, int((1.0 - real_share) * size / steps))
+        n = max(1, min(int((1.0 - real_share) * size), size - 1) // steps)
         logged = max(1, size - steps * n)
         starts = Batch(*(field[-n:] for field in batch.tensors))
         imagined = self.imagine(starts, steps, judge)
         both = zip(batch.tensors, imagined.tensors, strict=True)
-        return Batch(*(torch.cat([real[:logged], own]) for real, own in both))
+        return Batch(*(torch.cat([real[:logged], own]) for real, own in both)), logged
+
+    def metrics(self, batch: Batch) -> dict[str, Tensor]:
+        """What a step is like in a batch that is imagined, for the most part."""
+        means = {"reward": batch.rewards, "accidents": batch.accidents, "cost": batch.costs}
+        return {f"model/{name}": values.mean() for name, values in means.items()}
 
     def _after(self, step: Batch, starts: Batch) -> Batch:
         """Where each episode stands after a step, its actions still to come."""
