@@ -54,7 +54,7 @@ class COMBO:
         self.networks, self.generator, self.config = setup.networks, setup.generator, config
         learner = RLPDConfig(config.learning_rate, config.discount, config.tau)
         self.learner = RLPD(setup.networks, learner, setup.generator, setup.compute)
-        self.model = WorldModel(setup, config.model, self.learner.actor_optimizer)
+        self.model = WorldModel(setup, config.model)
         self._descend_critics = Descent(
             self.critic_loss, self.learner.critic_optimizer, setup.compute
         )

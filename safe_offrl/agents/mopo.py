@@ -51,7 +51,7 @@ class MOPO:
         self.config = config
         learner = RLPDConfig(config.learning_rate, config.discount, config.tau)
         self.learner = RLPD(setup.networks, learner, setup.generator, setup.compute)
-        self.model = WorldModel(setup, config.model, self.learner.actor_optimizer)
+        self.model = WorldModel(setup, config.model)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""

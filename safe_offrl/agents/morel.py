@@ -48,7 +48,7 @@ class MOReL:
         self.config = config
         learner = RLPDConfig(config.learning_rate, config.discount, config.tau)
         self.learner = RLPD(setup.networks, learner, setup.generator, setup.compute)
-        self.model = WorldModel(setup, config.model, self.learner.actor_optimizer)
+        self.model = WorldModel(setup, config.model)
         self.halting_reward = -float(setup.dataset.column("return_to_go").abs().max())
         most = torch.finfo(torch.float32).max  # a checkpoint has no infinity
         self.threshold = torch.tensor(most, device=setup.generator.device)

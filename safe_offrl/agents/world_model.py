@@ -24,6 +24,7 @@ from safe_offrl.policies.protocol import normal, require_density
 from safe_offrl.types import Batch
 
 ELITES = 5
+IMITATION_RATE = 3e-4  # as in behaviour cloning
 HELD_OUT = 0.1  # of the episodes, which choose the elites
 HELD_OUT_ROWS = 5_000  # transitions of them, about
 
@@ -43,7 +44,7 @@ class ModelConfig:
 class WorldModel:
     """The dynamics, the best members of it by held-out loss, and the actor's imitation."""
 
-    def __init__(self, setup: Setup, config: ModelConfig, actor_optimizer: Adam) -> None:
+    def __init__(self, setup: Setup, config: ModelConfig) -> None:
         self.actor, self.generator = setup.networks.actor, setup.generator
         require_density(self.actor.kind, "The imitation that mopo, morel and combo begin with")
         self.horizon = setup.dataset.horizon
@@ -60,13 +61,16 @@ class WorldModel:
         self.learning_steps = round(config.share * setup.steps)
         self.optimizer = Adam(self.dynamics.parameters(), config.learning_rate)
         self._descend = Descent(self.dynamics.loss, self.optimizer, setup.compute)
-        self._descend_actor = Descent(self.imitation_loss, actor_optimizer, setup.compute)
+        # Its moments would slow the actor down that learns from critics: likelihood is steeper.
+        self.actor_optimizer = Adam(self.actor.parameters(), IMITATION_RATE)
+        self._descend_actor = Descent(self.imitation_loss, self.actor_optimizer, setup.compute)
 
     def parts(self) -> dict[str, Part]:
         """What a checkpoint keeps."""
         return {
             "dynamics": self.dynamics,
             "dynamics_optimizer": self.optimizer,
+            "imitation_optimizer": self.actor_optimizer,
             "elites": self.elites,
             "model_updates": self.updates,
         }
