@@ -156,6 +156,18 @@ def test_the_model_s_loss_is_by_hand() -> None:
     assert loss.item() == pytest.approx(MEMBERS * weighed + 0.01 * bounds, rel=1e-4)
 
 
+def test_the_weights_of_errors_have_no_gradient() -> None:
+    """Where the variance is the squared error, 1, nothing pulls at it; through weights it would."""
+    dynamics = dynamics_of(TWO_STEPS)
+    raw = 0.5 - math.log(math.expm1(0.5))
+    assert bounded(raw) == pytest.approx(0.0, abs=1e-3)
+    says_(dynamics, [[0.0, 0.0, raw, raw, 0.0, 0.0, 0.0]])
+    layer = dynamics.layers[-1]
+    (gradient,) = torch.autograd.grad(dynamics.loss(TWO_STEPS)[0], layer.bias)
+    assert gradient[:, 0, 2:4].abs().max().item() < 1e-3
+    assert gradient[:, 0, 5].abs().max().item() > 0.1
+
+
 def test_each_member_may_have_steps_of_its_own() -> None:
     dynamics, log = dynamics_of(random_steps(), (4,)), random_steps(MEMBERS * 6, seed=1)
     own = Batch(*(field.unflatten(0, (MEMBERS, 6)) for field in log.tensors))
@@ -577,6 +589,7 @@ def test_first_the_model_learns_and_then_the_policy(name: str) -> None:
         assert agent.model.learning == (i < 3)
         found = moved(agent, batch) - {"generator", "elites", "threshold"}
         assert found == (model if i < 3 else values)
+    assert torch.equal(agent.model.elites, agent.model.best_members())
 
 
 @every_agent
