@@ -163,6 +163,7 @@ def test_the_weights_of_errors_have_no_gradient() -> None:
     assert bounded(raw) == pytest.approx(0.0, abs=1e-3)
     says_(dynamics, [[0.0, 0.0, raw, raw, 0.0, 0.0, 0.0]])
     layer = dynamics.layers[-1]
+    assert isinstance(layer, StackedLinear)
     (gradient,) = torch.autograd.grad(dynamics.loss(TWO_STEPS)[0], layer.bias)
     assert gradient[:, 0, 2:4].abs().max().item() < 1e-3
     assert gradient[:, 0, 5].abs().max().item() > 0.1
