@@ -12,6 +12,7 @@ from safe_offrl.agents.bcq import BCQ, BCQConfig
 from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
 from safe_offrl.agents.bear import BEAR, BEARConfig
 from safe_offrl.agents.brac import BRAC, BRACConfig, BRACValue
+from safe_offrl.agents.combo import COMBO, COMBOConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.crr import CRR, CRRConfig
 from safe_offrl.agents.dqn import DQN, REM, DQNConfig
@@ -19,6 +20,8 @@ from safe_offrl.agents.fql import FQL, FQLConfig
 from safe_offrl.agents.idql import IDQL, IDQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
+from safe_offrl.agents.mopo import MOPO, MOPOConfig
+from safe_offrl.agents.morel import MOReL, MOReLConfig
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
 from safe_offrl.agents.qrdqn import QRDQN, QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD
@@ -29,31 +32,23 @@ from safe_offrl.errors import ConfigError
 from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.protocol import Kind, require_entropy
 
-AGENTS: dict[str, type[Agent]] = {
-    "bc": BC,
-    "bc_safe": BCSafe,
-    "awr": AWR,
-    "awac": AWAC,
-    "crr": CRR,
-    "iql": IQL,
-    "cql": CQL,
-    "calql": CalQL,
-    "latent": LatentSteering,
-    "idql": IDQL,
-    "bcq": BCQ,
-    "fql": FQL,
-    "dqn": DQN,
-    "rem": REM,
-    "qrdqn": QRDQN,
-    "bcq_discrete": DiscreteBCQ,
-    "spibb": SPIBB,
-    "soft_spibb": SoftSPIBB,
-    "td3bc": TD3BC,
-    "rebrac": ReBRAC,
-    "brac_p": BRAC,
-    "brac_v": BRACValue,
-    "bear": BEAR,
+FAMILIES: dict[str, dict[str, type[Agent]]] = {
+    "imitation": {"bc": BC, "bc_safe": BCSafe, "awr": AWR, "awac": AWAC, "crr": CRR},
+    "values": {"iql": IQL, "cql": CQL, "calql": CalQL},
+    "constraints on the policy": {
+        "td3bc": TD3BC,
+        "rebrac": ReBRAC,
+        "brac_p": BRAC,
+        "brac_v": BRACValue,
+        "bear": BEAR,
+        "bcq": BCQ,
+    },
+    "several modes": {"latent": LatentSteering, "idql": IDQL, "fql": FQL},
+    "a model": {"mopo": MOPO, "morel": MOReL, "combo": COMBO},
+    "discrete actions": {"dqn": DQN, "rem": REM, "qrdqn": QRDQN, "bcq_discrete": DiscreteBCQ},
+    "few states": {"spibb": SPIBB, "soft_spibb": SoftSPIBB},
 }
+AGENTS: dict[str, type[Agent]] = {k: v for family in FAMILIES.values() for k, v in family.items()}
 
 
 def find_agent(name: str) -> type[Agent]:
@@ -129,19 +124,22 @@ class AgentConfigs:
     crr: CRRConfig = field(default_factory=CRRConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
+    td3bc: TD3BCConfig = field(default_factory=TD3BCConfig)
+    rebrac: ReBRACConfig = field(default_factory=ReBRACConfig)
+    brac: BRACConfig = field(default_factory=BRACConfig)
+    bear: BEARConfig = field(default_factory=BEARConfig)
+    bcq: BCQConfig = field(default_factory=BCQConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     idql: IDQLConfig = field(default_factory=IDQLConfig)
-    bcq: BCQConfig = field(default_factory=BCQConfig)
     fql: FQLConfig = field(default_factory=FQLConfig)
+    mopo: MOPOConfig = field(default_factory=MOPOConfig)
+    morel: MOReLConfig = field(default_factory=MOReLConfig)
+    combo: COMBOConfig = field(default_factory=COMBOConfig)
     dqn: DQNConfig = field(default_factory=DQNConfig)
     qrdqn: QRDQNConfig = field(default_factory=QRDQNConfig)
     bcq_discrete: DiscreteBCQConfig = field(default_factory=DiscreteBCQConfig)
     spibb: SPIBBConfig = field(default_factory=SPIBBConfig)
     soft_spibb: SoftSPIBBConfig = field(default_factory=SoftSPIBBConfig)
-    td3bc: TD3BCConfig = field(default_factory=TD3BCConfig)
-    rebrac: ReBRACConfig = field(default_factory=ReBRACConfig)
-    brac: BRACConfig = field(default_factory=BRACConfig)
-    bear: BEARConfig = field(default_factory=BEARConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:

@@ -30,6 +30,7 @@ class Setup(NamedTuple):
     extraction: ExtractionConfig = ExtractionConfig()  # where it trains its actor by Extraction
     aversions: tuple[Aversion, ...] = ()  # its, one a limit; none: the settings' to the only one
     learner: RLPDConfig = RLPDConfig()  # where it trains its actor as RLPD does
+    steps: int = 0  # updates that an offline agent will have
 
 
 class OnlineAgent(Protocol):

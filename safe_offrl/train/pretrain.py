@@ -69,7 +69,7 @@ class Pretraining:
             settings_of(config, "extraction", limit.quantity, config.extraction).aversion
             for limit in base.limits
         )
-        setup = Setup(*built_from, config.extraction, aversions)
+        setup = Setup(*built_from, config.extraction, aversions, steps=config.steps)
         self.agent = agent(setup, config.agents.settings_for(agent))
         self.learner = RLPD(self.networks, config.alignment, self.generator, base.compute)
         self.constraints = base.constraints()

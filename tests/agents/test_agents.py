@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from safe_offrl.agents.aversion import Aversion
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
-from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering

@@ -11,11 +11,6 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs
-from safe_offrl.agents.bcq import BCQConfig
-from safe_offrl.agents.cql import CQLConfig
-from safe_offrl.agents.idql import IDQLConfig
-from safe_offrl.agents.iql import IQLConfig
-from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
@@ -26,7 +21,7 @@ from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import FallbackConfig, PretrainConfig, discount_of
-from tests.agents.setups import agents_for
+from tests.agents.setups import agents_for, configs_with
 
 
 @pytest.fixture(scope="module")
@@ -179,20 +174,16 @@ def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
     assert (upper(0.99) - mean) / (upper(0.95) - mean) == pytest.approx(2.326 / 1.645, rel=1e-3)
 
 
-@pytest.mark.parametrize("agent", agents_for(discrete=False))
+@pytest.mark.parametrize("agent", list(AGENTS))
 def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
-    """bc_safe learns none: what is aligned after it has the alignment's own discount."""
-    agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
-    agents = dataclasses.replace(agents, latent=LatentConfig(discount=0.9))
-    agents = dataclasses.replace(
-        agents, idql=IDQLConfig(discount=0.89), bcq=BCQConfig(discount=0.88)
-    )
-    discounts = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93}
-    own = (discounts | {"latent": 0.9, "idql": 0.89, "bcq": 0.88})[agent]
-    config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
-    assert discount_of(config) == own
-    if agent != "bc_safe":
-        with pytest.raises(ConfigError, match=f"discounted by {own}"):
+    """Who learns none has the discount of the alignment, by which values are learnt after it."""
+    key = AgentConfigs().key(AGENTS[agent])
+    learns = AGENTS[agent].Config().discount is not None
+    agents = configs_with({key: {"discount": 0.9}} if learns else {})
+    config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=0.9))
+    assert discount_of(config) == 0.9
+    if learns:
+        with pytest.raises(ConfigError, match=r"discounted by 0\.9"):
             dataclasses.replace(config, alignment=RLPDConfig(discount=0.94))
 
 
