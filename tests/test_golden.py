@@ -28,6 +28,7 @@ from safe_offrl.agents.bcq import BCQConfig
 from safe_offrl.agents.bcq_discrete import DiscreteBCQConfig
 from safe_offrl.agents.bear import BEARConfig
 from safe_offrl.agents.brac import BRACConfig
+from safe_offrl.agents.combo import COMBOConfig
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.crr import CRRConfig
 from safe_offrl.agents.dqn import DQNConfig
@@ -36,11 +37,14 @@ from safe_offrl.agents.fql import FQLConfig
 from safe_offrl.agents.idql import IDQLConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
+from safe_offrl.agents.mopo import MOPOConfig
+from safe_offrl.agents.morel import MOReLConfig
 from safe_offrl.agents.qrdqn import QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.spibb import SoftSPIBBConfig, SPIBBConfig
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.agents.td3bc import ReBRACConfig, TD3BCConfig
+from safe_offrl.agents.world_model import ModelConfig
 from safe_offrl.compute.descent import EAGER, Compute
 from safe_offrl.compute.state import Part, collect_state
 from safe_offrl.data.dataset import Dataset
@@ -55,7 +59,11 @@ STEPS, LOGGED = 50, (1, 10, 25, 50)
 LAYOUT = Layout(observation_size=4, action_size=2)
 SIZES = NetworkConfig(actor_hidden=(16, 16), critic_hidden=(16, 16), critics=4)
 COMMON = {"learning_rate": 1e-3, "discount": 0.97, "tau": 0.01}
+MODEL = ModelConfig(learning_rate=1e-3, hidden=(16, 16), share=0.4)
 CONFIGS = AgentConfigs(
+    mopo=MOPOConfig(**COMMON, penalty=1.0, rollout_steps=3, real_share=0.05, model=MODEL),
+    morel=MOReLConfig(**COMMON, rollout_steps=3, real_share=0.05, model=MODEL),
+    combo=COMBOConfig(**COMMON, beta=0.5, rollout_steps=3, real_share=0.5, model=MODEL),
     bc=BCConfig(learning_rate=1e-3),
     awr=AWRConfig(learning_rate=1e-3, discount=0.97, temperature=1.0, weight_limit=20.0),
     awac=AWACConfig(**COMMON, temperature=2.0),
@@ -143,9 +151,14 @@ def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]
     generator = torch.Generator().manual_seed(0)
     discrete = name not in agents_for(discrete=False)
     networks = Networks(*LAYOUT.sizes, SIZES, generator, kind_of(name, discrete=discrete))
-    setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
-    setup = setup._replace(dataset=tabular_log()) if "spibb" in name else setup
-    setup = setup._replace(dataset=log())
+    setup = setup_of(
+        networks,
+        generator,
+        tabular_log() if "spibb" in name else log(),
+        compute=compute,
+        extraction=EXTRACTION,
+        steps=STEPS,
+    )
     agent = AGENTS[name](setup, CONFIGS.settings_for(AGENTS[name]))
     steering = Steering((Penalty(risk, torch.tensor(2.0)),))
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}

@@ -1,10 +1,13 @@
 """BEAR (Kumar et al. 2019, arXiv:1906.00949): the best policy within the support of the log.
 
-    maximise E_{a ~ pi} min_e Q_e(s, a)   subject to   MMD(pi, pi_b) <= threshold
+    maximise E_{a ~ pi} min_e Q_e(s, a)   subject to   MMD(pi, pi_b) - MMD(pi_b, pi_b) <= threshold
 
 by gradient steps on ``-Q/|Q| + sum lambda Q_C + multiplier MMD`` and dual ones on the multiplier.
 The MMD, of a few samples before tanh, hardly sees densities: a policy may put all its weight on one
-of the log's actions. Critics learn from the best of ten of the policy's, valued with some caution:
+of the log's actions. Of so few it is never 0: two sets of ten of one wide behaviour are .09 apart.
+What the behaviour's own are apart is therefore taken off, or the published threshold of .05 could
+not be kept by the behaviour itself. Critics learn from the best of ten of the policy's, valued with
+some caution:
 
     y = r + discount (1 - terminated) max_{10 a' ~ pi(s')} [ .75 min_e Q'_e + .25 max_e Q'_e ]
 
@@ -114,16 +117,17 @@ class BEAR:
         """The actor's objective, mean over the batch; (loss, mean MMD).
 
         ``noise`` [N, B, A] drives the policy's samples, of which critics see the first;
-        ``logged_noise`` [N, B, A] and ``uniform`` [N, B] those of the log's behaviour.
+        ``logged_noise`` [2 N, B, A] and ``uniform`` [2 N, B] two sets of the log's behaviour.
         """
         policy = self.actor(batch.observations)
         with torch.no_grad():
             behaviour = self.behaviour.model(batch.observations)
             assert isinstance(behaviour, Mixture)
-            logged = behaviour.unsquashed(logged_noise, uniform)
+            logged, again = behaviour.unsquashed(logged_noise, uniform).chunk(2)
+            its_own = maximum_mean_discrepancy(logged, again, self.config.sigma)
         assert isinstance(policy, Gaussian)
         sampled = policy.unsquashed(noise)
-        distance = maximum_mean_discrepancy(sampled, logged, self.config.sigma)
+        distance = maximum_mean_discrepancy(sampled, logged, self.config.sigma) - its_own
         loss = steered(Quadrature(torch.tanh(sampled[0])), batch, self.networks.q, penalties)
         loss = loss + self.log_multiplier.detach().exp() * distance
         return loss.mean(), distance.detach().mean()
@@ -137,8 +141,8 @@ class BEAR:
         (b, a), generator, n = batch.actions.shape, self.generator, self.config.samples
         metrics = self.behaviour.update(batch)
         metrics |= self.values.update(batch, normal((TARGET_ACTIONS, b, a), generator))
-        noise, logged_noise = normal((n, b, a), generator), normal((n, b, a), generator)
-        uniform = torch.rand((n, b), generator=generator, device=generator.device)
+        noise, logged_noise = normal((n, b, a), generator), normal((2 * n, b, a), generator)
+        uniform = torch.rand((2 * n, b), generator=generator, device=generator.device)
         drawn = noise, logged_noise, uniform
         loss, distance = self._descend_actor(batch, *drawn, steering.penalties)
         self._descend_multiplier(distance)

@@ -16,7 +16,7 @@ exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from safe_offrl.agents.steering import Penalty, Steering, steered
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
+from safe_offrl.limits import Quantity
 from safe_offrl.nn.losses import exponential_weight
 from safe_offrl.policies.networks import Networks, QFunction
 from safe_offrl.types import Batch
@@ -55,6 +56,12 @@ class ExtractionConfig:
     def aversion(self) -> Aversion:
         """To what one limit is of."""
         return Aversion(self.risk_aversion, self.relative_risk)
+
+
+def usual_aversion(quantity: Quantity) -> Aversion:
+    """What is usual of a quantity, where no setting says more."""
+    words = quantity.pretraining.get("extraction", {})
+    return replace(ExtractionConfig(), **words).aversion
 
 
 class Extraction:

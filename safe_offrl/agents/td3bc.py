@@ -58,14 +58,15 @@ class TD3BCConfig:
 class ReBRACConfig:
     """Settings of ReBRAC, whose two weights are published for each task.
 
-    ``actor_weight`` .001 to .1. ``critic_weight`` 0 to .1, in units of reward: rewards here are of
-    returns of about 1, so it is among the least. ``deployment_noise`` as TD3+BC's.
+    ``actor_weight`` .001 to .1, of which the largest stays nearest to the log. ``critic_weight`` 0
+    to .1, in units of reward: rewards here are of returns of about 1, so it is among the least.
+    ``deployment_noise`` as TD3+BC's.
     """
 
     learning_rate: float = 3e-4
     discount: float = 0.99
     tau: float = 5e-3
-    actor_weight: float = 0.01
+    actor_weight: float = 0.1
     critic_weight: float = 0.001
     deployment_noise: float = 0.1
 

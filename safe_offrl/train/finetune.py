@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import kind_of, online_agent
+from safe_offrl.agents.extraction import usual_aversion
 from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.device import Device
@@ -74,7 +75,8 @@ class Finetuning:
         self.networks, self.limits, self.generator = base.networks, base.limits, base.generator
         logged = dataset.normalised(self.normalizer).on(self.generator.device)
         built_from = (self.networks, logged, self.limits, self.generator, base.compute)
-        setup = Setup(*built_from, learner=config.cautious_learner)
+        aversions = tuple(usual_aversion(limit.quantity) for limit in self.limits)
+        setup = Setup(*built_from, aversions=aversions, learner=config.cautious_learner)
         self.learner = online_agent(config.baseline.learner, setup, config.baseline.agents)
         self.constraints = base.constraints()
         if not config.baseline.from_scratch:

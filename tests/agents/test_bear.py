@@ -56,11 +56,13 @@ def test_the_actor_s_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         agent.log_multiplier.fill_(math.log(2.0))
     noise = torch.tensor([[[1.0], [-4.0]], [[6.0], [2.0]]])
-    logged_noise = torch.tensor([[[0.5], [0.0]], [[-1.0], [1.5]]])
-    uniform = torch.tensor([[0.1, 0.9], [0.9, 0.2]])
+    logged_noise = torch.tensor([[[0.5], [0.0]], [[-1.0], [1.5]], [[0.0], [2.0]], [[0.2], [0.0]]])
+    uniform = torch.tensor([[0.1, 0.9], [0.9, 0.2], [0.9, 0.8], [0.4, 0.1]])
     sampled = [[0.3 + 0.5 * z for z in at] for at in ((1.0, 6.0), (-4.0, 2.0))]
     logged = [[-2.0 + 0.5, 2.5 - 1.0], [2.5 + 0.0, -2.0 + 1.5]]
-    distances = [by_hand(x, y) for x, y in zip(sampled, logged, strict=True)]
+    again = [[2.5, -2.0 + 0.2], [2.5 + 2.0, -2.0]]
+    sets = zip(sampled, logged, again, strict=True)
+    distances = [by_hand(x, y) - by_hand(y, z) for x, y, z in sets]
     actions = [math.tanh(x[0]) for x in sampled]  # of the first sample
     size = 4.0 * sum(map(abs, actions)) / 2.0
     objective = sum(-4.0 * a / size + 3.0 * a**2 for a in actions) / 2.0
@@ -102,7 +104,7 @@ def test_how_many_actions_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent.values, "_next_value", watched(agent.next_value))
     monkeypatch.setattr(agent, "_descend_actor", watched(agent._descend_actor))
     agent.update(GIVEN.transitions, Steering())
-    assert seen == [(10, 2, 1), (5, 2, 1), (5, 2, 1), (5, 2)]
+    assert seen == [(10, 2, 1), (5, 2, 1), (10, 2, 1), (10, 2)]
 
 
 def test_the_dual_step_by_hand() -> None:
@@ -113,7 +115,7 @@ def test_the_dual_step_by_hand() -> None:
             agent.log_multiplier.fill_(log_multiplier)
         (loss,) = agent.multiplier_loss(torch.tensor(0.08))
         assert loss.item() == pytest.approx(-0.03 * multiplier)
-    for threshold, sign in ((1e-5, 1.0), (5.0, -1.0)):
+    for threshold, sign in ((-1.0, 1.0), (5.0, -1.0)):
         agent, _ = made(threshold=threshold, multiplier_learning_rate=0.5)
         metrics = agent.update(GIVEN.transitions, Steering())
         # Adam's first step is its learning rate.
@@ -121,7 +123,7 @@ def test_the_dual_step_by_hand() -> None:
         assert metrics["actor/mmd_multiplier"].item() == pytest.approx(math.exp(0.5 * sign))
 
 
-@pytest.mark.parametrize(("threshold", "bound"), [(1e-5, 10.0), (5.0, -5.0)])
+@pytest.mark.parametrize(("threshold", "bound"), [(-1.0, 10.0), (5.0, -5.0)])
 def test_the_multiplier_s_logarithm_stays_in_its_range(threshold: float, bound: float) -> None:
     agent, _ = made(threshold=threshold, multiplier_learning_rate=50.0)
     for _ in range(2):
@@ -133,7 +135,7 @@ def test_the_log_s_behaviour_learns_by_likelihood_alone() -> None:
     agent, _ = made()
     before = [p.detach().clone() for p in agent.behaviour.model.network.parameters()]
     noise = torch.randn(3, 2, 1, generator=seeded(0))
-    agent._descend_actor(GIVEN.transitions, noise, noise, torch.rand(3, 2), ())
+    agent._descend_actor(GIVEN.transitions, noise, noise.repeat(2, 1, 1), torch.rand(6, 2), ())
     after = list(agent.behaviour.model.network.parameters())
     assert all(map(torch.equal, before, after))
 
@@ -156,3 +158,16 @@ def test_the_constraint_holds_the_policy_where_its_mmd_is_the_threshold() -> Non
     assert mmd == pytest.approx(0.1, abs=0.02)
     assert held == pytest.approx(0.197, abs=0.13)
     assert free > 0.9
+
+
+def test_the_behaviour_itself_is_no_distance_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that is the behaviour, however wide: the published threshold can be kept."""
+    agent, _ = made(samples=10)
+    batch = Batch(*(x[:1].expand(2000, *x.shape[1:]) for x in GIVEN.transitions.tensors))
+    parts = Gaussian(torch.full((2000, 1, 1), 0.3), torch.full((2000, 1, 1), math.log(0.5)))
+    same = Mixture(torch.zeros(2000, 1), parts)
+    monkeypatch.setattr(agent.behaviour, "model", lambda observations: same)
+    g = seeded(3)
+    drawn = torch.randn(10, 2000, 1, generator=g), torch.randn(20, 2000, 1, generator=g)
+    _, distance = agent.actor_loss(batch, *drawn, torch.rand(20, 2000, generator=g), ())
+    assert distance.item() == pytest.approx(0.0, abs=2e-3)

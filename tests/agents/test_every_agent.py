@@ -4,6 +4,7 @@ Parametrised over AGENTS: a new agent is tested by its line there, and one with 
 that too.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.agents import AGENTS
+from safe_offrl.agents import AGENTS, FAMILIES
+from safe_offrl.cli.options import AGENT_WORDS
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import Descent
 from safe_offrl.compute.state import collect_state, restore_state, seeded
@@ -206,3 +208,10 @@ def test_critics_learn_without_moving_the_actor(case: Case) -> None:
     mine.update_critics(batch_of(0, discrete=case.discrete))
     assert_equal(collect_state({"actor": mine.networks.actor}), actor)
     assert not any(torch.equal(p, old) for p, old in zip(critics, before, strict=True))
+
+
+def test_help_and_the_documentation_name_every_agent() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "agents.md").read_text(encoding="utf-8")
+    for family in FAMILIES.values():
+        assert f" {', '.join(family)};" in AGENT_WORDS
+        assert all(f"\n| `{name}` | " in page for name in family)

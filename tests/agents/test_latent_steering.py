@@ -26,7 +26,7 @@ from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.record.run import RunDir
 from safe_offrl.train.fallback import Fallback
 from safe_offrl.types import Batch
-from tests.agents.setups import agents_for, setup_of
+from tests.agents.setups import setup_of
 
 NOTHING_ELSE = Steering()
 
@@ -238,7 +238,6 @@ def test_discrete_actions_are_refused_before_any_work(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", [n for n, agent in AGENTS.items() if not hasattr(agent, "kinds")])
-@pytest.mark.parametrize("name", [n for n in agents_for(discrete=False) if n != "latent"])
 def test_whoever_needs_the_density_of_an_action_refuses_it(name: str) -> None:
     setup = setup_of(Networks(1, 1, SMALL, seeded(), LATENT), seeded())
     words = rf'{name}.* needs the probability density of .* kind "latent" has none\.'
