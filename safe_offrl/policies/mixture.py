@@ -11,7 +11,7 @@ component, which has one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,15 @@ from safe_offrl.policies.gaussian import (
     mixture_of,
 )
 from safe_offrl.policies.mlp import NumpyMLP, linear_layers
-from safe_offrl.policies.protocol import Kind, Noise, Quadrature, Rows, Vector, require_density
+from safe_offrl.policies.protocol import (
+    Kind,
+    Noise,
+    Quadrature,
+    Rows,
+    Vector,
+    choosing_noise,
+    require_density,
+)
 
 COMPONENTS = 6
 
@@ -119,12 +127,6 @@ def _in_numpy(network: nn.Module) -> Callable[[Vector, Noise], Rows]:
     return act
 
 
-def _draw_noise(shape: Sequence[int], rng: np.random.Generator) -> Noise:
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    noise[..., -1] = rng.gumbel(size=shape[:-1])
-    return noise
-
-
 MIXTURE = Kind(
     name="mixture",
     one_hot=False,
@@ -142,7 +144,7 @@ MIXTURE = Kind(
         mixture_of(network(observations), COMPONENTS)
     ),
     in_numpy=_in_numpy,
-    draw_noise=_draw_noise,
+    draw_noise=choosing_noise,
     uniform=GAUSSIAN.uniform,
     target_entropy=GAUSSIAN.target_entropy,
     density=GAUSSIAN.density,

@@ -30,7 +30,15 @@ from safe_offrl.compute.state import seeded
 from safe_offrl.policies.gaussian import GAUSSIAN
 from safe_offrl.policies.latent import NEARLY_NOTHING, REACH, generate
 from safe_offrl.policies.mlp import NumpyMLP, linear_layers
-from safe_offrl.policies.protocol import Kind, Noise, Quadrature, Rows, Vector, normal
+from safe_offrl.policies.protocol import (
+    Kind,
+    Noise,
+    Quadrature,
+    Rows,
+    Vector,
+    choosing_noise,
+    normal,
+)
 
 PROPOSALS_MADE = 16  # N, of which one is taken
 
@@ -149,12 +157,6 @@ def _in_numpy(network: nn.Module) -> Callable[[Vector, Noise], Rows]:
     return act
 
 
-def _draw_noise(shape: Sequence[int], rng: np.random.Generator) -> Noise:
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    noise[..., -1] = rng.gumbel(size=noise.shape[:-1])
-    return noise
-
-
 PROPOSALS = Kind(
     name="proposals",
     one_hot=False,
@@ -168,7 +170,7 @@ PROPOSALS = Kind(
     network=_network,
     distribution=_distribution,
     in_numpy=_in_numpy,
-    draw_noise=_draw_noise,
+    draw_noise=choosing_noise,
     uniform=GAUSSIAN.uniform,
     target_entropy=lambda a, per_dimension, share: share * math.log(PROPOSALS_MADE),
 )

@@ -136,13 +136,15 @@ class Pretraining:
         if aligning:
             metrics = self.learner.update_critics(batch)
         else:
-            steering = Steering(tuple(c.penalty(plain=False) for c in self.constraints))
+            steered = self.constraints if config.safety_constraint else ()
+            steering = Steering(tuple(c.penalty(plain=False) for c in steered))
             metrics = self.agent.update(batch, steering)
         for i, (limit, critic, multiplier) in enumerate(self.constraints):
             found = self.offline.update(i, self.networks.actor, batch)
             # On the log's observations the expected cost stays near the log's own whatever the
             # policy does: dual ascent on it would wind lambda up. Online they are the policy's.
-            if not aligning and not critic.outlook.over_visits:
+            steers = config.safety_constraint and not aligning
+            if steers and not critic.outlook.over_visits:
                 multiplier.update(found["csc/estimate"])
             found = {**found, "lambda": multiplier.value}
             metrics |= {metric_name(k, limit, first=not i): v for k, v in found.items()}

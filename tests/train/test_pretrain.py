@@ -17,6 +17,7 @@ from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.safety.multiplier import LagrangianConfig
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.pretrain import Pretraining
@@ -200,6 +201,30 @@ def test_settings_of_an_agent_that_is_not_ones_own_are_named_as_such() -> None:
     own = AgentConfigs(own={"learning_rate": 0.1})
     with pytest.raises(ConfigError, match=r"agent is calql.*set agents\.cql"):
         PretrainConfig(agent="calql", agents=own)
+
+
+@pytest.mark.parametrize("agent", ["iql", "crr", "td3bc"])
+def test_without_the_constraint_an_actor_knows_nothing_of_safety(
+    dataset: Dataset, agent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the safety critic says of actions, the actor is the same; lambda stays put."""
+
+    def actor(offset: float, *, constraint: bool) -> tuple[list[Tensor], float]:
+        config = config_of(
+            agent, steps=8, safety_constraint=constraint, fallback=FallbackConfig(steps=0)
+        )
+        loop = Pretraining(config, dataset)
+        ((_, critic, multiplier),) = loop.constraints
+        for name in ("risk", "plain_risk"):
+            monkeypatch.setattr(critic, name, lambda o, t, a: (offset * a[:, 0]).sigmoid())
+        list(loop.run())
+        return list(loop.networks.actor.parameters()), float(multiplier.value)
+
+    (one, before), (other, after) = (actor(sign, constraint=False) for sign in (5.0, -5.0))
+    assert all(map(torch.equal, one, other))
+    assert before == after == LagrangianConfig().init
+    (one, _), (other, _) = (actor(sign, constraint=True) for sign in (5.0, -5.0))
+    assert not all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("loop", [Pretraining, Finetuning])
