@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from safe_offrl.agents import AGENTS
+
 Settings = Mapping[str, Any]  # dotted key -> value
 
 _NEVER = 1_000_000_000  # steps: more than any budget has
@@ -113,6 +115,22 @@ METHODS: dict[str, Method] = {
         "rlpd with narrower exploration, as wide as a cautious policy explores",
         finetune={**_RLPD, "learner.target_entropy": -1},
     ),
-    "frozen-cql": Method("frozen, pretrained with CQL", {"agent": "cql"}, _FROZEN),
-    "frozen-calql": Method("frozen, pretrained with Cal-QL", {"agent": "calql"}, _FROZEN),
+}
+# What each agent pretrains, as published and away from what the safety critic fears, and what is
+# made of it online; of iql these are "frozen" and "ours".
+METHODS |= {
+    f"published-{name}": Method(
+        f"{name} as published, nothing learnt online",
+        {"agent": name, "safety_constraint": False},
+        _FROZEN,
+    )
+    for name in AGENTS
+}
+_OTHERS = [name for name in AGENTS if name != "iql"]
+METHODS |= {
+    f"frozen-{name}": Method(f"frozen, pretrained with {name}", {"agent": name}, _FROZEN)
+    for name in _OTHERS
+}
+METHODS |= {
+    f"ours-{name}": Method(f"ours, pretrained with {name}", {"agent": name}) for name in _OTHERS
 }
