@@ -18,7 +18,7 @@ from safe_offrl.policies.protocol import BehaviourModel, require_density
 from safe_offrl.types import Batch
 
 
-class Behaviour:
+class BehaviourMixture:
     """The network of a model, as large as the actor's, and what it says."""
 
     def __init__(
@@ -50,7 +50,7 @@ class FittedBehaviour:
         compute: Compute,
         user: str,
     ) -> None:
-        self.model = Behaviour(networks, components, generator, user)
+        self.model = BehaviourMixture(networks, components, generator, user)
         self.optimizer = Adam(self.model.network.parameters(), learning_rate)
         self._descend = Descent(self.loss, self.optimizer, compute)
 

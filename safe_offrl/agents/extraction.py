@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents.aversion import Aversion, risk_averse
-from safe_offrl.agents.behaviour import Behaviour
+from safe_offrl.agents.behaviour import BehaviourMixture
 from safe_offrl.agents.steering import Penalty, Steering, steered
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
@@ -82,7 +82,7 @@ class Extraction:
         self._aversions = tuple(aversions) or (config.aversion,)
         self.generator = generator
         user = "The KL from the log in iql, cql and calql"
-        self.behaviour = Behaviour(networks, config.components, generator, user)
+        self.behaviour = BehaviourMixture(networks, config.components, generator, user)
         self.mixture = self.behaviour.network
         self.mixture_optimizer = Adam(self.mixture.parameters(), config.learning_rate)
         self.actor_optimizer = Adam(self.actor.parameters(), config.learning_rate)

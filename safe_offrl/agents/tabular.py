@@ -80,7 +80,7 @@ class Counts(NamedTuple):
         return cls(torch.from_numpy(unique), pairs, transitions, mean, behaviour, states)
 
 
-def evaluate(counts: Counts, policy: Tensor, discount: float) -> tuple[Tensor, Tensor]:
+def values_of(counts: Counts, policy: Tensor, discount: float) -> tuple[Tensor, Tensor]:
     """V [S] and Q [S, A] of a policy [S, A] in the model: ``(I - discount P_pi) V = r_pi``."""
     moves = torch.einsum("sa,sat->st", policy, counts.transitions)
     paid = (policy * counts.rewards).sum(1)
@@ -95,12 +95,12 @@ def iterate(counts: Counts, discount: float, improve: Improve) -> tuple[Tensor, 
     A state keeps its policy where the new one is no better, without which it need not end.
     """
     policy, every = counts.behaviour, torch.arange(len(counts.pairs))
-    value, q = evaluate(counts, policy, discount)
+    value, q = values_of(counts, policy, discount)
     for _ in range(MOST_ITERATIONS):
         found = improve(q, every)
         gains = ((found - policy) * q).sum(1, keepdim=True) > 0.0
         better = torch.where(gains, found, policy)
-        new_value, new_q = evaluate(counts, better, discount)
+        new_value, new_q = values_of(counts, better, discount)
         if bool((new_value - value).max() < SETTLED):
             break
         policy, value, q = better, new_value, new_q

@@ -26,7 +26,7 @@ from safe_offrl.types import Batch
 ELITES = 5
 IMITATION_RATE = 3e-4  # as in behaviour cloning
 HELD_OUT = 0.1  # of the episodes, which choose the elites
-HELD_OUT_ROWS = 5_000  # transitions of them, about
+JUDGED_ROWS = 5_000  # transitions of them, about
 
 # How a step is seen that the model imagined: (what the members expect, what was drawn) -> step.
 Judgement = Callable[[Prediction, Batch], Batch]
@@ -53,7 +53,7 @@ class WorldModel:
             held_out = train
         device = self.generator.device
         self.train = train.on(device)
-        held_out = held_out.sample(HELD_OUT_ROWS, 0)
+        held_out = held_out.sample(JUDGED_ROWS, 0)
         self.held_out = Batch(*(field.to(device) for field in held_out.transitions.tensors))
         self.dynamics = Dynamics(train, config.hidden, self.generator)
         self.elites = torch.arange(ELITES, device=device)

@@ -27,7 +27,7 @@ from safe_offrl.policies.mlp import NumpyMLP, linear_layers
 from safe_offrl.policies.protocol import Kind, Noise, Quadrature, Rows, Vector
 
 SIGMA = 0.1  # of an action before tanh, in each dimension
-POINTS = 16  # of z, over which the bound is averaged
+NOISE_POINTS = 16  # of z, over which the bound is averaged
 
 
 class OneStep(NamedTuple):
@@ -75,8 +75,8 @@ class OneStep(NamedTuple):
 
 @functools.cache
 def _points(a: int) -> Tensor:
-    """Standard normal z and their opposites, always the same ones [POINTS, A]."""
-    half = np.random.default_rng(0).standard_normal((POINTS // 2, a), dtype=np.float32)
+    """Standard normal z and their opposites, always the same ones [NOISE_POINTS, A]."""
+    half = np.random.default_rng(0).standard_normal((NOISE_POINTS // 2, a), dtype=np.float32)
     return torch.from_numpy(np.concatenate([half, -half]))
 
 

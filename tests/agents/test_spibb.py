@@ -22,7 +22,7 @@ from safe_offrl.agents.spibb import (
     transferred,
 )
 from safe_offrl.agents.steering import Penalty, Steering
-from safe_offrl.agents.tabular import Counts, Improve, evaluate, iterate
+from safe_offrl.agents.tabular import Counts, Improve, iterate, values_of
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.envs import hazard_grid as grid
 from safe_offrl.errors import DataError
@@ -110,7 +110,7 @@ def test_a_policy_is_evaluated_by_hand() -> None:
     counts = counts_of(STEPS)
     policy = torch.zeros(3, 2, dtype=torch.float64)
     policy[OF] = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
-    value, q = evaluate(counts, policy, 0.5)
+    value, q = values_of(counts, policy, 0.5)
     left = 3.0 + 4.0 / 3.0
     v0 = 0.5 * (left - 1.0) / (1.0 - 0.25)
     assert value[OF].tolist() == pytest.approx([v0, 4.0, 0.0])
@@ -121,7 +121,7 @@ def test_the_model_discounts_once_bootstraps_at_a_cut_and_not_at_an_end() -> Non
     """0 -> 1 -> end with reward 1: .7 and 1; state 2 pays 1 for ever, cut after every step: 3.3."""
     rows = [(0, 0, 1, 0.0, False), (1, 0, 1, 1.0, True), (2, 0, 2, 1.0, False)]
     counts = counts_of(rows, actions=1)
-    value, _ = evaluate(counts, counts.behaviour, 0.7)
+    value, _ = values_of(counts, counts.behaviour, 0.7)
     assert value[OF].tolist() == pytest.approx([0.7, 1.0, 1.0 / 0.3])
 
 
