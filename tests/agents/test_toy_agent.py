@@ -205,7 +205,7 @@ def test_it_is_compiled(folder: Path) -> None:
 
 
 def test_names_and_settings_that_are_wrong_are_said(folder: Path, tiny_dataset: Path) -> None:
-    with pytest.raises(ConfigError, match=r'no agent "toy".*bc_safe, calql, cql, .*module:name'):
+    with pytest.raises(ConfigError, match=r'no agent "toy".*awac, .*td3bc.*module:name'):
         commands.pretrain_config(agent="toy")
     with pytest.raises(EnvError, match="module nowhere of the agent could not be imported"):
         commands.pretrain_config(agent="nowhere:crr")
