@@ -63,11 +63,11 @@ LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime", "PIL"}
 # up, and comes down as the work on this house goes on.
 MOST_AT_THE_TOP = 8  # files directly in safe_offrl/
 MOST_ROOMS = 20
-MOST_OF_RING_1 = 12_470  # lines; 8,500
+MOST_OF_RING_1 = 16_050  # lines; 8,500, of which 20 learners are 3,500
 MOST_OF_A_FILE = 350  # lines
-MOST_OF_ALL = 32_450  # lines; 21,585
+MOST_OF_ALL = 35_900  # lines; 21,585
 MOST_DECISIONS = 25  # by the kind of what is constrained, outside of its files
-MOST_TWICE = 15  # top-level names; an allow-list: the words, where one name means one thing
+MOST_TWICE = 18  # top-level names; an allow-list: the words, where one name means one thing
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ENVIRONMENTS = sorted((ROOT / "envs").rglob("*.py"))
@@ -230,6 +230,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     """Within a room too, and also where a function imports."""
     graph = {m: {name for name, _ in ours(p)} - {m} for m, p in MODULES.items() if m}
     TopologicalSorter(graph).prepare()  # CycleError names the modules of a circle
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "agents").glob("*.py")), ids=lambda p: p.stem)
+def test_a_learner_is_one_short_file(path: Path) -> None:
+    assert lines_of(path) <= 250
+    functions = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef))
+    longest = max((n.end_lineno or 0) - n.lineno + 1 for n in functions)
+    assert longest <= 60
 
 
 def test_sizes() -> None:

@@ -15,34 +15,81 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents.awac import AWACConfig
+from safe_offrl.agents.awr import AWRConfig
+from safe_offrl.agents.bc import BCConfig
+from safe_offrl.agents.bcq import BCQConfig
+from safe_offrl.agents.bcq_discrete import DiscreteBCQConfig
+from safe_offrl.agents.bear import BEARConfig
+from safe_offrl.agents.brac import BRACConfig
+from safe_offrl.agents.combo import COMBOConfig
 from safe_offrl.agents.cql import CQLConfig
+from safe_offrl.agents.crr import CRRConfig
+from safe_offrl.agents.dqn import DQNConfig
 from safe_offrl.agents.extraction import ExtractionConfig
+from safe_offrl.agents.fql import FQLConfig
+from safe_offrl.agents.idql import IDQLConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
+from safe_offrl.agents.mopo import MOPOConfig
+from safe_offrl.agents.morel import MOReLConfig
+from safe_offrl.agents.qrdqn import QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
+from safe_offrl.agents.spibb import SoftSPIBBConfig, SPIBBConfig
 from safe_offrl.agents.steering import Penalty, Steering
+from safe_offrl.agents.td3bc import ReBRACConfig, TD3BCConfig
+from safe_offrl.agents.world_model import ModelConfig
 from safe_offrl.compute.descent import EAGER, Compute
 from safe_offrl.compute.state import Part, collect_state
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.safety.critic import SafetyCritic, SafetyCriticConfig
 from safe_offrl.safety.outlook import AccidentAhead
 from safe_offrl.types import Batch, Layout, States
-from tests.agents.setups import setup_of
+from tests.agents.setups import agents_for, setup_of
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS, LOGGED = 50, (1, 10, 25, 50)
 LAYOUT = Layout(observation_size=4, action_size=2)
 SIZES = NetworkConfig(actor_hidden=(16, 16), critic_hidden=(16, 16), critics=4)
 COMMON = {"learning_rate": 1e-3, "discount": 0.97, "tau": 0.01}
+MODEL = ModelConfig(learning_rate=1e-3, hidden=(16, 16), share=0.4)
 CONFIGS = AgentConfigs(
+    mopo=MOPOConfig(**COMMON, penalty=1.0, rollout_steps=3, real_share=0.05, model=MODEL),
+    morel=MOReLConfig(**COMMON, rollout_steps=3, real_share=0.05, model=MODEL),
+    combo=COMBOConfig(**COMMON, beta=0.5, rollout_steps=3, real_share=0.5, model=MODEL),
+    bc=BCConfig(learning_rate=1e-3),
+    awr=AWRConfig(learning_rate=1e-3, discount=0.97, temperature=1.0, weight_limit=20.0),
+    awac=AWACConfig(**COMMON, temperature=2.0),
+    crr=CRRConfig(**COMMON, weighting="exp", temperature=1.0, weight_limit=20.0),
     iql=IQLConfig(**COMMON, expectile=0.7),
     cql=CQLConfig(**COMMON, alpha=1.0, actions=5),
     latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),
+    idql=IDQLConfig(**COMMON, expectile=0.7, temperature=0.05),
+    bcq=BCQConfig(**COMMON, perturbation=0.05, temperature=0.05),
+    fql=FQLConfig(**COMMON, weight=0.3, aggregate="mean"),
+    dqn=DQNConfig(**COMMON, temperature=0.02),
+    qrdqn=QRDQNConfig(**COMMON, quantiles=8, temperature=0.02),
+    bcq_discrete=DiscreteBCQConfig(**COMMON, threshold=0.3, temperature=0.02),
+    spibb=SPIBBConfig(learning_rate=1e-3, discount=0.97, n_wedge=35),
+    soft_spibb=SoftSPIBBConfig(learning_rate=1e-3, discount=0.97, epsilon=0.3, delta=1.0),
+    td3bc=TD3BCConfig(**COMMON, alpha=2.5, deployment_noise=0.1),
+    rebrac=ReBRACConfig(**COMMON, actor_weight=0.05, critic_weight=0.02, deployment_noise=0.1),
+    brac=BRACConfig(**COMMON, actor_weight=0.1, critic_weight=0.05, components=3),
+    bear=BEARConfig(
+        **COMMON,
+        threshold=0.05,
+        sigma=20.0,
+        samples=4,
+        multiplier_learning_rate=0.01,
+        components=3,
+    ),
 )
 EXTRACTION = ExtractionConfig(
     learning_rate=1e-3, weight=0.1, components=3, inverse_temperature=3.0, weight_limit=100.0
@@ -88,18 +135,49 @@ def batches() -> list[Batch]:
     return result
 
 
+@functools.cache
+def log() -> Dataset:
+    """The same as a log of episodes, for whoever draws batches of its own."""
+    rows = torch.cat([LAYOUT.pack(batch) for batch in batches()])
+    starts = np.arange(0, len(rows) + 1, 32)
+    return Dataset(rows, LAYOUT, starts, np.zeros(len(rows), bool), 32, "")
+
+
 def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
     return torch.sigmoid(3.0 * actions[:, 0] - 2.0)
 
 
 def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
     generator = torch.Generator().manual_seed(0)
-    networks = Networks(*LAYOUT.sizes, SIZES, generator, kind_of(name, discrete=False))
-    setup = setup_of(networks, generator, compute=compute, extraction=EXTRACTION)
+    discrete = name not in agents_for(discrete=False)
+    networks = Networks(*LAYOUT.sizes, SIZES, generator, kind_of(name, discrete=discrete))
+    setup = setup_of(
+        networks,
+        generator,
+        tabular_log() if "spibb" in name else log(),
+        compute=compute,
+        extraction=EXTRACTION,
+        steps=STEPS,
+    )
     agent = AGENTS[name](setup, CONFIGS.settings_for(AGENTS[name]))
     steering = Steering((Penalty(risk, torch.tensor(2.0)),))
     parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
-    return lambda batch: agent.update(batch, steering), parts
+    given = choices if discrete else lambda batch: batch
+    return lambda batch: agent.update(given(batch), steering), parts
+
+
+def choices(batch: Batch) -> Batch:
+    """The larger number of an action for the action, one-hot."""
+    return batch._replace(actions=torch.eye(2)[batch.actions.argmax(1)])
+
+
+def tabular_log() -> Dataset:
+    """The signs of the observations are sixteen states."""
+    batch = Batch(*(torch.cat(x) for x in zip(*(b.tensors for b in batches()), strict=True)))
+    signs = batch.observations.sign(), batch.next_observations.sign()
+    batch = choices(batch)._replace(observations=signs[0], next_observations=signs[1])
+    n = len(batch.rewards)
+    return Dataset(LAYOUT.pack(batch), LAYOUT, np.arange(n + 1), np.zeros(n, bool), 20, "")
 
 
 def rlpd(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:

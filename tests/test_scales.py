@@ -19,7 +19,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from safe_offrl.agents import AGENTS
 from safe_offrl.assess.assessment import assess_policy
 from safe_offrl.assess.fitted_features import FittedConfig, _spread
 from safe_offrl.check.inspect import principal_components, summarise
@@ -44,6 +43,7 @@ from safe_offrl.train.iteration import Iteration
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import PretrainConfig
 from safe_offrl.types import Episode
+from tests.agents.setups import agents_for
 from tests.slope import HORIZON, Slope
 
 EXACT = (2.0**-30, 2.0**30)  # 9.3e-10 and 1.1e9
@@ -164,7 +164,7 @@ def test_the_same_policy_is_pretrained_in_every_unit(
     assert other.estimate().value == pytest.approx(one.estimate().value, rel=1e-3)
 
 
-@pytest.mark.parametrize("agent", list(AGENTS))
+@pytest.mark.parametrize("agent", agents_for(discrete=False))
 @pytest.mark.parametrize("scale", EXACT)
 def test_every_agent_learns_the_same_to_the_bit(
     arrays: dict[str, NDArray[Any]], agent: str, scale: float

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from safe_offrl import commands
-from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.aversion import Aversion
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQL
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering

@@ -5,24 +5,50 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from safe_offrl.agents.bc import BC, BCConfig
+from safe_offrl.agents.awac import AWAC, AWACConfig
+from safe_offrl.agents.awr import AWR, AWRConfig
+from safe_offrl.agents.bc import BC, BCConfig, BCSafe
+from safe_offrl.agents.bcq import BCQ, BCQConfig
+from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
+from safe_offrl.agents.bear import BEAR, BEARConfig
+from safe_offrl.agents.brac import BRAC, BRACConfig, BRACValue
+from safe_offrl.agents.combo import COMBO, COMBOConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
+from safe_offrl.agents.crr import CRR, CRRConfig
+from safe_offrl.agents.dqn import DQN, REM, DQNConfig
+from safe_offrl.agents.fql import FQL, FQLConfig
+from safe_offrl.agents.idql import IDQL, IDQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
+from safe_offrl.agents.mopo import MOPO, MOPOConfig
+from safe_offrl.agents.morel import MOReL, MOReLConfig
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
+from safe_offrl.agents.qrdqn import QRDQN, QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD
+from safe_offrl.agents.spibb import SPIBB, SoftSPIBB, SoftSPIBBConfig, SPIBBConfig
+from safe_offrl.agents.td3bc import TD3BC, ReBRAC, ReBRACConfig, TD3BCConfig
 from safe_offrl.env.user_code import import_user_module
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.protocol import Kind, require_entropy
 
-AGENTS: dict[str, type[Agent]] = {
-    "bc_safe": BC,
-    "iql": IQL,
-    "cql": CQL,
-    "calql": CalQL,
-    "latent": LatentSteering,
+FAMILIES: dict[str, dict[str, type[Agent]]] = {
+    "imitation": {"bc": BC, "bc_safe": BCSafe, "awr": AWR, "awac": AWAC, "crr": CRR},
+    "values": {"iql": IQL, "cql": CQL, "calql": CalQL},
+    "constraints on the policy": {
+        "td3bc": TD3BC,
+        "rebrac": ReBRAC,
+        "brac_p": BRAC,
+        "brac_v": BRACValue,
+        "bear": BEAR,
+        "bcq": BCQ,
+    },
+    "several modes": {"latent": LatentSteering, "idql": IDQL, "fql": FQL},
+    "a model": {"mopo": MOPO, "morel": MOReL, "combo": COMBO},
+    "discrete actions": {"dqn": DQN, "rem": REM, "qrdqn": QRDQN, "bcq_discrete": DiscreteBCQ},
+    "few states": {"spibb": SPIBB, "soft_spibb": SoftSPIBB},
 }
+AGENTS: dict[str, type[Agent]] = {k: v for family in FAMILIES.values() for k, v in family.items()}
 
 
 def find_agent(name: str) -> type[Agent]:
@@ -52,13 +78,25 @@ def find_online(name: str) -> type[OnlineAgent]:
     )
 
 
+def learner_after(name: str) -> str:
+    """Who goes on online from what the agent of this name learnt, where nobody else is asked for.
+
+    That is RLPD, or the agent itself where its policies have no entropy for RLPD to keep. For an
+    agent of one's own, which may not be imported here, it is RLPD.
+    """
+    agent = AGENTS.get(name)
+    kinds: tuple[Kind, ...] = getattr(agent, "kinds", ())
+    scored = not kinds or any(kind.target_entropy is not None for kind in kinds)
+    return "rlpd" if agent is None or agent.Online is None or scored else name
+
+
 def kind_of(name: str, *, discrete: bool) -> Kind:
-    """The kind of policy that the agent of this name trains.
+    """The kind of policy that the agent of this name, or RLPD, trains.
 
     The first of its own ``kinds``, else of all, whose actions are like those of the log;
     ConfigError if it has none for them.
     """
-    own: tuple[Kind, ...] = getattr(find_agent(name), "kinds", ())
+    own: tuple[Kind, ...] = () if name == "rlpd" else getattr(find_agent(name), "kinds", ())
     if not own:
         return kind_for(discrete=discrete)
     fitting = [kind for kind in own if kind.one_hot == discrete]
@@ -73,15 +111,35 @@ def kind_of(name: str, *, discrete: bool) -> Kind:
 
 @dataclass(frozen=True)
 class AgentConfigs:
-    """Settings of every agent (Cal-QL uses CQL's); only the chosen one's matter.
+    """Settings of every agent; only the chosen one's matter.
+
+    One's fields may be another's too: BC-Safe has BC's, Cal-QL CQL's, REM DQN's.
 
     ``own`` are those of an agent of one's own, by the names of its ``Config``.
     """
 
     bc: BCConfig = field(default_factory=BCConfig)
+    awr: AWRConfig = field(default_factory=AWRConfig)
+    awac: AWACConfig = field(default_factory=AWACConfig)
+    crr: CRRConfig = field(default_factory=CRRConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
+    td3bc: TD3BCConfig = field(default_factory=TD3BCConfig)
+    rebrac: ReBRACConfig = field(default_factory=ReBRACConfig)
+    brac: BRACConfig = field(default_factory=BRACConfig)
+    bear: BEARConfig = field(default_factory=BEARConfig)
+    bcq: BCQConfig = field(default_factory=BCQConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
+    idql: IDQLConfig = field(default_factory=IDQLConfig)
+    fql: FQLConfig = field(default_factory=FQLConfig)
+    mopo: MOPOConfig = field(default_factory=MOPOConfig)
+    morel: MOReLConfig = field(default_factory=MOReLConfig)
+    combo: COMBOConfig = field(default_factory=COMBOConfig)
+    dqn: DQNConfig = field(default_factory=DQNConfig)
+    qrdqn: QRDQNConfig = field(default_factory=QRDQNConfig)
+    bcq_discrete: DiscreteBCQConfig = field(default_factory=DiscreteBCQConfig)
+    spibb: SPIBBConfig = field(default_factory=SPIBBConfig)
+    soft_spibb: SoftSPIBBConfig = field(default_factory=SoftSPIBBConfig)
     own: dict[str, Any] = field(default_factory=dict)
 
     def key(self, agent: type[Agent]) -> str:
@@ -99,16 +157,25 @@ class AgentConfigs:
 
         An agent of one's own may not be imported here: then it is as its settings were stored.
         """
-        agent = AGENTS.get(name.rpartition(":")[2])
+        module, _, own = name.rpartition(":")
+        agent = AGENTS.get(own)
         if agent is not None and self.key(agent) != "own":
-            return self.settings_for(agent).discount
+            if not module:
+                return self.settings_for(agent).discount
+            agent = None  # That of one's own has the same name.
         discount = self.own.get("discount", agent.Config().discount if agent else None)
         return None if discount is None else float(discount)
+
+
+def require_learner(name: str, kind: Kind) -> None:
+    """ConfigError if the learner is RLPD and cannot go on from policies of this kind."""
+    if name == "rlpd":
+        require_entropy(kind, "The entropy that rlpd keeps online")
 
 
 def online_agent(name: str, setup: Setup, configs: AgentConfigs) -> OnlineAgent:
     """Who learns online: RLPD by its own name, else the online form of the agent of this name."""
     if name == "rlpd":
-        require_entropy(setup.networks.actor.kind, "The entropy that rlpd keeps online")
+        require_learner(name, setup.networks.actor.kind)
         return RLPD(setup.networks, setup.learner, setup.generator, setup.compute)
     return find_online(name)(setup, configs.settings_for(find_agent(name)))

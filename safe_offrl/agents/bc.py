@@ -1,8 +1,10 @@
-"""BC-Safe: behaviour cloning of the log's safe episodes (the baseline of DSRL, Liu et al. 2023,
-arXiv:2306.09303, and of CDT, arXiv:2302.07351).
+"""Behaviour cloning: maximum likelihood of logged actions, of all or of safe episodes.
 
-Offline only: it learns no values, and what is below the limit in the log is all it can know of
-safety. The critics that the online phase starts from are learnt afterwards, by alignment.
+``bc`` fits a mixture to the whole log, of which a Gaussian would average "left" and "right".
+``bc_safe`` fits a Gaussian to the safe episodes (BC-Safe, the baseline of DSRL, Liu et al. 2023,
+arXiv:2306.09303, and of CDT, arXiv:2302.07351): what is below the limit in the log is all it can
+know of safety. Neither learns values: the critics that the online phase starts from are learnt
+afterwards, by alignment.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.errors import DataError
 from safe_offrl.limits import Limit
+from safe_offrl.policies.categorical import CATEGORICAL
+from safe_offrl.policies.mixture import MIXTURE
 from safe_offrl.policies.protocol import require_density
 from safe_offrl.types import Batch
 
@@ -54,16 +58,15 @@ def safe_episodes(dataset: Dataset, limits: Sequence[Limit]) -> Dataset:
 
 
 class BC:
-    """Maximum likelihood of the actions in safe episodes, from which it draws its own batches."""
+    """Maximum likelihood of logged actions."""
 
     Config = BCConfig
     Online: type[OnlineAgent] | None = None
+    kinds = (MIXTURE, CATEGORICAL)
 
-    def __init__(self, setup: Setup, config: BCConfig) -> None:
+    def __init__(self, setup: Setup, config: BCConfig, name: str = "bc") -> None:
         self.actor = setup.networks.actor
-        require_density(self.actor.kind, "The likelihood that bc_safe maximises")
-        self.generator = setup.generator
-        self.imitated = safe_episodes(setup.dataset, setup.limits).on(self.generator.device)
+        require_density(self.actor.kind, f"The likelihood that {name} maximises")
         self.optimizer = Adam(self.actor.parameters(), config.learning_rate)
         self._descend = Descent(self.loss, self.optimizer, setup.compute)
 
@@ -76,7 +79,23 @@ class BC:
         return (-self.actor.density(batch.observations).log_prob(batch.actions).mean(),)
 
     def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
+        """One step of the actor; nothing else steers it."""
+        return {"actor/loss": self._descend(batch)[0]}
+
+
+class BCSafe:
+    """The same of the actions in safe episodes, from which it draws its own batches."""
+
+    Config = BCConfig
+    Online: type[OnlineAgent] | None = None
+
+    def __init__(self, setup: Setup, config: BCConfig) -> None:
+        self.bc = BC(setup, config, "bc_safe")
+        self.parts, self.generator = self.bc.parts, setup.generator
+        self.imitated = safe_episodes(setup.dataset, setup.limits).on(self.generator.device)
+
+    def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """One step of the actor, on a batch of safe episodes as large as this one."""
         rows, layout = self.imitated.rows, self.imitated.layout
         (safe,) = uniform_batches(rows, layout, 1, len(batch.rewards), self.generator)
-        return {"actor/loss": self._descend(safe)[0]}
+        return self.bc.update(safe, steering)

@@ -24,6 +24,7 @@ from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part, named
+from safe_offrl.errors import ConfigError
 from safe_offrl.nn.losses import calibrate, conservative_gap, td_target
 from safe_offrl.policies.networks import Networks, polyak_
 from safe_offrl.policies.protocol import DensityPolicy, require_density
@@ -55,8 +56,14 @@ class ConservativeCritics:
         self, networks: Networks, config: CQLConfig, compute: Compute = EAGER, *, calibrated: bool
     ) -> None:
         self.networks = networks
-        require_density(networks.actor.kind, "The log-integral over actions in cql and calql")
-        self._enumerated = networks.actor.kind.exact
+        kind = networks.actor.kind
+        require_density(kind, "The log-integral over actions in cql and calql")
+        if not (kind.exact or kind.sampled):
+            raise ConfigError(
+                "The log-integral over actions in cql and calql is of actions drawn one by one, "
+                f'but a policy of the kind "{kind.name}" gives weighted ones. Take another learner.'
+            )
+        self._enumerated = kind.exact
         self.config = config
         self.calibrated = calibrated
         self.critic_optimizer = Adam(networks.critics.parameters(), config.learning_rate)

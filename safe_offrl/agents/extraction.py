@@ -16,23 +16,21 @@ exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from safe_offrl.agents.aversion import Aversion, risk_averse
+from safe_offrl.agents.behaviour import BehaviourMixture
 from safe_offrl.agents.steering import Penalty, Steering, steered
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import EAGER, Compute, Descent
 from safe_offrl.compute.state import Part
+from safe_offrl.limits import Quantity
 from safe_offrl.nn.losses import exponential_weight
-from safe_offrl.policies.mlp import linear_layers
 from safe_offrl.policies.networks import Networks, QFunction
-from safe_offrl.policies.protocol import BehaviourModel, require_density
 from safe_offrl.types import Batch
-
-LARGEST_EXPONENT = 60.0  # of a weight: a batch of them can still be summed in float32
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,10 @@ class ExtractionConfig:
         return Aversion(self.risk_aversion, self.relative_risk)
 
 
-class Aversion(NamedTuple):
-    """How much a logged action of risk is to count, of what one limit is of; see the settings."""
-
-    weight: float
-    relative: bool
+def usual_aversion(quantity: Quantity) -> Aversion:
+    """What is usual of a quantity, where no setting says more."""
+    words = quantity.pretraining.get("extraction", {})
+    return replace(ExtractionConfig(), **words).aversion
 
 
 class Extraction:
@@ -85,12 +82,8 @@ class Extraction:
         self._aversions = tuple(aversions) or (config.aversion,)
         self.generator = generator
         user = "The KL from the log in iql, cql and calql"
-        self._density = require_density(self.actor.kind, user)
-        size, a = networks.layout.sizes
-        outputs = self._density.behaviour_outputs(a, config.components)
-        widths = (*networks.sizes.actor_hidden, outputs)
-        # The name is that which its parameters have in a checkpoint.
-        self.mixture = nn.ModuleDict({"layers": linear_layers(size, widths, generator)})
+        self.behaviour = BehaviourMixture(networks, config.components, generator, user)
+        self.mixture = self.behaviour.network
         self.mixture_optimizer = Adam(self.mixture.parameters(), config.learning_rate)
         self.actor_optimizer = Adam(self.actor.parameters(), config.learning_rate)
         self._descend_mixture = Descent(self.mixture_loss, self.mixture_optimizer, compute)
@@ -104,11 +97,6 @@ class Extraction:
             "actor_optimizer": self.actor_optimizer,
         }
 
-    def behaviour(self, observations: Tensor) -> BehaviourModel:
-        """The model of the log's behaviour: a mixture, where one policy cannot be one."""
-        outputs = self.mixture["layers"](observations)
-        return self._density.behaviour(outputs, self.config.components)
-
     def mixture_loss(
         self,
         batch: Batch,
@@ -120,25 +108,12 @@ class Extraction:
 
         ``noise`` [B, A] drives the policy's own action, to which a relative risk is relative.
         """
-        danger = torch.zeros_like(advantages)
         with torch.no_grad():
             policy = None if noise is None else self.actor(batch.observations).quadrature(noise)
-            for (risk, _), aversion in zip(penalties, self._aversions, strict=True):
-                of_action = risk(batch.observations, batch.time_to_go, batch.actions)
-                if aversion.relative:
-                    assert policy is not None
-                    observations = policy.repeat(batch.observations)
-                    time_to_go = policy.repeat(batch.time_to_go)
-                    own = policy.expect(risk(observations, time_to_go, policy.actions))
-                    of_action = of_action - own
-                danger = danger + aversion.weight * of_action
         weight = exponential_weight(
             advantages, self.config.inverse_temperature, self.config.weight_limit
         )
-        # Normalised below: where some action is far less risky, no weight need overflow.
-        danger = danger - (danger.min() + LARGEST_EXPONENT).clamp_max(0.0)
-        weight = weight * (-danger).exp()
-        weight = weight / weight.mean().clamp_min(1e-6)
+        weight = risk_averse(weight, batch, penalties, self._aversions, policy)
         return (-(weight * self.behaviour(batch.observations).log_prob(batch.actions)).mean(),)
 
     def actor_loss(

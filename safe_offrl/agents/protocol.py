@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from safe_offrl.agents.extraction import Aversion, ExtractionConfig
+from safe_offrl.agents.aversion import Aversion
+from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.descent import EAGER, Compute
@@ -29,6 +30,7 @@ class Setup(NamedTuple):
     extraction: ExtractionConfig = ExtractionConfig()  # where it trains its actor by Extraction
     aversions: tuple[Aversion, ...] = ()  # its, one a limit; none: the settings' to the only one
     learner: RLPDConfig = RLPDConfig()  # where it trains its actor as RLPD does
+    steps: int = 0  # updates that an offline agent will have
 
 
 class OnlineAgent(Protocol):

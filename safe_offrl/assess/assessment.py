@@ -81,8 +81,9 @@ def assess_policy(
 def support(dataset: Dataset, actor: Actor, seed: int, rows: int = 20_000) -> float:
     """Share of logged actions that are such as the policy takes at the same observation.
 
-    Within the ellipsoid that holds 95 % of its Gaussian's actions; of discrete ones, with a
-    probability of 5 % at least. Extrapolation begins where this ends.
+    Within the ellipsoid that holds 95 % of its Gaussian's actions, of a mixture that of a component
+    with a weight of 5 % at least; of discrete ones, with a probability of 5 % at least.
+    Extrapolation begins where this ends.
     """
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(dataset.rows), (rows,), generator=generator)

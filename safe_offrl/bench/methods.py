@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from safe_offrl.agents import AGENTS
+
 Settings = Mapping[str, Any]  # dotted key -> value
 
 _NEVER = 1_000_000_000  # steps: more than any budget has
 _OFF: Settings = {"kl": False, "safety_constraint": False, "shield": False, "guard": False}
+_RLPD: Settings = {**_OFF, "baseline.learner": "rlpd"}
 _FROZEN: Settings = {**_OFF, "warmup_steps": _NEVER, "update_every": _NEVER}
 _BF16: Settings = {"precision": "bf16"}
 # Plain TD: the pressure upwards that makes the safety critic conservative is ours.
 _LAGRANGIAN: Settings = {
+    "baseline.learner": "rlpd",
     "kl": False,
     "shield": False,
     "guard": False,
@@ -48,16 +52,16 @@ METHODS: dict[str, Method] = {
         "the pretrained policy behind the shield, nothing learnt online",
         finetune={**_FROZEN, "shield": True},
     ),
-    "rlpd": Method("RLPD (arXiv:2302.02948), started from our pretrained policy", finetune=_OFF),
+    "rlpd": Method("RLPD (arXiv:2302.02948), started from our pretrained policy", finetune=_RLPD),
     "rlpd-scratch": Method(
         "RLPD as published: fresh networks, 5000 random steps",
-        finetune={**_OFF, "baseline.from_scratch": True, "warmup_steps": 5_000},
+        finetune={**_RLPD, "baseline.from_scratch": True, "warmup_steps": 5_000},
     ),
     "wsrl": Method(
         "WSRL (arXiv:2412.07762): from Cal-QL, 5000 steps of it, then UTD 4 on online data alone",
         pretrain={"agent": "calql", "alignment_steps": 0},
         finetune={
-            **_OFF,
+            **_RLPD,
             "offline_share": 0.0,
             "warmup_steps": 5_000,
             "update_every": 1,
@@ -76,7 +80,7 @@ METHODS: dict[str, Method] = {
     ),
     "sooper": Method(
         "SOOPER (arXiv:2601.19612) without its model: RLPD behind a guard, to the episode's end",
-        finetune={**_OFF, "guard": True, "baseline.sooper": True},
+        finetune={**_RLPD, "guard": True, "baseline.sooper": True},
     ),
     "sac-lagrangian": Method(
         "SAC-Lagrangian (as in OmniSafe), started from our pretrained policy, log in half a batch",
@@ -109,8 +113,24 @@ METHODS: dict[str, Method] = {
     "frozen-bf16": Method("frozen, pretrained in bfloat16", pretrain=_BF16, finetune=_FROZEN),
     "rlpd-narrow": Method(
         "rlpd with narrower exploration, as wide as a cautious policy explores",
-        finetune={**_OFF, "learner.target_entropy": -1},
+        finetune={**_RLPD, "learner.target_entropy": -1},
     ),
-    "frozen-cql": Method("frozen, pretrained with CQL", {"agent": "cql"}, _FROZEN),
-    "frozen-calql": Method("frozen, pretrained with Cal-QL", {"agent": "calql"}, _FROZEN),
+}
+# What each agent pretrains, as published and away from what the safety critic fears, and what is
+# made of it online; of iql these are "frozen" and "ours".
+METHODS |= {
+    f"published-{name}": Method(
+        f"{name} as published, nothing learnt online",
+        {"agent": name, "safety_constraint": False},
+        _FROZEN,
+    )
+    for name in AGENTS
+}
+_OTHERS = [name for name in AGENTS if name != "iql"]
+METHODS |= {
+    f"frozen-{name}": Method(f"frozen, pretrained with {name}", {"agent": name}, _FROZEN)
+    for name in _OTHERS
+}
+METHODS |= {
+    f"ours-{name}": Method(f"ours, pretrained with {name}", {"agent": name}) for name in _OTHERS
 }

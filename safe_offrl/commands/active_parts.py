@@ -1,9 +1,10 @@
-"""Which parts of the method are active in an online phase, and why some of them abstain."""
+"""Who learns in an online phase, which parts of the method are active, and why some abstain."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from safe_offrl.agents import learner_after
 from safe_offrl.errors import RunError
 from safe_offrl.limits import Limit
 from safe_offrl.record.checkpoints import Checkpoint
@@ -32,7 +33,19 @@ def active_line(config: FinetuneConfig, refusals: Mapping[str, tuple[str, ...]])
         for name, words in refusals.items()
         if words and parts[name.partition(" of ")[0]]
     )
-    return f"active      {', '.join(on) if on else 'nothing: plain RLPD'}{why}"
+    learner = config.baseline.learner
+    plain = "RLPD" if learner == "rlpd" else learner
+    return f"active      {', '.join(on) if on else f'nothing: plain {plain}'}{why}"
+
+
+def learner_lines(config: FinetuneConfig, agent: str) -> list[str]:
+    """Who goes on online, where it is not RLPD, and, where nobody had to ask for it, why."""
+    learner = config.baseline.learner
+    if learner == "rlpd":
+        return []
+    own = learner == learner_after(agent)
+    why = ": its policies have no entropy, which rlpd would keep" if own else ""
+    return [f"learner     {learner} goes on online in a form of its own{why}"]
 
 
 def pretrained_policy(

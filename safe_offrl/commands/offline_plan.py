@@ -43,6 +43,8 @@ from safe_offrl.record.run_config import RunInputs
 from safe_offrl.record.trust import is_trusted_log
 from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
 
+AS_PUBLISHED = "steering    none: the actor learns as published, beside the safety critic"
+
 
 @dataclass(frozen=True)
 class PretrainPlan:
@@ -70,6 +72,7 @@ class PretrainPlan:
                 *([f"actions     {self.units}"] if self.units else []),
                 *warning_lines(self.dataset, config.safety, config.held_out),
                 constraint_line(config.safety, self.dataset.horizon),
+                *([] if config.safety_constraint else [AS_PUBLISHED]),
                 device_line(self.inputs, config.precision, self.compiling),
             ]
         )

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from safe_offrl.agents import find_agent, find_online
-from safe_offrl.commands.active_parts import active_line, pretrained_policy
+from safe_offrl.agents import find_agent, find_online, learner_after, require_learner
+from safe_offrl.commands.active_parts import active_line, learner_lines, pretrained_policy
 from safe_offrl.commands.assess import Subject
 from safe_offrl.commands.common import (
     constraint_line,
@@ -38,6 +38,7 @@ from safe_offrl.env.make import make_env
 from safe_offrl.errors import ConfigError, RunError
 from safe_offrl.limits import Limit
 from safe_offrl.record.checkpoints import Checkpoint
+from safe_offrl.record.final_policy import stored_policy
 from safe_offrl.record.progress import Say
 from safe_offrl.record.run import RunDir
 from safe_offrl.record.run_config import RunInputs, parse_run_yaml
@@ -94,6 +95,7 @@ class FinetunePlan:
                 *self.changes,
                 constraint_line(safety, self.env.horizon),
                 active_line(config, self.refusals),
+                *learner_lines(config, self.agent),
                 *([REAL_LINE] if config.env.kind == "real" else []),
                 f"warm-up     {warm_up}",
                 *(f"provable    {best}" for best in self.certifiable),
@@ -112,7 +114,11 @@ def inherited(source: PretrainConfig) -> dict[str, Any]:
         "networks": to_dict(source.networks),
         "critic": {**to_dict(source.critic), **defaults.get("critic", {})},
         "learner": {"discount": discount_of(source)},
-        "baseline": {**defaults.get("baseline", {}), "agents": to_dict(source.agents)},
+        "baseline": {
+            **defaults.get("baseline", {}),
+            "learner": learner_after(source.agent),
+            "agents": to_dict(source.agents),
+        },
     }
 
 
@@ -265,6 +271,9 @@ def plan_finetune(
             require_pictures(env)
         # Pretrained policy and shield.
         checkpoint, refusals = pretrained_policy(pretrained, limits)
+        if not config.baseline.from_scratch:
+            kind = stored_policy(pretrained, checkpoint).actor.kind
+            require_learner(config.baseline.learner, kind)
         confidence = shared_confidence(config.safety.confidence, len(limits))
         provable = tuple(
             certifiable(config.budget, env.horizon, limit, confidence) for limit in limits

@@ -67,6 +67,30 @@ def _select(rows: Rows, index: Tensor) -> Tensor:
     return rows[index.cpu()].to(index.device)
 
 
+class Following(NamedTuple):
+    """What was logged in the step after each of a batch."""
+
+    actions: Tensor  # [B, A]
+    known: Tensor  # [B], 0 at the end of an episode: there is none, and any action stands for it
+
+
+class SuccessiveSampler:
+    """Transitions of a log, each with the action that was logged after it."""
+
+    def __init__(self, dataset: Dataset, device: torch.device | None = None) -> None:
+        self._rows, self._layout = dataset.on(device or torch.device("cpu")).rows, dataset.layout
+        self._known = torch.ones(len(self._rows), device=device)
+        self._known[torch.from_numpy(dataset.episode_starts[1:] - 1)] = 0.0
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Batch, Following]:
+        """n transitions uniformly, with replacement."""
+        index = draw_indices(len(self._rows), n, generator)
+        batch = self._layout.unpack(_select(self._rows, index))
+        after = (index + 1).clamp_max(len(self._rows) - 1)
+        actions = self._layout.unpack(_select(self._rows, after)).actions
+        return batch, Following(actions, self._known[index])
+
+
 class Reach(NamedTuple):
     """What a transition spans that a safety critic learns from: steps, discounted.
 

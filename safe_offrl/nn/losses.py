@@ -128,3 +128,21 @@ def push_up_loss(policy_logits: Tensor, weights: Tensor) -> Tensor:
     """
     _require_same_shape(policy_logits[0], weights)
     return (F.softplus(-policy_logits) * weights).mean(-1)
+
+
+def maximum_mean_discrepancy(first: Tensor, second: Tensor, sigma: float) -> Tensor:
+    """How far apart two sets of samples are, 0 if they are the same: [N, B, A], [M, B, A] -> [B].
+
+    ``sqrt(E k(x, x') + E k(y, y') - 2 E k(x, y))`` with the Laplacian kernel
+    ``k(x, y) = exp(-|x - y|_1 / (2 sigma))``, over all pairs, a sample with itself included (BEAR,
+    arXiv:1906.00949, eq. 1, as in its code, with 1e-6 under the root: its slope at 0 is finite).
+    """
+    if first.shape[1:] != second.shape[1:]:
+        raise ValueError(f"expected [N, B, A] and [M, B, A], got {first.shape}, {second.shape}")
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        distance = (x.unsqueeze(0) - y.unsqueeze(1)).abs().sum(-1)
+        return (-distance / (2.0 * sigma)).exp().mean((0, 1))
+
+    squared = kernel(first, first) + kernel(second, second) - 2.0 * kernel(first, second)
+    return (squared + 1e-6).sqrt()

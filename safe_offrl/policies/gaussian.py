@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,11 @@ Numbers = TypeVar("Numbers", Tensor, NDArray[np.float32])
 def log_std_of(unit: Numbers) -> Numbers:
     """[-1, 1] -> [-5, 2], for tanh of a network's output: no gradient dies at a clip."""
     return LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (unit + 1.0)
+
+
+def raw_log_std(log_std: float) -> float:
+    """The network's output that becomes this one, strictly between -5 and 2."""
+    return math.atanh(2.0 * (log_std - LOG_STD_MIN) / (LOG_STD_MAX - LOG_STD_MIN) - 1.0)
 
 
 def log_density(noise: Tensor, log_std: Tensor) -> Tensor:
@@ -62,7 +67,8 @@ class Gaussian(NamedTuple):
         """Before tanh, of standard normal noise [..., A]."""
         return self.mean + self.log_std.exp() * noise
 
-    def _noise_of(self, before: Tensor) -> Tensor:
+    def noise_of(self, before: Tensor) -> Tensor:
+        """The inverse of :meth:`unsquashed`."""
         return (before - self.mean) / self.log_std.exp()
 
     def act(self, noise: Tensor) -> Tensor:
@@ -82,12 +88,18 @@ class Gaussian(NamedTuple):
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log density of given actions [..., A] -> [...]."""
         before = before_tanh(actions, EDGE)
-        density = log_density(self._noise_of(before), self.log_std) - log_jacobian(before)
+        density = log_density(self.noise_of(before), self.log_std) - log_jacobian(before)
         return density.sum(-1)
+
+    def drawn(self, noise: Tensor) -> tuple[Quadrature, Tensor, Tensor]:
+        """One reparameterised action each; before tanh it [B, A], and its log density there [B]."""
+        before = self.unsquashed(noise)
+        density = log_density(noise, self.log_std).sum(-1)
+        return Quadrature(torch.tanh(before)), before, density
 
     def typical(self, actions: Tensor) -> Tensor:
         """Within the ellipsoid, before tanh, that holds 95 % of the policy's actions."""
-        noise = self._noise_of(before_tanh(actions, EDGE))
+        noise = self.noise_of(before_tanh(actions, EDGE))
         reach = 2.0 * special.gammaincinv(actions.shape[-1] / 2.0, LIKELY)  # chi-squared
         return noise.square().sum(-1) <= reach
 
@@ -103,6 +115,13 @@ class Gaussian(NamedTuple):
         return (other.log_std - self.log_std + 0.5 * (variance_ratio + shift - 1.0)).sum(-1)
 
 
+class Unsquashed(Protocol):
+    """A policy whose actions are the tanh of something that has a density as well."""
+
+    def drawn(self, noise: Tensor) -> tuple[Quadrature, Tensor, Tensor]:
+        """The quadrature; before tanh its actions [(K), B, A], their log densities there [K B]."""
+
+
 class Mixture(NamedTuple):
     """K Gaussians of which one acts, before tanh; densities too are before tanh."""
 
@@ -111,18 +130,27 @@ class Mixture(NamedTuple):
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log density of logged actions [B, A], before tanh -> [B]."""
-        return self._log_density(before_tanh(actions, LOGGED_EDGE))
+        return self.log_density(before_tanh(actions, LOGGED_EDGE))
 
-    def log_ratio(self, policy: Gaussian, noise: Tensor) -> tuple[Quadrature, Tensor]:
-        """One reparameterised action each, and ``log pi - log mixture``."""
-        assert isinstance(policy, Gaussian)
-        before = policy.unsquashed(noise)
+    def log_ratio(self, policy: Unsquashed, noise: Tensor) -> tuple[Quadrature, Tensor]:
+        """A policy's quadrature, and ``log pi - log mixture`` of each of its actions [K B]."""
         # Both densities are before tanh: its Jacobian cancels in the ratio.
-        density = log_density(noise, policy.log_std).sum(-1)
-        return Quadrature(torch.tanh(before)), density - self._log_density(before)
+        quadrature, before, density = policy.drawn(noise)
+        return quadrature, density - self.log_density(before).flatten()
 
-    def _log_density(self, before: Tensor) -> Tensor:
-        noise = self.parts._noise_of(before.unsqueeze(1))
+    def unsquashed(self, noise: Tensor, uniform: Tensor) -> Tensor:
+        """Draws before tanh, of standard normal noise [N, B, A] and uniform numbers [N, B].
+
+        The latter choose which Gaussian acts.
+        """
+        reached = uniform.unsqueeze(-1) >= self.log_weights.exp().cumsum(-1)[:, :-1]
+        chosen = F.one_hot(reached.sum(-1), self.log_weights.shape[-1]).to(noise.dtype)
+        mean, log_std = (torch.einsum("nbk,bka->nba", chosen, x) for x in self.parts)
+        return Gaussian(mean, log_std).unsquashed(noise)
+
+    def log_density(self, before: Tensor) -> Tensor:
+        """[..., B, A] -> [..., B]."""
+        noise = self.parts.noise_of(before.unsqueeze(-2))
         density = log_density(noise, self.parts.log_std)
         return torch.logsumexp(self.log_weights + density.sum(-1), dim=-1)
 
@@ -143,7 +171,7 @@ def _in_numpy(network: nn.Module) -> Callable[[Vector, Noise], Rows]:
     return act
 
 
-def _behaviour(outputs: Tensor, components: int) -> Mixture:
+def mixture_of(outputs: Tensor, components: int) -> Mixture:
     """A density network's mixture (Bishop 1994): weights, then outputs as of a policy for each."""
     logits, parts = outputs[:, :components], outputs[:, components:]
     of_each = _from_outputs(parts.unflatten(-1, (components, -1)))
@@ -167,6 +195,6 @@ GAUSSIAN = Kind(
     target_entropy=lambda a, per_dimension, share: per_dimension * a,
     density=Density(
         behaviour_outputs=lambda a, components: components * (1 + 2 * a),
-        behaviour=_behaviour,
+        behaviour=mixture_of,
     ),
 )

@@ -5,9 +5,14 @@ from __future__ import annotations
 from safe_offrl.policies.categorical import CATEGORICAL
 from safe_offrl.policies.gaussian import GAUSSIAN
 from safe_offrl.policies.latent import LATENT
+from safe_offrl.policies.mixture import MIXTURE
+from safe_offrl.policies.one_step import ONE_STEP
+from safe_offrl.policies.proposals import PROPOSALS
 from safe_offrl.policies.protocol import Kind
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (GAUSSIAN, CATEGORICAL, LATENT)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (GAUSSIAN, CATEGORICAL, LATENT, MIXTURE, ONE_STEP, PROPOSALS)
+}
 
 
 def kind_for(*, discrete: bool) -> Kind:

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from safe_offrl.policies.gaussian import (
     GAUSSIAN,
-    LOG_STD_MAX,
-    LOG_STD_MIN,
     Gaussian,
     log_density,
     log_std_of,
+    raw_log_std,
 )
 from safe_offrl.policies.mlp import NumpyMLP, linear_layers
 from safe_offrl.policies.protocol import Kind, Noise, Quadrature, Rows, Vector
@@ -97,7 +96,7 @@ def _network(o: int, a: int, hidden: Sequence[int], generator: torch.Generator) 
     with torch.no_grad():
         last.weight.mul_(NEARLY_NOTHING)
         last.bias[:a] = 0.0
-        last.bias[a:] = math.atanh((LOG_STD_MIN + LOG_STD_MAX) / (LOG_STD_MIN - LOG_STD_MAX))
+        last.bias[a:] = raw_log_std(0.0)
     return LatentNetwork(policy, linear_layers(o + a, (*hidden, a), generator, layer_norm=True))
 
 

@@ -29,6 +29,16 @@ def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
+def choosing_noise(shape: Sequence[int], rng: np.random.Generator) -> Noise:
+    """Standard normal numbers, but standard Gumbel ones in the last column.
+
+    The largest of log probabilities plus such numbers is a draw by them.
+    """
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    noise[..., -1] = rng.gumbel(size=noise.shape[:-1])
+    return noise
+
+
 class Quadrature(NamedTuple):
     """Actions that stand for a policy at B observations: ``E_pi f = sum_k weight_k f(action_k)``.
 
@@ -146,6 +156,7 @@ class Kind(NamedTuple):
     # A, an entropy per dimension, and a share of the most there can be, whichever fits.
     target_entropy: Callable[[int, float, float], float] | None = None
     density: Density | None = None
+    sampled: bool = True  # whether its quadrature, unless exact, is one action drawn from it
 
 
 def require_entropy(kind: Kind, user: str) -> None:

@@ -19,7 +19,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from safe_offrl.agents.extraction import Aversion, Extraction
+from safe_offrl.agents.aversion import Aversion
+from safe_offrl.agents.extraction import Extraction
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.device import Device
 from safe_offrl.compute.state import Part

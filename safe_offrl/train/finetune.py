@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_offrl.agents import online_agent
+from safe_offrl.agents import kind_of, online_agent
+from safe_offrl.agents.extraction import usual_aversion
 from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.device import Device
@@ -59,20 +60,23 @@ class Finetuning:
         env.offset = self.normalizer.offset
         self.rng = np.random.default_rng(config.seed)
         # What learns, in the order in which it is drawn.
-        # A policy from scratch is of the usual kind: it could not go on with another one's parts.
-        words = {} if config.baseline.from_scratch else pretrained_info.get("policy", {})
+        words = pretrained_info.get("policy", {})
+        kind = KINDS[words["kind"]] if "kind" in words else None
+        if config.baseline.from_scratch:  # not of another learner's kind, parts of which stay
+            kind = kind_of(config.baseline.learner, discrete=dataset.discrete)
         self.foundation = base = Foundation.from_log(
             config,
             dataset,
             env.horizon,
             compiled,
             device,
-            KINDS[words["kind"]] if "kind" in words else None,
+            kind,
         )
         self.networks, self.limits, self.generator = base.networks, base.limits, base.generator
         logged = dataset.normalised(self.normalizer).on(self.generator.device)
         built_from = (self.networks, logged, self.limits, self.generator, base.compute)
-        setup = Setup(*built_from, learner=config.cautious_learner)
+        aversions = tuple(usual_aversion(limit.quantity) for limit in self.limits)
+        setup = Setup(*built_from, aversions=aversions, learner=config.cautious_learner)
         self.learner = online_agent(config.baseline.learner, setup, config.baseline.agents)
         self.constraints = base.constraints()
         if not config.baseline.from_scratch:

@@ -69,7 +69,7 @@ class Pretraining:
             settings_of(config, "extraction", limit.quantity, config.extraction).aversion
             for limit in base.limits
         )
-        setup = Setup(*built_from, config.extraction, aversions)
+        setup = Setup(*built_from, config.extraction, aversions, steps=config.steps)
         self.agent = agent(setup, config.agents.settings_for(agent))
         self.learner = RLPD(self.networks, config.alignment, self.generator, base.compute)
         self.constraints = base.constraints()
@@ -136,13 +136,15 @@ class Pretraining:
         if aligning:
             metrics = self.learner.update_critics(batch)
         else:
-            steering = Steering(tuple(c.penalty(plain=False) for c in self.constraints))
+            steered = self.constraints if config.safety_constraint else ()
+            steering = Steering(tuple(c.penalty(plain=False) for c in steered))
             metrics = self.agent.update(batch, steering)
         for i, (limit, critic, multiplier) in enumerate(self.constraints):
             found = self.offline.update(i, self.networks.actor, batch)
             # On the log's observations the expected cost stays near the log's own whatever the
             # policy does: dual ascent on it would wind lambda up. Online they are the policy's.
-            if not aligning and not critic.outlook.over_visits:
+            steers = config.safety_constraint and not aligning
+            if steers and not critic.outlook.over_visits:
                 multiplier.update(found["csc/estimate"])
             found = {**found, "lambda": multiplier.value}
             metrics |= {metric_name(k, limit, first=not i): v for k, v in found.items()}

@@ -56,10 +56,11 @@ class PretrainConfig:
 
     ``steps`` gradient steps of the agent, then ``alignment_steps`` in which the actor is frozen and
     the reward and safety critics learn its own values (Marvel, arXiv:2412.04426): the online phase
-    starts from critics that agree with the policy that will act. ``held_out`` is the share of
-    episodes kept for the calibration report. ``device`` (see :mod:`safe_offrl.compute.device`),
-    ``compile`` and ``precision`` (see :mod:`safe_offrl.compute.descent`) say how losses are
-    computed.
+    starts from critics that agree with the policy that will act. Without ``safety_constraint`` the
+    agent is as published: its actor knows nothing of the safety critics, which learn all the same.
+    ``held_out`` is the share of episodes kept for the calibration report. ``device`` (see
+    :mod:`safe_offrl.compute.device`), ``compile`` and ``precision`` (see
+    :mod:`safe_offrl.compute.descent`) say how losses are computed.
     """
 
     agent: str = "iql"
@@ -70,6 +71,7 @@ class PretrainConfig:
     batch_size: int = 256
     held_out: float = 0.15
     seed: int = 0
+    safety_constraint: bool = True
     log_every: int = 1000
     device: DeviceChoice = "auto"
     compile: CompileMode = "auto"

@@ -1,13 +1,7 @@
-"""What every agent must do, and problems so small that the right answer is known.
+"""Problems so small that the right answer is known, and losses by hand."""
 
-Parametrised over AGENTS: a new agent that has values is tested by its line in the registry, with
-continuous and with discrete actions.
-"""
-
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -15,27 +9,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents.aversion import Aversion
 from safe_offrl.agents.cql import ConservativeCritics, CQLConfig
-from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.iql import IQLConfig, IQLValues
-from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering
-from safe_offrl.compute.adam import Adam
-from safe_offrl.compute.state import Part, collect_state, restore_state
+from safe_offrl.compute.state import collect_state
 from safe_offrl.policies.categorical import Categorical
 from safe_offrl.policies.gaussian import Gaussian
 from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.networks import EVERY, Actor, Members, NetworkConfig, Networks
 from safe_offrl.types import Batch, Layout
-from tests.agents.setups import setup_of
+from tests.agents.setups import configs_with, learner_of, no_risk
 
 OBSERVATIONS, ACTIONS, SIZE, MEMBERS = 3, 2, 16, 4
 LAYOUT = Layout(OBSERVATIONS, ACTIONS)
 SMALL = NetworkConfig((16,), (16,), MEMBERS)
 FAST = 3e-3
-WITH_VALUES = [name for name, agent in AGENTS.items() if agent.Config().discount is not None]
 NOTHING_ELSE = Steering()
 
 
@@ -65,23 +56,8 @@ def make_batch(size: int = SIZE, seed: int = 0, *, discrete: bool = False) -> Ba
     return batch
 
 
-def no_risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
-    return torch.sigmoid(actions.sum(-1)) * 0.0
-
-
 def risk_of_going_right(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
     return torch.sigmoid(4.0 * actions[:, 0])
-
-
-@dataclass
-class Setup:
-    """An offline agent or the online learner, with one step of training as the loops do it."""
-
-    networks: Networks
-    parts: dict[str, Part]
-    step: Callable[[Batch], None]
-    update_values: Callable[[Batch], None]
-    losses: Callable[[Batch], None]
 
 
 def networks_of(
@@ -90,60 +66,6 @@ def networks_of(
     return Networks(
         layout.observation_size, layout.action_size, sizes, generator, kind_for(discrete=discrete)
     )
-
-
-def offline(
-    name: str,
-    seed: int = 0,
-    layout: Layout = LAYOUT,
-    *,
-    sizes: NetworkConfig = SMALL,
-    configs: AgentConfigs | None = None,
-    extraction: ExtractionConfig | None = None,
-    discrete: bool = False,
-) -> Setup:
-    configs = configs or AgentConfigs()
-    extraction = extraction or ExtractionConfig()
-    generator = seeded(seed)
-    networks = Networks(*layout.sizes, sizes, generator, kind_of(name, discrete=discrete))
-    built_from = setup_of(networks, generator, extraction=extraction)
-    agent: Any = AGENTS[name](built_from, configs.settings_for(AGENTS[name]))
-    steering = Steering((Penalty(no_risk, torch.tensor(1.0)),))
-    own = agent.cql if name == "calql" else agent
-
-    def update_values(batch: Batch) -> None:
-        own.values.update(*((batch,) if name in ("iql", "latent") else (batch, generator)))
-
-    def losses(batch: Batch) -> None:
-        if name in ("iql", "latent"):
-            own.values.value_loss(batch)
-            own.values.critic_loss(batch)
-        else:
-            cql_loss(own.values, batch)
-        noise = torch.randn(batch.actions.shape, generator=seeded(5))
-        zeros = torch.zeros(len(batch.rewards))
-        if name == "latent":
-            own.flow_loss(batch, noise, zeros.unsqueeze(-1))
-            own.distillation_loss(batch.observations, noise)
-            own.actor_loss(batch, noise, steering.penalties)
-            return
-        own.extraction.mixture_loss(batch, zeros, steering.penalties, noise)
-        own.extraction.actor_loss(batch, noise, networks.q, steering.penalties)
-
-    parts = {part.rpartition(".")[2]: value for part, value in agent.parts().items()}
-    if name == "latent":  # what is learnt of the actor's frozen generator
-        parts["action_generator"] = agent.action_generator
-    return Setup(
-        networks,
-        {**parts, "generator": generator},
-        lambda batch: void(agent.update(batch, steering)),
-        update_values,
-        losses,
-    )
-
-
-def void(_: object) -> None:
-    pass
 
 
 def gaussian(actor: Actor, observations: Tensor) -> Gaussian:
@@ -163,194 +85,57 @@ def make_rlpd(config: RLPDConfig | None = None, sizes: NetworkConfig = SMALL) ->
     return RLPD(networks, config or RLPDConfig(), seeded())
 
 
-def online(
-    seed: int = 0,
-    layout: Layout = LAYOUT,
-    *,
-    sizes: NetworkConfig = SMALL,
-    config: RLPDConfig | None = None,
-    discrete: bool = False,
-) -> Setup:
-    generator = seeded(seed)
-    networks = networks_of(layout, sizes, generator, discrete=discrete)
-    learner = RLPD(networks, config or RLPDConfig(), generator)
-    one = torch.tensor(1.0)
-
-    def step(batch: Batch) -> None:
-        learner.update_critics(batch)
-        learner.update_actor(batch, Steering((Penalty(no_risk, one),)))
-
-    def losses(batch: Batch) -> None:
-        noise = torch.randn(batch.actions.shape, generator=seeded(5))
-        learner.critic_loss(batch, noise, torch.tensor([0, 1]))
-        learner.actor_loss(batch, noise, (Penalty(no_risk, one),), networks.actor, one)
-
-    return Setup(
-        networks,
-        {**learner.parts(), "generator": generator},
-        step,
-        lambda batch: void(learner.update_critics(batch)),
-        losses,
-    )
-
-
-Maker = Callable[..., Setup]
-CONTINUOUS: dict[str, Maker] = {
-    **{name: functools.partial(offline, name) for name in WITH_VALUES},
-    "rlpd": online,
-}
-DISCRETE: dict[str, Maker] = {
-    f"discrete {name}": functools.partial(make, discrete=True)
-    for name, make in CONTINUOUS.items()
-    if name != "latent"
-}
-MAKERS = {**CONTINUOUS, **DISCRETE}
-everyone = pytest.mark.parametrize("name", list(MAKERS))
-everyone_continuous = pytest.mark.parametrize("name", list(CONTINUOUS))
-everyone_discrete = pytest.mark.parametrize("name", list(DISCRETE))
-
-
-def batch_for(name: str, seed: int = 0) -> Batch:
-    return make_batch(seed=seed, discrete=name in DISCRETE)
-
-
-def tensors(setup: Setup) -> dict[str, Tensor]:
-    return collect_state(setup.parts)
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for key, tensor in one.items():
-        assert torch.equal(tensor, other[key]), key
-
-
-# --- what holds for every agent ---
-
-
-@everyone
-def test_loss_functions_change_nothing(name: str) -> None:
-    setup = MAKERS[name]()
-    setup.step(batch_for(name))
-    before = tensors(setup)
-    batch = batch_for(name, seed=1)
-    copy = Batch(*(x.clone() for x in batch.tensors))
-    global_state = torch.get_rng_state()
-    setup.losses(batch)
-    assert_equal(tensors(setup), before)
-    assert all(torch.equal(a, b) for a, b in zip(batch.tensors, copy.tensors, strict=True))
-    assert torch.equal(torch.get_rng_state(), global_state)
-
-
-@everyone
-@pytest.mark.parametrize("field", ["rewards", "terminated"])
-def test_wrong_shapes_are_refused(name: str, field: str) -> None:
-    batch = batch_for(name)
-    bad = batch._replace(**{field: getattr(batch, field).unsqueeze(-1)})
-    with pytest.raises(ValueError, match="expected equal shapes"):
-        MAKERS[name]().step(bad)
-
-
-@everyone
-def test_state_round_trip_continues_bitwise(name: str) -> None:
-    setup, other = MAKERS[name](seed=0), MAKERS[name](seed=1)
-    for i in range(3):
-        setup.step(batch_for(name, seed=i))
-    other.step(batch_for(name, seed=9))
-    restore_state(other.parts, tensors(setup))
-    for i in range(3):
-        setup.step(batch_for(name, seed=i))
-        other.step(batch_for(name, seed=i))
-    assert_equal(tensors(setup), tensors(other))
-
-
-@everyone
-def test_every_trained_tensor_is_in_one_optimiser_and_moves(name: str) -> None:
-    setup = MAKERS[name]()
-    optimisers = [p for p in setup.parts.values() if isinstance(p, Adam)]
-    held = [id(p) for o in optimisers for p in o.parameters]
-    trained: dict[str, Tensor] = {
-        f"{part}.{key}": parameter
-        for part, module in setup.parts.items()
-        if isinstance(module, nn.Module)
-        for key, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-    trained |= {
-        part: tensor
-        for part, tensor in setup.parts.items()
-        if isinstance(tensor, Tensor) and tensor.requires_grad
-    }
-    assert sorted(held) == sorted(id(p) for p in trained.values())
-    before = {key: p.detach().clone() for key, p in trained.items()}
-    setup.step(batch_for(name))
-    still = [key for key, p in trained.items() if torch.equal(p, before[key])]
-    assert not still
-    module_names = {part for part, x in setup.parts.items() if isinstance(x, nn.Module)}
-    assert {"actor", "critics", "target_critics"} <= module_names
-
-
-@everyone
-def test_target_networks_move_by_tau(name: str) -> None:
-    setup = MAKERS[name]()
-    networks = setup.networks
-    before = [p.clone() for p in networks.target_critics.parameters()]
-    setup.update_values(batch_for(name))
-    online_now = list(networks.critics.parameters())
-    tau = 5e-3  # of all three defaults
-    for b, o, now in zip(before, online_now, networks.target_critics.parameters(), strict=True):
-        torch.testing.assert_close(now, b + tau * (o - b), atol=1e-7, rtol=1e-5)
-        assert not torch.equal(now, b)
-
-
-@everyone
-def test_updating_the_values_leaves_the_actor(name: str) -> None:
-    setup = MAKERS[name]()
-    before = [p.detach().clone() for p in setup.networks.actor.parameters()]
-    setup.update_values(batch_for(name))
-    after = setup.networks.actor.parameters()
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-@everyone
-def test_the_generator_is_the_only_source_of_randomness(name: str) -> None:
-    results = []
-    for global_seed in (1, 2):
-        torch.manual_seed(global_seed)
-        setup = MAKERS[name]()
-        setup.step(batch_for(name))
-        results.append(tensors(setup))
-    assert_equal(*results)
+# Probes of those whose critics learn by temporal differences from batches alone; the others have
+# theirs beside their formulas.
+CONTINUOUS = ["iql", "cql", "calql", "latent", "idql", "bcq", "fql", "awac", "crr", "rlpd"]
+DISCRETE = ["iql", "cql", "calql", "awac", "crr", "dqn", "rem", "qrdqn", "bcq_discrete", "rlpd"]
+everyone_continuous = pytest.mark.parametrize("name", CONTINUOUS)
+everyone_discrete = pytest.mark.parametrize("name", DISCRETE)
 
 
 # --- probe problems ---
 
 
-def probe(name: str, *, observations: int, steps: int, discount: float, source: Batch) -> Setup:
-    """Train on uniform batches of ``source`` with small, fast networks; no conservatism."""
-    setup = probe_setup(name, observations, discount)
+SPECIAL: dict[str, dict[str, Any]] = {
+    "cql": {"alpha": 0.01, "actions": 4},
+    "latent": {"kl_weight": 0.02},
+    "idql": {"temperature": 0.02},
+    "bcq": {"perturbation": 0.3, "temperature": 0.02},
+    "fql": {"weight": 0.02},
+    "awac": {"temperature": 0.1},
+    "crr": {"temperature": 0.1},
+    "qrdqn": {"quantiles": 16},
+}
+
+
+def probe(
+    name: str,
+    *,
+    observations: int,
+    steps: int,
+    discount: float,
+    source: Batch,
+    discrete: bool = False,
+) -> Networks:
+    """What is learnt on uniform batches of ``source``, with small, fast networks; not careful."""
+    common: dict[str, Any] = {"learning_rate": FAST, "discount": discount, "tau": 0.05}
+    learner = learner_of(
+        name,
+        Layout(observations, CHOICES if discrete else 1),
+        online=name == "rlpd",
+        discrete=discrete,
+        sizes=NetworkConfig((32,), (32,), MEMBERS),
+        configs=configs_with(SPECIAL, **common),
+        extraction=ExtractionConfig(learning_rate=FAST, weight=0.02),
+        learner=RLPDConfig(
+            **common, target_entropy=-3.0, discrete_entropy=0.05, temperature_init=1e-3
+        ),
+    )
     g = seeded(3)
     for _ in range(steps):
         index = torch.randint(len(source.rewards), (64,), generator=g)
-        setup.step(Batch(*(x[index] for x in source.tensors)))
-    return setup
-
-
-def probe_setup(name: str, observations: int, discount: float) -> Setup:
-    sizes = NetworkConfig((32,), (32,), MEMBERS)
-    common: dict[str, Any] = {"learning_rate": FAST, "discount": discount, "tau": 0.05}
-    layout = Layout(observations, CHOICES if name in DISCRETE else 1)
-    if name.endswith("rlpd"):
-        config = RLPDConfig(
-            **common, target_entropy=-3.0, discrete_entropy=0.05, temperature_init=1e-3
-        )
-        return MAKERS[name](layout=layout, sizes=sizes, config=config)
-    configs = AgentConfigs(
-        iql=IQLConfig(**common, expectile=0.7),
-        cql=CQLConfig(**common, alpha=0.01, actions=4),
-        latent=LatentConfig(**common, expectile=0.7, kl_weight=0.02),
-    )
-    extraction = ExtractionConfig(learning_rate=FAST, weight=0.02)
-    return MAKERS[name](layout=layout, sizes=sizes, configs=configs, extraction=extraction)
+        learner.step(Batch(*(x[index] for x in source.tensors)))
+    return learner.networks
 
 
 def transitions(
@@ -370,10 +155,11 @@ def test_bandit_finds_the_best_action(name: str) -> None:
     here = torch.zeros(500, 1)
     reward = 1.0 - 2.0 * (actions[:, 0] - 0.5).square()
     source = transitions(here, actions, reward, here, torch.ones(500))
-    setup = probe(name, observations=1, steps=600, discount=0.9, source=source)
+    networks = probe(name, observations=1, steps=600, discount=0.9, source=source)
     with torch.no_grad():
-        drawn = setup.networks.actor(here).act(torch.randn(500, 1, generator=seeded(5)))
-        q = setup.networks.q(here, actions).mean(0)
+        actor = networks.actor
+        drawn = actor(here).act(actor.noise((500,), seeded(5)))
+        q = networks.q(here, actions).mean(0)
     assert drawn.mean().item() == pytest.approx(0.5, abs=0.15)
     assert drawn.std().item() < 0.4
     assert (q - reward).abs().mean().item() < 0.1
@@ -395,10 +181,10 @@ def test_two_step_chain_discounts_once(name: str) -> None:
         second.repeat(2 * CHAIN, 1),
         torch.tensor([0.0, 1.0]).repeat_interleave(CHAIN),
     )
-    setup = probe(name, observations=2, steps=500, discount=0.7, source=source)
+    networks = probe(name, observations=2, steps=500, discount=0.7, source=source)
     with torch.no_grad():
-        q0 = setup.networks.q(first.expand(CHAIN, -1), actions).mean().item()
-        q1 = setup.networks.q(second.expand(CHAIN, -1), actions).mean().item()
+        q0 = networks.q(first.expand(CHAIN, -1), actions).mean().item()
+        q1 = networks.q(second.expand(CHAIN, -1), actions).mean().item()
     assert q1 == pytest.approx(1.0, abs=0.06)
     assert q0 == pytest.approx(0.7, abs=0.06)
 
@@ -410,9 +196,9 @@ def test_truncation_bootstraps_and_termination_does_not(name: str) -> None:
     terminated = torch.tensor([0.0, 1.0]).repeat_interleave(CHAIN)
     actions = torch.linspace(-1, 1, CHAIN).unsqueeze(-1)
     source = transitions(states, actions.repeat(2, 1), torch.ones(2 * CHAIN), states, terminated)
-    setup = probe(name, observations=2, steps=500, discount=0.5, source=source)
+    networks = probe(name, observations=2, steps=500, discount=0.5, source=source)
     with torch.no_grad():
-        q = setup.networks.q(states, actions.repeat(2, 1)).mean(0)
+        q = networks.q(states, actions.repeat(2, 1)).mean(0)
     assert q[:CHAIN].mean().item() == pytest.approx(2.0, abs=0.1)
     assert q[CHAIN:].mean().item() == pytest.approx(1.0, abs=0.1)
 
@@ -428,10 +214,10 @@ def test_discrete_bandit_finds_the_best_action(name: str) -> None:
     here = torch.zeros(len(CYCLE), 1)
     actions = one_hot(CYCLE, CHOICES)
     source = transitions(here, actions, rewards[CYCLE], here, torch.ones(len(CYCLE)))
-    setup = probe(name, observations=1, steps=500, discount=0.9, source=source)
+    networks = probe(name, observations=1, steps=500, discount=0.9, source=source, discrete=True)
     with torch.no_grad():
-        probabilities = categorical(setup.networks.actor, torch.zeros(1, 1)).log_probs.exp()[0]
-        q = setup.networks.q(here[:3], actions[:3]).mean(0)
+        probabilities = categorical(networks.actor, torch.zeros(1, 1)).log_probs.exp()[0]
+        q = networks.q(here[:3], actions[:3]).mean(0)
     assert probabilities[1].item() > 0.8
     torch.testing.assert_close(q, rewards, atol=0.1, rtol=0.0)
 
@@ -452,10 +238,10 @@ def test_discrete_chain_discounts_once_and_truncation_bootstraps(name: str) -> N
     following = torch.where(stays, 0, following)
     rewards, terminated = (state > 0).float(), (state == 1).float()
     source = transitions(states, actions, rewards, torch.eye(3)[following], terminated)
-    setup = probe(name, observations=3, steps=700, discount=0.7, source=source)
+    networks = probe(name, observations=3, steps=700, discount=0.7, source=source, discrete=True)
     with torch.no_grad():
-        q = setup.networks.q(states, actions).mean(0)
-        policy = categorical(setup.networks.actor, torch.eye(3)).log_probs.exp()
+        q = networks.q(states, actions).mean(0)
+        policy = categorical(networks.actor, torch.eye(3)).log_probs.exp()
     assert len(q) == n
     assert q[state == 1].mean().item() == pytest.approx(1.0, abs=0.06)
     assert q[(state == 0) & ~stays].mean().item() == pytest.approx(0.7, abs=0.06)

@@ -4,7 +4,7 @@ Parametrised over AGENTS: a new agent is tested by its line there, and one with 
 that too.
 """
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,25 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safe_offrl.agents import AGENTS, AgentConfigs, kind_of, online_agent
-from safe_offrl.agents.steering import Penalty, Steering
+from safe_offrl.agents import AGENTS, FAMILIES
+from safe_offrl.cli.options import AGENT_WORDS
 from safe_offrl.compute.adam import Adam
 from safe_offrl.compute.descent import Descent
-from safe_offrl.compute.state import Part, collect_state, restore_state, seeded
+from safe_offrl.compute.state import collect_state, restore_state, seeded
 from safe_offrl.data.dataset import Dataset
-from safe_offrl.errors import ConfigError
-from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
 from safe_offrl.types import Batch, Layout
-from tests.agents.setups import setup_of
+from tests.agents.setups import Learner, agents_for, learner_of
 
-LAYOUT, SIZES, ROWS = Layout(3, 2), NetworkConfig((16,), (16,), 4), 16
-
-
-class Learner(NamedTuple):
-    """One of them with a step of training as the loops do it."""
-
-    parts: dict[str, Part]  # all that it has learnt, and its generator
-    step: Callable[[Batch], Any]
+LAYOUT, ROWS = Layout(3, 2), 16
 
 
 def batch_of(seed: int, *, discrete: bool) -> Batch:
@@ -49,7 +40,7 @@ def batch_of(seed: int, *, discrete: bool) -> Batch:
     )
 
 
-def log_of(*, discrete: bool) -> Dataset:
+def episodes(*, discrete: bool) -> Dataset:
     """Two episodes of 8 steps, the second with an accident."""
     batch = batch_of(100, discrete=discrete)
     last = (torch.arange(ROWS) == ROWS - 1).float()
@@ -61,67 +52,64 @@ def risk(observations: Tensor, time_to_go: Tensor, actions: Tensor) -> Tensor:
     return torch.sigmoid(actions.sum(-1))
 
 
-def learner(name: str, phase: str, *, discrete: bool, seed: int = 0) -> Learner:
-    generator, configs = seeded(seed), AgentConfigs()
-    agent = AGENTS.get(name)
-    kind = kind_of(name if agent else "iql", discrete=discrete)
-    networks = Networks(*LAYOUT.sizes, SIZES, generator, kind)
-    setup = setup_of(networks, generator)._replace(dataset=log_of(discrete=discrete))
-    one = torch.tensor(1.0)
-    parts: dict[str, Part] = {**networks.parts(), "generator": generator}
-    if phase == "offline":
-        assert agent is not None
-        offline = agent(setup, configs.settings_for(agent))
-        steering = Steering((Penalty(risk, one),))
-        parts |= offline.parts()
-        return Learner(parts, lambda batch: offline.update(batch, steering))
-    online = online_agent(name, setup, configs)
-    anchor = Actor(*LAYOUT.sizes, SIZES.actor_hidden, seeded(7), kind)
-    steering = Steering((Penalty(risk, one),), anchor, one)
-
-    def step(batch: Batch) -> None:
-        online.update_critics(batch)
-        online.update_actor(batch, steering)
-
-    return Learner(parts | online.parts(), step)
+class Case(NamedTuple):
+    name: str
+    online: bool
+    discrete: bool
 
 
-def cases() -> list[Any]:
-    """(name, phase, discrete), of all that can be."""
+def cases() -> list[Case]:
+    """All that can be."""
     found = []
-    for name in (*AGENTS, "rlpd"):
-        agent = AGENTS.get(name)
-        phases = [
-            *(["offline"] if agent else []),
-            *(["online"] if not agent or agent.Online else []),
+    for discrete in (False, True):
+        able = agents_for(discrete=discrete)
+        found += [Case(name, False, discrete) for name in able]
+        found += [
+            Case(n, True, discrete) for n in [*able, "rlpd"] if n == "rlpd" or AGENTS[n].Online
         ]
-        for discrete in (False, True):
-            try:
-                kind_of(name if agent else "iql", discrete=discrete)
-            except ConfigError:
-                continue
-            words = "discrete" if discrete else "continuous"
-            found += [
-                pytest.param((name, phase, discrete), id=f"{name}-{phase}-{words}")
-                for phase in phases
-            ]
     return found
 
 
-def learns_values(name: str) -> bool:
-    return name == "rlpd" or AGENTS[name].Config().discount is not None
+# They learn values of the log's returns, of the whole log before the first batch, and of batches of
+# their own.
+OTHERWISE = ("awr", "spibb", "soft_spibb", "rebrac")
 
 
-Case = tuple[str, str, bool]
-everyone = pytest.mark.parametrize("case", cases())
+def learns_values(case: Case) -> bool:
+    """By temporal differences from batches."""
+    if case.name == "rlpd" or case.online:
+        return True
+    return AGENTS[case.name].Config().discount is not None and case.name not in OTHERWISE
+
+
+def words(case: Case) -> str:
+    return " ".join([case.name, "online" * case.online, "discrete" * case.discrete]).strip()
+
+
+everyone = pytest.mark.parametrize("case", cases(), ids=words)
 with_values = pytest.mark.parametrize(
-    "case", [case for case in cases() if learns_values(case.values[0][0])]
+    "case", [case for case in cases() if learns_values(case)], ids=words
 )
+who_goes_on = pytest.mark.parametrize("case", [case for case in cases() if case.online], ids=words)
 
 
 def make(case: Case, seed: int = 0) -> Learner:
-    name, phase, discrete = case
-    return learner(name, phase, discrete=discrete, seed=seed)
+    return learner_of(
+        case.name,
+        LAYOUT,
+        online=case.online,
+        discrete=case.discrete,
+        seed=seed,
+        dataset=episodes(discrete=case.discrete),
+        risk=risk,
+        anchored=True,
+        steps=10,  # those that learn a model first do so in two of them
+    )
+
+
+def train(mine: Learner, batches: list[Batch]) -> None:
+    for batch in batches:
+        mine.step(batch)
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -134,12 +122,12 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def test_what_is_kept_goes_on_bit_for_bit(case: Case) -> None:
     mine, other = make(case, seed=0), make(case, seed=1)
     for i in range(3):
-        mine.step(batch_of(i, discrete=case[2]))
-    other.step(batch_of(9, discrete=case[2]))
+        mine.step(batch_of(i, discrete=case.discrete))
+    other.step(batch_of(9, discrete=case.discrete))
     restore_state(other.parts, collect_state(mine.parts))
     for i in range(3):
-        mine.step(batch_of(i, discrete=case[2]))
-        other.step(batch_of(i, discrete=case[2]))
+        mine.step(batch_of(i, discrete=case.discrete))
+        other.step(batch_of(i, discrete=case.discrete))
     assert_equal(collect_state(mine.parts), collect_state(other.parts))
 
 
@@ -150,7 +138,7 @@ def test_the_generator_is_the_only_source_of_randomness(case: Case) -> None:
         torch.manual_seed(global_seed)
         mine = make(case)
         for i in range(2):
-            mine.step(batch_of(i, discrete=case[2]))
+            mine.step(batch_of(i, discrete=case.discrete))
         results.append(collect_state(mine.parts))
     assert_equal(*results)
 
@@ -175,7 +163,7 @@ def test_losses_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Descent, "_differentiate", watched)
     mine = make(case)
-    mine.step(batch_of(1, discrete=case[2]))
+    mine.step(batch_of(1, discrete=case.discrete))
     assert looked
 
 
@@ -188,21 +176,25 @@ def _tensors(arguments: Any) -> list[Tensor]:
 @with_values
 @pytest.mark.parametrize("field", ["rewards", "terminated"])
 def test_wrong_shapes_are_refused(case: Case, field: str) -> None:
-    batch = batch_of(0, discrete=case[2])
-    with pytest.raises(ValueError, match="expected equal shapes"):
-        make(case).step(batch._replace(**{field: getattr(batch, field).unsqueeze(-1)}))
+    batch = batch_of(0, discrete=case.discrete)
+    mine, bad = make(case), batch._replace(**{field: getattr(batch, field).unsqueeze(-1)})
+    words = "expected equal shapes|same number of dimensions"
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        train(mine, [bad] * 4)
 
 
 @everyone
 def test_every_trained_tensor_is_in_one_optimiser_and_moves(case: Case) -> None:
     mine = make(case)
     held = [p for part in mine.parts.values() if isinstance(part, Adam) for p in part.parameters]
-    assert len({id(p) for p in held}) == len(held)
+    twice = [p for p in mine.networks.actor.parameters() if sum(p is other for other in held) > 1]
+    assert len({id(p) for p in held}) == len(held) - len(twice)
+    assert bool(twice) == (case.name in FAMILIES["a model"])  # imitates while a model learns
     modules = {key: part for key, part in mine.parts.items() if isinstance(part, nn.Module)}
     of_modules = [p for part in modules.values() for p in part.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in held]
     for i in range(4):
-        mine.step(batch_of(i, discrete=case[2]))
+        mine.step(batch_of(i, discrete=case.discrete))
     assert held
     assert not [p.shape for p, old in zip(held, before, strict=True) if torch.equal(p, old)]
     # What asks for gradients and is in no optimiser would never be learnt: the reward critics of an
@@ -212,3 +204,24 @@ def test_every_trained_tensor_is_in_one_optimiser_and_moves(case: Case) -> None:
         {p.data_ptr() for p in modules["critics"].parameters()} if "critics" in modules else set()
     )
     assert all(p.data_ptr() in learnt or p.data_ptr() in idle for p in of_modules)
+
+
+@who_goes_on
+def test_critics_learn_without_moving_the_actor(case: Case) -> None:
+    mine = make(case)
+    assert mine.update_critics is not None
+    actor, critics = (
+        collect_state({"actor": mine.networks.actor}),
+        list(mine.networks.critics.parameters()),
+    )
+    before = [p.detach().clone() for p in critics]
+    mine.update_critics(batch_of(0, discrete=case.discrete))
+    assert_equal(collect_state({"actor": mine.networks.actor}), actor)
+    assert not any(torch.equal(p, old) for p, old in zip(critics, before, strict=True))
+
+
+def test_help_and_the_documentation_name_every_agent() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "agents.md").read_text(encoding="utf-8")
+    for family in FAMILIES.values():
+        assert f" {', '.join(family)};" in AGENT_WORDS
+        assert all(f"\n| `{name}` | " in page for name in family)

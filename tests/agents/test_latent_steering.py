@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from safe_offrl import commands
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of, online_agent
 from safe_offrl.agents.bc import BC, BCConfig
-from safe_offrl.agents.latent import LatentConfig, LatentSteering, integrate
+from safe_offrl.agents.flow import integrate
+from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.commands import offline_plan
@@ -72,20 +73,20 @@ LINEAR = NetworkConfig((), (4,), 2)
 def test_the_flow_s_loss_is_by_hand() -> None:
     """At x_t = .75 (-1) + .25 (.6) = -.6 it flows by 2 (-.6) + 3 (.25) + .5 = .05, not by 1.6."""
     agent = agent_of(LINEAR)
-    linear_(agent.flow, [0.0, 2.0, 3.0], 0.5)
+    linear_(agent.behaviour.flow, [0.0, 2.0, 3.0], 0.5)
     batch = batch_of(torch.tensor([[0.6], [0.6]]), torch.zeros(2))
     # The second: at t = 1, x_t = a = .6, it flows by 1.2 + 3 + .5 = 4.7, not by .6 - 2.
     x0, t = torch.tensor([[-1.0], [2.0]]), torch.tensor([[0.25], [1.0]])
-    (loss,) = agent.flow_loss(batch, x0, t)
+    (loss,) = agent.behaviour.flow_loss(batch, x0, t)
     assert loss.item() == pytest.approx((1.55**2 + 6.1**2) / 2.0)
 
 
 def test_what_is_distilled_is_by_hand() -> None:
     """v = t - x + .5 in ten steps of .1 from w: x <- .9 x + .1 (t + .5), t = 0, .1, ... .9."""
     agent = agent_of(LINEAR)
-    linear_(agent.flow, [0.0, 9.0, 9.0], 9.0)  # the average counts, not this one
-    linear_(agent.target_flow, [0.0, -1.0, 1.0], 0.5)
-    linear_(agent.action_generator, [0.0, 0.3], 0.1)
+    linear_(agent.behaviour.flow, [0.0, 9.0, 9.0], 9.0)  # the average counts, not this one
+    linear_(agent.behaviour.target_flow, [0.0, -1.0, 1.0], 0.5)
+    linear_(agent.distillation.action_generator, [0.0, 0.3], 0.1)
     ends = []
     for begin in (0.2, 3.5):
         x = begin
@@ -94,10 +95,10 @@ def test_what_is_distilled_is_by_hand() -> None:
         ends.append(x)
     assert ends[1] > 1.0  # an action is clipped
     w = torch.tensor([[0.2], [3.5]])
-    found = integrate(agent.target_flow, torch.zeros(2, 1), w)
+    found = integrate(agent.behaviour.target_flow, torch.zeros(2, 1), w)
     assert found.flatten().tolist() == pytest.approx([ends[0], 1.0])
     errors = math.tanh(0.3 * 0.2 + 0.1) - ends[0], math.tanh(0.3 * 3.0 + 0.1) - 1.0
-    (loss,) = agent.distillation_loss(torch.zeros(2, 1), w)
+    (loss,) = agent.distillation.distillation_loss(torch.zeros(2, 1), w)
     assert loss.item() == pytest.approx((errors[0] ** 2 + errors[1] ** 2) / 2.0)
 
 
@@ -131,7 +132,7 @@ def test_who_learns_what() -> None:
     agent = agent_of(NetworkConfig((8,), (8,), 2), learning_rate=1e-2)
     network, batch = network_of(agent.actor), batch_of(torch.rand(6, 1), torch.rand(6))
     noise, t = torch.randn(6, 1, generator=seeded()), torch.rand(6, 1, generator=seeded())
-    modules = (network.policy, network.generator, agent.flow)
+    modules = (network.policy, network.generator, agent.behaviour.flow)
 
     def moved(step: Any, *arguments: object) -> list[bool]:
         before = [bits(module) for module in modules]
@@ -139,8 +140,8 @@ def test_who_learns_what() -> None:
         return [bits(module) != old for module, old in zip(modules, before, strict=True)]
 
     assert moved(agent._descend_actor, batch, noise, ()) == [True, False, False]
-    assert moved(agent._descend_generator, batch.observations, noise) == [False, True, False]
-    assert moved(agent._descend_flow, batch, noise, t) == [False, False, True]
+    assert moved(agent.distillation.update, batch.observations, noise) == [False, True, False]
+    assert moved(agent.behaviour.update, batch, noise, t) == [False, False, True]
     assert moved(agent.values.update, batch) == [False, False, False]
     assert moved(agent.update, batch, NOTHING_ELSE) == [True, True, True]
     assert not any(p.requires_grad for p in network.generator.parameters())
@@ -177,8 +178,7 @@ BOTH_WAYS = torch.tensor([[-0.8], [0.8]]).repeat(SIZE // 2, 1)
 def drawn_from(actor: Actor, count: int = 20_000) -> Tensor:
     """Actions [count] in the one state there is."""
     with torch.no_grad():
-        noise = torch.randn(count, 1, 1, generator=seeded(7))
-        actions: Tensor = actor(torch.zeros(1, 1)).act(noise)
+        actions = actor(torch.zeros(1, 1)).act(actor.noise((count, 1), seeded(7)))
     return actions.flatten()
 
 
@@ -237,7 +237,7 @@ def test_discrete_actions_are_refused_before_any_work(monkeypatch: pytest.Monkey
         commands.plan_pretrain(config, say=lambda _: None)
 
 
-@pytest.mark.parametrize("name", [name for name in AGENTS if name != "latent"])
+@pytest.mark.parametrize("name", [n for n, agent in AGENTS.items() if not hasattr(agent, "kinds")])
 def test_whoever_needs_the_density_of_an_action_refuses_it(name: str) -> None:
     setup = setup_of(Networks(1, 1, SMALL, seeded(), LATENT), seeded())
     words = rf'{name}.* needs the probability density of .* kind "latent" has none\.'

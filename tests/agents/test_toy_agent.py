@@ -31,14 +31,14 @@ from tests.markdown_blocks import commands as lines_of
 
 FOUND = blocks(Path(__file__).parents[2] / "README.md")
 (SOURCE,) = (block.text for block in FOUND if block.directive == "file my_agent.py")
-(LINES,) = (lines_of(block) for block in FOUND if "--agent my_agent:crr" in block.text)
+(LINES,) = (lines_of(block) for block in FOUND if "--agent my_agent:my_crr" in block.text)
 TINY = ["alignment_steps=20", "log_every=10", "batch_size=32", "networks.critics=3"]
 TINY += ["networks.actor_hidden=[16]", "networks.critic_hidden=[16]", "critic.hidden=[16,16]"]
 ONLINE = [
     "warmup_steps=300",
     "iteration_steps=200",
     "batch_size=32",
-    "baseline.learner=my_agent:crr",
+    "baseline.learner=my_agent:my_crr",
 ]
 
 
@@ -67,13 +67,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """As in another process."""
-    AGENTS.pop("crr", None)
+    AGENTS.pop("my_crr", None)
     sys.modules.pop("my_agent", None)
 
 
 def pretrain_plan(dataset: Path, *overrides: str) -> commands.PretrainPlan:
     config = commands.pretrain_config(
-        agent="my_agent:crr", dataset=str(dataset), steps=40, overrides=[*TINY, *overrides]
+        agent="my_agent:my_crr", dataset=str(dataset), steps=40, overrides=[*TINY, *overrides]
     )
     return commands.plan_pretrain(config, say=silent)
 
@@ -105,8 +105,8 @@ def kill_at(patch: pytest.MonkeyPatch, call: int) -> None:
 
 def test_it_is_one_file_of_which_the_last_line_adds_it() -> None:
     lines = [line for line in SOURCE.splitlines() if line.strip()]
-    assert lines[-1] == 'AGENTS["crr"] = CRR'
-    body = lines[lines.index("class CRR:") : -2]
+    assert lines[-1] == 'AGENTS["my_crr"] = MyCRR'
+    body = lines[lines.index("class MyCRR:") : -2]
     assert len(body) <= 45
 
 
@@ -180,7 +180,7 @@ def test_the_commands_of_the_recipe_run(folder: Path, tiny_dataset: Path) -> Non
 
 def losses(compute: Compute, *, discrete: bool) -> list[float]:
     """Of three updates on one batch."""
-    agent, generator = find_agent("my_agent:crr"), torch.Generator().manual_seed(0)
+    agent, generator = find_agent("my_agent:my_crr"), torch.Generator().manual_seed(0)
     networks = Networks(3, 2, NetworkConfig((8,), (8,), 2), generator, kind_for(discrete=discrete))
     built = agent(setup_of(networks, generator, compute=compute), agent.Config())
     batch = networks.layout.unpack(torch.rand(16, networks.layout.width, generator=generator))
@@ -205,8 +205,8 @@ def test_it_is_compiled(folder: Path) -> None:
 
 
 def test_names_and_settings_that_are_wrong_are_said(folder: Path, tiny_dataset: Path) -> None:
-    with pytest.raises(ConfigError, match=r'no agent "crr".*bc_safe, calql, cql, iql.*module:name'):
-        commands.pretrain_config(agent="crr")
+    with pytest.raises(ConfigError, match=r'no agent "toy".*awac, .*td3bc.*module:name'):
+        commands.pretrain_config(agent="toy")
     with pytest.raises(EnvError, match="module nowhere of the agent could not be imported"):
         commands.pretrain_config(agent="nowhere:crr")
     with pytest.raises(ConfigError, match='no agent "my_agent:toy"'):
@@ -219,7 +219,9 @@ def test_names_and_settings_that_are_wrong_are_said(folder: Path, tiny_dataset: 
     }.items():
         with pytest.raises(ConfigError, match=words):
             pretrain_plan(tiny_dataset, setting)
-    with pytest.raises(ConfigError, match=r'"bc_safe" has no form that goes on online.*calql, crr'):
+    with pytest.raises(
+        ConfigError, match=r'"bc_safe" has no form that goes on online.*calql, fql, iql, my_crr'
+    ):
         find_online("bc_safe")
 
 
@@ -249,10 +251,10 @@ def test_a_run_from_elsewhere_imports_no_agent(
     for name, resume in resumes.items():
         forget()
         monkeypatch.setenv("SAFE_OFFRL_CACHE", str(folder / name))  # as on another machine
-        with pytest.raises(RunError, match="would import and execute my_agent:crr"):
+        with pytest.raises(RunError, match="would import and execute my_agent:my_crr"):
             resume(name, say=silent)
         assert "my_agent" not in sys.modules
         said: list[str] = []
         commands.trust_run(name, say=said.append)
-        assert "its settings import my_agent:crr" in said[0]
+        assert "its settings import my_agent:my_crr" in said[0]
         assert resume(name, say=silent).state["status"] == "finished"

@@ -1,11 +1,14 @@
 """Half and half in EVERY slice, for any ratio and UTD; stratified draws stay unbiased."""
 
+import numpy as np
 import pytest
 import torch
 
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import (
     RiskSampler,
     StratifiedSampler,
+    SuccessiveSampler,
     n_step_costs,
     symmetric_batches,
     uniform_batches,
@@ -206,3 +209,17 @@ def test_one_step_is_the_stored_transition_with_its_weight(signals: tuple[str, .
     assert torch.equal(layout.pack(batch), rows[index])
     assert torch.equal(weights, expected)
     assert torch.equal(spans, torch.ones(60))
+
+
+def test_the_action_after_is_that_of_the_next_row_of_the_same_episode() -> None:
+    """Episodes of 3, 1 and 2 steps; the action of row i is (i, i)."""
+    rows = torch.arange(6.0).unsqueeze(1).expand(-1, LAYOUT.width).clone()
+    starts = np.array([0, 3, 4, 6])
+    sampler = SuccessiveSampler(Dataset(rows, LAYOUT, starts, np.zeros(6, bool), 3, ""))
+    batch, following = sampler.draw(400, generator())
+    row, known = batch.rewards, following.known
+    assert set(row[known == 1.0].tolist()) == {0.0, 1.0, 4.0}
+    assert set(row[known == 0.0].tolist()) == {2.0, 3.0, 5.0}
+    assert torch.equal(batch.actions, row.unsqueeze(1).expand(-1, 2))
+    assert torch.equal(following.actions[known == 1.0], batch.actions[known == 1.0] + 1.0)
+    assert following.actions.shape == (400, 2)

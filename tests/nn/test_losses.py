@@ -13,6 +13,7 @@ from safe_offrl.nn.losses import (
     expectile_loss,
     exponential_weight,
     first_accident_target,
+    maximum_mean_discrepancy,
     push_up_loss,
     td_target,
 )
@@ -188,6 +189,28 @@ def test_accident_td_loss_is_a_weighted_cross_entropy() -> None:
     assert torch.autograd.grad(loss.sum(), logit)[0].item() == pytest.approx(0.0, abs=1e-7)
 
 
+def test_maximum_mean_discrepancy_by_hand() -> None:
+    """Two states, two action dimensions; k(x, y) = exp(-|x - y|_1 / 4) for sigma = 2."""
+    first = torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 0.0]]])
+    second = torch.tensor([[[1.0, 0.0], [1.0, -2.0]]])
+    # First state: {0, 2} against {1}. Second: {(0, 0)} twice against {(1, -2)}, 3 away.
+    squared = [
+        (2.0 + 2.0 * math.exp(-0.5)) / 4.0 + 1.0 - 2.0 * math.exp(-0.25),
+        1.0 + 1.0 - 2.0 * math.exp(-0.75),
+    ]
+    by_hand = [math.sqrt(x + 1e-6) for x in squared]
+    found = maximum_mean_discrepancy(first, second, 2.0)
+    assert found.tolist() == pytest.approx(by_hand, rel=1e-4)
+    torch.testing.assert_close(maximum_mean_discrepancy(second, first, 2.0), found)
+
+
+def test_the_same_samples_are_no_distance_apart_and_have_a_slope() -> None:
+    x = torch.tensor([[[0.3]], [[-1.0]], [[2.0]]], requires_grad=True)
+    found = maximum_mean_discrepancy(x, x.detach().flip(0), 20.0)
+    assert found.item() == pytest.approx(1e-3, rel=0.1)  # the root of 1e-6
+    assert bool(torch.autograd.grad(found.sum(), x)[0].isfinite().all())
+
+
 def test_unequal_shapes_are_refused_not_broadcast() -> None:
     b, column = torch.zeros(4), torch.zeros(4, 1)
     for call in (
@@ -202,6 +225,7 @@ def test_unequal_shapes_are_refused_not_broadcast() -> None:
         lambda: accident_td_loss(torch.zeros(2, 4), b, b),
         lambda: accident_td_loss(torch.zeros(2, 4), torch.zeros(2, 4), column),
         lambda: push_up_loss(torch.zeros(4, 4), column),
+        lambda: maximum_mean_discrepancy(torch.zeros(2, 4, 1), torch.zeros(2, 1, 1), 1.0),
     ):
         with pytest.raises(ValueError, match="expected"):
             call()

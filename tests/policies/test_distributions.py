@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.policies.categorical import Categorical
-from safe_offrl.policies.gaussian import Gaussian
+from safe_offrl.policies.gaussian import Gaussian, Mixture
 from safe_offrl.policies.protocol import Quadrature
 
 
@@ -163,6 +163,23 @@ def test_typical_actions_by_hand() -> None:
     assert not policy.typical(torch.tanh(d(1.74, 1.74))).item()
     choice = categorical([0.9, 0.04, 0.06])
     assert choice.typical(torch.eye(3, dtype=torch.float64)).tolist() == [True, False, True]
+
+
+def test_draws_of_a_mixture_by_hand() -> None:
+    """Weights .2, .5, .3: 0 and .19 choose the first, .2 and .69 the second, .7 the third."""
+    means, stds = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[[0.1], [0.2], [0.3]]])
+    mixture = Mixture(torch.tensor([[0.2, 0.5, 0.3]]).log(), Gaussian(means, stds.log()))
+    uniform = torch.tensor([[0.0], [0.19], [0.21], [0.69], [0.71], [1.0]])
+    noise = torch.tensor([1.0, -1.0, 2.0, 0.0, 1.0, -2.0]).view(6, 1, 1)
+    drawn = mixture.unsquashed(noise, uniform)
+    assert drawn.flatten().tolist() == pytest.approx([1.1, 0.9, 2.4, 2.0, 3.3, 2.4])
+
+
+def test_draws_of_a_mixture_are_of_their_own_observation() -> None:
+    weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).log()
+    parts = Gaussian(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.zeros(2, 2, 1))
+    drawn = Mixture(weights, parts).unsquashed(torch.zeros(3, 2, 1), torch.full((3, 2), 0.5))
+    assert drawn[..., 0].tolist() == [[1.0, 4.0]] * 3
 
 
 def test_forms_are_not_mixed() -> None:

@@ -257,7 +257,11 @@ def test_a_checkpoint_brings_it_back_with_its_guard() -> None:
 
 @pytest.mark.parametrize("file_format", list(FORMATS))
 def test_a_file_does_what_it_does(file_format: str) -> None:
-    deployed = deployed_of(actor_of())
+    assert_same_in_a_file(deployed_of(actor_of()), file_format)
+
+
+def assert_same_in_a_file(deployed: DeployedPolicy, file_format: str) -> None:
+    """With some actions that are replaced and some that are handed over."""
     graph = PolicyGraph(deployed, spaces.Box(-1.0, 1.0, (A,)))
     run = FORMATS[file_format].open(FORMATS[file_format].write(graph))
     rng, rows = np.random.default_rng(0), 50

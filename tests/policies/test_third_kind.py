@@ -246,7 +246,7 @@ def test_a_checkpoint_from_before_kinds_had_names_is_read(discrete: bool) -> Non
 REFUSED = r'{} needs the probability density .* the kind "two_ways" has none\. Take'
 
 
-@pytest.mark.parametrize("name", [n for n, agent in AGENTS.items() if not hasattr(agent, "kind")])
+@pytest.mark.parametrize("name", [n for n, agent in AGENTS.items() if not hasattr(agent, "kinds")])
 def test_an_agent_that_needs_a_density_says_so_before_it_learns(name: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED.format(f".*{name}.*")):
         AGENTS[name](without_density(), AgentConfigs().settings_for(AGENTS[name]))

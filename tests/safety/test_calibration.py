@@ -12,6 +12,7 @@ from scipy import stats
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import Actor
+from safe_offrl.safety import calibration
 from safe_offrl.safety.calibration import (
     CONTRASTS,
     NO_FALLBACK,
@@ -150,6 +151,19 @@ def test_a_perfect_critic_may_shield() -> None:
     assert report.behaviour_accident_rate == pytest.approx(0.25, abs=0.05)
     assert (report.estimate, report.estimate_upper, report.estimate_plain_td) == (0.12, 0.15, 0.1)
     assert "allowed" in str(report)
+
+
+def test_a_long_log_is_judged_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values that continue what followed a step are those of its own state."""
+    steps = one_step_episodes()
+    t = steps.transitions
+    data = dataset(
+        [20] * 30, t.accidents.numpy() > 0.0, actions=t.actions, observations=t.observations
+    )
+    whole = report_of(RANDOM, data)
+    monkeypatch.setattr(calibration, "ROWS_AT_ONCE", 7)
+    assert report_of(RANDOM, data).ece == pytest.approx(whole.ece, rel=1e-5)
+    assert whole.ece > 0.05
 
 
 @pytest.mark.parametrize("critic", [RANDOM, BACKWARDS])

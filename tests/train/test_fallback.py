@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_offrl.agents.extraction import Aversion, Extraction, ExtractionConfig
+from safe_offrl.agents.aversion import Aversion
+from safe_offrl.agents.extraction import Extraction, ExtractionConfig
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.errors import ConfigError

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs
-from safe_offrl.agents.cql import CQLConfig
-from safe_offrl.agents.iql import IQLConfig
-from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.rlpd import RLPDConfig
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data_formats.loading import load_dataset
 from safe_offrl.errors import ConfigError
 from safe_offrl.policies.networks import NetworkConfig
 from safe_offrl.safety.critic import SafetyCriticConfig
+from safe_offrl.safety.multiplier import LagrangianConfig
 from safe_offrl.spec import SafetySpec
 from safe_offrl.train.finetune import Finetuning
 from safe_offrl.train.pretrain import Pretraining
 from safe_offrl.train.pretrain_config import FallbackConfig, PretrainConfig, discount_of
+from tests.agents.setups import agents_for, configs_with
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor], start: str) -> l
     return [k for k in one if k.startswith(start) and not torch.equal(one[k], other[k])]
 
 
-@pytest.mark.parametrize("agent", list(AGENTS))
+@pytest.mark.parametrize("agent", agents_for(discrete=False))
 def test_resume_equals_uninterrupted_bitwise(dataset: Dataset, agent: str) -> None:
     whole = Pretraining(config_of(agent), dataset)
     records, kept = [], {}
@@ -89,7 +88,7 @@ def test_the_fallback_comes_last_and_moves_by_itself(dataset: Dataset) -> None:
     assert not different(others, states[80], "")
 
 
-@pytest.mark.parametrize("agent", list(AGENTS))
+@pytest.mark.parametrize("agent", agents_for(discrete=False))
 def test_nothing_else_changes_with_the_fallback(dataset: Dataset, agent: str) -> None:
     """What it draws it draws from a generator of its own."""
     whole = Pretraining(config_of(agent), dataset)
@@ -178,14 +177,14 @@ def test_the_upper_estimate_is_as_sure_as_was_asked(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("agent", list(AGENTS))
 def test_values_are_discounted_by_whoever_learns_them(agent: str) -> None:
-    """bc_safe learns none: what is aligned after it has the alignment's own discount."""
-    agents = AgentConfigs(iql=IQLConfig(discount=0.91), cql=CQLConfig(discount=0.92))
-    agents = dataclasses.replace(agents, latent=LatentConfig(discount=0.9))
-    own = {"iql": 0.91, "cql": 0.92, "calql": 0.92, "bc_safe": 0.93, "latent": 0.9}[agent]
-    config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=own))
-    assert discount_of(config) == own
-    if agent != "bc_safe":
-        with pytest.raises(ConfigError, match=f"discounted by {own}"):
+    """Who learns none has the discount of the alignment, by which values are learnt after it."""
+    key = AgentConfigs().key(AGENTS[agent])
+    learns = AGENTS[agent].Config().discount is not None
+    agents = configs_with({key: {"discount": 0.9}} if learns else {})
+    config = PretrainConfig(agent=agent, agents=agents, alignment=RLPDConfig(discount=0.9))
+    assert discount_of(config) == 0.9
+    if learns:
+        with pytest.raises(ConfigError, match=r"discounted by 0\.9"):
             dataclasses.replace(config, alignment=RLPDConfig(discount=0.94))
 
 
@@ -202,6 +201,30 @@ def test_settings_of_an_agent_that_is_not_ones_own_are_named_as_such() -> None:
     own = AgentConfigs(own={"learning_rate": 0.1})
     with pytest.raises(ConfigError, match=r"agent is calql.*set agents\.cql"):
         PretrainConfig(agent="calql", agents=own)
+
+
+@pytest.mark.parametrize("agent", ["iql", "crr", "td3bc"])
+def test_without_the_constraint_an_actor_knows_nothing_of_safety(
+    dataset: Dataset, agent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the safety critic says of actions, the actor is the same; lambda stays put."""
+
+    def actor(offset: float, *, constraint: bool) -> tuple[list[Tensor], float]:
+        config = config_of(
+            agent, steps=8, safety_constraint=constraint, fallback=FallbackConfig(steps=0)
+        )
+        loop = Pretraining(config, dataset)
+        ((_, critic, multiplier),) = loop.constraints
+        for name in ("risk", "plain_risk"):
+            monkeypatch.setattr(critic, name, lambda o, t, a: (offset * a[:, 0]).sigmoid())
+        list(loop.run())
+        return list(loop.networks.actor.parameters()), float(multiplier.value)
+
+    (one, before), (other, after) = (actor(sign, constraint=False) for sign in (5.0, -5.0))
+    assert all(map(torch.equal, one, other))
+    assert before == after == LagrangianConfig().init
+    (one, _), (other, _) = (actor(sign, constraint=True) for sign in (5.0, -5.0))
+    assert not all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("loop", [Pretraining, Finetuning])
