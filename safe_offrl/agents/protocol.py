@@ -36,7 +36,8 @@ class Setup(NamedTuple):
 class OnlineAgent(Protocol):
     """What the online loop knows of a learner.
 
-    One whose batches are of chunks says what these span: a Reach, as ``reach``.
+    One whose batches are of chunks says what these span: a Reach, as ``reach``. One that goes on
+    from its offline form alone says ``from_scratch = False``.
     """
 
     own_values: bool  # it goes on from what its offline form has learnt, not from what was aligned

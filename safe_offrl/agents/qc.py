@@ -52,6 +52,7 @@ class OnlineQC:
     """Critics of chunks, and the choice among plans; what proposes them has learnt before."""
 
     own_values = True
+    from_scratch = False  # a generator that has learnt nothing would stay so
     return_discount: float | None = None
 
     def __init__(self, setup: Setup, config: QCConfig) -> None:

@@ -52,18 +52,17 @@ class Experience:
             RiskSampler.from_dataset(dataset, **reach._asdict(), device=device) for reach in reaches
         ]
         where = device or torch.device("cpu")
-        self._chunk = chunk
-        self._logged_chunks = chunk and ChunkSampler.from_dataset(dataset, chunk, where)
+        self._chunks = ChunkSampler.from_dataset(dataset, chunk, where) if chunk else None
 
     def batches(self, updates: int, batch_size: int, generator: torch.Generator) -> list[Batch]:
         """Mini-batches for the reward critics and the actor, each with its exact share of both.
 
         Before there are online chunks, all are logged.
         """
-        if self._chunk and self._logged_chunks:
-            online = self.buffer.chunks(self._chunk)
+        if self._chunks:
+            online = self.buffer.chunks(self._chunks.reach)
             n = round(batch_size * self.offline_share) if len(online) else batch_size
-            sizes = ((self._logged_chunks, n), (online, batch_size - n))
+            sizes = ((self._chunks, n), (online, batch_size - n))
             return [
                 _joined([source.draw(size, generator) for source, size in sizes if size])
                 for _ in range(updates)

@@ -211,6 +211,7 @@ class ChunkSampler:
 
         ``terminated`` [N] and ``starts`` lie where batches are to be.
         """
+        self.reach = reach
         self._rows, self._layout = rows, layout
         self._spans = _spans(starts, reach.steps)
         last = torch.arange(len(rows), device=starts.device) + self._spans - 1

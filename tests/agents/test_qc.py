@@ -425,10 +425,9 @@ def test_the_log_does_not_judge_it(offline: RunDir) -> None:
         commands.assess_runs([offline.path], say=silent)
 
 
-def test_from_scratch_its_kind_is_kept(offline: RunDir) -> None:
+def test_from_scratch_it_has_no_plans(offline: RunDir) -> None:
+    """A generator that has learnt nothing would stay so."""
     off: dict[str, Any] = dict.fromkeys(("kl", "safety_constraint", "shield", "guard"), False)
     overrides = [*ONLINE, "baseline.from_scratch=true"]
-    config = commands.finetune_config(offline, budget=300, overrides=overrides, **off)
-    plan = commands.plan_finetune(offline, config)
-    run = commands.finetune_run(plan, name="scratch", runs=offline.path.parent, say=silent)
-    assert run.load_checkpoint().info["policy"]["kind"] == "chunked"
+    with pytest.raises(ConfigError, match=r'agent "qc" learns offline alone .*learner=rlpd\.'):
+        commands.finetune_config(offline, budget=300, overrides=overrides, **off)
