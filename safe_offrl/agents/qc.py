@@ -4,15 +4,18 @@ a flow proposes the best.
     y = sum_{i<h} discount^i r_{t+i} + discount^h (1 - terminated) V(s_{t+h}),
     V(s) = E_{plan ~ pi(s)} min_e Q'_e(s, plan),
 
-is the target of Q(s_t, a_t .. a_{t+h-1}) of logged actions: a reward reaches back h
-steps at once, and without the bias of other n-step returns, for Q is of all the actions that led
-to it. The plans are those of a flow over h A numbers, distilled into a generator F.
+is the target of Q(s_t, a_t .. a_{t+h-1}) of logged actions: a reward reaches back h steps at once,
+and as Q is of all the actions on the way, it need not be those of the policy. (Where they answered
+to chance on the way, Q takes the luck for theirs.) The plans are those of a flow over h A numbers,
+distilled into a generator F.
 
 Where it differs: the paper executes a plan to its end; here there is a new one at every step, see
 policies/chunked.py, so Q is the value of a plan that nobody carries through. The choice is learnt
 (agents/choice.py), where the paper takes the argmax of Q, and weighs the risk of the first action;
-the target is of that choice. Online F stays as it is, for all policies to propose the same: the
-critics and the choice go on learning from both logged and new chunks.
+the target is of that choice, and of N = 16 plans, not 32: it is most of the work. Online F stays as
+it is, for all policies to propose the same, where the paper's flow goes on learning; the critics
+and the choice go on, on logged and new chunks. A chunk that terminates before its end counts, where
+the authors' code leaves it out: plans are made near the end too.
 """
 
 from __future__ import annotations
