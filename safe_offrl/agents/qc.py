@@ -5,7 +5,7 @@ a flow proposes the best.
     V(s) = E_{plan ~ pi(s)} min_e Q'_e(s, plan),
 
 is the target of Q(s_t, a_t .. a_{t+h-1}) of logged actions: a reward reaches back h steps at once,
-and as Q is of all the actions on the way, it need not be those of the policy. (Where they answered
+and as Q is of all the actions on the way, these need not be the policy's. (Where they answered
 to chance on the way, Q takes the luck for theirs.) The plans are those of a flow over h A numbers,
 distilled into a generator F.
 
