@@ -39,6 +39,7 @@ from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.mopo import MOPOConfig
 from safe_offrl.agents.morel import MOReLConfig
+from safe_offrl.agents.qc import QCConfig
 from safe_offrl.agents.qrdqn import QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.spibb import SoftSPIBBConfig, SPIBBConfig
@@ -73,6 +74,7 @@ CONFIGS = AgentConfigs(
     latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),
     idql=IDQLConfig(**COMMON, expectile=0.7, temperature=0.05),
     bcq=BCQConfig(**COMMON, perturbation=0.05, temperature=0.05),
+    qc=QCConfig(**COMMON, temperature=0.05),
     fql=FQLConfig(**COMMON, weight=0.3, aggregate="mean"),
     dqn=DQNConfig(**COMMON, temperature=0.02),
     qrdqn=QRDQNConfig(**COMMON, quantiles=8, temperature=0.02),

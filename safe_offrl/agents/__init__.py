@@ -23,6 +23,7 @@ from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.mopo import MOPO, MOPOConfig
 from safe_offrl.agents.morel import MOReL, MOReLConfig
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
+from safe_offrl.agents.qc import QC, QCConfig
 from safe_offrl.agents.qrdqn import QRDQN, QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.agents.spibb import SPIBB, SoftSPIBB, SoftSPIBBConfig, SPIBBConfig
@@ -43,7 +44,7 @@ FAMILIES: dict[str, dict[str, type[Agent]]] = {
         "bear": BEAR,
         "bcq": BCQ,
     },
-    "several modes": {"latent": LatentSteering, "idql": IDQL, "fql": FQL},
+    "several modes": {"latent": LatentSteering, "idql": IDQL, "fql": FQL, "qc": QC},
     "a model": {"mopo": MOPO, "morel": MOReL, "combo": COMBO},
     "discrete actions": {"dqn": DQN, "rem": REM, "qrdqn": QRDQN, "bcq_discrete": DiscreteBCQ},
     "few states": {"spibb": SPIBB, "soft_spibb": SoftSPIBB},
@@ -132,6 +133,7 @@ class AgentConfigs:
     latent: LatentConfig = field(default_factory=LatentConfig)
     idql: IDQLConfig = field(default_factory=IDQLConfig)
     fql: FQLConfig = field(default_factory=FQLConfig)
+    qc: QCConfig = field(default_factory=QCConfig)
     mopo: MOPOConfig = field(default_factory=MOPOConfig)
     morel: MOReLConfig = field(default_factory=MOReLConfig)
     combo: COMBOConfig = field(default_factory=COMBOConfig)

@@ -34,7 +34,11 @@ class Setup(NamedTuple):
 
 
 class OnlineAgent(Protocol):
-    """What the online loop knows of a learner."""
+    """What the online loop knows of a learner.
+
+    One whose batches are of chunks says what these span: a Reach, as ``reach``. One that goes on
+    from its offline form alone says ``from_scratch = False``.
+    """
 
     own_values: bool  # it goes on from what its offline form has learnt, not from what was aligned
     return_discount: float | None  # of the returns-to-go that its batches need; None: it needs none

@@ -44,9 +44,16 @@ class BaselineConfig:
         return self.pid if self.multiplier == "pid" else None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown learner, and a start of lambda that nothing would use or is below 0."""
+        """Refuse a learner that is unknown or has nothing to begin with, and a start of lambda
+        that nothing would use or is below 0.
+        """
         if self.learner != "rlpd" and ":" not in self.learner:
-            find_online(self.learner)
+            online = find_online(self.learner)
+            if self.from_scratch and not getattr(online, "from_scratch", True):
+                raise ConfigError(
+                    f'baseline.from_scratch: the agent "{self.learner}" learns offline alone what '
+                    "proposes its actions. Set baseline.learner=rlpd."
+                )
         if self.multiplier_init is not None and (
             self.multiplier == "ours" or self.multiplier_init < 0.0
         ):

@@ -94,6 +94,7 @@ class Finetuning:
                 Reach(critic.outlook.steps, critic.outlook.discount, limit.quantity.signal)
                 for limit, critic, _ in self.constraints
             ],
+            chunk=getattr(self.learner, "reach", None),
             device=self.generator.device,
         )
         confidence = shared_confidence(config.safety.confidence, len(self.limits))

@@ -15,6 +15,7 @@ from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.state import Part, seeded
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.sampling import Reach
 from safe_offrl.limits import Limit
 from safe_offrl.policies.kinds import KINDS
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
@@ -101,12 +102,19 @@ def learner_of(
         parts |= agent.parts()
         return Learner(networks, parts, lambda batch: agent.update(batch, steering), None)
     goes_on = online_agent(name, setup, configs)
+    steps = getattr(goes_on, "reach", Reach()).steps
     if anchored:
         anchor = Actor(*layout.sizes, sizes.actor_hidden, seeded(7), kind)
         steering = steering._replace(anchor=anchor, kl_weight=one)
 
-    def step(batch: Batch) -> None:
-        goes_on.update_critics(batch)
-        goes_on.update_actor(batch, steering)
+    def chunked(batch: Batch) -> Batch:
+        return batch._replace(actions=batch.actions.repeat(1, steps))
 
-    return Learner(networks, parts | goes_on.parts(), step, goes_on.update_critics)
+    def step(batch: Batch) -> None:
+        goes_on.update_critics(chunked(batch))
+        goes_on.update_actor(chunked(batch), steering)
+
+    def update_critics(batch: Batch) -> Any:
+        return goes_on.update_critics(chunked(batch))
+
+    return Learner(networks, parts | goes_on.parts(), step, update_critics)
