@@ -46,8 +46,8 @@ def controller_for(
         wrong = [x for x in actions if x.shape != (env.action_size,) or not np.isfinite(x).all()]
         if wrong:
             raise EnvError(
-                f'The controller "{name}" of "{env.env_id}" gave {wrong[0].tolist()}, but an action '
-                f"has {env.action_size} finite numbers. Fix its scripted_behaviours()."
+                f'The controller "{name}" of "{env.env_id}" gave {wrong[0].tolist()}, but '
+                f"an action has {env.action_size} finite numbers. Fix its scripted_behaviours()."
             )
         labels = np.stack([env.executed(action) for action in actions])
         return torch.from_numpy(labels).to(observations)
