@@ -36,8 +36,16 @@ from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.protocol import Kind, require_entropy
 
 FAMILIES: dict[str, dict[str, type[Agent]]] = {
-    "imitation": {"bc": BC, "bc_safe": BCSafe, "awr": AWR, "awac": AWAC, "crr": CRR, "ccil": CCIL},
-    "imitation that goes on online": {"gail": GAIL, "dagger": DAgger},
+    "imitation": {
+        "bc": BC,
+        "bc_safe": BCSafe,
+        "awr": AWR,
+        "awac": AWAC,
+        "crr": CRR,
+        "ccil": CCIL,
+        "gail": GAIL,
+        "dagger": DAgger,
+    },
     "values": {"iql": IQL, "cql": CQL, "calql": CalQL},
     "constraints on the policy": {
         "td3bc": TD3BC,
