@@ -35,6 +35,7 @@ from safe_offrl.policies.networks import Networks, StackedMLP
 from safe_offrl.types import Batch
 
 LOGIT_LIMIT = 5.0
+LEAST_SCALE = 1.0  # of values: those of a policy that cannot be told apart are 0, but for noise
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class OnlineGAIL:
             demonstrations = safe_episodes(demonstrations, setup.limits, "gail")
         self.demonstrations = demonstrations.on(self.generator.device)
         learner = replace(setup.learner, discount=config.discount)
-        self.learner = RLPD(networks, learner, self.generator, compute)
+        self.learner = RLPD(networks, learner, self.generator, compute, least_scale=LEAST_SCALE)
         lr = config.learning_rate
         self.discriminator = Discriminator(networks, lr, self.generator, compute)
         self.update_actor = self.learner.update_actor
