@@ -56,7 +56,7 @@ def controller_for(
 
 
 def _refusal(config: FinetuneConfig, env: AccidentEnv, asked: str, offered: list[str]) -> str:
-    learner, key = config.baseline.learner, f"baseline.agents.{config.baseline.learner}.controller"
+    learner, agents = config.baseline.learner, config.baseline.agents
     if not offered:
         elsewhere = ", or leave env.timeout out" if config.env.timeout else ""
         return (
@@ -67,5 +67,6 @@ def _refusal(config: FinetuneConfig, env: AccidentEnv, asked: str, offered: list
     which = f'"{asked}" is not among' if asked else "it must be told which of"
     return (
         f"{learner} asks a controller of the environment for labels: {which} the ones that "
-        f'"{env.env_id}" offers, {", ".join(offered)}. Set {key}.'
+        f'"{env.env_id}" offers, {", ".join(offered)}. Set '
+        f"baseline.agents.{agents.key(find_agent(learner))}.controller."
     )

@@ -22,8 +22,8 @@ from safe_offrl.policies.networks import NetworkConfig, Networks
 from safe_offrl.types import Batch
 from tests.agents.setups import setup_of
 from tests.agents.small_problems import log_of
-from tests.agents.test_toy_agent import Killed, kill_at, result
 from tests.agents.test_latent_steering import TINY, silent
+from tests.agents.test_toy_agent import Killed, kill_at, result
 
 NOTHING_ELSE = Steering()
 # Changes 1 and 5: their mean is 3, their deviation 2.
