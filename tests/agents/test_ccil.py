@@ -16,6 +16,7 @@ from safe_offrl.agents import find_agent, kind_of
 from safe_offrl.agents.ccil import CCIL, CCILConfig, LipschitzDynamics
 from safe_offrl.agents.steering import Steering
 from safe_offrl.compute.state import seeded
+from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.sampling import uniform_batches
 from safe_offrl.errors import DataError
 from safe_offrl.policies.networks import NetworkConfig, Networks
@@ -36,7 +37,7 @@ TWO_STEPS = log_of(
 )
 
 
-def agent_of(log: Any = TWO_STEPS, *, steps: int = 0, **settings: Any) -> CCIL:
+def agent_of(log: Dataset = TWO_STEPS, *, steps: int = 0, **settings: Any) -> CCIL:
     """With a model of one linear layer unless ``settings`` say otherwise."""
     generator = seeded(0)
     sizes = NetworkConfig((8,), (8,), 2)

@@ -176,7 +176,7 @@ def test_values_that_are_all_but_0_are_not_blown_up() -> None:
     """Q = .01 a: divided by 1, its slope over the mean of actions stays .01."""
     learner, batch = gail_of(EIGHT), EIGHT.transitions
     networks = learner.learner.networks
-    networks.q = lambda o, a: 0.01 * a[:, 0].expand(2, -1)  # type: ignore[method-assign]
+    networks.q = lambda observations, actions: 0.01 * actions[:, 0].expand(2, -1)  # type: ignore[method-assign]
     with torch.no_grad():
         learner.learner.log_temperature.fill_(-40.0)
     noise = torch.zeros(8, *networks.actor.noise_shape)
@@ -389,7 +389,7 @@ def test_a_controller_must_be_chosen_where_there_are_several(offline: Pretrained
     which = r"it must be told which of the ones .* hurried, moderate, cautious\. Set baseline\.a"
     with pytest.raises(ConfigError, match=which):
         online_plan(offline("dagger"))
-    with pytest.raises(ConfigError, match='"bold" is not among the ones .* hurried, moderate, '):
+    with pytest.raises(ConfigError, match=r'"bold" is not among the ones .* hurried, moderate, '):
         online_plan(offline("dagger"), asking("bold"))
 
 
