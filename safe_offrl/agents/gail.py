@@ -32,6 +32,7 @@ from safe_offrl.data.sampling import logged_rows, uniform_batches
 from safe_offrl.policies.categorical import CATEGORICAL
 from safe_offrl.policies.mixture import MIXTURE
 from safe_offrl.policies.networks import Networks, StackedMLP
+from safe_offrl.policies.protocol import require_entropy
 from safe_offrl.types import Batch
 
 LOGIT_LIMIT = 5.0
@@ -116,6 +117,7 @@ class OnlineGAIL:
 
     def __init__(self, setup: Setup, config: GAILConfig) -> None:
         networks, self.generator, compute = setup.networks, setup.generator, setup.compute
+        require_entropy(networks.actor.kind, "The entropy that gail keeps online")
         self.offline_share = setup.offline_share
         demonstrations = setup.dataset
         if config.safe_only:

@@ -27,6 +27,7 @@ from safe_offrl.errors import ConfigError, DataError
 from safe_offrl.limits import Limit
 from safe_offrl.policies.categorical import Categorical
 from safe_offrl.policies.networks import NetworkConfig, Networks
+from safe_offrl.policies.one_step import ONE_STEP
 from safe_offrl.record.run import RunDir
 from safe_offrl.train.fallback import Fallback
 from safe_offrl.types import Batch
@@ -95,12 +96,12 @@ def says_(learner: OnlineGAIL) -> None:
 
 
 def test_the_discriminator_s_loss_is_by_hand() -> None:
-    """Logits of demonstrations 1 and -2, of what was played 3: log D and log(1 - D)."""
+    """Logits of demonstrations 1 and -2, of what was played 3 and 0: log D and log(1 - D)."""
     learner = gail_of(EIGHT)
     says_(learner)
     demonstrated = steps_at([0.0, 0.0], [0.1, -0.2]).transitions
-    (loss,) = learner.discriminator.loss(demonstrated, steps_at([0.0], [0.3]).transitions)
-    by_hand = (softplus(-1.0) + softplus(2.0)) / 2.0 + softplus(3.0)
+    (loss,) = learner.discriminator.loss(demonstrated, steps_at([0.0, 0.0], [0.3, 0.0]).transitions)
+    by_hand = (softplus(-1.0) + softplus(2.0) + softplus(3.0) + math.log(2.0)) / 2.0
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -165,6 +166,12 @@ def test_the_discriminator_learns_with_the_critics_and_not_with_the_actor() -> N
     assert all(torch.equal(v, before[k]) for k, v in collect_state(network).items())
     learner.update_critics(batch)
     assert not any(torch.equal(v, before[k]) for k, v in collect_state(network).items())
+
+
+def test_a_policy_without_entropy_is_refused() -> None:
+    networks = Networks(1, 1, SIZES, seeded(0), ONE_STEP)
+    with pytest.raises(ConfigError, match=r"The entropy that gail keeps .* \"one_step\" does not"):
+        online_agent("gail", setup_of(networks, seeded(0), EIGHT), AgentConfigs())
 
 
 def test_rlpd_has_its_discount() -> None:
@@ -366,9 +373,15 @@ def test_it_goes_on_online_itself_with_every_constraint(
 
 def test_what_gail_begins_online_with(offline: Pretrained) -> None:
     """The policy that has imitated, and critics that know nothing of the environment's reward."""
-    plan, before = online_plan(offline("gail")), offline("gail").load_checkpoint().tensors
-    now = collect_state(start_loop(plan).learner.parts())
+    plan, before = (
+        online_plan(offline("gail"), "offline_share=0.25"),
+        offline("gail").load_checkpoint().tensors,
+    )
+    learner = start_loop(plan).learner
     plan.env.close()
+    assert isinstance(learner, OnlineGAIL)
+    assert learner.offline_share == 0.25
+    now = collect_state(learner.parts())
     networks = ("actor", "critics", "target_critics")
     keys = [key for key in now if key.partition("/")[0] in networks]
     same = {key: torch.equal(now[key], before[f"learner.{key}"]) for key in keys}
