@@ -401,7 +401,7 @@ def test_rlpd_can_be_asked_for(name: str, offline: Pretrained) -> None:
 def test_a_controller_must_be_chosen_where_there_are_several(offline: Pretrained) -> None:
     which = r"it must be told which of the ones .* hurried, moderate, cautious\. Set baseline\.a"
     with pytest.raises(ConfigError, match=which):
-        online_plan(offline("dagger"))
+        online_plan(offline("dagger"), asking(""))
     with pytest.raises(ConfigError, match=r'"bold" is not among the ones .* hurried, moderate, '):
         online_plan(offline("dagger"), asking("bold"))
 
