@@ -1,5 +1,4 @@
-"""Controllers that an environment's module offers: functions of an observation that know how to
-act."""
+"""Controllers that an environment's module offers: functions from observations to actions."""
 
 from __future__ import annotations
 
