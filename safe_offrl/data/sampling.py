@@ -35,10 +35,15 @@ def symmetric_batches(
     """
     if not 0.0 <= offline_share <= 1.0:
         raise ValueError(f"offline_share is {offline_share}, outside [0, 1]")
-    n_offline = round(batch_size * offline_share)
+    n_offline = logged_rows(batch_size, offline_share)
     offline = _draw_rows(offline_rows, updates, n_offline, generator)
     online = _draw_rows(online_rows, updates, batch_size - n_offline, generator)
     return [layout.unpack(rows) for rows in torch.cat([offline, online], dim=1)]
+
+
+def logged_rows(batch_size: int, offline_share: float) -> int:
+    """How many rows of such a batch are logged: its first."""
+    return round(batch_size * offline_share)
 
 
 def uniform_batches(

@@ -20,7 +20,8 @@ class BaselineConfig:
 
     ``learner`` goes on online: "rlpd", or an agent that has an online form, such as "calql" or
     "iql" (which needs a policy pretrained by it); ``agents`` are the settings of those. After an
-    agent whose policies have no entropy, such as "fql", it is that agent by default.
+    agent that goes on itself, such as "gail", or as "fql", whose policies have no entropy, it is
+    that one by default.
     ``from_scratch`` forgets the pretrained policy and critics, and makes the warm-up uniformly
     random, as RLPD was published. ``multiplier`` other than "ours" is a Lagrangian method: lambda
     follows what recent episodes showed, by "dual" ascent or "pid", and the learner is deployed

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of, online_agent
-from safe_offrl.agents.protocol import Setup
+from safe_offrl.agents.protocol import Controller, Setup
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.state import Part, seeded
 from safe_offrl.data.dataset import Dataset
@@ -56,11 +56,21 @@ def setup_of(
     dataset: Dataset | None = None,
     **settings: Any,
 ) -> Setup:
-    """With a log of one step without an accident by default; ``settings`` are fields of Setup."""
+    """With a log of one step without an accident by default, and a controller.
+
+    ``settings`` are fields of Setup.
+    """
     layout = networks.layout
     if dataset is None:
         dataset = log_of(layout.unpack(torch.zeros(1, layout.width)), layout)
+    settings = {"controller": first_action(layout), **settings}
     return Setup(networks, dataset, (LIMIT,), generator, **settings)
+
+
+def first_action(layout: Layout) -> Controller:
+    """A controller that always takes the first action, or of numbers 1 for the first of them."""
+    row = torch.eye(layout.action_size)[0]
+    return lambda observations: row.expand(len(observations), -1)
 
 
 class Learner(NamedTuple):
