@@ -20,7 +20,7 @@ from safe_offrl.policies.networks import Networks
 from safe_offrl.types import Batch
 
 # The actions [n, A] that a controller of the environment takes at observations [n, O].
-Controller = Callable[[Tensor], Tensor]
+Labeller = Callable[[Tensor], Tensor]
 
 
 class Setup(NamedTuple):
@@ -36,7 +36,7 @@ class Setup(NamedTuple):
     learner: RLPDConfig = RLPDConfig()  # where it trains its actor as RLPD does
     steps: int = 0  # updates that an offline agent will have
     offline_share: float = 0.5  # of a batch online: so many of its rows are logged, the first ones
-    controller: Controller | None = None  # online, where the agent's settings name one
+    controller: Labeller | None = None  # online, where the agent's settings name one
 
 
 class OnlineAgent(Protocol):

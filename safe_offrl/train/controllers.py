@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import find_agent
-from safe_offrl.agents.protocol import Controller
+from safe_offrl.agents.protocol import Labeller
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.controllers import offered_controllers
 from safe_offrl.errors import ConfigError, EnvError
@@ -17,7 +17,7 @@ from safe_offrl.types import Normalizer
 
 def controller_for(
     config: FinetuneConfig, env: AccidentEnv, normalizer: Normalizer
-) -> Controller | None:
+) -> Labeller | None:
     """The controller of the environment that the settings of the learner name.
 
     None where they name none. Observations are given to it one by one, in the environment's units.
@@ -32,7 +32,7 @@ def controller_for(
     offered = offered_controllers(env)
     name = next(iter(offered), "") if not asked and len(offered) == 1 else asked
     if name not in offered:
-        raise ConfigError(_refusal(config, env, asked, list(offered)))
+        raise ConfigError(_not_offered(config, env, asked, list(offered)))
     controller = offered[name](np.random.default_rng([config.seed, 3]))
     offset = 0.0 if normalizer.offset is None else normalizer.offset
 
@@ -55,7 +55,7 @@ def controller_for(
     return label
 
 
-def _refusal(config: FinetuneConfig, env: AccidentEnv, asked: str, offered: list[str]) -> str:
+def _not_offered(config: FinetuneConfig, env: AccidentEnv, asked: str, offered: list[str]) -> str:
     learner, agents = config.baseline.learner, config.baseline.agents
     if not offered:
         elsewhere = ", or leave env.timeout out" if config.env.timeout else ""

@@ -66,12 +66,7 @@ class Finetuning:
         if config.baseline.from_scratch:  # not of another learner's kind, parts of which stay
             kind = kind_of(config.baseline.learner, discrete=dataset.discrete)
         self.foundation = base = Foundation.from_log(
-            config,
-            dataset,
-            env.horizon,
-            compiled,
-            device,
-            kind,
+            config, dataset, env.horizon, compiled, device, kind
         )
         self.networks, self.limits, self.generator = base.networks, base.limits, base.generator
         logged = dataset.normalised(self.normalizer)

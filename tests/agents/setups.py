@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of, online_agent
-from safe_offrl.agents.protocol import Controller, Setup
+from safe_offrl.agents.protocol import Labeller, Setup
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.state import Part, seeded
 from safe_offrl.data.dataset import Dataset
@@ -67,7 +67,7 @@ def setup_of(
     return Setup(networks, dataset, (LIMIT,), generator, **settings)
 
 
-def first_action(layout: Layout) -> Controller:
+def first_action(layout: Layout) -> Labeller:
     """A controller that always takes the first action, or of numbers 1 for the first of them."""
     row = torch.eye(layout.action_size)[0]
     return lambda observations: row.expand(len(observations), -1)

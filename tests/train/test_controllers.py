@@ -14,7 +14,7 @@ import torch
 
 from safe_offrl.agents import AgentConfigs
 from safe_offrl.agents.dagger import DAggerConfig
-from safe_offrl.agents.protocol import Controller
+from safe_offrl.agents.protocol import Labeller
 from safe_offrl.env.adapter import AccidentEnv
 from safe_offrl.env.controllers import offered_controllers
 from safe_offrl.env.make import make_env
@@ -64,7 +64,7 @@ def config_of(controller: str = "", learner: str = "dagger", **settings: Any) ->
     return FinetuneConfig(baseline=BaselineConfig(learner=learner, agents=agents), **settings)
 
 
-def label_of(env: AccidentEnv, normalizer: Normalizer = PLAIN, controller: str = "") -> Controller:
+def label_of(env: AccidentEnv, normalizer: Normalizer = PLAIN, controller: str = "") -> Labeller:
     found = controller_for(config_of(controller), env, normalizer)
     assert found is not None
     return found
