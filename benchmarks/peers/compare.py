@@ -1,0 +1,252 @@
+"""Is what we learn as good as d3rlpy's, and as fast? The same log, sizes, steps and settings.
+
+    python -m benchmarks.peers.compare --d3rlpy PYTHON [--algorithms bc iql ...] [--tasks ...]
+                                       [--seeds 0 1 2] [--steps 10000] [--episodes 50]
+                                       [--workers 2] [--out docs/results]
+
+PYTHON is that of an environment with d3rlpy. Every learner is a process of its own with one thread.
+The two of a pair take turns on one core, so that whatever else the machine does meets both alike;
+then both act in the same episodes. A finished pair is a line of OUT/peers.jsonl, and the same
+command goes on after the last; a line of other settings does not count. The page OUT/peers.txt is
+made of the lines. Exit status 1 where a learner failed: the others go on without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.peers.learner import Actions, Observations
+from benchmarks.peers.page import page
+from benchmarks.peers.settings import ALGORITHMS, COMMON, EXTRACTION, TASKS, tasks_of
+from benchmarks.peers.tasks import Log, evaluate, read_log, write_for_them
+from safe_offrl.files import write_atomic
+from safe_offrl.record.json_lines import JsonLines
+
+ROOT = Path(__file__).parents[2]
+ROUNDS = 10  # in which a pair takes turns; the first is apart: it compiles
+Record = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """A pair: one algorithm of both libraries, on one task."""
+
+    algorithm: str
+    task: str
+    seed: int
+
+
+def settings_of(job: Job, steps: int, episodes: int) -> Record:
+    """All that a pair's result depends on besides versions and machine; as JSON gives it back."""
+    peer = ALGORITHMS[job.algorithm]
+    extraction = EXTRACTION if peer.extracted else {}
+    settings = {
+        "steps": steps,
+        "episodes": episodes,
+        "common": asdict(COMMON),
+        "peer": asdict(peer),
+        "extraction": extraction,
+    }
+    read: Record = json.loads(json.dumps(settings))
+    return read
+
+
+def jobs_of(algorithms: Iterable[str], tasks: Iterable[str], seeds: Iterable[int]) -> list[Job]:
+    """All pairs, a whole seed before the next: what is finished early is of everything."""
+    return [
+        Job(algorithm, task, seed)
+        for seed in seeds
+        for task in tasks
+        for algorithm in algorithms
+        if task in tasks_of(algorithm)
+    ]
+
+
+def counted(records: Iterable[Record], jobs: Iterable[Job], steps: int, episodes: int) -> Any:
+    """{job: its record}, of the jobs that have one of exactly these settings; the latest."""
+    of_job = {Job(r["algorithm"], r["task"], r["seed"]): r for r in records}
+    return {
+        job: of_job[job]
+        for job in jobs
+        if job in of_job and of_job[job]["settings"] == settings_of(job, steps, episodes)
+    }
+
+
+class LearnerFailedError(Exception):
+    """A learner's process has ended where it should have answered."""
+
+
+class Process:
+    """A learner in a process of its own (learner.py)."""
+
+    def __init__(self, python: str, library: str, job: Job, log: str, steps: int, core: int) -> None:
+        self._name = f"{job.algorithm} of {library} on {job.task}, seed {job.seed}"
+        self._errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up
+        words = (library, job.algorithm, log, job.seed, steps, core)
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.peers.learner", *map(str, words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def __enter__(self) -> Process:
+        self._answer()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def train(self, updates: int) -> tuple[float, float]:
+        """So many updates: seconds, and seconds of CPU."""
+        answer = self._ask({"train": updates})
+        return answer["seconds"], answer["cpu_seconds"]
+
+    def act(self, observations: Observations, *, mean: bool) -> Actions:
+        """Actions at these observations."""
+        answer = self._ask({"act": observations.tolist(), "mean": mean})
+        return np.array(answer["actions"], dtype=np.float32)
+
+    def _ask(self, request: Mapping[str, Any]) -> Record:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # It has ended, and says below why.
+        return self._answer()
+
+    def _answer(self) -> Record:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            said = self._errors.read().decode(errors="replace")[-2000:]
+            raise LearnerFailedError(f"{self._name} stopped:\n{said}")
+        answer: Record = json.loads(line)
+        return answer
+
+
+def run_pair(
+    job: Job, log: Log, for_them: Path, pythons: Mapping[str, str], core: int, args: Any
+) -> Record:
+    """Train both in turns on this core, evaluate both; what is stored of it."""
+    steps, episodes = args.steps, args.episodes
+    with (
+        Process(pythons["ours"], "ours", job, job.task, steps, core) as ours,
+        Process(pythons["theirs"], "theirs", job, str(for_them), steps, core) as theirs,
+    ):
+        updates = [len(part) for part in np.array_split(np.arange(steps), ROUNDS)]
+        taken: dict[Process, list[tuple[float, float]]] = {ours: [], theirs: []}
+        for k, n in enumerate(updates):
+            for process in (ours, theirs) if k % 2 else (theirs, ours):
+                taken[process].append(process.train(n))
+
+        def mean_return(process: Process, *, mean: bool) -> float:
+            def act(observations: Observations) -> Actions:
+                return process.act(observations, mean=mean)
+
+            return evaluate(job.task, log.normalizer, act, episodes)
+
+        results = {}
+        for name, process in (("ours", ours), ("theirs", theirs)):
+            results[name] = {
+                "return": mean_return(process, mean=True),
+                "seconds": [wall for wall, _ in taken[process]],
+                "cpu_seconds": [cpu for _, cpu in taken[process]],
+            }
+        results["ours"]["deployed_return"] = mean_return(ours, mean=False)
+    return {
+        **job._asdict(),
+        **results,
+        "updates": updates,
+        "log_return": log.mean_return,
+        "settings": settings_of(job, steps, episodes),
+    }
+
+
+def main() -> int:
+    """Run what has no line yet, then write the page; the exit status."""
+    args = parsed()
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines, page_file = JsonLines(args.out / "peers.jsonl"), args.out / "peers.txt"
+    jobs = jobs_of(args.algorithms, args.tasks, args.seeds)
+
+    def have() -> dict[Job, Record]:
+        found: dict[Job, Record] = counted(lines.read(), jobs, args.steps, args.episodes)
+        return found
+
+    lines.cut(len(lines.read()))  # A torn last line would spoil the next.
+    todo = [job for job in jobs if job not in have()]
+    pythons = {"ours": sys.executable, "theirs": args.d3rlpy}
+    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0))[: args.workers]:
+        cores.put(core)
+    failures = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.workers) as pool:
+        logs = {task: read_log(task) for task in dict.fromkeys(job.task for job in todo)}
+        for task, log in logs.items():
+            write_for_them(log.dataset, Path(folder, f"{task}.npz"))
+
+        def on_a_core(job: Job) -> Record:
+            core = cores.get()
+            try:
+                for_them = Path(folder, f"{job.task}.npz")
+                return run_pair(job, logs[job.task], for_them, pythons, core, args)
+            finally:
+                cores.put(core)
+
+        for done in as_completed([pool.submit(on_a_core, job) for job in todo]):
+            try:
+                record = done.result()
+            except LearnerFailedError as error:
+                failures.append(str(error))
+                print(error, flush=True)
+                continue
+            lines.append(record)
+            lines.sync()
+            print(*(record[key] for key in Job._fields), "finished", flush=True)
+    text = page(list(have().values()), len(jobs), args.steps, args.episodes)
+    write_atomic(page_file, text.encode())
+    print(text)
+    return 1 if failures else 0
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--d3rlpy", required=True, help="Python of an environment with d3rlpy")
+    parser.add_argument(
+        "--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS)
+    )
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=2, help="pairs at a time, a core each")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
