@@ -14,18 +14,18 @@ made of the lines. Exit status 1 where a learner failed: the others go on withou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -89,32 +89,13 @@ class LearnerFailedError(Exception):
     """A learner's process has ended where it should have answered."""
 
 
+@dataclass(frozen=True)
 class Process:
     """A learner in a process of its own (learner.py)."""
 
-    def __init__(self, python: str, library: str, job: Job, log: str, steps: int, core: int) -> None:
-        self._name = f"{job.algorithm} of {library} on {job.task}, seed {job.seed}"
-        self._errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up
-        words = (library, job.algorithm, log, job.seed, steps, core)
-        self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.peers.learner", *map(str, words)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            cwd=ROOT,
-        )
-
-    def __enter__(self) -> Process:
-        self._answer()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
+    name: str
+    process: subprocess.Popen[str]
+    errors: IO[bytes]  # a file: a pipe that nobody reads would fill up
 
     def train(self, updates: int) -> tuple[float, float]:
         """So many updates: seconds, and seconds of CPU."""
@@ -126,25 +107,50 @@ class Process:
         answer = self._ask({"act": observations.tolist(), "mean": mean})
         return np.array(answer["actions"], dtype=np.float32)
 
-    def _ask(self, request: Mapping[str, Any]) -> Record:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # It has ended, and says below why.
-        return self._answer()
-
-    def _answer(self) -> Record:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+    def answer(self) -> Record:
+        """What it says next; LearnerFailedError if it has ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace")[-2000:]
-            raise LearnerFailedError(f"{self._name} stopped:\n{said}")
+            self.process.wait()
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace")[-2000:]
+            raise LearnerFailedError(f"{self.name} stopped:\n{said}")
         answer: Record = json.loads(line)
         return answer
+
+    def _ask(self, request: Mapping[str, Any]) -> Record:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # It has ended, and says below why.
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        return self.answer()
+
+
+@contextlib.contextmanager
+def started(
+    python: str, library: str, job: Job, log: str, steps: int, core: int
+) -> Iterator[Process]:
+    """The process of one library's learner, built; it ends with the block."""
+    words = map(str, (library, job.algorithm, log, job.seed, steps, core))
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [python, "-m", "benchmarks.peers.learner", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+        ) as process,
+    ):
+        name = f"{job.algorithm} of {library} on {job.task}, seed {job.seed}"
+        running = Process(name, process, errors)
+        try:
+            running.answer()
+            yield running
+        finally:
+            process.kill()
 
 
 def run_pair(
@@ -153,14 +159,15 @@ def run_pair(
     """Train both in turns on this core, evaluate both; what is stored of it."""
     steps, episodes = args.steps, args.episodes
     with (
-        Process(pythons["ours"], "ours", job, job.task, steps, core) as ours,
-        Process(pythons["theirs"], "theirs", job, str(for_them), steps, core) as theirs,
+        started(pythons["ours"], "ours", job, job.task, steps, core) as ours,
+        started(pythons["theirs"], "theirs", job, str(for_them), steps, core) as theirs,
     ):
         updates = [len(part) for part in np.array_split(np.arange(steps), ROUNDS)]
-        taken: dict[Process, list[tuple[float, float]]] = {ours: [], theirs: []}
+        processes = {"ours": ours, "theirs": theirs}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
         for k, n in enumerate(updates):
-            for process in (ours, theirs) if k % 2 else (theirs, ours):
-                taken[process].append(process.train(n))
+            for name in list(processes)[:: -1 if k % 2 else 1]:
+                taken[name].append(processes[name].train(n))
 
         def mean_return(process: Process, *, mean: bool) -> float:
             def act(observations: Observations) -> Actions:
@@ -169,11 +176,11 @@ def run_pair(
             return evaluate(job.task, log.normalizer, act, episodes)
 
         results = {}
-        for name, process in (("ours", ours), ("theirs", theirs)):
+        for name, process in processes.items():
             results[name] = {
                 "return": mean_return(process, mean=True),
-                "seconds": [wall for wall, _ in taken[process]],
-                "cpu_seconds": [cpu for _, cpu in taken[process]],
+                "seconds": [wall for wall, _ in taken[name]],
+                "cpu_seconds": [cpu for _, cpu in taken[name]],
             }
         results["ours"]["deployed_return"] = mean_return(ours, mean=False)
     return {
@@ -185,9 +192,9 @@ def run_pair(
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run what has no line yet, then write the page; the exit status."""
-    args = parsed()
+    args = parsed(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     lines, page_file = JsonLines(args.out / "peers.jsonl"), args.out / "peers.txt"
     jobs = jobs_of(args.algorithms, args.tasks, args.seeds)
@@ -198,7 +205,7 @@ def main() -> int:
 
     lines.cut(len(lines.read()))  # A torn last line would spoil the next.
     todo = [job for job in jobs if job not in have()]
-    pythons = {"ours": sys.executable, "theirs": args.d3rlpy}
+    pythons = {"ours": sys.executable, "theirs": str(args.d3rlpy.absolute())}
     cores: queue.SimpleQueue[int] = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[: args.workers]:
         cores.put(core)
@@ -232,10 +239,11 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def parsed() -> argparse.Namespace:
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--d3rlpy", required=True, help="Python of an environment with d3rlpy")
+    of_them = "Python of an environment with d3rlpy"
+    parser.add_argument("--d3rlpy", type=Path, required=True, help=of_them)
     parser.add_argument(
         "--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS)
     )
@@ -245,7 +253,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--workers", type=int, default=2, help="pairs at a time, a core each")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

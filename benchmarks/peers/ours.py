@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from benchmarks.peers.learner import Actions, Learner, Observations
 from benchmarks.peers.settings import ALGORITHMS, COMMON, EXTRACTION, Peer, Settings
 from benchmarks.peers.tasks import read_log
-from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents import AGENTS, kind_of
 from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.protocol import Setup
 from safe_offrl.agents.steering import Steering
@@ -22,16 +23,13 @@ from safe_offrl.limits import Limit
 from safe_offrl.policies.networks import NetworkConfig, Networks
 
 
-def config_of(peer: Peer) -> object:
+def config_of(peer: Peer) -> Any:
     """The agent's own settings: those of all, where it has them, and those of the table."""
-    config = type(AgentConfigs().settings_for(AGENTS[peer.agent]))
-    common: Settings = {
-        name: getattr(COMMON, name)
-        for name in ("learning_rate", "discount", "tau")
-        if name in (field.name for field in fields(config))
-    }
-    if peer.agent == "bc":
-        del common["discount"]  # It has no values to discount.
+    config = AGENTS[peer.agent].Config
+    names = {field.name for field in fields(config)} & {"learning_rate", "discount", "tau"}
+    common: Settings = {name: getattr(COMMON, name) for name in names}
+    if config().discount is None:  # It learns no values.
+        del common["discount"]
     return config(**common, **peer.ours)
 
 

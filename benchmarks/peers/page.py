@@ -78,12 +78,12 @@ def page(records: Sequence[Record], wanted: int, steps: int, episodes: int) -> s
     lines = [
         f"Our learners beside d3rlpy's: {steps:,} steps on the same log, with the settings of",
         f"benchmarks/peers/settings.py; {len(records)} of {wanted} pairs are finished.",
-        f"Returns: of {episodes} episodes, the same for all, undiscounted, mean over seeds. ours and",
-        "d3rlpy act by the mean (or most probable) action, deployed is ours as it is. ours - d3rlpy",
-        f"with its {CONFIDENCE:.0%} interval over seeds (Welch's t); below: all of it is below 0.",
-        "/s: updates a CPU second, one thread, in turns on one core, without the first tenth, in",
-        "which ours compiles; ratio: median [lowest, highest] of the turns; slower: its median is",
-        "below 1. in all: their seconds over ours, with compiling.",
+        f"Returns: of {episodes} episodes, the same for all, undiscounted, mean over seeds. ours",
+        "and d3rlpy act by the mean (or most probable) action, deployed is ours as it is. ours -",
+        f"d3rlpy with its {CONFIDENCE:.0%} interval over seeds (Welch's t); below: all of it is",
+        "below 0. /s: updates a CPU second, one thread, in turns on one core, without the first",
+        "tenth, in which ours compiles; ratio: median [lowest, highest] of the turns; slower: its",
+        "median is below 1. in all: their seconds over ours, with compiling.",
     ]
     order = list(ALGORITHMS)
     flagged: dict[str, list[str]] = {"below": [], "slower": []}

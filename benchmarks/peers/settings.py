@@ -72,13 +72,12 @@ class Peer:
 
 
 TD3 = {"target_smoothing_sigma": 0.2, "target_smoothing_clip": 0.5, "update_actor_interval": 2}
+NOISE = {"deployment_noise": 0.1}  # of ours as deployed; it does not learn
 # Lagrange's version is off: the conservative term has its weight, once.
 FIXED_ALPHA = {"initial_alpha": 1.0, "alpha_learning_rate": 0.0}
 ALGORITHMS: dict[str, Peer] = {
     "bc": Peer("bc", {}, "BCConfig", {"policy_type": "deterministic"}),
-    "awac": Peer(
-        "awac", {"temperature": 1.0}, "AWACConfig", {"lam": 1.0, "n_action_samples": 1}
-    ),
+    "awac": Peer("awac", {"temperature": 1.0}, "AWACConfig", {"lam": 1.0, "n_action_samples": 1}),
     "crr": Peer(
         "crr",
         {"weighting": "exp", "temperature": 1.0, "weight_limit": 20.0},
@@ -93,10 +92,10 @@ ALGORITHMS: dict[str, Peer] = {
             "update_actor_interval": 1,
         },
     ),
-    "td3bc": Peer("td3bc", {"alpha": 2.5}, "TD3PlusBCConfig", {"alpha": 2.5, **TD3}),
+    "td3bc": Peer("td3bc", {"alpha": 2.5, **NOISE}, "TD3PlusBCConfig", {"alpha": 2.5, **TD3}),
     "rebrac": Peer(
         "rebrac",
-        {"actor_weight": 0.01, "critic_weight": 0.001},
+        {"actor_weight": 0.01, "critic_weight": 0.001, **NOISE},
         "ReBRACConfig",
         {"actor_beta": 0.01, "critic_beta": 0.001, **TD3},
     ),
@@ -142,7 +141,8 @@ ALGORITHMS: dict[str, Peer] = {
     ),
     "iql": Peer(
         "iql",
-        {"expectile": 0.7},
+        # The latter two are of its form that goes on online.
+        {"expectile": 0.7, "inverse_temperature": 3.0, "weight_limit": 100.0},
         "IQLConfig",
         {"expectile": 0.7, "weight_temp": 3.0, "max_weight": 100.0},
         extracted=True,
@@ -187,7 +187,7 @@ ALGORITHMS: dict[str, Peer] = {
     ),
     "cql_discrete": Peer(
         "cql",
-        {"alpha": 1.0},
+        {"alpha": 1.0, "actions": 10},  # All actions are taken, not 10.
         "DiscreteCQLConfig",
         {"alpha": 1.0, "target_update_interval": COPIES},
         discrete=True,
