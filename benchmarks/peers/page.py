@@ -63,7 +63,7 @@ def row(algorithm: str, records: Sequence[Record]) -> tuple[str, bool, bool]:
         f"{statistics.mean(ours):.3f}",
         f"{deployed:.3f}",
         f"{statistics.mean(theirs):.3f}",
-        f"{gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]",
+        f"{gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]".replace("nan", "?"),
         f"{statistics.median(our_pace):.0f}",
         f"{statistics.median(their_pace):.0f}",
         f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
@@ -81,9 +81,10 @@ def page(records: Sequence[Record], wanted: int, steps: int, episodes: int) -> s
         f"Returns: of {episodes} episodes, the same for all, undiscounted, mean over seeds. ours",
         "and d3rlpy act by the mean (or most probable) action, deployed is ours as it is. ours -",
         f"d3rlpy with its {CONFIDENCE:.0%} interval over seeds (Welch's t); below: all of it is",
-        "below 0. /s: updates a CPU second, one thread, in turns on one core, without the first",
-        "tenth, in which ours compiles; ratio: median [lowest, highest] of the turns; slower: its",
-        "median is below 1. in all: their seconds over ours, with compiling.",
+        "below 0, as chance alone makes it in one row of forty. /s: updates a CPU second, one",
+        "thread, in turns on one core, without the first tenth, in which ours may compile; ratio:",
+        "median [lowest, highest] of the turns; slower: its median is below 1. in all: their",
+        "seconds over ours, with compiling.",
     ]
     order = list(ALGORITHMS)
     flagged: dict[str, list[str]] = {"below": [], "slower": []}

@@ -6,15 +6,16 @@ What cannot be equal:
 
 * Ours has an actor of its own kind: of bc, awac and crr a mixture, where theirs is a Gaussian (bc's
   a point); of iql, cql and calql a Gaussian projected into a mixture that imitates the log
-  (agents/extraction.py), where theirs is AWR or SAC's, its temperature learnt. Discrete ones learn
-  a categorical near the argmax, and qrdqn critics beside it; theirs act by the argmax.
+  (agents/extraction.py), where theirs is AWR, or SAC's with its temperature learnt. Their Gaussians
+  of awac, crr and iql are not squashed. Discrete ones learn a categorical near the argmax, and
+  qrdqn critics beside it; theirs act by the argmax.
 * Ours divides Q by its mean magnitude in every actor's loss; theirs in td3bc and rebrac alone.
-* bear: the log's behaviour is a mixture, theirs a VAE, and they act by the best of 100 samples. bcq
-  chooses among 16 proposals by a learnt scorer and asks 10 for a target; theirs among 10 by Q.
+* Theirs choose by Q among several actions that the policy draws: in crr 4, bear 100, bcq 10. Ours
+  act as they are; bcq chooses among 16 proposals by a learnt scorer, in targets among 10. bear's
+  model of the log is a mixture, theirs a VAE.
 * awac and crr average Q over the whole mixture, theirs over single actions.
 * Targets of discrete actions: ours follow by tau, theirs are copied; tau's mean age, 1 / tau steps,
-  is that of copies every 2 / tau. bcq_discrete's are of double Q-learning in both; cql's Q is the
-  least of both critics, theirs the mean.
+  is that of copies every 2 / tau. The next value in cql is our actor's, theirs double Q-learning's.
 * d3rlpy drops the last transition of an episode that a time limit cut; ours bootstraps there.
 """
 

@@ -16,6 +16,13 @@ import torch
 from benchmarks.peers.learner import Actions, Learner, Observations
 from benchmarks.peers.settings import ALGORITHMS, COMMON, Peer, Settings
 
+THEIR_NAMES = {  # of fields of Common
+    "gamma": "discount",
+    "tau": "tau",
+    "n_critics": "critics",
+    "batch_size": "batch_size",
+}
+
 
 def config_of(peer: Peer) -> Any:
     """The class's settings: those of all, where it has them, and those of the table."""
@@ -34,14 +41,6 @@ def config_of(peer: Peer) -> Any:
         common["q_func_factory"] = quantiles
     own = {theirs: peer.own[ours] for theirs, ours in THEIR_NAMES.items() if ours in peer.own}
     return config(**common | own | peer.theirs)
-
-
-THEIR_NAMES = {  # of the fields of Common
-    "gamma": "discount",
-    "tau": "tau",
-    "n_critics": "critics",
-    "batch_size": "batch_size",
-}
 
 
 def build(algorithm: str, log: str, seed: int, steps: int) -> Learner:
@@ -69,7 +68,8 @@ def build(algorithm: str, log: str, seed: int, steps: int) -> Learner:
             learner.update(dataset.sample_transition_batch(COMMON.batch_size))
 
     def act(observations: Observations, *, mean: bool) -> Actions:
-        chosen = (learner.predict if mean else learner.sample_action)(observations)
+        assert mean  # Theirs is deployed so.
+        chosen = learner.predict(observations)
         return np.eye(count, dtype=np.float32)[chosen] if peer.discrete else chosen
 
     return Learner(train, act)

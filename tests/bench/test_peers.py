@@ -282,4 +282,5 @@ def test_the_page_is_what_the_records_say() -> None:
     # Of bc nothing can be told from two seeds, but that its turns take 1 s to .5 and .8 of theirs.
     assert bc[:6] == ["bc", "2", "1.500", "0.500", "1.000", "0.500"]
     assert bc[8:] == ["10", "16", "0.65", "[0.50,", "0.80]", "0.90", "slower"]
+    assert "[?, ?]" in page(records[:1], 9, 30, 5)
     assert text.splitlines()[-2:] == ["below: iql on Pendulum-v1", "slower: bc on Pendulum-v1"]
