@@ -10,9 +10,9 @@ What cannot be equal:
   of awac, crr and iql are not squashed. Discrete ones learn a categorical near the argmax, and
   qrdqn critics beside it; theirs act by the argmax.
 * Ours divides Q by its mean magnitude in every actor's loss; theirs in td3bc and rebrac alone.
-* Theirs choose by Q among several actions that the policy draws: in crr 4, bear 100, bcq 10. Ours
-  act as they are; bcq chooses among 16 proposals by a learnt scorer, in targets among 10. bear's
-  model of the log is a mixture, theirs a VAE.
+* Theirs choose by Q among several actions that the policy draws: of crr 4 (it draws among them),
+  bear 100, bcq 10. Ours act as they are; bcq chooses among 16 proposals by a learnt scorer, and in
+  targets among 10. bear's model of the log is a mixture, theirs a VAE.
 * awac and crr average Q over the whole mixture, theirs over single actions.
 * Targets of discrete actions: ours follow by tau, theirs are copied; tau's mean age, 1 / tau steps,
   is that of copies every 2 / tau. The next value in cql is our actor's, theirs double Q-learning's.

@@ -267,7 +267,7 @@ def test_the_page_is_what_the_records_say() -> None:
         for seed, ours in enumerate((1.0, 1.1, 1.2))
     ]
     records += [
-        record("bc", seed=seed, ours=value, theirs=2.5 - value, their_seconds=[0.5, 0.8])
+        record("bc", seed=seed, ours=value, theirs=3.5 - value, their_seconds=[0.5, 0.8])
         for seed, value in enumerate((1.0, 2.0))
     ]
     text = page(records, 9, 30, 5)
@@ -279,8 +279,8 @@ def test_the_page_is_what_the_records_say() -> None:
     assert iql[:5] == ["iql", "3", "1.100", "0.250", "4.100"]
     assert iql[5:8] == ["-3.000", "[-3.227,", "-2.773]"]
     assert iql[8:] == ["10", "5", "2.00", "[2.00,", "2.00]", "0.90", "below"]
-    # Of bc nothing can be told from two seeds, but that its turns take 1 s to .5 and .8 of theirs.
-    assert bc[:6] == ["bc", "2", "1.500", "0.500", "1.000", "0.500"]
+    # From two seeds of bc, .5 below, nothing follows; its turns take 1 s to .5 and .8 of theirs.
+    assert bc[:6] == ["bc", "2", "1.500", "0.500", "2.000", "-0.500"]
     assert bc[8:] == ["10", "16", "0.65", "[0.50,", "0.80]", "0.90", "slower"]
     assert "[?, ?]" in page(records[:1], 9, 30, 5)
     assert text.splitlines()[-2:] == ["below: iql on Pendulum-v1", "slower: bc on Pendulum-v1"]
