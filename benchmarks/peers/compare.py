@@ -33,6 +33,7 @@ from benchmarks.peers.learner import Actions, Observations
 from benchmarks.peers.page import page
 from benchmarks.peers.settings import ALGORITHMS, COMMON, EXTRACTION, TASKS, tasks_of
 from benchmarks.peers.tasks import Log, evaluate, read_log, write_for_them
+from safe_offrl.errors import EnvError
 from safe_offrl.files import write_atomic
 from safe_offrl.record.json_lines import JsonLines
 
@@ -223,16 +224,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 cores.put(core)
 
-        for done in as_completed([pool.submit(on_a_core, job) for job in todo]):
-            try:
-                record = done.result()
-            except LearnerFailedError as error:
-                failures.append(str(error))
-                print(error, flush=True)
-                continue
-            lines.append(record)
-            lines.sync()
-            print(*(record[key] for key in Job._fields), "finished", flush=True)
+        running = {pool.submit(on_a_core, job): job for job in todo}
+        try:
+            for done in as_completed(running):
+                try:
+                    record = done.result()
+                except (LearnerFailedError, EnvError) as error:  # or it wants no finite action
+                    failures.append(running[done])
+                    print(*running[done], "failed:", error, flush=True)
+                    continue
+                lines.append(record)
+                lines.sync()
+                print(*running[done], "finished", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else all would run first
+            raise
     text = page(list(have().values()), len(jobs), args.steps, args.episodes)
     write_atomic(page_file, text.encode())
     print(text)

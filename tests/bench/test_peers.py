@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.env.adapter import episode_seed
 from safe_offrl.env.make import make_env
+from safe_offrl.errors import EnvError
 from safe_offrl.types import Layout, Normalizer
 
 CLASSES = {  # what d3rlpy has of what we have
@@ -194,36 +197,56 @@ ARGUMENTS = [
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Job] = []
+    jobs = [Job(name, "Pendulum-v1", seed) for seed in (0, 1) for name in ("iql", "bc")]
+    failing = {jobs[1]: LearnerFailedError("no memory"), jobs[2]: EnvError("not finite")}
 
     def run_pair(job: Job, *others: Any) -> dict[str, Any]:
         ran.append(job)
-        if job == Job("bc", "Pendulum-v1", 0) and len(ran) < 3:
-            raise LearnerFailedError("it is out of memory")
+        if job in failing:
+            raise failing[job]
         return record(*job)
 
     monkeypatch.setattr(compare, "read_log", lambda _: small_log(discrete=False))
     monkeypatch.setattr(compare, "run_pair", run_pair)
     arguments = [*ARGUMENTS, "--out", str(tmp_path)]
     lines, text = tmp_path / "peers.jsonl", tmp_path / "peers.txt"
-    # One fails; the others go on.
+    # Two fail; the others go on.
     assert compare.main(arguments) == 1
-    first = [Job(name, "Pendulum-v1", seed) for seed in (0, 1) for name in ("iql", "bc")]
-    assert ran == first
-    assert "3 of 4 pairs are finished" in text.read_text()
-    # Only that one is left, and one whose line a kill has torn.
+    assert ran == jobs
+    assert "2 of 4 pairs are finished" in text.read_text()
+    # They are left, and the one whose line a kill has torn.
+    last = json.loads(lines.read_text().splitlines()[-1])
     lines.write_bytes(lines.read_bytes()[:-20])
-    ran[:] = first[:3]
+    ran.clear()
+    failing.clear()
     assert compare.main(arguments) == 0
-    assert sorted(ran[3:]) == sorted([first[1], first[3]])
+    torn = Job(last["algorithm"], last["task"], last["seed"])
+    assert ran == [job for job in jobs if job in (*jobs[1:3], torn)]
     assert "4 of 4 pairs are finished" in text.read_text()
-    # Nothing is left, but of other settings everything is.
+    # Nothing is left; of other settings everything is.
     ran.clear()
     assert compare.main(arguments) == 0
     assert ran == []
-    ran[:] = first[:3]
     monkeypatch.setattr(compare, "COMMON", dataclasses.replace(COMMON, learning_rate=3e-4))
     assert compare.main(arguments) == 0
-    assert sorted(ran[3:]) == sorted(first)
+    assert ran == jobs
+
+
+def test_what_nobody_expects_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Job] = []
+
+    def run_pair(job: Job, *others: Any) -> dict[str, Any]:
+        ran.append(job)
+        time.sleep(0.2)
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(compare, "read_log", lambda _: small_log(discrete=False))
+    monkeypatch.setattr(compare, "run_pair", run_pair)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        compare.main([*ARGUMENTS, "--out", str(tmp_path)])
+    assert len(ran) < 4  # It does not first run the rest.
 
 
 def test_a_seed_is_finished_before_the_next() -> None:
