@@ -7,8 +7,9 @@
 PYTHON is that of an environment with d3rlpy. Every learner is a process of its own with one thread.
 The two of a pair take turns on one core, so that whatever else the machine does meets both alike;
 then both act in the same episodes. A finished pair is a line of OUT/peers.jsonl, and the same
-command goes on after the last; a line of other settings does not count. The page OUT/peers.txt is
-made of the lines. Exit status 1 where a learner failed: the others go on without it.
+command goes on after the last. A line of other settings does not count, but one of other code does:
+remove the file then. The page OUT/peers.txt is made of all lines of these steps and episodes. Exit
+status 1 where a learner failed: the others go on without it.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ def jobs_of(algorithms: Iterable[str], tasks: Iterable[str], seeds: Iterable[int
     ]
 
 
-def counted(records: Iterable[Record], jobs: Iterable[Job], steps: int, episodes: int) -> Any:
-    """{job: its record}, of the jobs that have one of exactly these settings; the latest."""
+def finished(records: Iterable[Record], steps: int, episodes: int) -> dict[Job, Record]:
+    """The latest record of each pair that has one of exactly these settings."""
     of_job = {Job(r["algorithm"], r["task"], r["seed"]): r for r in records}
     return {
-        job: of_job[job]
-        for job in jobs
-        if job in of_job and of_job[job]["settings"] == settings_of(job, steps, episodes)
+        job: record
+        for job, record in of_job.items()
+        if job.algorithm in ALGORITHMS and record["settings"] == settings_of(job, steps, episodes)
     }
 
 
@@ -198,14 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parsed(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     lines, page_file = JsonLines(args.out / "peers.jsonl"), args.out / "peers.txt"
-    jobs = jobs_of(args.algorithms, args.tasks, args.seeds)
-
-    def have() -> dict[Job, Record]:
-        found: dict[Job, Record] = counted(lines.read(), jobs, args.steps, args.episodes)
-        return found
-
     lines.cut(len(lines.read()))  # A torn last line would spoil the next.
-    todo = [job for job in jobs if job not in have()]
+    have = finished(lines.read(), args.steps, args.episodes)
+    todo = [j for j in jobs_of(args.algorithms, args.tasks, args.seeds) if j not in have]
     pythons = {"ours": sys.executable, "theirs": str(args.d3rlpy.absolute())}
     cores: queue.SimpleQueue[int] = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[: args.workers]:
@@ -239,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # else all would run first
             raise
-    text = page(list(have().values()), len(jobs), args.steps, args.episodes)
+    have = finished(lines.read(), args.steps, args.episodes)  # however narrowly it was asked
+    wanted = jobs_of(ALGORITHMS, TASKS, {*args.seeds, *(job.seed for job in have)})
+    text = page(list(have.values()), len(wanted), args.steps, args.episodes)
     write_atomic(page_file, text.encode())
     print(text)
     return 1 if failures else 0
