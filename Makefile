@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-slow check results records certificates ablations agents \
 	agents-discrete guard margin precision \
-	bench bench-data bench-assess bench-record clean
+	bench bench-data bench-assess bench-record peers clean
 
 help:
 	@echo "make demo    install, then build the dataset, pretrain, fine-tune twice, and compare"
@@ -22,6 +22,7 @@ help:
 	@echo "make records keep what is finished of a suite under docs/results/records"
 	@echo "make certificates  certify the final policies of those results (a minute)"
 	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
+	@echo "make peers   our learners beside d3rlpy's: returns, and updates a second (two hours)"
 	@echo "make bench-data  ten million transitions: conversion, and random batches (4 GB of disk)"
 	@echo "make bench-assess  do the intervals of assess hold the truth? (an hour)"
 	@echo "make bench-record  the share of a run that ledger and checkpoints take (a quarter of an hour)"
@@ -125,16 +126,26 @@ bench-record: setup
 PEERS := .venv-peers
 D3RLPY := .venv-d3rlpy
 
-bench:
+bench: $(D3RLPY)/.installed
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install torch==2.13.0
 	$(PEERS)/bin/python -m pip install -c constraints.txt -e ".[bench]"
-	$(PYTHON) -m venv $(D3RLPY)
-	$(D3RLPY)/bin/python -m pip install torch==2.13.0
-	$(D3RLPY)/bin/python -m pip install d3rlpy==2.8.1
 	$(PEERS)/bin/python benchmarks/speed/bench.py --d3rlpy $(D3RLPY)/bin/python
 	$(PEERS)/bin/python benchmarks/speed/loop.py
 	$(PEERS)/bin/python benchmarks/speed/growth.py
+
+$(D3RLPY)/.installed:
+	$(PYTHON) -m venv $(D3RLPY)
+	$(D3RLPY)/bin/python -m pip install torch==2.13.0
+	$(D3RLPY)/bin/python -m pip install d3rlpy==2.8.1
+	@touch $@
+
+# Is what we learn as good as d3rlpy's? The same command goes on after anything; narrow it with
+# PEERS_ARGS="--algorithms iql cql --seeds 0 --steps 1000 --out runs/peers".
+PEERS_ARGS ?=
+
+peers: setup $(D3RLPY)/.installed
+	$(BIN)/python -m benchmarks.peers.compare --d3rlpy $(D3RLPY)/bin/python $(PEERS_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(D3RLPY) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -63,9 +63,9 @@ LAZY = {"stable_baselines3", "tensorboard", "matplotlib", "onnxruntime", "PIL"}
 # up, and comes down as the work on this house goes on.
 MOST_AT_THE_TOP = 8  # files directly in safe_offrl/
 MOST_ROOMS = 20
-MOST_OF_RING_1 = 16_050  # lines; 8,500, of which 20 learners are 3,500
+MOST_OF_RING_1 = 17_000  # lines; 8,500, without twenty-five learners, which are 4,500
 MOST_OF_A_FILE = 350  # lines
-MOST_OF_ALL = 35_900  # lines; 21,585
+MOST_OF_ALL = 36_800  # lines; 21,585
 MOST_DECISIONS = 25  # by the kind of what is constrained, outside of its files
 MOST_TWICE = 18  # top-level names; an allow-list: the words, where one name means one thing
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_offrl.agents import AGENTS, AgentConfigs, kind_of
+from safe_offrl.agents import AGENTS, AgentConfigs, kind_of, online_agent
 from safe_offrl.agents.awac import AWACConfig
 from safe_offrl.agents.awr import AWRConfig
 from safe_offrl.agents.bc import BCConfig
@@ -28,17 +28,21 @@ from safe_offrl.agents.bcq import BCQConfig
 from safe_offrl.agents.bcq_discrete import DiscreteBCQConfig
 from safe_offrl.agents.bear import BEARConfig
 from safe_offrl.agents.brac import BRACConfig
+from safe_offrl.agents.ccil import CCILConfig
 from safe_offrl.agents.combo import COMBOConfig
 from safe_offrl.agents.cql import CQLConfig
 from safe_offrl.agents.crr import CRRConfig
+from safe_offrl.agents.dagger import DAggerConfig
 from safe_offrl.agents.dqn import DQNConfig
 from safe_offrl.agents.extraction import ExtractionConfig
 from safe_offrl.agents.fql import FQLConfig
+from safe_offrl.agents.gail import GAILConfig
 from safe_offrl.agents.idql import IDQLConfig
 from safe_offrl.agents.iql import IQLConfig
 from safe_offrl.agents.latent import LatentConfig
 from safe_offrl.agents.mopo import MOPOConfig
 from safe_offrl.agents.morel import MOReLConfig
+from safe_offrl.agents.qc import QCConfig
 from safe_offrl.agents.qrdqn import QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD, RLPDConfig
 from safe_offrl.agents.spibb import SoftSPIBBConfig, SPIBBConfig
@@ -68,11 +72,23 @@ CONFIGS = AgentConfigs(
     awr=AWRConfig(learning_rate=1e-3, discount=0.97, temperature=1.0, weight_limit=20.0),
     awac=AWACConfig(**COMMON, temperature=2.0),
     crr=CRRConfig(**COMMON, weighting="exp", temperature=1.0, weight_limit=20.0),
+    ccil=CCILConfig(
+        learning_rate=1e-3,
+        model_learning_rate=1e-3,
+        hidden=(16, 16),
+        share=0.4,
+        lipschitz=3.0,
+        nearest=0.4,
+        accurate=0.9,
+    ),
+    gail=GAILConfig(learning_rate=1e-3, discount=0.97),
+    dagger=DAggerConfig(learning_rate=1e-3),
     iql=IQLConfig(**COMMON, expectile=0.7),
     cql=CQLConfig(**COMMON, alpha=1.0, actions=5),
     latent=LatentConfig(**COMMON, expectile=0.7, kl_weight=0.1),
     idql=IDQLConfig(**COMMON, expectile=0.7, temperature=0.05),
     bcq=BCQConfig(**COMMON, perturbation=0.05, temperature=0.05),
+    qc=QCConfig(**COMMON, temperature=0.05),
     fql=FQLConfig(**COMMON, weight=0.3, aggregate="mean"),
     dqn=DQNConfig(**COMMON, temperature=0.02),
     qrdqn=QRDQNConfig(**COMMON, quantiles=8, temperature=0.02),
@@ -166,6 +182,21 @@ def offline(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]
     return lambda batch: agent.update(given(batch), steering), parts
 
 
+def online(name: str, compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
+    """Of whoever is behaviour cloning offline."""
+    generator = torch.Generator().manual_seed(0)
+    networks = Networks(*LAYOUT.sizes, SIZES, generator, kind_of(name, discrete=False))
+    anchor = Actor(*LAYOUT.sizes, (16, 16), generator, networks.actor.kind)
+    setup = setup_of(networks, generator, log(), compute=compute, learner=LEARNER)
+    steering = Steering((Penalty(risk, torch.tensor(2.0)),), anchor, torch.tensor(0.5))
+    learner = online_agent(name, setup, CONFIGS)
+
+    def step(batch: Batch) -> dict[str, Tensor]:
+        return learner.update_critics(batch) | learner.update_actor(batch, steering)
+
+    return step, learner.parts()
+
+
 def choices(batch: Batch) -> Batch:
     """The larger number of an action for the action, one-hot."""
     return batch._replace(actions=torch.eye(2)[batch.actions.argmax(1)])
@@ -209,6 +240,8 @@ def csc(compute: Compute = EAGER) -> tuple[Step, dict[str, Part]]:
 
 ALGORITHMS: dict[str, Callable[..., tuple[Step, dict[str, Part]]]] = {
     **{name: functools.partial(offline, name) for name in AGENTS if name != "bc_safe"},
+    "gail": functools.partial(online, "gail"),
+    "dagger": functools.partial(online, "dagger"),
     "rlpd": rlpd,
     "csc": csc,
 }

@@ -12,17 +12,21 @@ from safe_offrl.agents.bcq import BCQ, BCQConfig
 from safe_offrl.agents.bcq_discrete import DiscreteBCQ, DiscreteBCQConfig
 from safe_offrl.agents.bear import BEAR, BEARConfig
 from safe_offrl.agents.brac import BRAC, BRACConfig, BRACValue
+from safe_offrl.agents.ccil import CCIL, CCILConfig
 from safe_offrl.agents.combo import COMBO, COMBOConfig
 from safe_offrl.agents.cql import CQL, CalQL, CQLConfig
 from safe_offrl.agents.crr import CRR, CRRConfig
+from safe_offrl.agents.dagger import DAgger, DAggerConfig
 from safe_offrl.agents.dqn import DQN, REM, DQNConfig
 from safe_offrl.agents.fql import FQL, FQLConfig
+from safe_offrl.agents.gail import GAIL, GAILConfig
 from safe_offrl.agents.idql import IDQL, IDQLConfig
 from safe_offrl.agents.iql import IQL, IQLConfig
 from safe_offrl.agents.latent import LatentConfig, LatentSteering
 from safe_offrl.agents.mopo import MOPO, MOPOConfig
 from safe_offrl.agents.morel import MOReL, MOReLConfig
 from safe_offrl.agents.protocol import Agent, OnlineAgent, Setup
+from safe_offrl.agents.qc import QC, QCConfig
 from safe_offrl.agents.qrdqn import QRDQN, QRDQNConfig
 from safe_offrl.agents.rlpd import RLPD
 from safe_offrl.agents.spibb import SPIBB, SoftSPIBB, SoftSPIBBConfig, SPIBBConfig
@@ -33,7 +37,16 @@ from safe_offrl.policies.kinds import kind_for
 from safe_offrl.policies.protocol import Kind, require_entropy
 
 FAMILIES: dict[str, dict[str, type[Agent]]] = {
-    "imitation": {"bc": BC, "bc_safe": BCSafe, "awr": AWR, "awac": AWAC, "crr": CRR},
+    "imitation": {
+        "bc": BC,
+        "bc_safe": BCSafe,
+        "awr": AWR,
+        "awac": AWAC,
+        "crr": CRR,
+        "ccil": CCIL,
+        "gail": GAIL,
+        "dagger": DAgger,
+    },
     "values": {"iql": IQL, "cql": CQL, "calql": CalQL},
     "constraints on the policy": {
         "td3bc": TD3BC,
@@ -43,7 +56,7 @@ FAMILIES: dict[str, dict[str, type[Agent]]] = {
         "bear": BEAR,
         "bcq": BCQ,
     },
-    "several modes": {"latent": LatentSteering, "idql": IDQL, "fql": FQL},
+    "several modes": {"latent": LatentSteering, "idql": IDQL, "fql": FQL, "qc": QC},
     "a model": {"mopo": MOPO, "morel": MOReL, "combo": COMBO},
     "discrete actions": {"dqn": DQN, "rem": REM, "qrdqn": QRDQN, "bcq_discrete": DiscreteBCQ},
     "few states": {"spibb": SPIBB, "soft_spibb": SoftSPIBB},
@@ -81,13 +94,22 @@ def find_online(name: str) -> type[OnlineAgent]:
 def learner_after(name: str) -> str:
     """Who goes on online from what the agent of this name learnt, where nobody else is asked for.
 
-    That is RLPD, or the agent itself where its policies have no entropy for RLPD to keep. For an
-    agent of one's own, which may not be imported here, it is RLPD.
+    That is RLPD, or the agent itself where it has a reason. For an agent of one's own, which may
+    not be imported here, it is RLPD.
     """
+    return name if reason_to_go_on(name) else "rlpd"
+
+
+def reason_to_go_on(name: str) -> str:
+    """Why the agent of this name goes on online itself, in words; "" if RLPD does."""
     agent = AGENTS.get(name)
+    if agent is None or agent.Online is None:
+        return ""
+    if getattr(agent, "goes_on", False):
+        return "offline it is behaviour cloning"
     kinds: tuple[Kind, ...] = getattr(agent, "kinds", ())
     scored = not kinds or any(kind.target_entropy is not None for kind in kinds)
-    return "rlpd" if agent is None or agent.Online is None or scored else name
+    return "" if scored else "its policies have no entropy, which rlpd would keep"
 
 
 def kind_of(name: str, *, discrete: bool) -> Kind:
@@ -122,6 +144,9 @@ class AgentConfigs:
     awr: AWRConfig = field(default_factory=AWRConfig)
     awac: AWACConfig = field(default_factory=AWACConfig)
     crr: CRRConfig = field(default_factory=CRRConfig)
+    ccil: CCILConfig = field(default_factory=CCILConfig)
+    gail: GAILConfig = field(default_factory=GAILConfig)
+    dagger: DAggerConfig = field(default_factory=DAggerConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
     cql: CQLConfig = field(default_factory=CQLConfig)
     td3bc: TD3BCConfig = field(default_factory=TD3BCConfig)
@@ -132,6 +157,7 @@ class AgentConfigs:
     latent: LatentConfig = field(default_factory=LatentConfig)
     idql: IDQLConfig = field(default_factory=IDQLConfig)
     fql: FQLConfig = field(default_factory=FQLConfig)
+    qc: QCConfig = field(default_factory=QCConfig)
     mopo: MOPOConfig = field(default_factory=MOPOConfig)
     morel: MOReLConfig = field(default_factory=MOReLConfig)
     combo: COMBOConfig = field(default_factory=COMBOConfig)

@@ -38,7 +38,7 @@ class BCConfig:
     discount: float | None = None
 
 
-def safe_episodes(dataset: Dataset, limits: Sequence[Limit]) -> Dataset:
+def safe_episodes(dataset: Dataset, limits: Sequence[Limit], agent: str = "bc_safe") -> Dataset:
     """The episodes within every limit: of an accident limit those without one.
 
     DataError if there is none to imitate.
@@ -51,7 +51,7 @@ def safe_episodes(dataset: Dataset, limits: Sequence[Limit]) -> Dataset:
     if not safe.any():
         which = "the limit" if len(limits) == 1 else "every limit"
         raise DataError(
-            f"No episode of the dataset is within {which}, so bc_safe has nothing to imitate. "
+            f"No episode of the dataset is within {which}, so {agent} has nothing to imitate. "
             "Raise the limit, or take another agent."
         )
     return dataset.subset(np.flatnonzero(safe))
@@ -89,10 +89,10 @@ class BCSafe:
     Config = BCConfig
     Online: type[OnlineAgent] | None = None
 
-    def __init__(self, setup: Setup, config: BCConfig) -> None:
-        self.bc = BC(setup, config, "bc_safe")
+    def __init__(self, setup: Setup, config: BCConfig, name: str = "bc_safe") -> None:
+        self.bc = BC(setup, config, name)
         self.parts, self.generator = self.bc.parts, setup.generator
-        self.imitated = safe_episodes(setup.dataset, setup.limits).on(self.generator.device)
+        self.imitated = safe_episodes(setup.dataset, setup.limits, name).on(self.generator.device)
 
     def update(self, batch: Batch, steering: Steering) -> dict[str, Tensor]:
         """One step of the actor, on a batch of safe episodes as large as this one."""

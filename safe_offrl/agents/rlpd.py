@@ -57,10 +57,14 @@ class RLPD:
         config: RLPDConfig,
         generator: torch.Generator,
         compute: Compute = EAGER,
+        *,
+        least_scale: float = 1e-6,
     ) -> None:
+        """``least_scale`` is what the actor's Q is divided by at least."""
         self.networks = networks
         self.config = config
         self.generator = generator
+        self._least_scale = least_scale
         action_size = networks.layout.action_size
         device = next(networks.actor.parameters()).device
         self.log_temperature = torch.tensor(config.temperature_init, device=device).log()
@@ -118,7 +122,8 @@ class RLPD:
         policy, log_probs = distribution.scored(noise)
         observations = policy.repeat(batch.observations)
         q = self.networks.q(observations, policy.actions).mean(0)
-        scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
+        scale = policy.expect(q.detach().abs()).detach().mean()
+        scale = scale.clamp_min(self._least_scale)
         loss = -q / scale + self.log_temperature.detach().exp() * log_probs
         for risk, multiplier in penalties:
             time_to_go = policy.repeat(batch.time_to_go)

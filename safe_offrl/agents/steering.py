@@ -31,12 +31,17 @@ class Steering(NamedTuple):
 
 
 def steered(
-    policy: Quadrature, batch: Batch, critics: QFunction | None, penalties: tuple[Penalty, ...]
+    policy: Quadrature,
+    batch: Batch,
+    critics: QFunction | None,
+    penalties: tuple[Penalty, ...],
+    executed: int | None = None,
 ) -> Tensor:
     """``-min Q / |Q| + sum lambda Q_C`` of each of a policy's actions at a batch, [K B].
 
     Q is divided by its mean magnitude under the policy (TD3+BC, arXiv:2106.06860, eq. 5). Without
-    ``critics`` reward has no part in it.
+    ``critics`` reward has no part in it. Of a plan a risk sees the first numbers alone, so many as
+    are ``executed``, all by default.
     """
     observations = policy.repeat(batch.observations)
     time_to_go = policy.repeat(batch.time_to_go)
@@ -46,5 +51,5 @@ def steered(
         scale = policy.expect(q.detach().abs()).detach().mean().clamp_min(1e-6)
         loss = -q / scale
     for risk, multiplier in penalties:
-        loss = loss + multiplier * risk(observations, time_to_go, policy.actions)
+        loss = loss + multiplier * risk(observations, time_to_go, policy.actions[:, :executed])
     return loss

@@ -132,10 +132,11 @@ RUNNING = (
 
 # Every name of agents.FAMILIES: importing that takes seconds, and help must not.
 AGENT_WORDS = (
-    "By imitation bc, bc_safe, awr, awac, crr; by values iql, cql, calql; by constraints on the "
-    "policy td3bc, rebrac, brac_p, brac_v, bear, bcq; with several modes latent, idql, fql; by a "
-    "model mopo, morel, combo; for discrete actions dqn, rem, qrdqn, bcq_discrete; for few states "
-    "spibb, soft_spibb; or your own, module:name. docs/agents.md says when to take which."
+    "By imitation bc, bc_safe, awr, awac, crr, ccil, gail, dagger; by values iql, cql, calql; by "
+    "constraints on the policy td3bc, rebrac, brac_p, brac_v, bear, bcq; with several modes "
+    "latent, idql, fql, qc; by a model mopo, morel, combo; for discrete actions dqn, rem, qrdqn, "
+    "bcq_discrete; for few states spibb, soft_spibb; or your own, module:name. docs/agents.md says "
+    "when to take which."
 )
 # What a command takes, in the order of its help.
 TAKEN: dict[str, tuple[Option, ...]] = {

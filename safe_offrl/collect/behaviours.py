@@ -7,7 +7,6 @@ Both work for any environment; scripted ones need a module that offers them. Wha
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from safe_offrl.env.adapter import AccidentEnv
+from safe_offrl.env.controllers import offered_controllers
 
 Vector = NDArray[np.float32]
 Controller = Callable[[Vector], Vector]  # observation [O] -> action [A]
@@ -43,32 +43,12 @@ class Behaviour:
 def scripted_behaviours(env: AccidentEnv) -> list[Behaviour]:
     """Noisy versions of the controllers that the environment's module offers; [] if it has none.
 
-    The module of the unwrapped environment's class may define ``scripted_behaviours()``, which
-    returns a dict: name -> factory(rng) -> controller(observation [O]) -> action [A] in [-1, 1],
-    or the number of a discrete action.
+    See :mod:`safe_offrl.env.controllers`.
     """
-    module = sys.modules.get(type(env.unwrapped).__module__)
-    offered = getattr(module, "scripted_behaviours", None)
-    if offered is None or offered is scripted_behaviours:  # a module that imports this function
-        return []
-    factories = {name: _on_own_observation(factory, env) for name, factory in offered().items()}
+    factories = offered_controllers(env)
     if env.discrete:
         return [Behaviour(name, _with_chance(factory, env)) for name, factory in factories.items()]
     return [Behaviour(name, _with_noise(factory)) for name, factory in factories.items()]
-
-
-def _on_own_observation(
-    factory: Callable[[np.random.Generator], Callable[[Vector], Any]], env: AccidentEnv
-) -> Callable[[np.random.Generator], Callable[[Vector], Any]]:
-    """Hide the share of the cost threshold, which a controller of the environment cannot know."""
-    if not env.sums_cost:
-        return factory
-
-    def made(rng: np.random.Generator) -> Callable[[Vector], Any]:
-        controller = factory(rng)
-        return lambda observation: controller(observation[:-1])
-
-    return made
 
 
 def _with_noise(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from safe_offrl.agents import learner_after
+from safe_offrl.agents import learner_after, reason_to_go_on
 from safe_offrl.errors import RunError
 from safe_offrl.limits import Limit
 from safe_offrl.record.checkpoints import Checkpoint
@@ -43,8 +43,7 @@ def learner_lines(config: FinetuneConfig, agent: str) -> list[str]:
     learner = config.baseline.learner
     if learner == "rlpd":
         return []
-    own = learner == learner_after(agent)
-    why = ": its policies have no entropy, which rlpd would keep" if own else ""
+    why = f": {reason_to_go_on(agent)}" if learner == learner_after(agent) else ""
     return [f"learner     {learner} goes on online in a form of its own{why}"]
 
 

@@ -47,8 +47,10 @@ from safe_offrl.report.videos import require_pictures
 from safe_offrl.safety.monitor import Certifiable, certifiable
 from safe_offrl.spec import SafetySpec
 from safe_offrl.stats.fixed import shared_confidence
+from safe_offrl.train.controllers import controller_for
 from safe_offrl.train.finetune_config import FinetuneConfig
 from safe_offrl.train.pretrain_config import PretrainConfig, discount_of
+from safe_offrl.types import Normalizer
 
 REAL_LINE = (
     "kind        real: an episode's steps are on record before its first one, and one that is cut "
@@ -219,7 +221,7 @@ def _require_one_discount(config: FinetuneConfig, learnt: float, name: str) -> N
             f"baseline.agents.{agents.key(agent)}.discount",
             agents.settings_for(agent).discount,
         )
-    if discount != learnt and not config.baseline.from_scratch:
+    if discount not in (None, learnt) and not config.baseline.from_scratch:
         raise ConfigError(
             f'{key} is {discount}, but the values of "{name}" are discounted by {learnt}. Leave it '
             "out, or pretrain with it."
@@ -274,6 +276,7 @@ def plan_finetune(
         if not config.baseline.from_scratch:
             kind = stored_policy(pretrained, checkpoint).actor.kind
             require_learner(config.baseline.learner, kind)
+        controller_for(config, env, Normalizer.restored(checkpoint.tensors))
         confidence = shared_confidence(config.safety.confidence, len(limits))
         provable = tuple(
             certifiable(config.budget, env.horizon, limit, confidence) for limit in limits

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from safe_offrl.data.dataset import Dataset
 from safe_offrl.data.online_buffer import OnlineBuffer
-from safe_offrl.data.sampling import Reach, RiskSampler, draw_indices, symmetric_batches
+from safe_offrl.data.sampling import (
+    ChunkSampler,
+    Reach,
+    RiskSampler,
+    draw_indices,
+    symmetric_batches,
+)
 from safe_offrl.types import Batch
 
 
@@ -27,9 +33,13 @@ class Experience:
         offline_share: float,
         *,
         reaches: Sequence[Reach] = (Reach(),),
+        chunk: Reach | None = None,
         device: torch.device | None = None,
     ) -> None:
         """``reaches``, one a safety critic, say what its batches span, see :class:`RiskSampler`.
+
+        ``chunk`` says so of those for the reward critics and the actor: one step each by default,
+        else see :class:`ChunkSampler`.
 
         The buffer lies on ``device``, the CPU by default. The generators must be there as well, and
         the rows of the dataset unless they are a memory map.
@@ -41,9 +51,22 @@ class Experience:
         self._logged = [
             RiskSampler.from_dataset(dataset, **reach._asdict(), device=device) for reach in reaches
         ]
+        where = device or torch.device("cpu")
+        self._chunks = ChunkSampler.from_dataset(dataset, chunk, where) if chunk else None
 
     def batches(self, updates: int, batch_size: int, generator: torch.Generator) -> list[Batch]:
-        """Mini-batches for the reward critics and the actor, each with its exact share of both."""
+        """Mini-batches for the reward critics and the actor, each with its exact share of both.
+
+        Before there are online chunks, all are logged.
+        """
+        if self._chunks:
+            online = self.buffer.chunks(self._chunks.reach)
+            n = round(batch_size * self.offline_share) if len(online) else batch_size
+            sizes = ((self._chunks, n), (online, batch_size - n))
+            return [
+                _joined([source.draw(size, generator) for source, size in sizes if size])
+                for _ in range(updates)
+            ]
         return symmetric_batches(
             self.dataset.rows,
             self.buffer.rows,
@@ -71,9 +94,7 @@ class Experience:
             )
         ]
         batches, weights, spans = zip(*parts, strict=True)
-        fields = zip(*(batch.tensors for batch in batches), strict=True)
-        joined = Batch(*(torch.cat(parts) for parts in fields))
-        return joined, torch.cat(weights), torch.cat(spans)
+        return _joined(batches), torch.cat(weights), torch.cat(spans)
 
     def draw_start_observations(self, n: int, generator: torch.Generator) -> Tensor:
         """First observations of episodes [n, O], half of the log and half of the online ones."""
@@ -81,3 +102,9 @@ class Experience:
         first = draw_indices(len(self._logged_starts), n - n // 2, generator)
         second = draw_indices(len(online), n // 2, generator)
         return torch.cat([self._logged_starts[first], online[second]])
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of several, in their order."""
+    fields = zip(*(batch.tensors for batch in batches), strict=True)
+    return Batch(*(torch.cat(parts) for parts in fields))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.data.sampling import (
+    ChunkSampler,
     Reach,
     RiskSampler,
     StratifiedSampler,
@@ -50,6 +51,7 @@ class OnlineBuffer:
     def _clear(self) -> None:
         self._handed_over.zero_()
         self._own: dict[int, Tensor] = {}
+        self._chunks: dict[Reach, ChunkSampler] = {}
         self.start_observations = self._store.new_zeros(0, self.layout.observation_size)
         none = torch.zeros(0, dtype=torch.int64, device=self._store.device)
         self._event_rows = [none] * len(self._reaches)  # what each sees often, see Layout.event
@@ -78,7 +80,7 @@ class OnlineBuffer:
         if end > self.capacity:
             raise ValueError(f"{end} rows are more than the capacity of {self.capacity}")
         # Rows.
-        self._own = {}
+        self._own, self._chunks = {}, {}
         self._store[first:end] = rows
         added = self.layout.unpack(self._store[first:end])
         # Episodes.
@@ -118,6 +120,17 @@ class OnlineBuffer:
             self._spans[reach, : self.size],
             steps=self._reaches[reach].steps,
         )
+
+    def chunks(self, reach: Reach) -> ChunkSampler:
+        """Chunks of the rows stored, of which there may be none yet.
+
+        Asked for at every update, and found once an episode.
+        """
+        if reach not in self._chunks:
+            terminated = self.layout.column(self.rows, "terminated")
+            starts = self._starts.to(terminated.device)
+            self._chunks = {reach: ChunkSampler(self.rows, self.layout, terminated, starts, reach)}
+        return self._chunks[reach]
 
     def steps_of_recent(self, episodes: int) -> int:
         """Steps of the last so many episodes, fewer if there are fewer."""

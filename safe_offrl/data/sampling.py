@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from safe_offrl.data.dataset import Dataset, Rows
+from safe_offrl.errors import DataError
 from safe_offrl.types import Batch, Layout, signal_column
 
 
@@ -34,10 +35,15 @@ def symmetric_batches(
     """
     if not 0.0 <= offline_share <= 1.0:
         raise ValueError(f"offline_share is {offline_share}, outside [0, 1]")
-    n_offline = round(batch_size * offline_share)
+    n_offline = logged_rows(batch_size, offline_share)
     offline = _draw_rows(offline_rows, updates, n_offline, generator)
     online = _draw_rows(online_rows, updates, batch_size - n_offline, generator)
     return [layout.unpack(rows) for rows in torch.cat([offline, online], dim=1)]
+
+
+def logged_rows(batch_size: int, offline_share: float) -> int:
+    """How many rows of such a batch are logged: its first."""
+    return round(batch_size * offline_share)
 
 
 def uniform_batches(
@@ -92,9 +98,9 @@ class SuccessiveSampler:
 
 
 class Reach(NamedTuple):
-    """What a transition spans that a safety critic learns from: steps, discounted.
+    """What a transition spans that values are learnt from: steps, discounted.
 
-    ``limited`` is the signal whose costs it learns, see :class:`Layout`.
+    ``limited`` is the signal whose costs a safety critic learns, see :class:`Layout`.
     """
 
     steps: int = 1
@@ -180,13 +186,82 @@ def n_step_costs(
     ``costs`` of C kinds are [N, C], and so are the sums. ``starts`` [M + 1] are the first rows of
     the episodes, and N.
     """
-    end = starts[1:].repeat_interleave(starts.diff())
-    spans = (end - torch.arange(len(costs), device=costs.device)).clamp_max(steps)
+    spans = _spans(starts, steps)
     sums = costs.clone()
     for k in range(1, min(steps, len(costs))):
         within = (spans[:-k] > k).view(-1, *[1] * (costs.ndim - 1))
         sums[:-k] += torch.where(within, discount**k * costs[k:], 0.0)
     return sums, spans.to(costs.dtype)
+
+
+def _spans(starts: Tensor, steps: int) -> Tensor:
+    """``steps`` of each row [N], or those left of its episode; ``starts`` as in n_step_costs."""
+    ends = starts[1:].repeat_interleave(starts.diff())
+    return (ends - torch.arange(len(ends), device=ends.device)).clamp_max(steps)
+
+
+class ChunkSampler:
+    """Transitions that span several steps: all of the actions, and what comes of them together.
+
+    A chunk has as many steps as its reach, or ends with an episode that terminates before; zeros
+    stand for the actions behind that. A chunk that is cut short otherwise, by a time limit or the
+    end of a record, is not drawn: how it would have gone on is not known. Who chose the actions
+    does not matter, for it is they that are judged.
+    """
+
+    def __init__(
+        self, rows: Rows, layout: Layout, terminated: Tensor, starts: Tensor, reach: Reach
+    ) -> None:
+        """``rows`` [N, D] of whole episodes, ``starts`` [M + 1] their first ones, and N.
+
+        ``terminated`` [N] and ``starts`` lie where batches are to be.
+        """
+        self.reach = reach
+        self._rows, self._layout = rows, layout
+        self._spans = _spans(starts, reach.steps)
+        last = torch.arange(len(rows), device=starts.device) + self._spans - 1
+        whole = (self._spans == reach.steps) | (terminated[last] > 0)
+        self._begins = whole.nonzero().squeeze(1)
+        self._steps = torch.arange(reach.steps, device=starts.device)
+        self._discounts = reach.discount**self._steps
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset, reach: Reach, device: torch.device) -> ChunkSampler:
+        """Of a whole dataset, for batches on ``device``; DataError if it has no chunk."""
+        terminated = dataset.column("terminated").to(device)
+        starts = torch.from_numpy(dataset.episode_starts).to(device)
+        sampler = cls(dataset.on(device).rows, dataset.layout, terminated, starts, reach)
+        if not len(sampler):
+            raise DataError(
+                f"No episode of the dataset has {reach.steps} steps, and none ends by itself "
+                "before, so there are no plans of that many actions to learn from. Take longer "
+                "episodes, or an agent that does not plan."
+            )
+        return sampler
+
+    def __len__(self) -> int:
+        """How many chunks there are; they overlap."""
+        return len(self._begins)
+
+    def draw(self, n: int, generator: torch.Generator) -> Batch:
+        """n chunks, uniformly with replacement, of h steps and A action numbers each.
+
+        ``actions`` [n, h A], ``rewards`` [n] are the discounted sum, ``next_observations`` and
+        ``terminated`` those of the last step; all else is that of the first.
+        """
+        index = self._begins[draw_indices(len(self), n, generator)]
+        spans = self._spans[index].unsqueeze(1)
+        within = self._steps < spans  # [n, h]
+        # Behind its end a chunk's last row stands again, so that the last of h is its last.
+        each = index.unsqueeze(1) + torch.minimum(self._steps, spans - 1)
+        rows = _select(self._rows, each.flatten()).unflatten(0, each.shape)
+        steps = self._layout.unpack(rows)
+        return self._layout.unpack(rows[:, 0])._replace(
+            actions=(steps.actions * within.unsqueeze(-1)).flatten(1),
+            rewards=(steps.rewards * within * self._discounts).sum(1),
+            next_observations=steps.next_observations[:, -1],
+            terminated=steps.terminated[:, -1],
+        )
 
 
 class StratifiedSampler:

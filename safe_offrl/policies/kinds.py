@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from safe_offrl.policies.categorical import CATEGORICAL
+from safe_offrl.policies.chunked import CHUNKED
 from safe_offrl.policies.gaussian import GAUSSIAN
 from safe_offrl.policies.latent import LATENT
 from safe_offrl.policies.mixture import MIXTURE
@@ -11,7 +12,8 @@ from safe_offrl.policies.proposals import PROPOSALS
 from safe_offrl.policies.protocol import Kind
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (GAUSSIAN, CATEGORICAL, LATENT, MIXTURE, ONE_STEP, PROPOSALS)
+    kind.name: kind
+    for kind in (GAUSSIAN, CATEGORICAL, LATENT, MIXTURE, ONE_STEP, PROPOSALS, CHUNKED)
 }
 
 

@@ -24,7 +24,7 @@ from safe_offrl.safety.outlook import Floats, accident_within
 from safe_offrl.stats.fixed import clopper_pearson, fewest
 from safe_offrl.stats.reliability import Bin, reliability_bins
 
-ROWS_AT_ONCE = 10_000  # steps at a time: a policy may have many actions to be averaged over
+STEPS_AT_ONCE = 10_000  # steps at a time: a policy may have many actions to be averaged over
 CONTRASTS = 201  # that a report keeps: a long log has thousands
 WINDOW_SHARE = 0.05  # of the horizon: how long a logged action is held responsible
 # So many are needed among those held out: fewer leave a calibration to chance.
@@ -136,7 +136,7 @@ def calibrate_critic(
     t = held_out.transitions
     risk = critic.risk(t.observations, t.time_to_go, t.actions).numpy()
     noise = actor.noise(t.actions.shape[:-1], torch.Generator().manual_seed(0))
-    parts = (x.split(ROWS_AT_ONCE) for x in (t.observations, t.time_to_go, noise))
+    parts = (x.split(STEPS_AT_ONCE) for x in (t.observations, t.time_to_go, noise))
     values = torch.cat([critic.risk_under(actor, *part) for part in zip(*parts, strict=True)])
     window = calibration_window(held_out.horizon)
     danger = accident_within(held_out, window)

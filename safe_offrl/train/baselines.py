@@ -20,7 +20,8 @@ class BaselineConfig:
 
     ``learner`` goes on online: "rlpd", or an agent that has an online form, such as "calql" or
     "iql" (which needs a policy pretrained by it); ``agents`` are the settings of those. After an
-    agent whose policies have no entropy, such as "fql", it is that agent by default.
+    agent that goes on itself, such as "gail", or as "fql", whose policies have no entropy, it is
+    that one by default.
     ``from_scratch`` forgets the pretrained policy and critics, and makes the warm-up uniformly
     random, as RLPD was published. ``multiplier`` other than "ours" is a Lagrangian method: lambda
     follows what recent episodes showed, by "dual" ascent or "pid", and the learner is deployed
@@ -44,9 +45,16 @@ class BaselineConfig:
         return self.pid if self.multiplier == "pid" else None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown learner, and a start of lambda that nothing would use or is below 0."""
+        """Refuse a learner that is unknown or has nothing to begin with, and a start of lambda
+        that nothing would use or is below 0.
+        """
         if self.learner != "rlpd" and ":" not in self.learner:
-            find_online(self.learner)
+            online = find_online(self.learner)
+            if self.from_scratch and not getattr(online, "from_scratch", True):
+                raise ConfigError(
+                    f'baseline.from_scratch: the agent "{self.learner}" learns offline alone what '
+                    "proposes its actions. Set baseline.learner=rlpd."
+                )
         if self.multiplier_init is not None and (
             self.multiplier == "ours" or self.multiplier_init < 0.0
         ):

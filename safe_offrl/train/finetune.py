@@ -31,6 +31,7 @@ from safe_offrl.safety.constrained import constrained_parts
 from safe_offrl.safety.deployment import Deployment
 from safe_offrl.safety.monitor import SafetyMonitor
 from safe_offrl.stats.fixed import shared_confidence
+from safe_offrl.train.controllers import controller_for
 from safe_offrl.train.decisions import Decisions
 from safe_offrl.train.finetune_config import PROBATION_FAILED, FinetuneConfig
 from safe_offrl.train.foundation import Foundation
@@ -65,18 +66,18 @@ class Finetuning:
         if config.baseline.from_scratch:  # not of another learner's kind, parts of which stay
             kind = kind_of(config.baseline.learner, discrete=dataset.discrete)
         self.foundation = base = Foundation.from_log(
-            config,
-            dataset,
-            env.horizon,
-            compiled,
-            device,
-            kind,
+            config, dataset, env.horizon, compiled, device, kind
         )
         self.networks, self.limits, self.generator = base.networks, base.limits, base.generator
-        logged = dataset.normalised(self.normalizer).on(self.generator.device)
+        logged = dataset.normalised(self.normalizer)
         built_from = (self.networks, logged, self.limits, self.generator, base.compute)
-        aversions = tuple(usual_aversion(limit.quantity) for limit in self.limits)
-        setup = Setup(*built_from, aversions=aversions, learner=config.cautious_learner)
+        setup = Setup(
+            *built_from,
+            aversions=tuple(usual_aversion(limit.quantity) for limit in self.limits),
+            learner=config.cautious_learner,
+            offline_share=config.offline_share,
+            controller=controller_for(config, env, self.normalizer),
+        )
         self.learner = online_agent(config.baseline.learner, setup, config.baseline.agents)
         self.constraints = base.constraints()
         if not config.baseline.from_scratch:
@@ -87,13 +88,14 @@ class Finetuning:
             multiplier.begin_at(start if config.safety_constraint else 0.0)
         # What it learns from, and what judges it.
         self.experience = Experience(
-            logged,
+            logged.on(self.generator.device),
             config.budget,
             config.offline_share,
             reaches=[
                 Reach(critic.outlook.steps, critic.outlook.discount, limit.quantity.signal)
                 for limit, critic, _ in self.constraints
             ],
+            chunk=getattr(self.learner, "reach", None),
             device=self.generator.device,
         )
         confidence = shared_confidence(config.safety.confidence, len(self.limits))
@@ -129,8 +131,10 @@ class Finetuning:
     def _go_on_from(self, pretrained: Mapping[str, Tensor]) -> None:
         """Take over values, safety critic and lambda of the offline phase."""
         owner = "agent" if self.learner.own_values else "learner"
+        fresh = getattr(self.learner, "fresh", ())
+        learnt = {k: part for k, part in self.learner.parts().items() if k not in fresh}
         parts: dict[str, Part] = {
-            **named(owner, self.learner.parts()),
+            **named(owner, learnt),
             **constrained_parts(self.constraints),
         }
         restore_state(parts, pretrained)

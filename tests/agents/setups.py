@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from safe_offrl.agents import AGENTS, AgentConfigs, kind_of, online_agent
-from safe_offrl.agents.protocol import Setup
+from safe_offrl.agents.protocol import Labeller, Setup
 from safe_offrl.agents.steering import Penalty, Steering
 from safe_offrl.compute.state import Part, seeded
 from safe_offrl.data.dataset import Dataset
+from safe_offrl.data.sampling import Reach
 from safe_offrl.limits import Limit
 from safe_offrl.policies.kinds import KINDS
 from safe_offrl.policies.networks import Actor, NetworkConfig, Networks
@@ -55,11 +56,21 @@ def setup_of(
     dataset: Dataset | None = None,
     **settings: Any,
 ) -> Setup:
-    """With a log of one step without an accident by default; ``settings`` are fields of Setup."""
+    """With a log of one step without an accident by default, and a controller.
+
+    ``settings`` are fields of Setup.
+    """
     layout = networks.layout
     if dataset is None:
         dataset = log_of(layout.unpack(torch.zeros(1, layout.width)), layout)
+    settings = {"controller": first_action(layout), **settings}
     return Setup(networks, dataset, (LIMIT,), generator, **settings)
+
+
+def first_action(layout: Layout) -> Labeller:
+    """A controller that always takes the first action, or of numbers 1 for the first of them."""
+    row = torch.eye(layout.action_size)[0]
+    return lambda observations: row.expand(len(observations), -1)
 
 
 class Learner(NamedTuple):
@@ -101,12 +112,19 @@ def learner_of(
         parts |= agent.parts()
         return Learner(networks, parts, lambda batch: agent.update(batch, steering), None)
     goes_on = online_agent(name, setup, configs)
+    steps = getattr(goes_on, "reach", Reach()).steps
     if anchored:
         anchor = Actor(*layout.sizes, sizes.actor_hidden, seeded(7), kind)
         steering = steering._replace(anchor=anchor, kl_weight=one)
 
-    def step(batch: Batch) -> None:
-        goes_on.update_critics(batch)
-        goes_on.update_actor(batch, steering)
+    def chunked(batch: Batch) -> Batch:
+        return batch._replace(actions=batch.actions.repeat(1, steps))
 
-    return Learner(networks, parts | goes_on.parts(), step, goes_on.update_critics)
+    def step(batch: Batch) -> None:
+        goes_on.update_critics(chunked(batch))
+        goes_on.update_actor(chunked(batch), steering)
+
+    def update_critics(batch: Batch) -> Any:
+        return goes_on.update_critics(chunked(batch))
+
+    return Learner(networks, parts | goes_on.parts(), step, update_critics)

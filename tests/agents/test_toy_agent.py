@@ -220,7 +220,8 @@ def test_names_and_settings_that_are_wrong_are_said(folder: Path, tiny_dataset: 
         with pytest.raises(ConfigError, match=words):
             pretrain_plan(tiny_dataset, setting)
     with pytest.raises(
-        ConfigError, match=r'"bc_safe" has no form that goes on online.*calql, fql, iql, my_crr'
+        ConfigError,
+        match=r'"bc_safe" has no form that goes on online.*calql, dagger, fql, gail, iql, my_crr',
     ):
         find_online("bc_safe")
 

@@ -161,7 +161,7 @@ def test_a_long_log_is_judged_part_by_part(monkeypatch: pytest.MonkeyPatch) -> N
         [20] * 30, t.accidents.numpy() > 0.0, actions=t.actions, observations=t.observations
     )
     whole = report_of(RANDOM, data)
-    monkeypatch.setattr(calibration, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(calibration, "STEPS_AT_ONCE", 7)
     assert report_of(RANDOM, data).ece == pytest.approx(whole.ece, rel=1e-5)
     assert whole.ece > 0.05
 
