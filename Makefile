@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-slow check results records certificates ablations agents \
-	agents-discrete guard margin precision \
+	agents-discrete guard margin precision two-limits \
 	bench bench-data bench-assess bench-record peers clean
 
 help:
@@ -18,7 +18,7 @@ help:
 	@echo "make check   formatting, lint and types as well as the fast tests"
 	@echo "make setup   only install, into $(VENV), with the versions of constraints.txt"
 	@echo "make results the results of the README: a suite of methods (hours); SUITE=point or SUITE=safety"
-	@echo "make ablations, agents, agents-discrete, guard, margin or precision  the suites of a further question each (hours)"
+	@echo "make ablations, agents, agents-discrete, guard, margin, precision or two-limits  the suites of a further question each (hours)"
 	@echo "make records keep what is finished of a suite under docs/results/records"
 	@echo "make certificates  certify the final policies of those results (a minute)"
 	@echo "make bench   updates a second beside four others (forty minutes, 3 GB of disk)"
@@ -84,7 +84,7 @@ results: setup
 	for page in $(SUITE_RUNS)/*.html; do cp $${page%.html}.* $(PAGES); done
 
 # Further questions: what narrower exploration and the other agents do, the guard, a margin, bfloat16.
-ablations agents agents-discrete guard margin precision:
+ablations agents agents-discrete guard margin precision two-limits:
 	$(MAKE) results SUITE=$@
 
 # Of runs that have ended and been evaluated, but for pretrained policies, which weigh a hundredfold.

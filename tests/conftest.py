@@ -122,6 +122,7 @@ def _write_run(
     status: str = "finished",
     origin: str = "pi0",
     env: str = "PointHazard-v0",
+    signals: Sequence[dict[str, float]] | None = None,
     **settings: Any,
 ) -> Path:
     """A run folder with given accidents [episodes], ``steps`` each.
@@ -153,6 +154,7 @@ def _write_run(
                 version=0,
                 phase="online",
                 shield_interventions=0,
+                signal_costs=signals[i] if signals else {},
             )
             for i, accident in enumerate(accidents)
         ]

@@ -109,6 +109,7 @@ METHODS: dict[str, Method] = {
     "ours-margin": Method(
         "ours steered towards half of the limit", finetune={"lagrangian.aim": 0.5}
     ),
+    "ours-apart": Method("ours with a limit for each cost signal, which the suite's settings name"),
     "ours-bf16": Method("ours with products in bfloat16", pretrain=_BF16, finetune=_BF16),
     "frozen-bf16": Method("frozen, pretrained in bfloat16", pretrain=_BF16, finetune=_FROZEN),
     "rlpd-narrow": Method(

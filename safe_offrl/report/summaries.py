@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from safe_offrl.report.run_data import RunData, StoredReplay
+from safe_offrl.report.run_data import RunData, StoredEvaluation, StoredReplay
 from safe_offrl.stats.anytime import run_level_interval, run_level_upper
 from safe_offrl.stats.fixed import Mean, clopper_pearson, mean_and_error
 from safe_offrl.stats.resampling import bootstrap_interval, iqm
@@ -44,6 +44,14 @@ class Replays(NamedTuple):
     above: int  # shown to exceed the limit
     correlation: Mean  # of estimates with truths over a run's versions; mean over runs
     most_cost: float  # of an episode
+
+
+class SignalCosts(NamedTuple):
+    """What an episode costs in one named signal, in one run or several."""
+
+    learning: Mean  # over the whole run
+    final: Mean
+    evaluated: Mean
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class Row:
     # Iterations whose acting policy's estimate was not below the limit; None if never measured.
     above_limit: int | None
     replay: Replays | None  # None if no run's versions were played again
+    signals: Mapping[str, SignalCosts]  # those that every run has, limited or not
 
     @property
     def accepted_share(self) -> float:
@@ -201,8 +210,9 @@ def row_of(
         above_limit=sum(not d.deployed_below for d in decisions)
         if any(not math.isnan(d.v_deployed) for d in decisions)
         else None,
-        # Replays.
+        # Replays, and named costs.
         replay=_replays([run.replay for run in runs if run.replay is not None]),
+        signals={} if several else _signals(online, list(last.values()), evaluations),
     )
 
 
@@ -216,6 +226,24 @@ def _replays(found: Sequence[StoredReplay]) -> Replays | None:
         correlation=mean_and_error(known),
         most_cost=max(r.most_cost for r in found),
     )
+
+
+def _signals(
+    online: Sequence[RunData],
+    final: Sequence[Sequence[Episode]],
+    evaluations: Sequence[StoredEvaluation],
+) -> dict[str, SignalCosts]:
+    """Of the names that all episodes of these runs have; ``final`` are each run's final ones."""
+    every = [set(e.signal_costs) for run in online for e in run.episodes]
+    names = sorted(set.intersection(*every)) if every else []
+    return {
+        name: SignalCosts(
+            _over_runs([_costs(run.episodes, name) for run in online]),
+            _over_runs([_costs(episodes, name) for episodes in final]),
+            _over_runs([Mean(*e.signals[name]) for e in evaluations if name in e.signals]),
+        )
+        for name in names
+    }
 
 
 def _returns(episodes: Sequence[Episode]) -> list[float]:
@@ -262,8 +290,9 @@ def _iqm(runs: Sequence[RunData], values: Sequence[float], confidence: float) ->
     return Interval(iqm(values), *bootstrap_interval(strata, iqm, rng, confidence=confidence))
 
 
-def _costs(episodes: Sequence[Episode]) -> Mean:
-    return mean_and_error([e.cost for e in episodes])
+def _costs(episodes: Sequence[Episode], signal: str = "") -> Mean:
+    costs = [e.signal_costs[signal] if signal else e.cost for e in episodes]
+    return mean_and_error(costs)
 
 
 def _over_runs(means: Sequence[Mean]) -> Mean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -60,6 +61,10 @@ def tables_of(comparison: Comparison) -> list[Table]:
             _constraint_cells,
         ),
     ]
+    for name in sorted({name for row in comparison.rows for name in row.signals}):
+        title = f"Cost in the signal {name} per episode (final as above; +- standard error)"
+        cells = functools.partial(_signal_cells, name)
+        per_row.append((title, "run|method|while learning|final|evaluated", cells))
     if any(row.replay for row in comparison.rows):
         title = "Versions that acted, each played again (safe-offrl replay; above: one-sided "
         header = "run|method|versions|above the limit|estimates correlate|most cost of an episode"
@@ -189,6 +194,11 @@ def _constraint_cells(row: Row) -> list[str]:
             "-" if row.above_limit is None else f"{row.above_limit}",
         ]
     return [*_head_cells(row), _estimate_text(row), *cells]
+
+
+def _signal_cells(name: str, row: Row) -> list[str]:
+    found = row.signals.get(name)
+    return [*_head_cells(row), *(map(_plus_minus, found) if found else ["-"] * 3)]
 
 
 def _replay_cells(row: Row) -> list[str]:

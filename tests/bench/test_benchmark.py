@@ -40,7 +40,7 @@ finetune: {warmup_steps: 100, batch_size: 32}
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "results" / "records"
 SUITES = sorted(path.stem for path in (ROOT / "configs" / "suites").glob("*.yaml"))
-QUESTIONS = ("ablations", "agents", "agents-discrete", "guard", "margin", "precision")
+QUESTIONS = ("ablations", "agents", "agents-discrete", "guard", "margin", "precision", "two-limits")
 
 
 def suite_of(text: str = SMALL, **changes: str) -> Suite:

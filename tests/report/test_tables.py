@@ -93,3 +93,31 @@ def test_versions_that_were_played_again_have_a_table(write_run, write_group):
     ]
     assert [row[2:] for row in table.groups] == [["8", "3 (38%)", "0.20", "40"]]
     assert comparison.as_dict()["groups"][0]["replay"]["above"] == 3
+
+
+def test_every_named_cost_has_a_table(write_run):
+    paths = []
+    for seed, costs in ((0, (0.0, 0.0, 2.0, 4.0)), (1, (0.0, 0.0, 0.0, 8.0))):
+        signals = [{"vases": cost, "hazards": 1.0} for cost in costs]
+        evaluation = {"episodes": 2, "accidents": 0, "mean_return": 1.0, "mean_cost": 0.0}
+        evaluation |= {"cost_standard_error": 0.0, "signals": {"vases": (2.0 + seed, 0.5)}}
+        given = {"signals": signals, "evaluation": evaluation, "seed": seed}
+        paths.append(write_run(f"seed-{seed}", [0] * 4, **given))
+    found = {
+        table.title.split()[4]: table
+        for table in tables_of(compare(paths))
+        if "signal" in table.title
+    }
+    assert list(found) == ["hazards", "vases"]
+    # Of 200 steps the last episode alone began in the last fifth.
+    assert [row[2:] for row in found["vases"].rows] == [
+        ["1.50 +- 0.96", "4.00", "2.00 +- 0.50"],
+        ["2.00 +- 2.00", "8.00", "3.00 +- 0.50"],
+    ]
+    assert [row[2:] for row in found["vases"].groups] == [
+        ["1.75 +- 0.25", "6.00 +- 2.00", "2.50 +- 0.50"]
+    ]
+    assert [row[2:] for row in found["hazards"].groups] == [["1.00 +- 0.00", "1.00 +- 0.00", "-"]]
+    without = write_run("other", [0] * 4, seed=2, origin="pi1")
+    tables = tables_of(compare([*paths, without]))
+    assert not [table for table in tables if "signal" in table.title and table.rows[2][2] != "-"]
