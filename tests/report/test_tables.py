@@ -1,5 +1,6 @@
 import json
 import re
+from typing import Any
 
 import numpy as np
 
@@ -99,8 +100,9 @@ def test_every_named_cost_has_a_table(write_run):
     paths = []
     for seed, costs in ((0, (0.0, 0.0, 2.0, 4.0)), (1, (0.0, 0.0, 0.0, 8.0))):
         signals = [{"vases": cost, "hazards": 1.0} for cost in costs]
-        evaluation = {"episodes": 2, "accidents": 0, "mean_return": 1.0, "mean_cost": 0.0}
-        evaluation |= {"cost_standard_error": 0.0, "signals": {"vases": (2.0 + seed, 0.5)}}
+        evaluation: dict[str, Any] = {"episodes": 2, "accidents": 0, "mean_return": 1.0}
+        evaluation |= {"mean_cost": 0.0, "cost_standard_error": 0.0}
+        evaluation |= {"signals": {"vases": (2.0 + seed, 0.5)}}
         given = {"signals": signals, "evaluation": evaluation, "seed": seed}
         paths.append(write_run(f"seed-{seed}", [0] * 4, **given))
     found = {
